@@ -1,0 +1,143 @@
+"""The asyncio client: `FlowTurboClient` with `await`."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any
+
+import grpc
+import tritonclient.grpc.aio
+from numpy.typing import NDArray
+
+from .errors import (
+    ConnectionFailedError,
+    DeadlineExceededError,
+    FlowTurboError,
+    ModelNotReadyError,
+)
+from .protocol import Generation, Request, build_request
+from .retry import RetryPlan
+from .settings import Health, Settings, check_timeout_s, closed_error
+from .tensors import Labels, Seeds
+
+
+class AsyncFlowTurboClient:
+    """A connection to a FlowTurbo server, used from one event loop.
+
+    Cancelling a task that awaits `generate` cancels the request on the server too.
+    """
+
+    def __init__(
+        self,
+        url: str = "localhost:8001",
+        *,
+        model: str = "flowturbo",
+        timeout_s: float = 60.0,
+        retries: int = 2,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        """As `FlowTurboClient`."""
+        self._settings = Settings(url, model, timeout_s, retries, credentials)
+        self._closed = False
+        self._channel: Any = None
+
+    async def generate(
+        self,
+        labels: Labels,
+        seeds: Seeds | None = None,
+        schedule: str | None = None,
+        guidance_scale: float | None = None,
+        *,
+        guidance_interval: Sequence[float] | None = None,
+        initial_noise: NDArray[Any] | None = None,
+        output_format: str | None = None,
+        outputs: Sequence[str] = ("image",),
+        timeout_s: float | None = None,
+    ) -> Generation:
+        """As `FlowTurboClient.generate`."""
+        request = build_request(
+            labels,
+            seeds,
+            schedule,
+            guidance_scale,
+            guidance_interval=guidance_interval,
+            initial_noise=initial_noise,
+            output_format=output_format,
+            outputs=outputs,
+        )
+        limit_s = check_timeout_s(self._settings.timeout_s if timeout_s is None else timeout_s)
+        plan = RetryPlan(self._settings.retries, limit_s)
+        while True:
+            try:
+                return await self._attempt(request, plan, limit_s)
+            except FlowTurboError as error:
+                delay_s = plan.delay_s(error)
+            await asyncio.sleep(delay_s)
+
+    async def health(self, *, timeout_s: float = 5.0) -> Health:
+        """As `FlowTurboClient.health`."""
+        model, asked = self._settings.model, {"client_timeout": timeout_s}
+        with self._call(check_timeout_s(timeout_s)):
+            triton = self._triton()
+            live = await triton.is_server_live(**asked)
+            model_ready = await triton.is_model_ready(model, **asked)
+            metadata = await triton.get_model_metadata(model, **asked) if model_ready else None
+            return self._settings.health(
+                live=live,
+                ready=await triton.is_server_ready(**asked),
+                model_ready=model_ready,
+                server=await triton.get_server_metadata(**asked),
+                metadata=metadata,
+            )
+
+    async def is_ready(self, *, timeout_s: float = 5.0) -> bool:
+        """As `FlowTurboClient.is_ready`."""
+        asked = {"client_timeout": check_timeout_s(timeout_s)}
+        try:
+            with self._call(timeout_s):
+                return bool(
+                    await self._triton().is_server_live(**asked)
+                    and await self._triton().is_model_ready(self._settings.model, **asked)
+                )
+        except (ConnectionFailedError, DeadlineExceededError, ModelNotReadyError):
+            return False
+
+    async def close(self) -> None:
+        """Close the connection; requests still awaited are cancelled."""
+        self._closed = True
+        if self._channel is not None:
+            await self._channel.close()
+
+    async def __aenter__(self) -> "AsyncFlowTurboClient":
+        """Return this client."""
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the connection."""
+        await self.close()
+
+    async def _attempt(self, request: Request, plan: RetryPlan, limit_s: float) -> Generation:
+        arguments = request.arguments(self._settings.model, plan.remaining_s())
+        with self._call(limit_s):
+            started_s = time.perf_counter()
+            result = await self._triton().infer(**arguments)
+            return request.parse(result, time.perf_counter() - started_s)
+
+    def _call(self, timeout_s: float) -> AbstractContextManager[None]:
+        if self._closed:
+            raise closed_error()
+        return self._settings.translated(timeout_s)
+
+    def _triton(self) -> Any:
+        # Made at the first call: a gRPC aio channel belongs to the loop that runs when it is made.
+        if self._channel is None:
+            channel = self._settings.channel()
+            self._channel = tritonclient.grpc.aio.InferenceServerClient(**channel)
+        return self._channel

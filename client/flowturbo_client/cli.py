@@ -1,0 +1,174 @@
+"""The command `flowturbo-client`: generate images into files, or ask for health."""
+
+import argparse
+import secrets
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import grpc
+
+from .client import FlowTurboClient
+from .errors import FlowTurboError
+from .gallery import Row, generate_row, write_grid, write_row
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status: 0, 1 on failure, 130 when interrupted."""
+    args = _parser().parse_args(argv)
+    try:
+        with _client(args) as client:
+            return int(args.run(client, args))
+    except (FlowTurboError, OSError) as error:
+        # A server's message may have several lines.
+        print(f"flowturbo-client: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("flowturbo-client: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="flowturbo-client", description="Generate images with a FlowTurbo server."
+    )
+    commands = parser.add_subparsers(required=True, metavar="generate|health")
+    _generate_parser(commands.add_parser("generate", help="write images and a labelled grid"))
+    health = commands.add_parser("health", help="show the server's state; exit 0 when ready")
+    _server_options(health, default_timeout_s=5.0)
+    health.set_defaults(run=_health)
+    return parser
+
+
+def _generate_parser(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--labels", nargs="+", metavar="NAME", help="class names, an image each")
+    what.add_argument("--ids", nargs="+", type=int, metavar="ID", help="class ids, an image each")
+    what.add_argument("--text", type=_text, help="an image a character, as the class's name")
+    parser.add_argument(
+        "--schedule",
+        nargs="+",
+        action="extend",
+        metavar="H1P5R3",
+        help="one or more; the grid has a row for each (default: the server's)",
+    )
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="image i has seed N + i (default: a random choice)"
+    )
+    parser.add_argument("--guidance-scale", type=float, metavar="S", help="1.0 is unguided")
+    parser.add_argument(
+        "--output", type=Path, default=Path("images"), metavar="DIR", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--batch",
+        type=_positive,
+        default=8,
+        metavar="N",
+        help="images a request, at most (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--warmup",
+        action="store_true",
+        help="send one request a schedule first, whose latency does not count",
+    )
+    _server_options(parser, default_timeout_s=60.0)
+    parser.set_defaults(run=_generate)
+
+
+def _server_options(parser: argparse.ArgumentParser, default_timeout_s: float) -> None:
+    parser.add_argument(
+        "--url",
+        default="localhost:8001",
+        metavar="HOST:PORT",
+        help="gRPC endpoint (default: %(default)s)",
+    )
+    parser.add_argument("--model", default="flowturbo", help="default: %(default)s")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=default_timeout_s,
+        metavar="SECONDS",
+        help="a request (default: %(default)s)",
+    )
+    parser.add_argument("--tls", action="store_true", help="encrypt, trusting the system's CAs")
+    parser.add_argument("--ca", type=Path, metavar="FILE", help="encrypt, trusting these PEM CAs")
+
+
+def _client(args: argparse.Namespace) -> FlowTurboClient:
+    credentials = None
+    if args.tls or args.ca:
+        credentials = grpc.ssl_channel_credentials(args.ca.read_bytes() if args.ca else None)
+    return FlowTurboClient(
+        args.url, model=args.model, timeout_s=args.timeout, credentials=credentials
+    )
+
+
+def _generate(client: FlowTurboClient, args: argparse.Namespace) -> int:
+    labels = args.labels or args.ids or list(args.text)
+    schedules = list(dict.fromkeys(args.schedule or [None]))
+    base_seed = args.seed
+    if base_seed is None and len(schedules) > 1:
+        # Rows can be compared only if they start from the same noise.
+        base_seed = secrets.randbelow(2**31)
+    args.output.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for schedule in schedules:
+        rows.append(_row(client, args, labels, schedule, base_seed))
+        for path in write_row(rows[-1], args.output):
+            print(path)
+    print(write_grid(rows, args.output))
+    return 0
+
+
+def _row(
+    client: FlowTurboClient,
+    args: argparse.Namespace,
+    labels: Sequence[int] | Sequence[str],
+    schedule: str | None,
+    base_seed: int | None,
+) -> Row:
+    if args.warmup:
+        client.generate(labels[: args.batch], None, schedule, args.guidance_scale)
+    return generate_row(
+        client,
+        labels,
+        schedule,
+        base_seed=base_seed,
+        batch=args.batch,
+        guidance_scale=args.guidance_scale,
+        progress=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+
+
+def _health(client: FlowTurboClient, args: argparse.Namespace) -> int:
+    health = client.health(timeout_s=args.timeout)
+    table = {
+        "server": f"{health.url} (Triton {health.server_version})",
+        "live": _yes(health.live),
+        "ready": _yes(health.ready),
+        "model": f"{health.model}: {'ready' if health.model_ready else 'not ready'}",
+        "inputs": ", ".join(health.inputs) or "unknown",
+    }
+    for name, value in table.items():
+        print(f"{name:<8}{value}")
+    return 0 if health.can_generate else 1
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _text(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("expected at least one character")
+    return text
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text!r}")
+    return value

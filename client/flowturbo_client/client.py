@@ -1,0 +1,140 @@
+"""The blocking client."""
+
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any
+
+import grpc
+import tritonclient.grpc
+from numpy.typing import NDArray
+
+from .errors import (
+    ConnectionFailedError,
+    DeadlineExceededError,
+    FlowTurboError,
+    ModelNotReadyError,
+)
+from .protocol import Generation, Request, build_request
+from .retry import RetryPlan
+from .settings import Health, Settings, check_timeout_s, closed_error
+from .tensors import Labels, Seeds
+
+
+class FlowTurboClient:
+    """A connection to a FlowTurbo server; may be shared between threads."""
+
+    def __init__(
+        self,
+        url: str = "localhost:8001",
+        *,
+        model: str = "flowturbo",
+        timeout_s: float = 60.0,
+        retries: int = 2,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        """Connect to `url` (host:port of the gRPC endpoint) when first used.
+
+        `timeout_s` bounds a whole generation, retries included. `credentials`, from
+        `grpc.ssl_channel_credentials`, turns TLS on. Raises InvalidRequestError.
+        """
+        self._settings = Settings(url, model, timeout_s, retries, credentials)
+        self._closed = False
+        self._triton = tritonclient.grpc.InferenceServerClient(**self._settings.channel())
+
+    def generate(
+        self,
+        labels: Labels,
+        seeds: Seeds | None = None,
+        schedule: str | None = None,
+        guidance_scale: float | None = None,
+        *,
+        guidance_interval: Sequence[float] | None = None,
+        initial_noise: NDArray[Any] | None = None,
+        output_format: str | None = None,
+        outputs: Sequence[str] = ("image",),
+        timeout_s: float | None = None,
+    ) -> Generation:
+        """Generate one image a label; what is None takes the server's default.
+
+        `labels`: class ids or class names, one or n of them. `seeds`: as many, >= 0; if None the
+        server chooses and reports them. `initial_noise`: float [n, C, h, w], instead of seeds.
+        `output_format`: raw, or png, jpeg or webp to have files in `Generation.encoded`.
+        `outputs`: of "image" and "latent". Raises FlowTurboError's subclasses.
+        """
+        request = build_request(
+            labels,
+            seeds,
+            schedule,
+            guidance_scale,
+            guidance_interval=guidance_interval,
+            initial_noise=initial_noise,
+            output_format=output_format,
+            outputs=outputs,
+        )
+        limit_s = check_timeout_s(self._settings.timeout_s if timeout_s is None else timeout_s)
+        plan = RetryPlan(self._settings.retries, limit_s)
+        while True:
+            try:
+                return self._attempt(request, plan, limit_s)
+            except FlowTurboError as error:
+                delay_s = plan.delay_s(error)
+            time.sleep(delay_s)
+
+    def health(self, *, timeout_s: float = 5.0) -> Health:
+        """Ask about server and model, `timeout_s` a question; ConnectionFailedError if away."""
+        triton, model, asked = self._triton, self._settings.model, {"client_timeout": timeout_s}
+        with self._call(check_timeout_s(timeout_s)):
+            live = triton.is_server_live(**asked)
+            model_ready = triton.is_model_ready(model, **asked)
+            metadata = triton.get_model_metadata(model, **asked) if model_ready else None
+            return self._settings.health(
+                live=live,
+                ready=triton.is_server_ready(**asked),
+                model_ready=model_ready,
+                server=triton.get_server_metadata(**asked),
+                metadata=metadata,
+            )
+
+    def is_ready(self, *, timeout_s: float = 5.0) -> bool:
+        """Whether the server is live and the model ready; False too if it cannot be reached."""
+        asked = {"client_timeout": check_timeout_s(timeout_s)}
+        try:
+            with self._call(timeout_s):
+                return bool(
+                    self._triton.is_server_live(**asked)
+                    and self._triton.is_model_ready(self._settings.model, **asked)
+                )
+        except (ConnectionFailedError, DeadlineExceededError, ModelNotReadyError):
+            return False
+
+    def close(self) -> None:
+        """Close the connection; calls in other threads raise RequestCancelledError."""
+        self._closed = True
+        self._triton.close()
+
+    def __enter__(self) -> "FlowTurboClient":
+        """Return this client."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the connection."""
+        self.close()
+
+    def _attempt(self, request: Request, plan: RetryPlan, limit_s: float) -> Generation:
+        arguments = request.arguments(self._settings.model, plan.remaining_s())
+        with self._call(limit_s):
+            started_s = time.perf_counter()
+            result = self._triton.infer(**arguments)
+            return request.parse(result, time.perf_counter() - started_s)
+
+    def _call(self, timeout_s: float) -> AbstractContextManager[None]:
+        if self._closed:
+            raise closed_error()
+        return self._settings.translated(timeout_s)

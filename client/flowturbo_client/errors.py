@@ -1,0 +1,84 @@
+"""Everything the client raises: one small tree under `FlowTurboError`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tritonclient.utils import InferenceServerException
+
+
+class FlowTurboError(Exception):
+    """Base of all errors of this client."""
+
+
+class InvalidRequestError(FlowTurboError, ValueError):
+    """The request can never succeed as it is: refused here or by the server."""
+
+
+class ServerBusyError(FlowTurboError):
+    """The server is full and refused the request before it began; try again later."""
+
+
+class ConnectionFailedError(FlowTurboError):
+    """The server could not be reached, or the connection broke."""
+
+
+class DeadlineExceededError(FlowTurboError, TimeoutError):
+    """No answer within `timeout_s`."""
+
+
+class RequestCancelledError(FlowTurboError):
+    """The request was cancelled before it finished."""
+
+
+class ModelNotReadyError(FlowTurboError):
+    """The server answers but the model is not loaded, or still loading."""
+
+
+class ServerError(FlowTurboError):
+    """The server failed, or gave an answer that breaks the contract."""
+
+
+def from_status(
+    status: str, message: str, *, url: str, model: str, timeout_s: float
+) -> FlowTurboError:
+    """Return the error for a gRPC status name ("UNAVAILABLE") and the server's message."""
+    text = message.lower()
+    if status == "INVALID_ARGUMENT":
+        return InvalidRequestError(f"the server at {url} refused the request: {message}")
+    if status == "DEADLINE_EXCEEDED" or (status == "CANCELLED" and "deadline" in text):
+        return DeadlineExceededError(
+            f"no answer from {url} within {timeout_s:g} s ({message}): "
+            "raise timeout_s, or ask for fewer images or steps"
+        )
+    if status == "CANCELLED":
+        return RequestCancelledError(f"the request to {url} was cancelled: {message}")
+    if status == "NOT_FOUND" or (status == "UNAVAILABLE" and "unknown model" in text):
+        return ModelNotReadyError(
+            f"model {model!r} is not ready at {url} ({message}): "
+            "check its name, or wait until it is loaded"
+        )
+    if status == "UNAVAILABLE":
+        return _unavailable(message, url)
+    return ServerError(f"the server at {url} failed ({status}): {message}")
+
+
+def _unavailable(message: str, url: str) -> FlowTurboError:
+    # The server and the transport share this status, so only the text tells them apart.
+    if message.lower().startswith("server is full"):
+        return ServerBusyError(f"{url} refused the request ({message}): try again later")
+    return ConnectionFailedError(
+        f"cannot reach {url} ({message}): check that the server runs and that "
+        "this is its gRPC port (8001 by default)"
+    )
+
+
+@contextmanager
+def translated(*, url: str, model: str, timeout_s: float) -> Iterator[None]:
+    """Turn tritonclient's one exception into this tree, chained to its cause."""
+    try:
+        yield
+    except InferenceServerException as error:
+        # "StatusCode.UNAVAILABLE", or None where tritonclient itself objected.
+        status = (error.status() or "tritonclient").removeprefix("StatusCode.")
+        message = error.message() or "no message"
+        raise from_status(status, message, url=url, model=model, timeout_s=timeout_s) from error

@@ -1,0 +1,98 @@
+"""Rows of images, one row a schedule, and the files they are written to."""
+
+import re
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from .client import FlowTurboClient
+from .grid import labelled_grid
+from .protocol import Generation
+
+_MAX_NAME = 60
+
+
+@dataclass(frozen=True)
+class Row:
+    """Images of one schedule, in the order of the labels."""
+
+    schedule: str | None
+    images: tuple[NDArray[np.uint8], ...]
+    seeds: tuple[int, ...]
+    class_names: tuple[str, ...]
+    latency_ms: float
+    """Per image: the sum over the row's requests, by its number of images."""
+
+    @property
+    def caption(self) -> str:
+        """Schedule and latency, on two lines."""
+        return f"{self.schedule or 'default'}\n{self.latency_ms:.1f} ms/image"
+
+
+def generate_row(
+    client: FlowTurboClient,
+    labels: Sequence[int] | Sequence[str],
+    schedule: str | None,
+    *,
+    base_seed: int | None,
+    batch: int,
+    progress: Callable[[str], None],
+    **options: Any,
+) -> Row:
+    """Generate one image a label in requests of at most `batch`, one after another.
+
+    Image i has seed `base_seed` + i; with None the server chooses. `options` go to
+    `FlowTurboClient.generate`.
+    """
+    done = []
+    for start in range(0, len(labels), batch):
+        part = labels[start : start + batch]
+        seeds = None if base_seed is None else [base_seed + start + i for i in range(len(part))]
+        done.append(client.generate(part, seeds, schedule, **options))
+        progress(
+            f"{schedule or 'default schedule'}: {start + len(part)}/{len(labels)} images, "
+            f"{1e3 * done[-1].latency_s:.0f} ms"
+        )
+    return Row(
+        schedule=schedule,
+        images=tuple(image for one in done for image in _images(one)),
+        seeds=tuple(int(seed) for one in done for seed in one.seeds),
+        class_names=tuple(name for one in done for name in one.class_names),
+        latency_ms=1e3 * sum(one.latency_s for one in done) / len(labels),
+    )
+
+
+def _images(generation: Generation) -> NDArray[np.uint8]:
+    assert generation.images is not None, "raw images were requested"
+    return generation.images
+
+
+def write_row(row: Row, folder: Path) -> list[Path]:
+    """Write one PNG an image, named after class, seed and schedule; return their paths."""
+    paths = []
+    for image, seed, name in zip(row.images, row.seeds, row.class_names, strict=True):
+        stem = f"{_file_part(name)}_seed{seed}_{_file_part(row.schedule or 'default')}"
+        paths.append(folder / f"{stem}.png")
+        Image.fromarray(image).save(paths[-1])
+    return paths
+
+
+def write_grid(rows: Sequence[Row], folder: Path) -> Path:
+    """Write `grid.png`: a row a schedule, a column a label; return its path."""
+    path = folder / "grid.png"
+    captions = [row.caption for row in rows]
+    labelled_grid([row.images for row in rows], captions, rows[0].class_names).save(path)
+    return path
+
+
+def _file_part(text: str) -> str:
+    """Return `text` as part of a file name: letters, digits, `-` and `.`, not too long."""
+    part = re.sub(r"[^\w.-]+", "-", text)
+    # A digest, because two long schedules may differ only where they were cut.
+    return part if len(part) <= _MAX_NAME else f"{part[:_MAX_NAME]}-{zlib.crc32(text.encode()):08x}"

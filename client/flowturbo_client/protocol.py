@@ -1,0 +1,156 @@
+"""The model's contract: one request out, one `Generation` in. Both clients use only this."""
+
+import io
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tritonclient.grpc import InferInput, InferRequestedOutput, InferResult
+
+from . import tensors
+from .errors import InvalidRequestError, ServerError
+
+OUTPUTS = ("image", "latent")
+# The server reports its own deadline better than gRPC can (which step it had reached), so the
+# transport waits a little longer than the server does.
+_REPORT_MARGIN_S = 0.5
+
+
+@dataclass(frozen=True)
+class Generation:
+    """n generated images and what made them. Arrays are read-only."""
+
+    images: NDArray[np.uint8] | None
+    """[n, H, W, 3], or None if not requested raw."""
+    encoded: tuple[bytes, ...] | None
+    """n image files in the requested `output_format`, or None."""
+    latents: NDArray[np.float32] | None
+    """[n, C, h, w], or None if not requested."""
+    seeds: NDArray[np.int64]
+    """[n]; also those that the server chose."""
+    class_names: tuple[str, ...]
+    """n names."""
+    latency_s: float
+    """From sending the attempt that was answered to having its answer."""
+
+    def pil(self) -> list[Image.Image]:
+        """Return the n images as PIL images; InvalidRequestError if none were requested."""
+        if self.images is not None:
+            return [Image.fromarray(image) for image in self.images]
+        if self.encoded is not None:
+            return [_decoded(data) for data in self.encoded]
+        raise InvalidRequestError('no images here: ask for them with outputs=("image",)')
+
+
+@dataclass(frozen=True)
+class Request:
+    """One checked ModelInfer request; may be sent more than once."""
+
+    n: int
+    inputs: tuple[InferInput, ...]
+    output_names: tuple[str, ...]
+
+    def arguments(self, model: str, remaining_s: float) -> dict[str, Any]:
+        """Arguments of tritonclient's `infer`, with `remaining_s` as the server's deadline."""
+        return {
+            "model_name": model,
+            "inputs": list(self.inputs),
+            "outputs": [InferRequestedOutput(name) for name in self.output_names],
+            "timeout": max(1, round(remaining_s * 1e6)),  # microseconds; 0 would mean none
+            "client_timeout": remaining_s + _REPORT_MARGIN_S,
+        }
+
+    def parse(self, result: InferResult, latency_s: float) -> Generation:
+        """Read the answer; ServerError if it breaks the contract."""
+        try:
+            found = {name: _array(result, name, self.n) for name in self.output_names}
+            class_names = tuple(bytes(name).decode() for name in found["class_name"])
+        except (ValueError, TypeError, struct.error) as error:
+            raise ServerError(f"the server's answer cannot be read: {error}") from error
+        encoded = found.get("encoded_image")
+        return Generation(
+            images=found.get("image"),
+            encoded=None if encoded is None else tuple(bytes(data) for data in encoded),
+            latents=found.get("latent"),
+            seeds=found["seed"],
+            class_names=class_names,
+            latency_s=latency_s,
+        )
+
+
+def build_request(
+    labels: tensors.Labels,
+    seeds: tensors.Seeds | None = None,
+    schedule: str | None = None,
+    guidance_scale: float | None = None,
+    *,
+    guidance_interval: Sequence[float] | None = None,
+    initial_noise: NDArray[Any] | None = None,
+    output_format: str | None = None,
+    outputs: Sequence[str] = ("image",),
+) -> Request:
+    """Check what needs no server and build the request; None leaves the server's default.
+
+    Raises InvalidRequestError.
+    """
+    inputs = [tensors.label_tensor(labels)]
+    n = int(inputs[0].shape()[0])
+    if seeds is not None:
+        inputs.append(tensors.seed_tensor(seeds, n))
+    if schedule is not None:
+        inputs.append(tensors.text_tensor("schedule", [schedule]))
+    if guidance_scale is not None:
+        inputs.append(tensors.float_tensor("guidance_scale", [guidance_scale]))
+    if guidance_interval is not None:
+        inputs.append(tensors.interval_tensor("guidance_interval", guidance_interval))
+    if initial_noise is not None:
+        inputs.append(tensors.noise_tensor(initial_noise, n))
+    if output_format is not None:
+        inputs.append(tensors.text_tensor("output_format", [output_format]))
+    return Request(n, tuple(inputs), _output_names(outputs, output_format))
+
+
+def _output_names(outputs: Sequence[str], output_format: str | None) -> tuple[str, ...]:
+    wanted = [outputs] if isinstance(outputs, str) else list(outputs)
+    if not wanted or not set(wanted) <= set(OUTPUTS):
+        raise InvalidRequestError(f"outputs must be some of {OUTPUTS}, got {outputs!r}")
+    image = "image" if output_format in (None, "raw") else "encoded_image"
+    names = [image if name == "image" else name for name in dict.fromkeys(wanted)]
+    return (*names, "seed", "class_name")
+
+
+# Data type and shape of each output; None is any size, "n" the number of images.
+_CONTRACT: dict[str, tuple[type[np.generic], tuple[int | str | None, ...]]] = {
+    "image": (np.uint8, ("n", None, None, 3)),
+    "encoded_image": (np.object_, ("n",)),
+    "latent": (np.float32, ("n", None, None, None)),
+    "seed": (np.int64, ("n",)),
+    "class_name": (np.object_, ("n",)),
+}
+
+
+def _array(result: InferResult, name: str, n: int) -> Any:
+    array = result.as_numpy(name)
+    dtype, dims = _CONTRACT[name]
+    want = [n if size == "n" else size for size in dims]
+    if array is None:
+        raise ValueError(f"output {name!r} is missing")
+    fits = len(want) == array.ndim and all(
+        size in (None, got) for size, got in zip(want, array.shape, strict=True)
+    )
+    if array.dtype != dtype or not fits:
+        shape = ["any" if size is None else size for size in want]
+        raise ValueError(
+            f"output {name!r} must be {np.dtype(dtype)} {shape}, "
+            f"got {array.dtype} {list(array.shape)}"
+        )
+    return array
+
+
+def _decoded(data: bytes) -> Image.Image:
+    with Image.open(io.BytesIO(data)) as image:
+        return image.convert("RGB")

@@ -1,0 +1,100 @@
+"""What a client is told once, and what it reports about its server."""
+
+import math
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from .errors import FlowTurboError, InvalidRequestError, translated
+
+_MAX_TIMEOUT_S = 1e9
+# Given channel arguments replace all of tritonclient's, hence the message sizes (-1: unbounded).
+# gRPC fails every call at once while it waits to reconnect, by default for a second and growing:
+# longer than the pause before a retry, which would then never touch the network.
+_CHANNEL_ARGS = (
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+)
+
+
+@dataclass(frozen=True)
+class Health:
+    """State of the server and of the model, as of one question."""
+
+    url: str
+    server_version: str
+    live: bool
+    ready: bool
+    model: str
+    model_ready: bool
+    inputs: tuple[str, ...]
+
+    @property
+    def can_generate(self) -> bool:
+        """The server is live and the model is ready."""
+        return self.live and self.model_ready
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Address and limits shared by the sync and the async client; checked when made."""
+
+    url: str
+    model: str
+    timeout_s: float
+    retries: int
+    credentials: grpc.ChannelCredentials | None
+
+    def __post_init__(self) -> None:
+        """Refuse values that no call could use."""
+        if not isinstance(self.url, str) or not self.url:
+            raise InvalidRequestError(f"url must be host:port, got {self.url!r}")
+        if self.url.startswith(("http://", "https://")):
+            raise InvalidRequestError(
+                f"url must be the host:port of the gRPC endpoint, without scheme, got {self.url!r}"
+            )
+        if not isinstance(self.model, str) or not self.model:
+            raise InvalidRequestError(f"model must be a model name, got {self.model!r}")
+        if isinstance(self.retries, bool) or not isinstance(self.retries, int) or self.retries < 0:
+            raise InvalidRequestError(f"retries must be an integer >= 0, got {self.retries!r}")
+        check_timeout_s(self.timeout_s)
+
+    def channel(self) -> dict[str, Any]:
+        """Arguments of tritonclient's InferenceServerClient, sync and aio alike."""
+        return {
+            "url": self.url,
+            "creds": self.credentials,
+            "channel_args": list(_CHANNEL_ARGS),
+        }
+
+    def translated(self, timeout_s: float) -> AbstractContextManager[None]:
+        """Turn tritonclient's exceptions into this package's, naming this server."""
+        return translated(url=self.url, model=self.model, timeout_s=timeout_s)
+
+    def health(
+        self, *, live: bool, ready: bool, model_ready: bool, server: Any, metadata: Any
+    ) -> Health:
+        """Assemble the server's answers; `metadata` is the model's, None if not ready."""
+        inputs = () if metadata is None else tuple(tensor.name for tensor in metadata.inputs)
+        return Health(
+            self.url, server.version, bool(live), bool(ready), self.model, bool(model_ready), inputs
+        )
+
+
+def check_timeout_s(timeout_s: float) -> float:
+    """Return `timeout_s` in seconds if it is in (0, 1e9], else raise InvalidRequestError."""
+    is_number = isinstance(timeout_s, (int, float)) and not isinstance(timeout_s, bool)
+    if not is_number or math.isnan(timeout_s) or not 0 < timeout_s <= _MAX_TIMEOUT_S:
+        raise InvalidRequestError(
+            f"timeout_s must be seconds > 0 and at most {_MAX_TIMEOUT_S:g}, got {timeout_s!r}"
+        )
+    return float(timeout_s)
+
+
+def closed_error() -> FlowTurboError:
+    """Return the error for a call on a closed client."""
+    return FlowTurboError("this client is closed: create another one")

@@ -1,0 +1,144 @@
+"""A real gRPC server in this process that speaks Triton's protocol and follows a script."""
+
+import io
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from PIL import Image
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.utils import (
+    deserialize_bytes_tensor,
+    np_to_triton_dtype,
+    serialize_byte_tensor,
+    triton_to_np_dtype,
+)
+
+NAMES = "ABCDEFGH"
+
+
+class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
+    """Answers like the model; `script` holds what happens to the next requests instead.
+
+    An entry is (status code, message), a dict of arrays that replace outputs (None omits one),
+    or a function of the gRPC context that runs before the normal answer.
+    """
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.script: list[Any] = []
+        self.requests: list[Any] = []
+        self.remaining_s: list[float] = []
+        self.live = self.ready = self.model_ready = True
+        self.cancelled = threading.Event()
+
+    def inputs(self, index: int = -1) -> dict[str, np.ndarray]:
+        """Input tensors of a received request."""
+        return _inputs(self.requests[index])
+
+    def output_names(self, index: int = -1) -> list[str]:
+        """Requested outputs of a received request."""
+        return [tensor.name for tensor in self.requests[index].outputs]
+
+    def ModelInfer(self, request: Any, context: Any) -> Any:
+        self.requests.append(request)
+        self.remaining_s.append(context.time_remaining())
+        action = self.script.pop(0) if self.script else {}
+        if isinstance(action, tuple):
+            context.abort(*action)
+        if callable(action):
+            action(context)
+            action = {}
+        outputs = _answer(_inputs(request)) | action
+        response = service_pb2.ModelInferResponse(model_name=request.model_name)
+        for name in (tensor.name for tensor in request.outputs):
+            if outputs[name] is not None:
+                _append(response, name, outputs[name])
+        return response
+
+    def ServerLive(self, request: Any, context: Any) -> Any:
+        return service_pb2.ServerLiveResponse(live=self.live)
+
+    def ServerReady(self, request: Any, context: Any) -> Any:
+        return service_pb2.ServerReadyResponse(ready=self.ready)
+
+    def ModelReady(self, request: Any, context: Any) -> Any:
+        return service_pb2.ModelReadyResponse(ready=self.model_ready)
+
+    def ServerMetadata(self, request: Any, context: Any) -> Any:
+        return service_pb2.ServerMetadataResponse(name="triton", version="2.51.0")
+
+    def ModelMetadata(self, request: Any, context: Any) -> Any:
+        if not self.model_ready:
+            context.abort(grpc.StatusCode.NOT_FOUND, "Request for unknown model: 'flowturbo'")
+        response = service_pb2.ModelMetadataResponse(name=request.name)
+        for name in ("label", "seed"):
+            response.inputs.add(name=name, datatype="INT64", shape=[-1])
+        return response
+
+
+def _inputs(request: Any) -> dict[str, np.ndarray]:
+    return {
+        tensor.name: _decode(tensor, raw)
+        for tensor, raw in zip(request.inputs, request.raw_input_contents, strict=True)
+    }
+
+
+def _decode(tensor: Any, raw: bytes) -> np.ndarray:
+    if tensor.datatype == "BYTES":
+        return deserialize_bytes_tensor(raw).reshape(tensor.shape)
+    return np.frombuffer(raw, triton_to_np_dtype(tensor.datatype)).reshape(tensor.shape)
+
+
+def _append(response: Any, name: str, array: np.ndarray) -> None:
+    datatype = np_to_triton_dtype(array.dtype)
+    raw = serialize_byte_tensor(array).item() if datatype == "BYTES" else array.tobytes()
+    response.outputs.add(name=name, datatype=datatype, shape=array.shape)
+    response.raw_output_contents.append(raw)
+
+
+def _answer(inputs: dict[str, np.ndarray]) -> dict[str, Any]:
+    names = inputs.get("class_name")
+    if names is None:
+        names = np.array([NAMES[i].encode() for i in inputs["label"]], dtype=object)
+    n = len(names)
+    seeds = inputs.get("seed", np.arange(100, 100 + n))
+    images = np.zeros((n, 4, 6, 3), np.uint8) + seeds.astype(np.uint8)[:, None, None, None]
+    return {
+        "image": images,
+        "encoded_image": np.array([_png(image) for image in images], dtype=object),
+        "latent": np.full((n, 2, 1, 1), 0.5, np.float32),
+        "seed": seeds,
+        "class_name": names,
+    }
+
+
+def _png(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def triton() -> Iterator[FakeTriton]:
+    """A running fake server."""
+    fake = FakeTriton()
+    server = grpc.server(ThreadPoolExecutor(4))
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(fake, server)
+    fake.url = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    yield fake
+    server.stop(None).wait()
+
+
+@pytest.fixture
+def nobody() -> str:
+    """An address where nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"

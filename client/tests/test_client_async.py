@@ -1,0 +1,87 @@
+"""The asyncio client: same answers, same errors, and cancellation that reaches the server."""
+
+import asyncio
+import threading
+
+import pytest
+from flowturbo_client import (
+    AsyncFlowTurboClient,
+    ConnectionFailedError,
+    DeadlineExceededError,
+    FlowTurboError,
+    InvalidRequestError,
+)
+from grpc import StatusCode
+
+
+def test_generate_retry_and_health(triton):
+    triton.script = [(StatusCode.UNAVAILABLE, "server is full")]
+
+    async def scenario():
+        async with AsyncFlowTurboClient(triton.url) as client:
+            assert (await client.health()).inputs == ("label", "seed")
+            assert await client.is_ready()
+            return await client.generate(["A", "B"], [1, 2], output_format="png")
+
+    result = asyncio.run(scenario())
+    assert result.class_names == ("A", "B") and len(result.encoded) == 2
+    assert len(triton.requests) == 2
+
+
+def test_requests_run_at_once(triton):
+    together = threading.Barrier(3, timeout=5)
+    triton.script = [lambda context: together.wait()] * 3
+
+    async def scenario():
+        async with AsyncFlowTurboClient(triton.url) as client:
+            return await asyncio.gather(*(client.generate(0, seed) for seed in range(3)))
+
+    assert [result.seeds[0] for result in asyncio.run(scenario())] == [0, 1, 2]
+
+
+def test_cancelling_the_task_cancels_the_request(triton):
+    started = threading.Event()
+
+    def wait_for_cancel(context):
+        context.add_callback(triton.cancelled.set)
+        started.set()
+        triton.cancelled.wait(5)
+
+    triton.script = [wait_for_cancel]
+
+    async def scenario():
+        async with AsyncFlowTurboClient(triton.url) as client:
+            task = asyncio.create_task(client.generate(0))
+            await asyncio.to_thread(started.wait, 5)
+            assert not triton.cancelled.is_set()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            # Before the channel closes, which would cancel the request anyway.
+            assert await asyncio.to_thread(triton.cancelled.wait, 2)
+
+    asyncio.run(scenario())
+    assert len(triton.requests) == 1
+
+
+def test_errors(triton, nobody):
+    triton.script = [
+        (StatusCode.INVALID_ARGUMENT, "no such schedule"),
+        (StatusCode.CANCELLED, "deadline passed"),
+    ]
+
+    async def scenario():
+        client = AsyncFlowTurboClient(triton.url)
+        with pytest.raises(InvalidRequestError, match="no such schedule"):
+            await client.generate(0)
+        with pytest.raises(DeadlineExceededError):
+            await client.generate(0)
+        await client.close()
+        with pytest.raises(FlowTurboError, match="closed"):
+            await client.generate(0)
+        async with AsyncFlowTurboClient(nobody, retries=0) as away:
+            assert not await away.is_ready()
+            with pytest.raises(ConnectionFailedError):
+                await away.generate(0)
+
+    asyncio.run(scenario())

@@ -1,0 +1,148 @@
+"""Statuses to exceptions, retries, deadlines, health: against a real gRPC server."""
+
+import time
+
+import pytest
+from flowturbo_client import (
+    ConnectionFailedError,
+    DeadlineExceededError,
+    FlowTurboClient,
+    FlowTurboError,
+    InvalidRequestError,
+    ModelNotReadyError,
+    RequestCancelledError,
+    ServerBusyError,
+    ServerError,
+)
+from flowturbo_client.retry import RetryPlan
+from grpc import StatusCode
+from tritonclient.utils import InferenceServerException
+
+FULL = (StatusCode.UNAVAILABLE, "server is full: 64 requests in flight")
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "expected"),
+    [
+        (StatusCode.INVALID_ARGUMENT, "label 99 is not in 0..35", InvalidRequestError),
+        (StatusCode.CANCELLED, "deadline passed after step 3 of 9", DeadlineExceededError),
+        (StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded", DeadlineExceededError),
+        (StatusCode.CANCELLED, "cancelled after step 3 of 9", RequestCancelledError),
+        (StatusCode.NOT_FOUND, "Request for unknown model: 'flowturbo'", ModelNotReadyError),
+        (StatusCode.UNAVAILABLE, "Request for unknown model: no version", ModelNotReadyError),
+        (StatusCode.INTERNAL, "stub process is not healthy", ServerError),
+        (StatusCode.UNIMPLEMENTED, "decoupled", ServerError),
+    ],
+)
+def test_status_to_exception_never_retried(triton, code, message, expected):
+    triton.script = [(code, message)]
+    with FlowTurboClient(triton.url, retries=3) as client:
+        with pytest.raises(FlowTurboError, match=message) as caught:
+            client.generate(0)
+    assert type(caught.value) is expected
+    assert isinstance(caught.value.__cause__, InferenceServerException)
+    assert len(triton.requests) == 1
+
+
+def test_standard_bases():
+    assert issubclass(DeadlineExceededError, TimeoutError)
+    assert issubclass(InvalidRequestError, ValueError)
+
+
+def test_a_full_server_is_asked_again(triton):
+    triton.script = [FULL, FULL]
+    with FlowTurboClient(triton.url, retries=2) as client:
+        assert client.generate(0, 5).seeds.tolist() == [5]
+    assert len(triton.requests) == 3
+    assert len({request.SerializeToString() for request in _without_timeouts(triton)}) == 1
+
+
+def _without_timeouts(triton):
+    for request in triton.requests:
+        del request.parameters["timeout"]
+    return triton.requests
+
+
+def test_a_full_server_is_given_up_after_the_retries(triton):
+    triton.script = [FULL] * 9
+    with FlowTurboClient(triton.url, retries=1) as client:
+        with pytest.raises(ServerBusyError, match="try again later"):
+            client.generate(0)
+    assert len(triton.requests) == 2
+
+
+def test_a_broken_connection_is_asked_again(triton):
+    triton.script = [(StatusCode.UNAVAILABLE, "Socket closed")]
+    with FlowTurboClient(triton.url) as client:
+        client.generate(0)
+    assert len(triton.requests) == 2
+
+
+def test_nobody_there(nobody):
+    with FlowTurboClient(nobody, timeout_s=5) as client:
+        with pytest.raises(ConnectionFailedError, match=nobody):
+            client.generate(0)
+        with pytest.raises(ConnectionFailedError):
+            client.health()
+        assert client.is_ready() is False
+
+
+def test_deadline_is_told_to_the_server_and_a_little_longer_to_grpc(triton):
+    with FlowTurboClient(triton.url, timeout_s=60) as client:
+        client.generate(0)
+        client.generate(0, timeout_s=3)
+    timeouts_s = [request.parameters["timeout"].int64_param / 1e6 for request in triton.requests]
+    assert timeouts_s == pytest.approx([60, 3], abs=0.2)
+    for timeout_s, grpc_s in zip(timeouts_s, triton.remaining_s, strict=True):
+        assert timeout_s + 0.2 < grpc_s < timeout_s + 1
+
+
+def test_a_server_that_does_not_answer(triton):
+    triton.script = [lambda context: time.sleep(1)]
+    with FlowTurboClient(triton.url, timeout_s=0.1) as client:
+        with pytest.raises(DeadlineExceededError, match=r"within 0\.1 s"):
+            client.generate(0)
+    assert len(triton.requests) == 1
+
+
+def test_the_deadline_covers_all_attempts():
+    now_s = 0.0
+    plan = RetryPlan(9, 1.0, clock_s=lambda: now_s, uniform=lambda low, high: high)
+    delays_s = []
+    with pytest.raises(ServerBusyError):
+        while True:
+            delays_s.append(plan.delay_s(ServerBusyError("full")))
+            now_s += delays_s[-1]
+    assert delays_s == pytest.approx([0.1, 0.2, 0.4])
+    assert plan.remaining_s() == pytest.approx(0.3)
+
+
+def test_jitter_covers_everything_from_zero():
+    bounds = []
+
+    def uniform(low, high):
+        bounds.append((low, high))
+        return low
+
+    plan = RetryPlan(7, 60.0, uniform=uniform)
+    assert [plan.delay_s(ServerBusyError("full")) for _ in range(7)] == [0] * 7
+    assert bounds == [(0, high) for high in (0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0)]
+
+
+def test_health(triton):
+    with FlowTurboClient(triton.url) as client:
+        health = client.health()
+        assert health.can_generate and health.ready and client.is_ready()
+        assert (health.server_version, health.inputs) == ("2.51.0", ("label", "seed"))
+        triton.model_ready = False
+        health = client.health()
+        assert health.live and not health.model_ready and health.inputs == ()
+        assert not health.can_generate and not client.is_ready()
+
+
+def test_a_closed_client_says_so(triton):
+    client = FlowTurboClient(triton.url)
+    client.close()
+    client.close()
+    with pytest.raises(FlowTurboError, match="closed"):
+        client.generate(0)

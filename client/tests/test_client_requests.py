@@ -1,0 +1,140 @@
+"""What is put into a request and read from an answer, and what is refused before sending."""
+
+import numpy as np
+import pytest
+from flowturbo_client import FlowTurboClient, InvalidRequestError, ServerError
+
+
+def test_every_argument_reaches_its_tensor(triton):
+    noise = np.arange(8, dtype=np.float64).reshape(2, 4, 1, 1)
+    with FlowTurboClient(triton.url) as client:
+        client.generate(
+            ["A", "é"],
+            [3, np.int32(4)],
+            "H1P5R3",
+            1.5,
+            guidance_interval=(0.25, 0.75),
+            initial_noise=noise,
+            output_format="raw",
+        )
+    inputs = triton.inputs()
+    assert inputs.pop("class_name").tolist() == [b"A", "é".encode()]
+    assert inputs.pop("seed").tolist() == [3, 4]
+    assert inputs.pop("schedule").tolist() == [b"H1P5R3"]
+    assert inputs.pop("guidance_scale").tolist() == [1.5]
+    assert inputs.pop("guidance_interval").tolist() == [0.25, 0.75]
+    sent = inputs.pop("initial_noise")
+    assert sent.dtype == np.float32 and np.array_equal(sent, noise)
+    assert inputs.pop("output_format").tolist() == [b"raw"]
+    assert not inputs
+    assert triton.requests[-1].model_name == "flowturbo"
+
+
+def test_unset_arguments_are_left_to_the_server(triton):
+    with FlowTurboClient(triton.url) as client:
+        result = client.generate(1)
+    assert set(triton.inputs()) == {"label"}
+    assert triton.inputs()["label"].dtype == np.int64
+    assert triton.output_names() == ["image", "seed", "class_name"]
+    assert result.seeds.tolist() == [100]
+    assert result.class_names == ("B",)
+    assert result.images.shape == (1, 4, 6, 3) and (result.images == 100).all()
+    assert result.encoded is None and result.latents is None
+    assert 0 < result.latency_s < 10
+
+
+@pytest.mark.parametrize(
+    ("labels", "tensor", "sent"),
+    [
+        (np.int64(2), "label", [2]),
+        (range(2), "label", [0, 1]),
+        (np.array([1, 2], np.uint8), "label", [1, 2]),
+        ("B", "class_name", [b"B"]),
+        (("A", "B"), "class_name", [b"A", b"B"]),
+    ],
+)
+def test_labels_in_every_form(triton, labels, tensor, sent):
+    with FlowTurboClient(triton.url) as client:
+        client.generate(labels)
+    assert triton.inputs()[tensor].tolist() == sent
+
+
+def test_a_format_asks_for_files_and_keeps_them(triton):
+    with FlowTurboClient(triton.url) as client:
+        result = client.generate([0, 1], [7, 8], output_format="png", outputs=("image", "latent"))
+    assert triton.output_names() == ["encoded_image", "latent", "seed", "class_name"]
+    assert result.images is None
+    assert [data[:4] for data in result.encoded] == [b"\x89PNG"] * 2
+    assert result.latents.shape == (2, 2, 1, 1)
+    assert [image.getpixel((0, 0)) for image in result.pil()] == [(7, 7, 7), (8, 8, 8)]
+
+
+def test_pil_of_raw_images_and_of_none(triton):
+    with FlowTurboClient(triton.url) as client:
+        (image,) = client.generate(0, 9).pil()
+        assert image.size == (6, 4) and image.getpixel((5, 3)) == (9, 9, 9)
+        with pytest.raises(InvalidRequestError, match="no images"):
+            client.generate(0, outputs=("latent",)).pil()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"labels": []}, "at least one image"),
+        ({"labels": [1, "A"]}, "int, str"),
+        ({"labels": True}, "True"),
+        ({"labels": [1.0]}, "float"),
+        ({"labels": b"AB"}, "b'AB'"),
+        ({"labels": {"A"}}, "sequence"),
+        ({"labels": np.zeros((2, 2), int)}, r"shape \(2, 2\)"),
+        ({"labels": 2**63}, "9223372036854775808"),
+        ({"labels": "\udc80"}, "not valid text"),
+        ({"labels": [0, 1], "seeds": [1]}, "2 labels, 1 seeds"),
+        ({"labels": 0, "seeds": -1}, "-1"),
+        ({"labels": 0, "seeds": 2**63}, "9223372036854775808"),
+        ({"labels": 0, "seeds": [0.5]}, "0.5"),
+        ({"labels": 0, "schedule": 8}, "schedule must be a string"),
+        ({"labels": 0, "guidance_scale": "2"}, "guidance_scale must be a number, got '2'"),
+        ({"labels": 0, "guidance_interval": (0.1,)}, "two numbers"),
+        ({"labels": 0, "initial_noise": np.zeros((2, 4, 1, 1))}, r"\[1, C, h, w\], got \[2, 4"),
+        ({"labels": 0, "initial_noise": [[1.0]]}, "numpy float array, got list"),
+        ({"labels": 0, "outputs": ("pixels",)}, "pixels"),
+        ({"labels": 0, "outputs": ()}, "outputs"),
+        ({"labels": 0, "timeout_s": 0}, "timeout_s"),
+        ({"labels": 0, "timeout_s": float("nan")}, "nan"),
+    ],
+)
+def test_what_cannot_be_right_is_not_sent(triton, arguments, message):
+    with FlowTurboClient(triton.url) as client:
+        with pytest.raises(InvalidRequestError, match=message) as caught:
+            client.generate(**arguments)
+    assert isinstance(caught.value, ValueError)
+    assert not triton.requests
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"url": ""}, {"url": "http://localhost:8001"}, {"model": ""}, {"retries": -1}]
+    + [{"timeout_s": float("inf")}],
+)
+def test_settings_are_checked(settings):
+    with pytest.raises(InvalidRequestError):
+        FlowTurboClient(**settings)
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ({"image": None}, "'image' is missing"),
+        ({"image": np.zeros((1, 4, 6), np.uint8)}, r"\[1, 4, 6\]"),
+        ({"image": np.zeros((1, 4, 6, 3), np.float32)}, "float32"),
+        ({"seed": np.zeros(2, np.int64)}, "'seed'"),
+        ({"class_name": np.array([b"\xff"], object)}, "utf-8"),
+    ],
+)
+def test_an_answer_that_breaks_the_contract(triton, broken, message):
+    triton.script = [broken]
+    with FlowTurboClient(triton.url) as client:
+        with pytest.raises(ServerError, match=message):
+            client.generate(0)
+    assert len(triton.requests) == 1

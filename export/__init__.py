@@ -1,0 +1,1 @@
+"""Checkpoints to a model repository: `python -m export`."""

@@ -1,0 +1,20 @@
+"""FlowTurbo (Zhao et al., NeurIPS 2024, arXiv 2409.18128): schedules, sampler and serving."""
+
+from typing import TYPE_CHECKING, Any
+
+from flowturbo.program import Program, Variant, compile_program
+from flowturbo.sampler import sample
+from flowturbo.schedule import Schedule
+
+if TYPE_CHECKING:
+    from flowturbo.local import LocalPipeline
+
+__all__ = ["LocalPipeline", "Program", "Schedule", "Variant", "compile_program", "sample"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "LocalPipeline":
+        from flowturbo.local import LocalPipeline
+
+        return LocalPipeline
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,68 @@
+"""Names, types and shapes of every tensor that crosses a process: the one place that states them.
+
+-1 is any size; a dimension given as a letter is the model's own (C, h, w latent; H, W image). Block
+tensors have a leading row dimension, which Triton's batcher owns.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+ORCHESTRATOR = "flowturbo"
+PREDICTOR = "velocity_predictor"
+REFINER = "velocity_refiner"
+DECODER = "vae_decoder"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor: its numpy type (object for bytes) and its dimensions."""
+
+    name: str
+    dtype: type[np.generic] | type[object]
+    dims: tuple[int | str, ...]
+    optional: bool = False
+
+
+REQUEST_INPUTS = (
+    TensorSpec("label", np.int64, (-1,), optional=True),
+    TensorSpec("class_name", np.object_, (-1,), optional=True),
+    TensorSpec("seed", np.int64, (-1,), optional=True),
+    TensorSpec("schedule", np.object_, (1,), optional=True),
+    TensorSpec("guidance_scale", np.float32, (1,), optional=True),
+    TensorSpec("guidance_interval", np.float32, (2,), optional=True),
+    TensorSpec("initial_noise", np.float32, (-1, "C", "h", "w"), optional=True),
+    TensorSpec("output_format", np.object_, (1,), optional=True),
+)
+REQUEST_OUTPUTS = (
+    TensorSpec("image", np.uint8, (-1, -1, -1, 3)),
+    TensorSpec("encoded_image", np.object_, (-1,)),
+    TensorSpec("latent", np.float32, (-1, -1, -1, -1)),
+    TensorSpec("seed", np.int64, (-1,)),
+    TensorSpec("class_name", np.object_, (-1,)),
+)
+
+# Columns of `scalars`: t, euler, w_prev, w_next, guidance scale (program.BlockCall).
+SCALARS = 5
+PREDICTOR_INPUTS = (
+    TensorSpec("x", np.float32, ("C", "h", "w")),
+    TensorSpec("velocity", np.float32, ("C", "h", "w")),
+    TensorSpec("label", np.int64, (1,)),
+    TensorSpec("scalars", np.float32, (SCALARS,)),
+    TensorSpec(
+        "pair", np.int32, (1,)
+    ),  # offset of the row's guidance partner: 1, -1, or 0 for none
+)
+REFINER_INPUTS = (*PREDICTOR_INPUTS, TensorSpec("network_velocity", np.float32, ("C", "h", "w")))
+BLOCK_OUTPUTS = (
+    TensorSpec("x_next", np.float32, ("C", "h", "w")),
+    TensorSpec("velocity_next", np.float32, ("C", "h", "w")),
+)
+DECODER_INPUTS = (TensorSpec("latent", np.float32, ("C", "h", "w")),)
+DECODER_OUTPUTS = (TensorSpec("image", np.uint8, ("H", "W", 3)),)
+
+COMPOSED = {
+    PREDICTOR: (PREDICTOR_INPUTS, BLOCK_OUTPUTS),
+    REFINER: (REFINER_INPUTS, BLOCK_OUTPUTS),
+    DECODER: (DECODER_INPUTS, DECODER_OUTPUTS),
+}

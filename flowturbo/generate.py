@@ -1,0 +1,77 @@
+"""From a checked request to its answer, over whatever evaluates the exported models."""
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import numpy as np
+
+from flowturbo import contract
+from flowturbo.guidance import Tensors, gather, guided_block, spread
+from flowturbo.latents import encode_images
+from flowturbo.program import Network, Program, Variant, compile_program
+from flowturbo.repository import Pipeline
+from flowturbo.request import GenerationRequest
+from flowturbo.sampler import Array, sample
+from flowturbo.schedule import Schedule
+
+# Evaluates a composed model: (its name, its inputs [rows, ...]) to its outputs in contract order.
+Infer = Callable[[str, Tensors], tuple[Array, ...]]
+
+_MODELS = {Network.PREDICTOR: contract.PREDICTOR, Network.REFINER: contract.REFINER}
+
+
+def generate(
+    request: GenerationRequest, pipeline: Pipeline, program: Program, infer: Infer
+) -> dict[str, Array]:
+    """The output tensors that `request` asks for, by name (contract.REQUEST_OUTPUTS)."""
+    infer = in_chunks(infer, pipeline.max_rows)
+    latent = _latent(request, pipeline, program, infer)
+    answer: dict[str, Array] = {"latent": latent, "seed": request.seeds}
+    if request.needs_decoder:
+        (answer["image"],) = infer(contract.DECODER, {"latent": latent})
+    if "encoded_image" in request.outputs:
+        answer["encoded_image"] = encode_images(answer["image"], request.output_format)
+    if "class_name" in request.outputs:
+        names = [pipeline.name_of(int(label)).encode() for label in request.labels]
+        answer["class_name"] = np.array(names, dtype=object)
+    return {name: answer[name] for name in request.outputs}
+
+
+def _latent(
+    request: GenerationRequest, pipeline: Pipeline, program: Program, infer: Infer
+) -> Array:
+    def run(network: Network, tensors: Tensors) -> tuple[Array, Array]:
+        x_next, velocity_next = infer(_MODELS[network], tensors)
+        return x_next, velocity_next
+
+    block = guided_block(
+        run,
+        conditioning={"label": request.labels[:, None]},
+        null={"label": np.array([[pipeline.null_label]], dtype=np.int64)},
+        guidance=request.guidance,
+    )
+    noise = spread(request.start(pipeline), request.guidance)
+    return gather(sample(program, noise, block), request.guidance)
+
+
+@lru_cache(maxsize=256)
+def program_for(schedule: Schedule, variant: Variant) -> Program:
+    """The program on the uniform grid, compiled once for all requests that share a schedule."""
+    return compile_program(schedule, variant=variant)
+
+
+def in_chunks(infer: Infer, max_rows: int) -> Infer:
+    """`infer` for any number of rows, at most `max_rows` at a time."""
+    size = max(2, max_rows - max_rows % 2)  # even, so that no guidance pair is torn apart
+
+    def chunked(model: str, tensors: Tensors) -> tuple[Array, ...]:
+        rows = len(next(iter(tensors.values())))
+        if rows <= size:
+            return infer(model, tensors)
+        parts = [
+            infer(model, {name: value[start : start + size] for name, value in tensors.items()})
+            for start in range(0, rows, size)
+        ]
+        return tuple(np.concatenate(of_output) for of_output in zip(*parts, strict=True))
+
+    return chunked

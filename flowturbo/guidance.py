@@ -1,0 +1,108 @@
+"""Classifier-free guidance as rows: a guided sample is two rows, conditional then unconditional."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from flowturbo.errors import RequestError
+from flowturbo.program import BlockCall, Network
+from flowturbo.sampler import Array, Block
+
+MAX_SCALE = 100.0
+Tensors = dict[str, Array]
+# Evaluates a step block on its named input tensors (contract.py), answers (x_next, velocity_next).
+RunBlock = Callable[[Network, Tensors], tuple[Array, Array]]
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """u + scale * (c - u) at times within `interval`; a scale of 1 is no guidance.
+
+    Raises RequestError unless the scale is in [0, 100] and the interval within [0, 1].
+    """
+
+    scale: float = 1.0
+    interval: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.scale <= MAX_SCALE:  # false for NaN too
+            raise RequestError(
+                f"guidance_scale must be a number from 0 to {MAX_SCALE:g}, got {self.scale}"
+            )
+        low, high = self.interval
+        if not 0.0 <= low <= high <= 1.0:
+            raise RequestError(
+                f"guidance_interval must be two times with 0 <= low <= high <= 1, got {low}, {high}"
+            )
+
+    @property
+    def used(self) -> bool:
+        """Whether any evaluation is guided."""
+        return self.scale != 1.0
+
+    def active(self, t: float) -> bool:
+        """Whether an evaluation at time `t` is guided."""
+        return self.used and self.interval[0] <= t <= self.interval[1]
+
+
+def spread(images: Array, guidance: Guidance) -> Array:
+    """One value an image, [n, ...], to one a row: [2n, ...] with guidance, as it is without."""
+    return np.repeat(images, 2, axis=0) if guidance.used else images
+
+
+def gather(rows: Array, guidance: Guidance) -> Array:
+    """One value an image from one a row: those of the conditional rows."""
+    return rows[::2] if guidance.used else rows
+
+
+def guided_block(
+    run: RunBlock,
+    conditioning: Mapping[str, Array],
+    null: Mapping[str, Array],
+    guidance: Guidance,
+) -> Block:
+    """The sampler's block over `run`, for images with `conditioning` (tensors [n, ...]).
+
+    `null` holds the unconditional value of each tensor ([1, ...]: null label, empty prompt). State
+    has a row or two an image throughout; an evaluation outside the guidance interval sends only the
+    conditional ones and costs half.
+    """
+    paired = {name: _alternate(value, null[name]) for name, value in conditioning.items()}
+
+    def block(call: BlockCall, x: Array, v: Array, v_net: Array) -> tuple[Array, Array]:
+        if guidance.active(call.t):
+            return run(call.network, block_inputs(call, x, v, v_net, paired, guidance.scale))
+        x, v, v_net = (gather(rows, guidance) for rows in (x, v, v_net))
+        x_next, v_next = run(call.network, block_inputs(call, x, v, v_net, conditioning, None))
+        return spread(x_next, guidance), spread(v_next, guidance)
+
+    return block
+
+
+def block_inputs(
+    call: BlockCall,
+    x: Array,
+    v: Array,
+    v_net: Array,
+    conditioning: Mapping[str, Array],
+    scale: float | None,
+) -> Tensors:
+    """The named tensors of one block call; `scale` None means rows stand alone."""
+    rows = len(x)
+    row = [call.t, call.euler, call.w_prev, call.w_next, 1.0 if scale is None else scale]
+    scalars = np.tile(np.array(row, dtype=np.float32), (rows, 1))
+    pair = np.zeros((rows, 1), dtype=np.int32)
+    if scale is not None:
+        pair[::2], pair[1::2] = 1, -1
+    tensors = {"x": x, "velocity": v, "scalars": scalars, "pair": pair, **conditioning}
+    if call.network is Network.REFINER:
+        tensors["network_velocity"] = v_net
+    return tensors
+
+
+def _alternate(conditional: Array, unconditional: Array) -> Array:
+    """[n, ...] and [1, ...] to [2n, ...]: conditional, unconditional, conditional, ..."""
+    out = np.repeat(conditional, 2, axis=0)
+    out[1::2] = unconditional
+    return out

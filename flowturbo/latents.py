@@ -1,0 +1,37 @@
+"""Seeds to noise, and images to files."""
+
+import io
+import secrets
+
+import numpy as np
+
+FORMATS = ("raw", "png", "jpeg", "webp")
+MAX_SEED = 2**63 - 1
+
+
+def draw_seeds(count: int) -> np.ndarray:
+    """Fresh seeds, [count] int64, short enough to write down."""
+    return np.array([secrets.randbits(32) for _ in range(count)], dtype=np.int64)
+
+
+def noise(seeds: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    """Standard normal noise [n, C, h, w] float32, each image's from its own seed alone.
+
+    `seeds` is [n] int64 in 0..2**63-1, `shape` is (C, h, w). Philox is counter-based: the same
+    numbers on every machine.
+    """
+    generators = (np.random.Generator(np.random.Philox(int(seed))) for seed in seeds)
+    return np.stack([g.standard_normal(shape, dtype=np.float32) for g in generators])
+
+
+def encode_images(images: np.ndarray, output_format: str) -> np.ndarray:
+    """Images [n, H, W, 3] uint8 as files, [n] of bytes; `output_format` is png, jpeg or webp."""
+    from PIL import Image
+
+    return np.array([_encode(Image.fromarray(image), output_format) for image in images], object)
+
+
+def _encode(image, output_format: str) -> bytes:  # type: ignore[no-untyped-def]
+    buffer = io.BytesIO()
+    image.save(buffer, output_format, **({"quality": 95} if output_format != "png" else {}))
+    return buffer.getvalue()

@@ -1,0 +1,92 @@
+"""The pipeline in this process: the served program on the served files, without a server."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from flowturbo import contract
+from flowturbo.generate import generate, program_for
+from flowturbo.guidance import Tensors
+from flowturbo.onnx_session import OnnxModel
+from flowturbo.program import Program, Variant, compile_program
+from flowturbo.repository import Pipeline, Settings
+from flowturbo.request import GenerationRequest, parse_request
+from flowturbo.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """`image` [n, H, W, 3] uint8 (or None), `latent` [n, C, h, w] float32, `seed` [n] int64."""
+
+    image: np.ndarray | None
+    latent: np.ndarray
+    seed: np.ndarray
+
+
+class LocalPipeline:
+    """Runs the exported ONNX blocks of a model repository with ONNX Runtime.
+
+    Raises RepositoryError when the repository lacks something.
+    """
+
+    def __init__(self, model_repository: str | Path, *, threads: int | None = None) -> None:
+        """Loads every model of `model_repository`; `threads` None is one a core."""
+        repository = Path(model_repository)
+        self.pipeline = Pipeline.load(repository)
+        self.settings = Settings.load(repository)
+        present = [contract.PREDICTOR]
+        present += [contract.REFINER] * self.pipeline.has_refiner
+        present += [contract.DECODER] * self.pipeline.has_decoder
+        self._models = {
+            name: OnnxModel(repository / name / "1" / "model.onnx", threads) for name in present
+        }
+
+    def generate(
+        self,
+        label: int | Sequence[int] | np.ndarray,
+        seed: int | Sequence[int] | np.ndarray | None = None,
+        schedule: str | None = None,
+        guidance_scale: float | None = None,
+        *,
+        guidance_interval: tuple[float, float] | None = None,
+        initial_noise: np.ndarray | None = None,
+        variant: str | None = None,
+        times: Sequence[float] | None = None,
+    ) -> LocalResult:
+        """Images of the classes `label` [n]; what is None is the service's default.
+
+        `initial_noise` [n, C, h, w] float32 stands instead of `seed` [n]; `times` is a time grid of
+        one time more than the schedule's steps. Raises RequestError as the server does.
+        """
+        tensors: Tensors = {"label": np.atleast_1d(np.asarray(label, dtype=np.int64))}
+        if seed is not None:
+            tensors["seed"] = np.atleast_1d(np.asarray(seed, dtype=np.int64))
+        if schedule is not None:
+            tensors["schedule"] = np.array([schedule], dtype=object)
+        if guidance_scale is not None:
+            tensors["guidance_scale"] = np.array([guidance_scale], dtype=np.float32)
+        if guidance_interval is not None:
+            tensors["guidance_interval"] = np.array(guidance_interval, dtype=np.float32)
+        if initial_noise is not None:
+            tensors["initial_noise"] = np.asarray(initial_noise, dtype=np.float32)
+        wanted = ["latent", "seed"] + ["image"] * self.pipeline.has_decoder
+        request = parse_request(tensors, wanted, self.pipeline, self.settings)
+        answer = self.run(request, self._program(request.schedule, times, variant))
+        return LocalResult(answer.get("image"), answer["latent"], answer["seed"])
+
+    def run(self, request: GenerationRequest, program: Program) -> dict[str, np.ndarray]:
+        """The output tensors of a checked request, by name."""
+        return generate(request, self.pipeline, program, self._infer)
+
+    def _infer(self, model: str, tensors: Tensors) -> tuple[np.ndarray, ...]:
+        return self._models[model](tensors)
+
+    def _program(
+        self, schedule: Schedule, times: Sequence[float] | None, variant: str | None
+    ) -> Program:
+        chosen = Variant(variant or self.settings.variant)
+        if times is None:
+            return program_for(schedule, chosen)
+        return compile_program(schedule, times, chosen)

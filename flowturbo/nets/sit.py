@@ -1,0 +1,226 @@
+"""SiT (Ma et al., arXiv 2401.08740), the architecture of both the predictor and the refiner.
+
+Parameter names and shapes are those of the public checkpoints (`SiT-XL-2-256x256.pt`, the published
+FlowTurbo refiner), so their state dicts load as they are.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+FREQUENCY_CHANNELS = 256  # sinusoidal features of t
+NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class SiTConfig:
+    """Shape of one SiT network.
+
+    `in_channels` counts what the network reads: C for a predictor, 2C for a refiner, which reads
+    [x, v]. `latent_channels` is C; of `out_channels` outputs the first C are the velocity (public
+    checkpoints also carry an unused variance in the others).
+    """
+
+    latent_size: int
+    patch_size: int
+    in_channels: int
+    latent_channels: int
+    out_channels: int
+    width: int
+    depth: int
+    num_heads: int
+    num_classes: int
+    mlp_ratio: float = 4.0
+
+    @property
+    def tokens_per_side(self) -> int:
+        return self.latent_size // self.patch_size
+
+    @property
+    def reads_velocity(self) -> bool:
+        """True for a refiner, whose input is [x, v]."""
+        return self.in_channels == 2 * self.latent_channels
+
+
+class PatchEmbed(nn.Module):
+    """[B, in, h, w] to [B, tokens, width]."""
+
+    def __init__(self, config: SiTConfig) -> None:
+        super().__init__()
+        patch = config.patch_size
+        self.proj = nn.Conv2d(config.in_channels, config.width, patch, stride=patch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.proj(x)
+        return out.flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedder(nn.Module):
+    """Time in [0, 1], [B], to [B, width]."""
+
+    frequencies: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(FREQUENCY_CHANNELS, width), nn.SiLU(), nn.Linear(width, width)
+        )
+        half = FREQUENCY_CHANNELS // 2
+        frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32) / half)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        angles = t[:, None].float() * self.frequencies
+        out: Tensor = self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
+        return out
+
+
+class LabelEmbedder(nn.Module):
+    """Class id, [B], to [B, width]; id `num_classes` is the null label of guidance."""
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, label: Tensor) -> Tensor:
+        out: Tensor = self.embedding_table(label)
+        return out
+
+
+class Attention(nn.Module):
+    """Self-attention over tokens."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        out = F.scaled_dot_product_attention(q, k, v)
+        projected: Tensor = self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
+        return projected
+
+
+class Mlp(nn.Module):
+    """Two layers with the tanh approximation of GELU."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return out
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Adaptive layer norm: x [B, tokens, width], shift and scale [B, width]."""
+    normed = F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
+    return normed * (1 + scale[:, None]) + shift[:, None]
+
+
+class SiTBlock(nn.Module):
+    """Transformer block with adaLN-Zero conditioning."""
+
+    def __init__(self, config: SiTConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.attn = Attention(width, config.num_heads)
+        self.mlp = Mlp(width, int(width * config.mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, 1)
+        x = x + gate_a[:, None] * self.attn(modulate(x, shift_a, scale_a))
+        out: Tensor = x + gate_m[:, None] * self.mlp(modulate(x, shift_m, scale_m))
+        return out
+
+
+class FinalLayer(nn.Module):
+    """Tokens to patches of the output."""
+
+    def __init__(self, config: SiTConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.linear = nn.Linear(width, config.patch_size**2 * config.out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, 1)
+        out: Tensor = self.linear(modulate(x, shift, scale))
+        return out
+
+
+class SiT(nn.Module):
+    """Velocity network: v(x, t, label).
+
+    A predictor reads x [B, C, h, w]; a refiner reads [x, v] [B, 2C, h, w] and returns the change of
+    the velocity (FlowTurbo, Eq. 6). Time t is in [0, 1] with noise at 0, [B]; label is [B] int64.
+    """
+
+    def __init__(self, config: SiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.x_embedder = PatchEmbed(config)
+        self.t_embedder = TimestepEmbedder(config.width)
+        self.y_embedder = LabelEmbedder(config.num_classes, config.width)
+        positions = position_embedding(config.width, config.tokens_per_side)
+        self.pos_embed = nn.Parameter(torch.from_numpy(positions)[None], requires_grad=False)
+        self.blocks = nn.ModuleList(SiTBlock(config) for _ in range(config.depth))
+        self.final_layer = FinalLayer(config)
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        tokens = self.x_embedder(x) + self.pos_embed
+        c = self.t_embedder(t) + self.y_embedder(label)
+        for block in self.blocks:
+            tokens = block(tokens, c)
+        return self.unpatchify(self.final_layer(tokens, c))[:, : self.config.latent_channels]
+
+    def unpatchify(self, tokens: Tensor) -> Tensor:
+        """[B, tokens, patch*patch*out] to [B, out, h, w]."""
+        side, patch, out = (
+            self.config.tokens_per_side,
+            self.config.patch_size,
+            self.config.out_channels,
+        )
+        x = tokens.reshape(-1, side, side, patch, patch, out).permute(0, 5, 1, 3, 2, 4)
+        return x.reshape(-1, out, side * patch, side * patch)
+
+    def initialize(self) -> None:
+        """Weights for training from nothing: adaLN-Zero, so that every block starts as identity."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        weight = self.x_embedder.proj.weight
+        nn.init.xavier_uniform_(weight.view(weight.shape[0], -1))
+        nn.init.zeros_(self.x_embedder.proj.bias)  # type: ignore[arg-type]
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)  # type: ignore[arg-type]
+        adaptive = [m for m in self.modules() if isinstance(m, SiTBlock | FinalLayer)]
+        for layer in [self.final_layer.linear, *(m.adaLN_modulation[1] for m in adaptive)]:
+            nn.init.zeros_(layer.weight)  # type: ignore[arg-type]
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+
+
+def position_embedding(width: int, side: int) -> np.ndarray:
+    """Fixed 2-D sine-cosine embedding of a side x side grid, [side*side, width] float32."""
+    rows, columns = np.meshgrid(np.arange(side), np.arange(side), indexing="ij")
+    frequencies = 1.0 / 10000 ** (np.arange(width // 4) / (width / 4.0))
+
+    def encode(position: np.ndarray) -> np.ndarray:
+        angles = position.reshape(-1, 1) * frequencies
+        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+    # The public code puts the column's half first.
+    return np.concatenate([encode(columns), encode(rows)], axis=1).astype(np.float32)

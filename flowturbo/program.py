@@ -1,0 +1,191 @@
+"""A schedule compiled to a program: the step-block calls that carry noise to an image.
+
+Every solver step here is the same block with other coefficients (times run from noise at 0 to data
+at 1, h is the step):
+
+    x_in   = x + euler * v
+    v_next = guide(network(x_in, t))              predictor
+    v_next = guide(network([x_in, v_net], t)) + v refiner, which regresses the change of v
+    x_next = x + w_prev * v + w_next * v_next
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+
+from flowturbo.errors import RequestError
+from flowturbo.schedule import Schedule
+
+
+class Network(StrEnum):
+    """Which of the two networks a call evaluates."""
+
+    PREDICTOR = "predictor"
+    REFINER = "refiner"
+
+
+class Variant(StrEnum):
+    """What the second evaluation of a refiner step reads beside x.
+
+    `reference`: the velocity from before the step, as the public code does and the published
+    figures were made. `paper`: the velocity just refined (FlowTurbo, Eq. 7).
+    """
+
+    REFERENCE = "reference"
+    PAPER = "paper"
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """One evaluation of a step block; times and coefficients are dimensionless, t in [0, 1].
+
+    `reads_previous`: v_net is the velocity that the call before this one read, not the cached one.
+    `keeps_velocity`: the cached velocity stays as it is instead of becoming v_next.
+    """
+
+    step: int
+    network: Network
+    t: float
+    euler: float = 0.0
+    w_prev: float = 0.0
+    w_next: float = 0.0
+    reads_previous: bool = False
+    keeps_velocity: bool = False
+
+
+@dataclass(frozen=True)
+class Program:
+    """The block calls of one schedule on one time grid."""
+
+    schedule: Schedule
+    calls: tuple[BlockCall, ...]
+
+    def evaluations(self, network: Network) -> int:
+        """How often `network` is evaluated: H1P5R3 is 7 predictor and 6 refiner evaluations."""
+        return sum(call.network is network for call in self.calls)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Where one step stands: from `start` to `end`, with a velocity cached for time `cached_at`."""
+
+    index: int
+    start: float
+    end: float
+    cached_at: float | None
+    variant: Variant
+
+    @property
+    def size(self) -> float:
+        return self.end - self.start
+
+    def evaluate(self) -> BlockCall:
+        """The velocity at the start, moving nothing."""
+        return BlockCall(self.index, Network.PREDICTOR, self.start)
+
+    def correct(self) -> BlockCall:
+        """Trapezoidal rule, the end reached by an Euler step with the cached velocity."""
+        h = self.size
+        return BlockCall(self.index, Network.PREDICTOR, self.end, h, h / 2, h / 2)
+
+
+_Calls = tuple[list[BlockCall], float]  # and the time that the velocity cached afterwards is for
+
+
+def _heun(step: _Step) -> _Calls:
+    """Eq. 3: the velocity at both ends."""
+    return [step.evaluate(), step.correct()], step.end
+
+
+def _pseudo_corrector(step: _Step) -> _Calls:
+    """Eq. 9: as Heun, but the velocity at the start is the one cached by the step before."""
+    first = [step.evaluate()] if step.cached_at is None else []
+    return [*first, step.correct()], step.end
+
+
+def _refiner(step: _Step) -> _Calls:
+    """Eq. 7: as Heun, but both velocities come from the refiner; keeps the first."""
+    h = step.size
+    first = BlockCall(step.index, Network.REFINER, step.start)
+    second = BlockCall(
+        step.index,
+        Network.REFINER,
+        step.end,
+        h,
+        h / 2,
+        h / 2,
+        reads_previous=step.variant is Variant.REFERENCE,
+        keeps_velocity=True,
+    )
+    return [first, second], step.start
+
+
+def _euler(step: _Step) -> _Calls:
+    """First order, for comparison."""
+    return [BlockCall(step.index, Network.PREDICTOR, step.start, w_next=step.size)], step.start
+
+
+def _adams_bashforth(step: _Step) -> _Calls:
+    """Second order from the cached velocity of an earlier time, variable steps; for comparison.
+
+    With no earlier velocity (at the start, or right after a step that caches the velocity of its
+    end) there is nothing to extrapolate from, and it is an Euler step.
+    """
+    if step.cached_at is None or step.cached_at >= step.start:
+        return _euler(step)
+    h = step.size
+    extrapolated = h * h / (2 * (step.start - step.cached_at))
+    call = BlockCall(
+        step.index,
+        Network.PREDICTOR,
+        step.start,
+        w_prev=-extrapolated,
+        w_next=h + extrapolated,
+    )
+    return [call], step.start
+
+
+_COMPILERS: dict[str, Callable[[_Step], _Calls]] = {
+    "H": _heun,
+    "P": _pseudo_corrector,
+    "R": _refiner,
+    "E": _euler,
+    "A": _adams_bashforth,
+}
+
+
+def compile_program(
+    schedule: Schedule,
+    times: Sequence[float] | None = None,
+    variant: Variant = Variant.REFERENCE,
+) -> Program:
+    """The block calls of `schedule` on the grid `times` (a time more than steps, default uniform).
+
+    Raises RequestError for a grid of another length, or one that does not rise within [0, 1].
+    """
+    grid = time_grid(len(schedule), times)
+    calls: list[BlockCall] = []
+    cached_at: float | None = None
+    for index, letter in enumerate(schedule.steps):
+        step = _Step(index, grid[index], grid[index + 1], cached_at, variant)
+        of_step, cached_at = _COMPILERS[letter](step)
+        calls += of_step
+    return Program(schedule, tuple(calls))
+
+
+def time_grid(steps: int, times: Sequence[float] | None = None) -> tuple[float, ...]:
+    """A checked time grid of `steps` + 1 times; uniform on [0, 1] when `times` is None."""
+    if times is None:
+        return tuple(float(t) for t in np.linspace(0.0, 1.0, steps + 1))
+    grid = np.asarray(times, dtype=np.float64)
+    if grid.shape != (steps + 1,):
+        raise RequestError(
+            f"a schedule of {steps} steps needs {steps + 1} times, got shape {grid.shape}"
+        )
+    if not (np.all(np.isfinite(grid)) and np.all(np.diff(grid) > 0)):
+        raise RequestError(f"times must be finite and rise strictly, got {grid.tolist()}")
+    if grid[0] < 0 or grid[-1] > 1:
+        raise RequestError(f"times must lie within [0, 1], got {grid[0]} to {grid[-1]}")
+    return tuple(float(t) for t in grid)

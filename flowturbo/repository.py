@@ -1,0 +1,141 @@
+"""What a model repository says of itself: the pipeline's shape and the service's settings."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from flowturbo import contract
+from flowturbo.errors import RepositoryError, RequestError
+from flowturbo.guidance import Guidance
+from flowturbo.program import Variant
+from flowturbo.schedule import Schedule
+
+BUILD_FILE = "build.json"  # beside each composed model's config, written by export
+EXPORT_HINT = "python -m export --predictor FILE --refiner FILE --vae DIR --repository {}"
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What the exported networks take and give.
+
+    `latent_shape` is (C, h, w); `max_rows` is the most rows that one execution of a composed model
+    takes; `null_label` is the class id of the unconditional rows.
+    """
+
+    latent_shape: tuple[int, int, int]
+    num_classes: int
+    class_names: tuple[str, ...]
+    max_rows: int
+    has_refiner: bool
+    has_decoder: bool
+
+    @property
+    def null_label(self) -> int:
+        return self.num_classes
+
+    @classmethod
+    def load(cls, repository: Path) -> "Pipeline":
+        """Reads the build files of `repository`; raises RepositoryError, saying what is missing."""
+        builds = {name: _read_build(repository, name) for name in contract.COMPOSED}
+        predictor = builds[contract.PREDICTOR]
+        if predictor is None:
+            path = repository / contract.PREDICTOR / BUILD_FILE
+            hint = EXPORT_HINT.format(repository)
+            raise RepositoryError(f"{path} is missing, make it with: {hint}")
+        for name, build in builds.items():
+            _check_fit(name, build or predictor, predictor)
+        channels, height, width = predictor["latent_shape"]
+        return cls(
+            latent_shape=(channels, height, width),
+            num_classes=predictor["num_classes"],
+            class_names=tuple(predictor["class_names"]),
+            max_rows=min(build["max_rows"] for build in builds.values() if build),
+            has_refiner=builds[contract.REFINER] is not None,
+            has_decoder=builds[contract.DECODER] is not None,
+        )
+
+    def name_of(self, label: int) -> str:
+        """The class's name, or its id where the export was given no names."""
+        return self.class_names[label] if self.class_names else str(label)
+
+
+def _read_build(repository: Path, name: str) -> dict[str, Any] | None:
+    path = repository / name / BUILD_FILE
+    if not path.exists():
+        return None
+    build: dict[str, Any] = json.loads(path.read_text())
+    return build
+
+
+def _check_fit(name: str, build: Mapping[str, Any], predictor: Mapping[str, Any]) -> None:
+    for key in ("latent_shape", "num_classes"):
+        if key in build and build[key] != predictor[key]:
+            raise RepositoryError(
+                f"{name} was exported with {key} {build[key]}, {contract.PREDICTOR} with "
+                f"{predictor[key]}: export them together"
+            )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The service's settings, each a `parameters` entry of the orchestrator's config.pbtxt.
+
+    `max_inflight` is how many requests are worked on at a time (more are refused at once);
+    `max_images` how many images one request may ask for; `default_timeout_s` the deadline of a
+    request that sets none. Raises RepositoryError for a value that is not allowed.
+    """
+
+    default_schedule: str = "H1P5R3"
+    default_guidance_scale: float = 1.5
+    variant: str = Variant.REFERENCE.value
+    max_inflight: int = 64
+    max_images: int = 64
+    default_timeout_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        try:
+            Schedule.parse(self.default_schedule)
+            Guidance(self.default_guidance_scale)
+            Variant(self.variant)
+        except (RequestError, ValueError) as error:
+            raise RepositoryError(f"orchestrator config: {error}") from error
+        for name in ("max_inflight", "max_images", "default_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise RepositoryError(
+                    f"orchestrator config: {name} must be above 0, got {getattr(self, name)}"
+                )
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, str]) -> "Settings":
+        """Settings from the config's `parameters`; unknown names are refused."""
+        types: dict[str, Any] = {field.name: type(field.default) for field in fields(cls)}
+        unknown = parameters.keys() - types.keys()
+        if unknown:
+            raise RepositoryError(
+                f"orchestrator config: unknown parameter {sorted(unknown)[0]!r}, "
+                f"known are {', '.join(types)}"
+            )
+        values: dict[str, Any] = {}
+        for name, text in parameters.items():
+            try:
+                values[name] = types[name](text)
+            except ValueError:
+                kind = types[name].__name__
+                raise RepositoryError(
+                    f"orchestrator config: {name} must be {kind}, got {text!r}"
+                ) from None
+        return cls(**values)
+
+    @classmethod
+    def load(cls, repository: Path) -> "Settings":
+        """Settings from `repository`'s orchestrator; the defaults where it has none."""
+        path = repository / contract.ORCHESTRATOR / "config.pbtxt"
+        if not path.exists():
+            return cls()
+        from google.protobuf import text_format
+        from tritonclient.grpc import model_config_pb2
+
+        config = text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
+        return cls.from_parameters({k: v.string_value for k, v in config.parameters.items()})

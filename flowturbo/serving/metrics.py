@@ -1,0 +1,62 @@
+"""The orchestrator's own Prometheus metrics, on Triton's metrics port.
+
+Triton's request metrics see only `execute`, which hands a request over and returns; these see the
+whole request.
+"""
+
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+OUTCOMES = ("ok", "invalid", "busy", "deadline", "cancelled", "error")
+LATENCY_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+class Metrics:
+    """Requests in flight, their latency and outcome, and the evaluations of each model."""
+
+    def __init__(self, models: tuple[str, ...]) -> None:
+        family, counter = pb_utils.MetricFamily, pb_utils.MetricFamily.COUNTER
+        # A family must outlive its metrics.
+        self._families = [
+            family("flowturbo_requests_in_flight", "Requests being worked on", family.GAUGE),
+            family("flowturbo_requests_total", "Requests by outcome", counter),
+            family("flowturbo_evaluations_total", "Rows evaluated by model", counter),
+            family(
+                "flowturbo_request_duration_seconds",
+                "Time from arrival to answer of requests that succeeded",
+                family.HISTOGRAM,
+            ),
+        ]
+        inflight, requests, evaluations, duration = self._families
+        self._inflight = inflight.Metric()
+        self._requests = {o: requests.Metric(labels={"outcome": o}) for o in OUTCOMES}
+        self._evaluations = {m: evaluations.Metric(labels={"model": m}) for m in models}
+        self._duration = duration.Metric(buckets=list(LATENCY_BUCKETS_S))
+
+    def inflight(self, count: int) -> None:
+        """States how many requests are in flight now."""
+        self._inflight.set(count)
+
+    def evaluated(self, model: str, rows: int) -> None:
+        """Counts `rows` evaluated by a composed model."""
+        self._evaluations[model].increment(rows)
+
+    def finished(self, outcome: str, seconds: float) -> None:
+        """Counts one answered request."""
+        self._requests[outcome].increment(1)
+        if outcome == "ok":
+            self._duration.observe(seconds)
+
+
+def outcome_of(error: Any) -> str:
+    """The outcome under which an exception is counted."""
+    from flowturbo import errors
+
+    kinds = (
+        (errors.RequestError, "invalid"),
+        (errors.BusyError, "busy"),
+        (errors.DeadlineError, "deadline"),
+        (errors.CancelledError, "cancelled"),
+    )
+    return next((outcome for kind, outcome in kinds if isinstance(error, kind)), "error")

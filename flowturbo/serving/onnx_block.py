@@ -1,0 +1,46 @@
+"""Triton Python-backend model that evaluates an exported ONNX file beside it.
+
+For servers that have only the Python backend: Triton's dynamic batcher hands several requests at
+once, whose rows are evaluated as one batch.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from flowturbo.onnx_session import OnnxModel
+
+
+class TritonPythonModel:
+    """Batched evaluation of `model.onnx`."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Loads the ONNX file of this model's version."""
+        folder = Path(args["model_repository"]) / args["model_version"]
+        config = json.loads(args["model_config"])
+        threads = config["parameters"].get("threads", {}).get("string_value", "0")
+        self._model = OnnxModel(folder / "model.onnx", int(threads))
+        self._inputs = [entry["name"] for entry in config["input"]]
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """Evaluates the rows of all `requests` together."""
+        per_request = [[self._read(request, name) for name in self._inputs] for request in requests]
+        joined = {
+            name: np.concatenate(parts)
+            for name, parts in zip(self._inputs, zip(*per_request, strict=True), strict=True)
+        }
+        outputs = self._model(joined)
+        ends = np.cumsum([len(tensors[0]) for tensors in per_request])
+        split = zip(*(np.split(output, ends[:-1]) for output in outputs), strict=True)
+        return [pb_utils.InferenceResponse(self._tensors(parts)) for parts in split]
+
+    def _read(self, request: Any, name: str) -> np.ndarray:
+        tensor: np.ndarray = pb_utils.get_input_tensor_by_name(request, name).as_numpy()
+        return tensor
+
+    def _tensors(self, parts: tuple[np.ndarray, ...]) -> list[Any]:
+        names = self._model.output_names
+        return [pb_utils.Tensor(name, part) for name, part in zip(names, parts, strict=True)]

@@ -1,0 +1,200 @@
+"""Triton Python-backend model `flowturbo`: one request in, one response out.
+
+`execute` checks and admits requests and returns at once; each admitted one runs on a thread of its
+own, whose blocking calls to the composed models meet those of other requests in Triton's dynamic
+batcher.
+"""
+
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from flowturbo import contract
+from flowturbo.errors import (
+    BusyError,
+    CancelledError,
+    DeadlineError,
+    FlowTurboError,
+    RequestError,
+)
+from flowturbo.generate import generate, program_for
+from flowturbo.guidance import Tensors
+from flowturbo.program import Variant
+from flowturbo.repository import Pipeline, Settings
+from flowturbo.request import GenerationRequest, parse_request
+from flowturbo.serving.metrics import Metrics, outcome_of
+
+_FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+_CPU = pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0)
+_CODES = {
+    "invalid": pb_utils.TritonError.INVALID_ARG,
+    "busy": pb_utils.TritonError.UNAVAILABLE,
+    # Triton has no code for a deadline; the message tells the two apart.
+    "deadline": pb_utils.TritonError.CANCELLED,
+    "cancelled": pb_utils.TritonError.CANCELLED,
+    "error": pb_utils.TritonError.INTERNAL,
+}
+
+
+@dataclass
+class Job:
+    """One request on its way: Triton's handles, and when it came and must be done (monotonic s)."""
+
+    request: Any
+    sender: Any
+    arrived: float
+    deadline: float
+    timeout_s: float
+
+    def check(self) -> None:
+        """Raises once the caller has gone or the deadline has passed."""
+        if time.monotonic() > self.deadline:
+            raise DeadlineError(f"the deadline of {self.timeout_s:g} s passed before the end")
+        if self.request.is_cancelled():
+            raise CancelledError("the request was cancelled by its caller")
+
+
+class TritonPythonModel:
+    """The orchestrator; its settings are the `parameters` of its config.pbtxt."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Reads settings and the composed models' build records."""
+        parameters = json.loads(args["model_config"])["parameters"]
+        self._settings = Settings.from_parameters(
+            {name: value["string_value"] for name, value in parameters.items()}
+        )
+        self._pipeline = Pipeline.load(Path(args["model_repository"]).parent)
+        self._metrics = Metrics(tuple(contract.COMPOSED))
+        self._inflight = 0
+        self._lock = threading.Lock()
+        self._workers = ThreadPoolExecutor(self._settings.max_inflight, "flowturbo")
+
+    def execute(self, requests: list[Any]) -> None:
+        """Takes requests over; each is answered exactly once, by its sender."""
+        for request in requests:
+            arrived = time.monotonic()
+            timeout_s = request.timeout() / 1e6 or self._settings.default_timeout_s
+            job = Job(
+                request, request.get_response_sender(), arrived, arrived + timeout_s, timeout_s
+            )
+            try:
+                checked = self._read(request)
+                self._admit()
+            except Exception as error:
+                self._answer(job, error)
+                continue
+            self._workers.submit(self._work, job, checked)
+
+    def finalize(self) -> None:
+        """Lets the requests in flight finish."""
+        self._workers.shutdown(wait=True)
+
+    def _read(self, request: Any) -> GenerationRequest:
+        parameters = json.loads(request.parameters() or "{}")
+        if parameters:
+            raise RequestError(
+                f"unknown request parameter {sorted(parameters)[0]!r}, none is allowed: "
+                "settings of a request are input tensors"
+            )
+        tensors = {tensor.name(): _array(tensor) for tensor in request.inputs()}
+        return parse_request(
+            tensors, request.requested_output_names(), self._pipeline, self._settings
+        )
+
+    def _admit(self) -> None:
+        """Takes a place in flight, or raises BusyError: no queue, so that refusal comes at once."""
+        with self._lock:
+            if self._inflight >= self._settings.max_inflight:
+                raise BusyError(
+                    f"server is full: {self._inflight} requests in flight, at most "
+                    f"{self._settings.max_inflight} are allowed; try again later"
+                )
+            self._inflight += 1
+            self._metrics.inflight(self._inflight)
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._inflight -= 1
+            self._metrics.inflight(self._inflight)
+
+    def _work(self, job: Job, request: GenerationRequest) -> None:
+        """Runs one admitted request; whatever happens, its one response is sent."""
+        result: dict[str, np.ndarray] | BaseException
+        try:
+            program = program_for(request.schedule, Variant(self._settings.variant))
+            result = generate(request, self._pipeline, program, self._infer_for(job))
+        except BaseException as error:
+            result = error
+        # The place is free before the answer is out: a caller in a loop must not find it taken.
+        self._leave()
+        self._answer(job, result)
+
+    def _infer_for(self, job: Job) -> Any:
+        def infer(model: str, tensors: Tensors) -> tuple[np.ndarray, ...]:
+            job.check()
+            outputs = _call(model, tensors)
+            self._metrics.evaluated(model, len(outputs[0]))
+            return outputs
+
+        return infer
+
+    def _answer(self, job: Job, result: "dict[str, np.ndarray] | BaseException") -> None:
+        """Sends the one final response; the request must not be touched afterwards."""
+        outcome = "ok"
+        if isinstance(result, BaseException):
+            outcome = outcome_of(result)
+            response = _error_response(result, outcome)
+        else:
+            tensors = [pb_utils.Tensor(name, value) for name, value in result.items()]
+            response = pb_utils.InferenceResponse(tensors)
+        try:
+            job.sender.send(response, flags=_FINAL)
+        except Exception as error:
+            pb_utils.Logger.log_error(f"flowturbo: a response could not be sent: {error}")
+            outcome = "error"
+            job.sender.send(_error_response(error, outcome), flags=_FINAL)
+        self._metrics.finished(outcome, time.monotonic() - job.arrived)
+
+
+def _array(tensor: Any) -> np.ndarray:
+    """The input's own copy: Triton's memory is not kept once `execute` has returned."""
+    try:
+        array: np.ndarray = tensor.as_numpy()
+    except Exception as error:
+        raise RequestError(f"{tensor.name()} cannot be read: {error}") from error
+    return array.copy()
+
+
+def _call(model: str, tensors: Tensors) -> tuple[np.ndarray, ...]:
+    """One blocking evaluation of a composed model, its outputs in the contract's order."""
+    names = [spec.name for spec in contract.COMPOSED[model][1]]
+    response = pb_utils.InferenceRequest(
+        model_name=model,
+        requested_output_names=names,
+        inputs=[pb_utils.Tensor(name, value) for name, value in tensors.items()],
+        preferred_memory=_CPU,
+    ).exec()
+    if response.has_error():
+        message = response.error().message()
+        # The batcher's refusal has no code of its own here, only this text.
+        kind = BusyError if "Exceeds maximum queue size" in message else FlowTurboError
+        prefix = "server is full: " if kind is BusyError else ""
+        raise kind(f"{prefix}{model}: {message}")
+    by_name = {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}
+    return tuple(by_name[name] for name in names)
+
+
+def _error_response(error: BaseException, outcome: str) -> Any:
+    message = str(error)
+    if not isinstance(error, FlowTurboError):
+        message = f"internal error, {type(error).__name__}: {error}"
+    if outcome == "error":
+        pb_utils.Logger.log_error(f"flowturbo: {message}")
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, _CODES[outcome]))

@@ -1,0 +1,135 @@
+"""Programs against the paper: network calls counted, order of convergence measured."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from flowturbo import Schedule, Variant, compile_program, sample
+from flowturbo.errors import RequestError
+from flowturbo.program import BlockCall, Network
+from flowturbo.sampler import Array, Block
+
+Field = Callable[[Array, float], Array]
+
+
+def exact_block(field: Field) -> Block:
+    """A step block over a closed-form velocity; its refiner knows the exact change of velocity."""
+
+    def block(call: BlockCall, x: Array, v: Array, v_net: Array) -> tuple[Array, Array]:
+        x_in = x + call.euler * v
+        v_next = field(x_in, call.t)
+        if call.network is Network.REFINER:
+            v_next = (v_next - v) + v
+        return x + call.w_prev * v + call.w_next * v_next, v_next
+
+    return block
+
+
+def linear(x: Array, t: float) -> Array:
+    """x' = cos(t) x, so that x(1) = x(0) exp(sin 1)."""
+    return np.cos(t) * x
+
+
+def gaussian(x: Array, t: float) -> Array:
+    """The exact flow from N(0, 1) to N(1, 0.25) along the linear path: x(1) = 1 + x(0) / 2."""
+    deviation = np.hypot(1 - t, 0.5 * t)
+    growth = (0.25 * t - (1 - t)) / deviation**2
+    return 1.0 + growth * (x - t)
+
+
+FLOWS = [
+    (linear, lambda x: x * np.exp(np.sin(1.0))),
+    (gaussian, lambda x: 1 + x / 2),
+]
+NOISE = np.linspace(-2, 2, 8).reshape(2, 1, 2, 2)
+
+
+def error(
+    field: Field, solution: Callable[[Array], Array], letters: str, steps: int, warp: float
+) -> float:
+    schedule = Schedule(letters[0] + letters[-1] * (steps - 1))
+    times = np.linspace(0, 1, steps + 1) ** warp
+    program = compile_program(schedule, times.tolist())
+    return float(np.abs(sample(program, NOISE, exact_block(field)) - solution(NOISE)).max())
+
+
+@pytest.mark.parametrize(("letters", "order"), [("H", 2), ("P", 2), ("A", 2), ("E", 1), ("HR", 2)])
+@pytest.mark.parametrize(("field", "solution"), FLOWS)
+@pytest.mark.parametrize("warp", [1.0, 1.5])
+def test_order_of_convergence(
+    letters: str, order: int, field: Field, solution: Callable[[Array], Array], warp: float
+) -> None:
+    counts = [60, 120, 240]
+    errors = [error(field, solution, letters, n, warp) for n in counts]
+    slope = -np.polyfit(np.log(counts), np.log(errors), 1)[0]
+    assert slope == pytest.approx(order, abs=0.25)
+
+
+@pytest.mark.parametrize(
+    ("text", "predictor", "refiner"),
+    [
+        ("H1P5R3", 7, 6),
+        ("H8", 16, 0),
+        ("H2P4R2", 8, 4),
+        ("H5P7R3", 17, 6),
+        ("P3", 4, 0),
+        ("E8", 8, 0),
+        ("A8", 8, 0),
+        ("H1R3", 2, 6),
+        ("P1H1", 4, 0),
+    ],
+)
+@pytest.mark.parametrize("variant", list(Variant))
+def test_network_calls(text: str, predictor: int, refiner: int, variant: Variant) -> None:
+    program = compile_program(Schedule.parse(text), variant=variant)
+    seen: list[Network] = []
+
+    def block(call: BlockCall, x: Array, v: Array, v_net: Array) -> tuple[Array, Array]:
+        seen.append(call.network)
+        return x, v
+
+    sample(program, NOISE, block)
+    assert seen.count(Network.PREDICTOR) == program.evaluations(Network.PREDICTOR) == predictor
+    assert seen.count(Network.REFINER) == program.evaluations(Network.REFINER) == refiner
+
+
+@pytest.mark.parametrize("variant", list(Variant))
+def test_velocity_that_the_refiner_reads(variant: Variant) -> None:
+    """The cached velocity, then the one before the step (reference) or the refined (paper)."""
+    read: list[float] = []
+
+    def block(call: BlockCall, x: Array, v: Array, v_net: Array) -> tuple[Array, Array]:
+        if call.network is Network.REFINER:
+            read.append(float(v_net.flat[0]))
+        return x, v + 1
+
+    sample(compile_program(Schedule.parse("E1R2"), variant=variant), NOISE, block)
+    # E caches 1; the first R refines it to 2 and keeps that, the second R refines that to 3.
+    assert read == ([1, 1, 2, 2] if variant is Variant.REFERENCE else [1, 2, 2, 3])
+
+
+def test_variable_step_adams_bashforth() -> None:
+    """A polynomial of degree 1 in t is integrated exactly from two velocities on any grid."""
+    times = [0.0, 0.1, 0.45, 1.0]
+    program = compile_program(Schedule.parse("H1A2"), times)
+    block = exact_block(lambda x, t: np.full_like(x, 3 * t))
+    # The Adams step right after Heun has no earlier velocity: it is an Euler step.
+    euler = 0.35 * 3 * 0.1
+    exact = 1.5 * (0.1**2 + 1 - 0.45**2) + euler
+    assert sample(program, np.zeros((1, 1, 1, 1)), block) == pytest.approx(exact)
+
+
+@pytest.mark.parametrize(
+    ("times", "said"),
+    [
+        ([0, 1], "needs 3 times"),
+        ([0, 0.5, 0.5], "rise strictly"),
+        ([0, float("nan"), 1], "finite"),
+        ([0, 0.5, 1.5], "within"),
+        ([-0.1, 0.5, 1], "within"),
+    ],
+)
+def test_refuses_bad_grids(times: list[float], said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        compile_program(Schedule.parse("H2"), times)

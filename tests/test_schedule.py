@@ -1,0 +1,53 @@
+"""The schedule grammar."""
+
+import pytest
+
+from flowturbo.errors import RequestError
+from flowturbo.schedule import MAX_STEPS, Schedule
+
+
+@pytest.mark.parametrize(
+    ("text", "steps", "printed"),
+    [
+        ("H1P5R3", "HPPPPPRRR", "H1P5R3"),
+        ("HPPPPPRRR", "HPPPPPRRR", "H1P5R3"),
+        ("HP5R3", "HPPPPPRRR", "H1P5R3"),
+        ("H0P3", "PPP", "P3"),
+        ("H1P0R2", "HRR", "H1R2"),
+        ("P5R7H3", "P" * 5 + "R" * 7 + "H" * 3, "P5R7H3"),
+        ("H1P1R1H1P1R1", "HPRHPR", "H1P1R1H1P1R1"),
+        ("E8", "E" * 8, "E8"),
+        ("A4R2", "AAAARR", "A4R2"),
+        (f"H{MAX_STEPS}", "H" * MAX_STEPS, f"H{MAX_STEPS}"),
+    ],
+)
+def test_reads_and_prints(text: str, steps: str, printed: str) -> None:
+    schedule = Schedule.parse(text)
+    assert schedule.steps == steps
+    assert str(schedule) == printed
+    assert Schedule.parse(str(schedule)) == schedule
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "cannot be read"),
+        ("H0", "0 steps"),
+        ("H0P0R0", "0 steps"),
+        ("R3", "no velocity cached"),
+        ("H0R3", "no velocity cached"),
+        ("H1P5R3X", "unknown step 'X'"),
+        ("h1", "'h1' cannot be read"),
+        ("1H", "cannot be read"),
+        ("H-1", "cannot be read"),
+        ("H1 P5", "cannot be read"),
+        ("H٣", "cannot be read"),
+        ("H99999999", "cannot be read"),
+        (f"H{MAX_STEPS + 1}", f"{MAX_STEPS + 1} steps"),
+        ("H9999" * 2000, "steps"),
+    ],
+)
+def test_refuses(text: str, said: str) -> None:
+    with pytest.raises(RequestError, match=said) as caught:
+        Schedule.parse(text)
+    assert len(str(caught.value)) < 400

@@ -1,0 +1,83 @@
+"""The glyphs data set: 64 x 64 RGB letters and digits in random fonts, colours and poses."""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from training.fonts import font_paths
+
+CLASS_NAMES = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")
+IMAGE_SIZE = 64  # pixels
+_OVERSAMPLING = 2
+_CHUNK = 500  # images a task of the process pool
+
+
+def render(text: str, font_path: str, rng: np.random.Generator) -> np.ndarray:
+    """One image, [64, 64, 3] uint8: a glyph in one colour on a ground of another."""
+    side = IMAGE_SIZE * _OVERSAMPLING
+    font = ImageFont.truetype(font_path, int(rng.uniform(42, 56) * _OVERSAMPLING))
+    mask = Image.new("L", (side, side))
+    centre = side / 2 + rng.uniform(-3, 3, size=2) * _OVERSAMPLING
+    left, top, right, bottom = font.getbbox(text)
+    corner = centre - np.array([left + right, top + bottom]) / 2
+    ImageDraw.Draw(mask).text((corner[0], corner[1]), text, font=font, fill=255)
+    mask = mask.rotate(rng.uniform(-8, 8), resample=Image.Resampling.BICUBIC)
+    mask = mask.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
+    ink = np.asarray(mask, dtype=np.float32)[..., None] / 255
+    ground, colour = _two_colours(rng)
+    return np.round(ground * (1 - ink) + colour * ink).astype(np.uint8)
+
+
+def _two_colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Two colours, [3] in 0..255, whose brightness differs enough to read."""
+    while True:
+        pair = rng.uniform(0, 255, size=(2, 3)).astype(np.float32)
+        brightness = pair @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
+        if abs(brightness[0] - brightness[1]) > 70:
+            return pair[0], pair[1]
+
+
+def _render_range(start: int, stop: int, seed: int, fonts: Sequence[str]) -> np.ndarray:
+    images = []
+    for index in range(start, stop):
+        rng = np.random.default_rng([seed, index])
+        font = fonts[rng.integers(len(fonts))]
+        images.append(render(CLASS_NAMES[index % len(CLASS_NAMES)], font, rng))
+    return np.stack(images)
+
+
+def label_of(index: np.ndarray) -> np.ndarray:
+    """Class id of the image at `index`: the classes take turns."""
+    return (index % len(CLASS_NAMES)).astype(np.int64)
+
+
+def load_or_render(folder: Path, count: int, seed: int) -> np.ndarray:
+    """The data set, [count, 64, 64, 3] uint8, rendered once and then read from `folder`.
+
+    Image i depends on (seed, i) and the installed fonts alone.
+    """
+    path = folder / f"images-{count}-{seed}.npy"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        fonts = [str(p) for p in font_paths()]
+        partial_path = path.with_suffix(".partial.npy")
+        out = np.lib.format.open_memmap(
+            partial_path, "w+", np.uint8, (count, IMAGE_SIZE, IMAGE_SIZE, 3)
+        )
+        starts = range(0, count, _CHUNK)
+        stops = [min(start + _CHUNK, count) for start in starts]
+        task = partial(_render_range, seed=seed, fonts=fonts)
+        with ProcessPoolExecutor(os.cpu_count()) as pool:
+            chunks = pool.map(task, starts, stops)
+            for start, images in zip(starts, tqdm(chunks, "render", len(stops)), strict=True):
+                out[start : start + len(images)] = images
+        out.flush()
+        partial_path.rename(path)
+    loaded: np.ndarray = np.load(path, mmap_mode="r")
+    return loaded
