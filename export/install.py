@@ -15,6 +15,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from flowturbo import contract
+from flowturbo.errors import FlowTurboError
 from flowturbo.repository import BUILD_FILE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,10 +70,23 @@ def source_digest() -> str:
     return digest.hexdigest()
 
 
+class InstallError(FlowTurboError):
+    """The repository cannot take the models."""
+
+
 @contextmanager
 def staging(repository: Path) -> Iterator[Path]:
-    """A folder beside `repository`, on the same file system, that is gone afterwards."""
+    """A folder beside `repository`, on the same file system, that is gone afterwards.
+
+    Not inside it, where a server could find half a model. Raises InstallError for a mount point.
+    """
+    repository = repository.resolve()
     repository.parent.mkdir(parents=True, exist_ok=True)
+    if repository.is_mount():
+        raise InstallError(
+            f"{repository} is a mount point, into which no finished model can be moved at once: "
+            "export to a folder in it"
+        )
     folder = tempfile.mkdtemp(prefix=f".{repository.name}.", dir=repository.parent)
     try:
         yield Path(folder)
@@ -95,14 +109,17 @@ def install(staged: Path, repository: Path) -> None:
             (staged / model).rename(repository / model)
     orchestrator = repository / contract.ORCHESTRATOR
     if not orchestrator.exists():
-        shutil.copytree(COMMITTED, staged / contract.ORCHESTRATOR)
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(COMMITTED, staged / contract.ORCHESTRATOR, ignore=ignored)
         (staged / contract.ORCHESTRATOR).rename(orchestrator)
 
 
-def installed_build(repository: Path, model: str) -> dict[str, Any]:
-    """The build record of an installed model, empty where there is none."""
-    path = repository / model / BUILD_FILE
-    if not path.exists():
-        return {}
-    build: dict[str, Any] = json.loads(path.read_text())
-    return build
+def installed_fingerprint(repository: Path, model: str) -> Any:
+    """What the installed model was made from; None where it is not whole."""
+    folder = repository / model
+    files = [folder / "config.pbtxt", folder / "1" / "model.onnx", folder / "1" / "model.py"]
+    try:
+        build = json.loads((folder / BUILD_FILE).read_text())
+    except (OSError, ValueError):
+        return None
+    return build.get("fingerprint") if all(file.is_file() for file in files) else None

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from flowturbo import contract
 from flowturbo.errors import FlowTurboError
+from flowturbo.nets.sit import SiTConfig
 from flowturbo.onnx_session import OnnxModel
 
-OPSET = 20  # the newest that ONNX Runtime, Triton's and TensorRT's parser all read
+OPSET = 20  # has Gelu and LayerNormalization whole, and the serving runtimes read it
 TOLERANCE = 1e-4  # largest error, relative to the largest value of the output, float32
 PIXEL_TOLERANCE = 1  # levels of 255: a value at .5 may round either way
 VERIFIED_ROWS = (1, 2, 7)
@@ -26,12 +27,24 @@ class VerificationError(FlowTurboError):
 
 @dataclass(frozen=True)
 class Exported:
-    """A module to export: its composed model's name and the size of its latents, (C, h, w)."""
+    """A module to export: its composed model's name and the size of its latents, (C, h, w).
+
+    `config` is the predictor's, which the whole pipeline shares.
+    """
 
     model: str
     module: nn.Module
     latent_shape: tuple[int, int, int]
-    num_classes: int
+    config: SiTConfig
+
+    def sizes(self) -> dict[int | str, int]:
+        """What the contract's letters stand for: C, h, w, and a decoder's H and W."""
+        sizes: dict[int | str, int] = dict(zip("Chw", self.latent_shape, strict=True))
+        if self.model == contract.DECODER:
+            with torch.no_grad():
+                image = self.module(torch.zeros(1, *self.latent_shape))
+            sizes |= {"H": image.shape[1], "W": image.shape[2]}
+        return sizes
 
     def random_inputs(self, rows: int, seed: int) -> dict[str, Tensor]:
         """Inputs by name as the contract has them: guided pairs first, an odd last row alone."""
@@ -45,7 +58,7 @@ class Exported:
             if spec.dims[0] == "C":
                 made[spec.name] = torch.randn(shape, generator=generator)
         if "label" in made:
-            ids = torch.randint(self.num_classes + 1, (rows, 1), generator=generator)
+            ids = torch.randint(self.config.num_classes + 1, (rows, 1), generator=generator)
             made |= {"label": ids, "pair": _pairs(rows)}
         return made
 

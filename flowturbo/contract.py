@@ -49,9 +49,8 @@ PREDICTOR_INPUTS = (
     TensorSpec("velocity", np.float32, ("C", "h", "w")),
     TensorSpec("label", np.int64, (1,)),
     TensorSpec("scalars", np.float32, (SCALARS,)),
-    TensorSpec(
-        "pair", np.int32, (1,)
-    ),  # offset of the row's guidance partner: 1, -1, or 0 for none
+    # Offset of the row's guidance partner: 1, -1, or 0 for none.
+    TensorSpec("pair", np.int32, (1,)),
 )
 REFINER_INPUTS = (*PREDICTOR_INPUTS, TensorSpec("network_velocity", np.float32, ("C", "h", "w")))
 BLOCK_OUTPUTS = (

@@ -1,5 +1,6 @@
 """From a checked request to its answer, over whatever evaluates the exported models."""
 
+import logging
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -17,6 +18,8 @@ from flowturbo.schedule import Schedule
 # Evaluates a composed model: (its name, its inputs [rows, ...]) to its outputs in contract order.
 Infer = Callable[[str, Tensors], tuple[Array, ...]]
 
+LARGEST_TRAINED_STEP = 0.12  # the paper's range is (0, 0.12]
+_logger = logging.getLogger(__name__)
 _MODELS = {Network.PREDICTOR: contract.PREDICTOR, Network.REFINER: contract.REFINER}
 
 
@@ -25,10 +28,11 @@ def generate(
 ) -> dict[str, Array]:
     """The output tensors that `request` asks for, by name (contract.REQUEST_OUTPUTS)."""
     infer = in_chunks(infer, pipeline.max_rows)
-    latent = _latent(request, pipeline, program, infer)
-    answer: dict[str, Array] = {"latent": latent, "seed": request.seeds}
+    answer: dict[str, Array] = {"seed": request.seeds}
+    if request.needs_decoder or "latent" in request.outputs:
+        answer["latent"] = _latent(request, pipeline, program, infer)
     if request.needs_decoder:
-        (answer["image"],) = infer(contract.DECODER, {"latent": latent})
+        (answer["image"],) = infer(contract.DECODER, {"latent": answer["latent"]})
     if "encoded_image" in request.outputs:
         answer["encoded_image"] = encode_images(answer["image"], request.output_format)
     if "class_name" in request.outputs:
@@ -57,12 +61,20 @@ def _latent(
 @lru_cache(maxsize=256)
 def program_for(schedule: Schedule, variant: Variant) -> Program:
     """The program on the uniform grid, compiled once for all requests that share a schedule."""
-    return compile_program(schedule, variant=variant)
+    program = compile_program(schedule, variant=variant)
+    if (size := program.largest_refiner_step()) > LARGEST_TRAINED_STEP:
+        _logger.warning(
+            "schedule %s refines in steps of %.3f, refiners are trained on steps up to %g",
+            schedule,
+            size,
+            LARGEST_TRAINED_STEP,
+        )
+    return program
 
 
 def in_chunks(infer: Infer, max_rows: int) -> Infer:
     """`infer` for any number of rows, at most `max_rows` at a time."""
-    size = max(2, max_rows - max_rows % 2)  # even, so that no guidance pair is torn apart
+    size = max_rows - max_rows % 2  # even, so that no guidance pair is torn apart
 
     def chunked(model: str, tensors: Tensors) -> tuple[Array, ...]:
         rows = len(next(iter(tensors.values())))

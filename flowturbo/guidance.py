@@ -30,7 +30,8 @@ class Guidance:
             raise RequestError(
                 f"guidance_scale must be a number from 0 to {MAX_SCALE:g}, got {self.scale}"
             )
-        low, high = self.interval
+        low, high = (float(np.float32(end)) for end in self.interval)
+        object.__setattr__(self, "interval", (low, high))
         if not 0.0 <= low <= high <= 1.0:
             raise RequestError(
                 f"guidance_interval must be two times with 0 <= low <= high <= 1, got {low}, {high}"
@@ -43,7 +44,8 @@ class Guidance:
 
     def active(self, t: float) -> bool:
         """Whether an evaluation at time `t` is guided."""
-        return self.used and self.interval[0] <= t <= self.interval[1]
+        # The ends come as float32: compared as such, a time named as an end is within.
+        return self.used and self.interval[0] <= float(np.float32(t)) <= self.interval[1]
 
 
 def spread(images: Array, guidance: Guidance) -> Array:

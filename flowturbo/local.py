@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from flowturbo import contract
+from flowturbo.errors import RequestError
 from flowturbo.generate import generate, program_for
 from flowturbo.guidance import Tensors
 from flowturbo.onnx_session import OnnxModel
@@ -60,9 +61,9 @@ class LocalPipeline:
         `initial_noise` [n, C, h, w] float32 stands instead of `seed` [n]; `times` is a time grid of
         one time more than the schedule's steps. Raises RequestError as the server does.
         """
-        tensors: Tensors = {"label": np.atleast_1d(np.asarray(label, dtype=np.int64))}
+        tensors: Tensors = {"label": _integers("label", label)}
         if seed is not None:
-            tensors["seed"] = np.atleast_1d(np.asarray(seed, dtype=np.int64))
+            tensors["seed"] = _integers("seed", seed)
         if schedule is not None:
             tensors["schedule"] = np.array([schedule], dtype=object)
         if guidance_scale is not None:
@@ -86,7 +87,19 @@ class LocalPipeline:
     def _program(
         self, schedule: Schedule, times: Sequence[float] | None, variant: str | None
     ) -> Program:
-        chosen = Variant(variant or self.settings.variant)
+        try:
+            chosen = Variant(variant or self.settings.variant)
+        except ValueError:
+            allowed = ", ".join(Variant)
+            raise RequestError(f"variant must be one of {allowed}, got {variant!r}") from None
         if times is None:
             return program_for(schedule, chosen)
         return compile_program(schedule, times, chosen)
+
+
+def _integers(name: str, values: int | Sequence[int] | np.ndarray) -> np.ndarray:
+    array = np.atleast_1d(np.asarray(values))
+    # A number beyond int64 makes an unsigned or an object array; an empty list a float one.
+    if array.size and not np.issubdtype(array.dtype, np.signedinteger):
+        raise RequestError(f"{name} must be int64 integers, got {values!r}")
+    return array.astype(np.int64)

@@ -12,11 +12,11 @@ class OnnxModel:
     """An exported model, evaluated by ONNX Runtime on the CPU."""
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
-        """Loads `path`; `threads` is 0 or None for one a core."""
+        """Loads `path`; `threads` None is one for each usable core."""
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or os.cpu_count() or 1
+        options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
         options.log_severity_level = 3
         # Idle threads of one model must not burn the cores that another needs.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")

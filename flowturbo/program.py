@@ -66,6 +66,11 @@ class Program:
         """How often `network` is evaluated: H1P5R3 is 7 predictor and 6 refiner evaluations."""
         return sum(call.network is network for call in self.calls)
 
+    def largest_refiner_step(self) -> float:
+        """The longest step that the refiner takes, 0 without any."""
+        sizes = (call.euler for call in self.calls if call.network is Network.REFINER)
+        return max(sizes, default=0.0)
+
 
 @dataclass(frozen=True)
 class _Step:

@@ -65,16 +65,19 @@ def _read_build(repository: Path, name: str) -> dict[str, Any] | None:
     path = repository / name / BUILD_FILE
     if not path.exists():
         return None
-    build: dict[str, Any] = json.loads(path.read_text())
+    try:
+        build: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise RepositoryError(f"{path} cannot be read ({error}): export again") from error
     return build
 
 
 def _check_fit(name: str, build: Mapping[str, Any], predictor: Mapping[str, Any]) -> None:
-    for key in ("latent_shape", "num_classes"):
+    for key in ("latent_shape", "num_classes", "fingerprint"):
         if key in build and build[key] != predictor[key]:
             raise RepositoryError(
-                f"{name} was exported with {key} {build[key]}, {contract.PREDICTOR} with "
-                f"{predictor[key]}: export them together"
+                f"{name} and {contract.PREDICTOR} come from different exports (they differ in "
+                f"{key}): export them together"
             )
 
 
@@ -84,7 +87,8 @@ class Settings:
 
     `max_inflight` is how many requests are worked on at a time (more are refused at once);
     `max_images` how many images one request may ask for; `default_timeout_s` the deadline of a
-    request that sets none. Raises RepositoryError for a value that is not allowed.
+    request that sets none; `gather_ms` how long a batch waits for requests that are between two
+    calls. Raises RepositoryError for a value that is not allowed.
     """
 
     default_schedule: str = "H1P5R3"
@@ -93,6 +97,7 @@ class Settings:
     max_inflight: int = 64
     max_images: int = 64
     default_timeout_s: float = 120.0
+    gather_ms: float = 2.0
 
     def __post_init__(self) -> None:
         try:
@@ -101,6 +106,10 @@ class Settings:
             Variant(self.variant)
         except (RequestError, ValueError) as error:
             raise RepositoryError(f"orchestrator config: {error}") from error
+        if not self.gather_ms >= 0:
+            raise RepositoryError(
+                f"orchestrator config: gather_ms must be at least 0, got {self.gather_ms}"
+            )
         for name in ("max_inflight", "max_images", "default_timeout_s"):
             if not getattr(self, name) > 0:
                 raise RepositoryError(
@@ -109,7 +118,11 @@ class Settings:
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, str]) -> "Settings":
-        """Settings from the config's `parameters`; unknown names are refused."""
+        """Settings from the config's `parameters`; unknown names are refused.
+
+        Names in capitals are the Python backend's own.
+        """
+        parameters = {name: text for name, text in parameters.items() if not name.isupper()}
         types: dict[str, Any] = {field.name: type(field.default) for field in fields(cls)}
         unknown = parameters.keys() - types.keys()
         if unknown:

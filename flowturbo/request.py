@@ -57,7 +57,7 @@ def parse_request(
     for name, tensor in tensors.items():
         _check_tensor(name, tensor, pipeline)
     labels = _labels(tensors, pipeline, settings)
-    schedule = Schedule.parse(_text(tensors, "schedule", settings.default_schedule))
+    schedule = Schedule.parse(_text(tensors, "schedule", default_schedule(pipeline, settings)))
     if schedule.refines and not pipeline.has_refiner:
         raise RequestError(
             f"schedule {schedule} has refiner steps, and this server has no {contract.REFINER}: "
@@ -66,17 +66,24 @@ def parse_request(
     _check_start(tensors, len(labels))
     given_noise = tensors.get("initial_noise")
     seeds = draw_seeds(len(labels)) if given_noise is None else np.zeros_like(labels)
+    output_format = _text(tensors, "output_format", "raw")
     request = GenerationRequest(
         labels=labels,
         seeds=tensors.get("seed", seeds),
         initial_noise=given_noise,
         schedule=schedule,
         guidance=_guidance(tensors, settings),
-        output_format=_text(tensors, "output_format", "raw"),
-        outputs=frozenset(outputs),
+        output_format=output_format,
+        outputs=_wanted(frozenset(outputs), output_format, pipeline),
     )
     _check_outputs(request, pipeline)
     return request
+
+
+def default_schedule(pipeline: Pipeline, settings: Settings) -> str:
+    """The setting; without its refiner steps where there is no refiner."""
+    schedule = Schedule.parse(settings.default_schedule)
+    return str(schedule) if pipeline.has_refiner else schedule.steps.replace("R", "")
 
 
 def _check_tensor(name: str, tensor: np.ndarray, pipeline: Pipeline) -> None:
@@ -160,6 +167,15 @@ def _check_start(tensors: Mapping[str, np.ndarray], count: int) -> None:
         raise RequestError(f"seed must be 0 to {MAX_SEED}, got {seeds[seeds < 0][0]}")
     if not np.all(np.isfinite(tensors.get("initial_noise", np.zeros(1)))):
         raise RequestError("initial_noise must be finite, got NaN or infinity")
+
+
+def _wanted(outputs: frozenset[str], output_format: str, pipeline: Pipeline) -> frozenset[str]:
+    """The outputs to answer with; all of them means that the request named none."""
+    if outputs != {spec.name for spec in contract.REQUEST_OUTPUTS}:
+        return outputs
+    if not pipeline.has_decoder:
+        return outputs - {"image", "encoded_image"}
+    return outputs - {"encoded_image"} if output_format == "raw" else outputs
 
 
 def _check_outputs(request: GenerationRequest, pipeline: Pipeline) -> None:

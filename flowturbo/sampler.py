@@ -1,6 +1,6 @@
 """The sampler: one pure function that runs a program over injected networks."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 
@@ -14,18 +14,10 @@ Block = Callable[[BlockCall, Array, Array, Array], tuple[Array, Array]]
 def sample(program: Program, noise: Array, block: Block) -> Array:
     """Latents at the end of the program's time grid, from `noise` [rows, C, h, w] at its start."""
     x = noise
-    for _, x in steps(program, noise, block):  # noqa: B007
-        pass
-    return x
-
-
-def steps(program: Program, noise: Array, block: Block) -> Iterator[tuple[BlockCall, Array]]:
-    """Yields (call, x) after every block call, so that a caller can look or stop in between."""
-    x = noise
     v = previous = np.zeros_like(noise)
     for call in program.calls:
         v_net = previous if call.reads_previous else v
         x, v_next = block(call, x, v, v_net)
         previous = v
         v = v if call.keeps_velocity else v_next
-        yield call, x
+    return x

@@ -48,6 +48,10 @@ class Schedule:
     def parse(cls, text: str) -> "Schedule":
         """Reads `H1P5R3`, `HPPPPPRRR` or a mix of both; a count of zero drops the letter."""
         shown = text if len(text) <= 40 else text[:40] + "..."
+        if len(text) > 5 * MAX_STEPS:  # a letter and four digits for each step
+            raise RequestError(
+                f"schedule {shown!r} has {len(text)} characters, allowed are {MAX_STEPS} steps"
+            )
         if not text or re.sub(_RUN, "", text):
             raise RequestError(f"schedule {shown!r} cannot be read: {_HELP}")
         runs = [(letter, int(count or 1)) for letter, count in _RUN.findall(text)]

@@ -7,6 +7,7 @@ import pytest
 
 from flowturbo import Schedule, Variant, compile_program, sample
 from flowturbo.errors import RequestError
+from flowturbo.generate import program_for
 from flowturbo.program import BlockCall, Network
 from flowturbo.sampler import Array, Block
 
@@ -133,3 +134,11 @@ def test_variable_step_adams_bashforth() -> None:
 def test_refuses_bad_grids(times: list[float], said: str) -> None:
     with pytest.raises(RequestError, match=said):
         compile_program(Schedule.parse("H2"), times)
+
+
+def test_steps_beyond_the_refiners_training_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    program_for.cache_clear()  # a program is compiled, and warned of, once
+    program_for(Schedule.parse("H1P5R3"), Variant.PAPER)
+    assert not caplog.messages
+    program_for(Schedule.parse("H1R3"), Variant.PAPER)
+    assert "H1R3 refines in steps of 0.250" in caplog.messages[0]

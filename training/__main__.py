@@ -5,6 +5,7 @@ Each resumes where it was stopped; a stage already written is not done again.
 """
 
 import argparse
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -24,8 +25,11 @@ IMAGES = 48_000
 PLANS = {
     "vae": Plan(1750, batch=32, learning_rate=1.5e-3, seed=1, restarts=(1000,), ema_decay=0.0),
     "classifier": Plan(1500, batch=128, learning_rate=2e-3, seed=2, ema_decay=0.99),
-    "predictor": Plan(3000, batch=96, learning_rate=1e-3, seed=3),
-    "refiner": Plan(1500, batch=64, learning_rate=1e-3, seed=4),
+    "predictor": Plan(2600, batch=96, learning_rate=1e-3, seed=3),
+    "predictor_uniform": Plan(
+        3100, batch=96, learning_rate=1e-3, seed=5, restarts=(1800,), ema_decay=0.995
+    ),
+    "refiner": Plan(800, batch=64, learning_rate=1e-3, seed=4),
 }
 
 
@@ -44,11 +48,13 @@ def main() -> None:
     vae.save_pretrained(args.out / "vae")
     judge = classifier.train(images, PLANS["classifier"], args.runs)
     _save(judge, args.out / "classifier.safetensors", torch.float16)
-    latents = _latents(vae, images, args.runs / "data" / "latents.pt")
-    velocity = predictor.train(latents, labels, len(CLASS_NAMES), PLANS["predictor"], args.runs)
-    _save(velocity, args.out / "predictor.safetensors", torch.float16, velocity)
+    digest = _digest(args.out / "vae" / "diffusion_pytorch_model.safetensors")
+    cached = args.runs / "data" / f"latents-{len(images)}-{args.seed}-{digest}.pt"
+    latents = _latents(vae, images, cached)
+    velocity = predictor.train(latents, labels, len(CLASS_NAMES), PLANS, args.runs)
+    _save(velocity, args.out / "predictor.safetensors", torch.float16)
     change = refiner.train(latents, labels, velocity, PLANS["refiner"], args.runs)
-    _save(change, args.out / "refiner.safetensors", torch.float32, velocity)
+    _save(change, args.out / "refiner.safetensors", torch.float32)
     (args.out / "classes.txt").write_text("\n".join(CLASS_NAMES) + "\n")
     for name in PLANS:
         shutil.copy(args.runs / f"{name}.json", args.out / f"{name}.training.json")
@@ -56,15 +62,21 @@ def main() -> None:
 
 
 def _latents(vae: AutoencoderKL, images: np.ndarray, path: Path) -> Tensor:
+    """The latents of `images`, kept at `path`."""
     if not path.exists():
-        torch.save(autoencoder.encode(vae, images), path)
+        torch.save(autoencoder.encode(vae, images), path.with_suffix(".partial"))
+        path.with_suffix(".partial").rename(path)
     latents: Tensor = torch.load(path, weights_only=True)
     return latents
 
 
-def _save(model: nn.Module, path: Path, dtype: torch.dtype, sit: SiT | None = None) -> None:
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+def _save(model: nn.Module, path: Path, dtype: torch.dtype) -> None:
     """Writes `model` as safetensors; a SiT's heads cannot be read off its shapes, so they go in."""
-    metadata = {"num_heads": str(sit.config.num_heads)} if sit else {}
+    metadata = {"num_heads": str(model.config.num_heads)} if isinstance(model, SiT) else {}
     tensors = {key: value.cpu().to(dtype).contiguous() for key, value in model.state_dict().items()}
     save_file(tensors, path, metadata)
 

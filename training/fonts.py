@@ -61,3 +61,7 @@ def _silhouette(font: ImageFont.FreeTypeFont, text: str) -> np.ndarray:
     canvas = Image.new("L", (128, 128))
     ImageDraw.Draw(canvas).text((64, 64), text, font=font, fill=255, anchor="mm")
     return np.asarray(canvas) > 127
+
+
+if __name__ == "__main__":
+    print(" ".join(APT_PACKAGES.split()))

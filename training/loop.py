@@ -69,7 +69,9 @@ def fit(name: str, model: nn.Module, loss_of: LossOf, plan: Plan, folder: Path) 
             step = progress["step"]
             for group in optimizer.param_groups:
                 group["lr"] = plan.learning_rate * _rate(step, plan)
-            loss = loss_of(model, generator.manual_seed(plan.seed * 1_000_003 + step))
+            seed = plan.seed * 1_000_003 + step
+            torch.manual_seed(seed)  # dropout draws from the global generator
+            loss = loss_of(model, generator.manual_seed(seed))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(trainable, 1.0)

@@ -1,12 +1,13 @@
 """The velocity predictor: flow matching with a linear path and a SiT."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from flowturbo.nets.sit import SiT, SiTConfig
-from training.loop import Plan, device, fit
+from training.loop import LossOf, Plan, device, fit
 
 NULL_LABEL_PROBABILITY = 0.1
 
@@ -32,18 +33,47 @@ def draw_null(label: Tensor, null: int, generator: torch.Generator) -> Tensor:
     return torch.where(dropped, null, label)
 
 
-def train(latents: Tensor, labels: Tensor, num_classes: int, plan: Plan, folder: Path) -> SiT:
-    """Fits a SiT to `latents` [N, C, h, w] with class ids `labels` [N]."""
-    torch.manual_seed(plan.seed)
+def logit_normal(count: int, generator: torch.Generator) -> Tensor:
+    """Times [count] around the middle, where most of an image takes shape."""
+    return torch.sigmoid(torch.randn(count, generator=generator))
+
+
+def uniform(count: int, generator: torch.Generator) -> Tensor:
+    """Times [count] in [0, 1)."""
+    return torch.rand(count, generator=generator)
+
+
+# In order: the plan's name and how times are drawn. Logit-normal times alone leave the first steps
+# from noise all but untrained, and there the class is decided.
+PHASES = (("predictor", logit_normal), ("predictor_uniform", uniform))
+
+
+def train(
+    latents: Tensor, labels: Tensor, num_classes: int, plans: dict[str, Plan], folder: Path
+) -> SiT:
+    """Fits a SiT to `latents` [N, C, h, w] with class ids `labels` [N], a phase after the other."""
+    torch.manual_seed(plans["predictor"].seed)
     model = SiT(config(num_classes))
     model.initialize()
+    for name, draw_times in PHASES:
+        loss_of = _loss(latents, labels, num_classes, plans[name].batch, draw_times)
+        trained = fit(name, model, loss_of, plans[name], folder)
+        model.load_state_dict(trained.state_dict())
+    return model.eval().requires_grad_(False)
 
+
+def _loss(
+    latents: Tensor,
+    labels: Tensor,
+    null: int,
+    batch: int,
+    draw_times: Callable[[int, torch.Generator], Tensor],
+) -> LossOf:
     def loss_of(network: nn.Module, generator: torch.Generator) -> Tensor:
-        rows = torch.randint(len(latents), (plan.batch,), generator=generator)
-        data, label = latents[rows], draw_null(labels[rows], num_classes, generator)
+        rows = torch.randint(len(latents), (batch,), generator=generator)
+        data, label = latents[rows], draw_null(labels[rows], null, generator)
         noise = torch.randn(data.shape, generator=generator)
-        # Logit-normal times: most of the difficulty lies between the ends.
-        t = torch.sigmoid(torch.randn(plan.batch, generator=generator))
+        t = draw_times(batch, generator)
         at = t[:, None, None, None]
         x, velocity = (1 - at) * noise + at * data, data - noise
         x, velocity, t, label = (a.to(device()) for a in (x, velocity, t, label))
@@ -51,6 +81,4 @@ def train(latents: Tensor, labels: Tensor, num_classes: int, plan: Plan, folder:
             predicted = network(x, t, label)
         return (predicted.float() - velocity).square().mean()
 
-    trained = fit("predictor", model, loss_of, plan, folder)
-    assert isinstance(trained, SiT)
-    return trained
+    return loss_of

@@ -6,11 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from flowturbo.generate import LARGEST_TRAINED_STEP
 from flowturbo.nets.sit import SiT, SiTConfig
 from training.loop import Plan, device, fit
 from training.predictor import draw_null
-
-LARGEST_STEP = 0.12  # the paper's range of step sizes, (0, 0.12]
 
 
 def config(predictor: SiTConfig) -> SiTConfig:
@@ -35,7 +34,7 @@ def train(latents: Tensor, labels: Tensor, predictor: SiT, plan: Plan, folder: P
         rows = torch.randint(len(latents), (plan.batch,), generator=generator)
         data, label = latents[rows], draw_null(labels[rows], null, generator)
         noise = torch.randn(data.shape, generator=generator)
-        step = LARGEST_STEP * (1 - torch.rand(plan.batch, generator=generator))
+        step = LARGEST_TRAINED_STEP * (1 - torch.rand(plan.batch, generator=generator))
         t = torch.rand(plan.batch, generator=generator) * (1 - step)
         data, noise, step, t, label = (a.to(device()) for a in (data, noise, step, t, label))
         at = t[:, None, None, None]

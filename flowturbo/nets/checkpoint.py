@@ -1,8 +1,10 @@
 """Checkpoints to networks: the architecture is read off the tensor shapes."""
 
-import hashlib
+import argparse
 import math
 import pickle
+import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,11 +33,6 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
 
-    def sha256(self) -> str:
-        """Digest of the file, in hexadecimal."""
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
 
 def load_checkpoint(path: str | Path, weights: str | None = None) -> Checkpoint:
     """Reads a `.pt` or `.safetensors` file.
@@ -50,12 +47,18 @@ def load_checkpoint(path: str | Path, weights: str | None = None) -> Checkpoint:
         raise CheckpointError(f"weights must be model or ema, got {weights!r}")
     if path.suffix == ".safetensors":
         return _load_safetensors(path)
+    return Checkpoint(path, _choose(path, _load_pt(path), weights), {})
+
+
+def _load_pt(path: Path) -> Any:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # The public training script keeps its command line beside the weights: a plain namespace.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            mmap = zipfile.is_zipfile(path)  # files from before torch 1.6 cannot be mapped
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{path} is not a checkpoint of plain tensors: {reason}") from error
-    return Checkpoint(path, _choose(path, content, weights), {})
 
 
 def _load_safetensors(path: Path) -> Checkpoint:
@@ -64,7 +67,7 @@ def _load_safetensors(path: Path) -> Checkpoint:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            return Checkpoint(path, tensors, file.metadata() or {})
+            return Checkpoint(path, _without_wrappers(tensors), file.metadata() or {})
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
 
@@ -81,11 +84,19 @@ def _choose(path: Path, content: Any, weights: str | None) -> Mapping[str, Tenso
         content = content[key]
     elif weights == "ema":
         raise CheckpointError(f"{path} holds one set of weights and no 'ema'")
-    bad = [key for key, value in content.items() if not isinstance(value, Tensor)]
+    bad = [k for k, v in content.items() if not (isinstance(k, str) and isinstance(v, Tensor))]
     if bad or not content:
-        found = f"{bad[0]!r} is no tensor" if bad else "it is empty"
+        found = f"{bad[0]!r} is no named tensor" if bad else "it is empty"
         raise CheckpointError(f"{path} is not a state dict: {found}")
-    return {key.removeprefix("module."): value for key, value in content.items()}
+    return _without_wrappers(content)
+
+
+def _without_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names as the network has them: without those that DDP and torch.compile put in front."""
+    return {
+        key.removeprefix("module.").removeprefix("_orig_mod."): value
+        for key, value in tensors.items()
+    }
 
 
 def infer_config(
@@ -109,7 +120,8 @@ def infer_config(
             f"{checkpoint.path}: pos_embed has {tokens} tokens (a square is needed), "
             f"final_layer.linear.weight {final} rows (a multiple of {patch_size**2} is needed)"
         )
-    depth = 1 + max(int(key.split(".")[1]) for key in checkpoint.tensors if key[:7] == "blocks.")
+    blocks = (re.match(r"blocks\.(\d+)\.", key) for key in checkpoint.tensors)
+    depth = 1 + max(int(block[1]) for block in blocks if block)
     return SiTConfig(
         latent_size=side * patch_size,
         patch_size=patch_size,
@@ -141,7 +153,8 @@ def _latent_channels(
 
 
 def _heads(checkpoint: Checkpoint, width: int, given: int | None) -> int:
-    heads = given or int(checkpoint.metadata.get("num_heads", 0)) or KNOWN_HEADS.get(width, 0)
+    stated = checkpoint.metadata.get("num_heads", "")
+    heads = given or (int(stated) if stated.isdecimal() else KNOWN_HEADS.get(width, 0))
     if heads <= 0:
         raise CheckpointError(
             f"{checkpoint.path}: the number of heads at width {width} is not known, "

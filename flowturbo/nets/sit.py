@@ -40,11 +40,6 @@ class SiTConfig:
     def tokens_per_side(self) -> int:
         return self.latent_size // self.patch_size
 
-    @property
-    def reads_velocity(self) -> bool:
-        """True for a refiner, whose input is [x, v]."""
-        return self.in_channels == 2 * self.latent_channels
-
 
 class PatchEmbed(nn.Module):
     """[B, in, h, w] to [B, tokens, width]."""
@@ -135,7 +130,7 @@ class SiTBlock(nn.Module):
         super().__init__()
         width = config.width
         self.attn = Attention(width, config.num_heads)
-        self.mlp = Mlp(width, int(width * config.mlp_ratio))
+        self.mlp = Mlp(width, round(width * config.mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:

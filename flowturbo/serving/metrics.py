@@ -4,11 +4,27 @@ Triton's request metrics see only `execute`, which hands a request over and retu
 whole request.
 """
 
+import threading
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-OUTCOMES = ("ok", "invalid", "busy", "deadline", "cancelled", "error")
+from flowturbo import errors
+
+# Outcomes of failed requests and their codes in pb_utils.TritonError.
+CODES = {
+    "invalid": "INVALID_ARG",
+    "busy": "UNAVAILABLE",
+    "deadline": "CANCELLED",  # Triton has no code for a deadline; the message tells the two apart
+    "cancelled": "CANCELLED",
+    "error": "INTERNAL",
+}
+_OUTCOMES = (  # a deadline is a cancellation too: first match wins
+    (errors.RequestError, "invalid"),
+    (errors.BusyError, "busy"),
+    (errors.DeadlineError, "deadline"),
+    (errors.CancelledError, "cancelled"),
+)
 LATENCY_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
@@ -16,6 +32,8 @@ class Metrics:
     """Requests in flight, their latency and outcome, and the evaluations of each model."""
 
     def __init__(self, models: tuple[str, ...]) -> None:
+        # Updating one metric from two threads at once crashes the server (seen on 24.10).
+        self._lock = threading.Lock()
         family, counter = pb_utils.MetricFamily, pb_utils.MetricFamily.COUNTER
         # A family must outlive its metrics.
         self._families = [
@@ -30,33 +48,30 @@ class Metrics:
         ]
         inflight, requests, evaluations, duration = self._families
         self._inflight = inflight.Metric()
-        self._requests = {o: requests.Metric(labels={"outcome": o}) for o in OUTCOMES}
+        self._requests = {o: requests.Metric(labels={"outcome": o}) for o in ("ok", *CODES)}
         self._evaluations = {m: evaluations.Metric(labels={"model": m}) for m in models}
         self._duration = duration.Metric(buckets=list(LATENCY_BUCKETS_S))
 
     def inflight(self, count: int) -> None:
         """States how many requests are in flight now."""
-        self._inflight.set(count)
+        with self._lock:
+            self._inflight.set(count)
 
     def evaluated(self, model: str, rows: int) -> None:
         """Counts `rows` evaluated by a composed model."""
-        self._evaluations[model].increment(rows)
+        with self._lock:
+            self._evaluations[model].increment(rows)
 
     def finished(self, outcome: str, seconds: float) -> None:
         """Counts one answered request."""
-        self._requests[outcome].increment(1)
-        if outcome == "ok":
-            self._duration.observe(seconds)
+        with self._lock:
+            self._requests[outcome].increment(1)
+            if outcome == "ok":
+                self._duration.observe(seconds)
 
 
-def outcome_of(error: Any) -> str:
-    """The outcome under which an exception is counted."""
-    from flowturbo import errors
-
-    kinds = (
-        (errors.RequestError, "invalid"),
-        (errors.BusyError, "busy"),
-        (errors.DeadlineError, "deadline"),
-        (errors.CancelledError, "cancelled"),
-    )
-    return next((outcome for kind, outcome in kinds if isinstance(error, kind)), "error")
+def outcome_of(result: Any) -> str:
+    """The outcome under which an answer, or an exception, is counted."""
+    if not isinstance(result, BaseException):
+        return "ok"
+    return next((name for kind, name in _OUTCOMES if isinstance(result, kind)), "error")

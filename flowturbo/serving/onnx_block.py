@@ -21,8 +21,7 @@ class TritonPythonModel:
         """Loads the ONNX file of this model's version."""
         folder = Path(args["model_repository"]) / args["model_version"]
         config = json.loads(args["model_config"])
-        threads = config["parameters"].get("threads", {}).get("string_value", "0")
-        self._model = OnnxModel(folder / "model.onnx", int(threads))
+        self._model = OnnxModel(folder / "model.onnx")
         self._inputs = [entry["name"] for entry in config["input"]]
 
     def execute(self, requests: list[Any]) -> list[Any]:

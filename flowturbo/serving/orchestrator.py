@@ -1,8 +1,7 @@
 """Triton Python-backend model `flowturbo`: one request in, one response out.
 
 `execute` checks and admits requests and returns at once; each admitted one runs on a thread of its
-own, whose blocking calls to the composed models meet those of other requests in Triton's dynamic
-batcher.
+own. Steps of different requests, at different places of different schedules, share batches.
 """
 
 import json
@@ -29,25 +28,14 @@ from flowturbo.guidance import Tensors
 from flowturbo.program import Variant
 from flowturbo.repository import Pipeline, Settings
 from flowturbo.request import GenerationRequest, parse_request
-from flowturbo.serving.metrics import Metrics, outcome_of
-
-_FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-_CPU = pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0)
-_CODES = {
-    "invalid": pb_utils.TritonError.INVALID_ARG,
-    "busy": pb_utils.TritonError.UNAVAILABLE,
-    # Triton has no code for a deadline; the message tells the two apart.
-    "deadline": pb_utils.TritonError.CANCELLED,
-    "cancelled": pb_utils.TritonError.CANCELLED,
-    "error": pb_utils.TritonError.INTERNAL,
-}
+from flowturbo.serving.gather import Gatherer
+from flowturbo.serving.metrics import CODES, Metrics, outcome_of
 
 
 @dataclass
 class Job:
-    """One request on its way: Triton's handles, and when it came and must be done (monotonic s)."""
+    """One request on its way: Triton's handle, and when it came and must be done (monotonic s)."""
 
-    request: Any
     sender: Any
     arrived: float
     deadline: float
@@ -55,10 +43,18 @@ class Job:
 
     def check(self) -> None:
         """Raises once the caller has gone or the deadline has passed."""
-        if time.monotonic() > self.deadline:
-            raise DeadlineError(f"the deadline of {self.timeout_s:g} s passed before the end")
-        if self.request.is_cancelled():
+        if self.remaining_s() <= 0:
+            raise self.expired()
+        if self.sender.is_cancelled():
             raise CancelledError("the request was cancelled by its caller")
+
+    def remaining_s(self) -> float:
+        """Seconds until the deadline."""
+        return self.deadline - time.monotonic()
+
+    def expired(self) -> DeadlineError:
+        """What to raise once the deadline has passed."""
+        return DeadlineError(f"the deadline of {self.timeout_s:g} s passed before the end")
 
 
 class TritonPythonModel:
@@ -72,6 +68,12 @@ class TritonPythonModel:
         )
         self._pipeline = Pipeline.load(Path(args["model_repository"]).parent)
         self._metrics = Metrics(tuple(contract.COMPOSED))
+        self._gather = Gatherer(
+            _call,
+            tuple(contract.COMPOSED),
+            self._pipeline.max_rows,
+            self._settings.gather_ms / 1e3,
+        )
         self._inflight = 0
         self._lock = threading.Lock()
         self._workers = ThreadPoolExecutor(self._settings.max_inflight, "flowturbo")
@@ -81,20 +83,16 @@ class TritonPythonModel:
         for request in requests:
             arrived = time.monotonic()
             timeout_s = request.timeout() / 1e6 or self._settings.default_timeout_s
-            job = Job(
-                request, request.get_response_sender(), arrived, arrived + timeout_s, timeout_s
-            )
+            job = Job(request.get_response_sender(), arrived, arrived + timeout_s, timeout_s)
             try:
-                checked = self._read(request)
-                self._admit()
+                self._start(job, self._read(request))
             except Exception as error:
                 self._answer(job, error)
-                continue
-            self._workers.submit(self._work, job, checked)
 
     def finalize(self) -> None:
         """Lets the requests in flight finish."""
         self._workers.shutdown(wait=True)
+        self._gather.close()
 
     def _read(self, request: Any) -> GenerationRequest:
         parameters = json.loads(request.parameters() or "{}")
@@ -107,6 +105,14 @@ class TritonPythonModel:
         return parse_request(
             tensors, request.requested_output_names(), self._pipeline, self._settings
         )
+
+    def _start(self, job: Job, request: GenerationRequest) -> None:
+        self._admit()
+        try:
+            self._workers.submit(self._work, job, request)
+        except BaseException:
+            self._leave()
+            raise
 
     def _admit(self) -> None:
         """Takes a place in flight, or raises BusyError: no queue, so that refusal comes at once."""
@@ -129,7 +135,8 @@ class TritonPythonModel:
         result: dict[str, np.ndarray] | BaseException
         try:
             program = program_for(request.schedule, Variant(self._settings.variant))
-            result = generate(request, self._pipeline, program, self._infer_for(job))
+            with self._gather.request():
+                result = generate(request, self._pipeline, program, self._infer_for(job))
         except BaseException as error:
             result = error
         # The place is free before the answer is out: a caller in a loop must not find it taken.
@@ -139,7 +146,10 @@ class TritonPythonModel:
     def _infer_for(self, job: Job) -> Any:
         def infer(model: str, tensors: Tensors) -> tuple[np.ndarray, ...]:
             job.check()
-            outputs = _call(model, tensors)
+            try:
+                outputs = self._gather(model, tensors, job.remaining_s())
+            except TimeoutError:
+                raise job.expired() from None
             self._metrics.evaluated(model, len(outputs[0]))
             return outputs
 
@@ -147,20 +157,25 @@ class TritonPythonModel:
 
     def _answer(self, job: Job, result: "dict[str, np.ndarray] | BaseException") -> None:
         """Sends the one final response; the request must not be touched afterwards."""
-        outcome = "ok"
+        if not isinstance(result, BaseException):
+            try:
+                response = pb_utils.InferenceResponse(_tensors(result))
+            except BaseException as error:
+                result = error
+        outcome = outcome_of(result)
         if isinstance(result, BaseException):
-            outcome = outcome_of(result)
             response = _error_response(result, outcome)
-        else:
-            tensors = [pb_utils.Tensor(name, value) for name, value in result.items()]
-            response = pb_utils.InferenceResponse(tensors)
-        try:
-            job.sender.send(response, flags=_FINAL)
-        except Exception as error:
-            pb_utils.Logger.log_error(f"flowturbo: a response could not be sent: {error}")
-            outcome = "error"
-            job.sender.send(_error_response(error, outcome), flags=_FINAL)
+        # Counted first: whoever has the answer finds it in the metrics.
         self._metrics.finished(outcome, time.monotonic() - job.arrived)
+        try:
+            job.sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        except Exception as error:
+            # The sender is closed by now: nothing more can be sent.
+            pb_utils.Logger.log_error(f"flowturbo: an answer could not be sent: {error}")
+
+
+def _tensors(arrays: Tensors) -> list[Any]:
+    return [pb_utils.Tensor(name, value) for name, value in arrays.items()]
 
 
 def _array(tensor: Any) -> np.ndarray:
@@ -178,8 +193,8 @@ def _call(model: str, tensors: Tensors) -> tuple[np.ndarray, ...]:
     response = pb_utils.InferenceRequest(
         model_name=model,
         requested_output_names=names,
-        inputs=[pb_utils.Tensor(name, value) for name, value in tensors.items()],
-        preferred_memory=_CPU,
+        inputs=_tensors(tensors),
+        preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
     ).exec()
     if response.has_error():
         message = response.error().message()
@@ -197,4 +212,5 @@ def _error_response(error: BaseException, outcome: str) -> Any:
         message = f"internal error, {type(error).__name__}: {error}"
     if outcome == "error":
         pb_utils.Logger.log_error(f"flowturbo: {message}")
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, _CODES[outcome]))
+    code = getattr(pb_utils.TritonError, CODES[outcome])
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))

@@ -1,0 +1,50 @@
+# Two commands matter: `make demo` and `make test`. Each sets up what it needs.
+PYTHON ?= python3.11
+BIN := .venv/bin
+GLYPHS := weights/glyphs
+REPOSITORY := model_repository
+SOURCES := flowturbo export training examples client tests
+
+.PHONY: demo test check setup export serve quality train fonts clean
+
+demo: export  ## serve the glyphs model and write picture grids to output/
+	$(BIN)/python examples/demo.py --repository $(REPOSITORY) --output output
+
+test: check  ## lint, types and all tests
+	$(BIN)/pytest
+
+check: setup
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy
+
+setup: .venv/.installed
+
+.venv/.installed: pyproject.toml client/pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  -e client -e '.[serve,export,training,dev]'
+	touch $@
+
+export: setup  ## the glyphs model to the model repository; nothing to do if it is there
+	$(BIN)/python -m export --predictor $(GLYPHS)/predictor.safetensors \
+	  --refiner $(GLYPHS)/refiner.safetensors --vae $(GLYPHS)/vae \
+	  --class-names $(GLYPHS)/classes.txt --repository $(REPOSITORY)
+
+serve: export  ## until Ctrl-C
+	$(BIN)/python -m flowturbo.serve --repository $(REPOSITORY)
+
+quality: export  ## how many of 1,000 images are recognised, for H8 and the default schedule
+	$(BIN)/python -m training.recognition --repository $(REPOSITORY) --weights $(GLYPHS) \
+	  --json $(GLYPHS)/recognition.json
+
+fonts: setup  ## the fonts that training renders; needs root
+	apt-get update -qq
+	apt-get install -y -qq --no-install-recommends $$($(BIN)/python -m training.fonts)
+
+train: setup  ## the glyphs model from nothing, about two hours on two cores; resumes
+	$(BIN)/python -m training --out $(GLYPHS)
+
+clean:  ## all that is made here but the training runs
+	rm -rf .venv output $(REPOSITORY)/velocity_predictor $(REPOSITORY)/velocity_refiner \
+	  $(REPOSITORY)/vae_decoder

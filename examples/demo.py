@@ -1,0 +1,48 @@
+"""Serves a model repository, generates one grid with three schedules, and stops the server.
+
+What `make demo` runs. The server and the client are the real ones: see flowturbo/serve.py to keep a
+server running, and client/ for the library.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from flowturbo.serving.installation import ServerError
+from flowturbo.serving.tritonserver import running_server
+
+SCHEDULES = ("H8", "H2P4R2", "H1P5R3")
+
+
+def main() -> int:
+    """Returns the exit status of the client, or 1 when the server did not start."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repository", type=Path, default=Path("model_repository"))
+    parser.add_argument("--output", type=Path, default=Path("output"))
+    parser.add_argument("--text", default="FLOWTURBO2", help="an image a character")
+    parser.add_argument("--seed", type=int, default=2024)
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    log = args.output / "tritonserver.log"
+    started = time.monotonic()
+    print(f"starting Triton on {args.repository}, its log is {log} ...", flush=True)
+    try:
+        with running_server(args.repository, log_path=log) as address:
+            print(f"ready after {time.monotonic() - started:.1f} s, gRPC at {address.grpc}")
+            return generate(address.grpc, args.text, args.seed, args.output)
+    except ServerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def generate(url: str, text: str, seed: int, output: Path) -> int:
+    """The client's command line, once for all schedules: their rows share seeds."""
+    command = [sys.executable, "-m", "flowturbo_client", "generate", "--url", url, "--text", text]
+    command += ["--seed", str(seed), "--schedule", *SCHEDULES, "--warmup", "--output", str(output)]
+    return subprocess.run(command).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

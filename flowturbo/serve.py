@@ -1,0 +1,196 @@
+"""Serve a model repository: `python -m flowturbo.serve`. Exit codes: see `main`."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+
+from flowturbo import contract
+from flowturbo.repository import EXPORT_HINT
+from flowturbo.serving.installation import Installation, ServerError, SetupError, find_server
+from flowturbo.serving.tritonserver import (
+    ServerOptions,
+    TritonServer,
+)
+
+_OPTIONAL = {  # and what is lost without it
+    contract.REFINER: "schedules with R steps are refused",
+    contract.DECODER: "only latents are served, no images",
+}
+_MODEL_FILES = ("model.plan", "model.onnx")
+_STDERR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until Ctrl-C or SIGTERM.
+
+    Returns 0 after a stop that was asked for, 1 if the server failed, 2 if something must be put
+    right before it can start.
+    """
+    options = _parse(sys.argv[1:] if argv is None else list(argv))
+    try:
+        for note in check_repository(options.repository):
+            print(f"note: {note}", file=sys.stderr, flush=True)
+        installation = find_server(options.tritonserver)
+        check_backends(options.repository, installation)
+        _serve(options, installation)
+    except ServerError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, SetupError) else 1
+    return 0
+
+
+def check_repository(repository: Path) -> list[str]:
+    """Notes on the optional models that `repository` lacks. Raises SetupError if incomplete."""
+    if not repository.is_dir():
+        raise SetupError(
+            f"no model repository at {repository}: give the model_repository folder of the source "
+            "tree with --repository"
+        )
+    if not (repository / contract.ORCHESTRATOR / "config.pbtxt").is_file():
+        raise SetupError(
+            f"{repository} lacks {contract.ORCHESTRATOR}/config.pbtxt: not a repository of "
+            "FlowTurbo. Give the model_repository folder of the source tree with --repository "
+            "(`git checkout -- model_repository` restores it)"
+        )
+    present = [name for name in _OPTIONAL if (repository / name).exists()]
+    problems = [p for name in (contract.PREDICTOR, *present) for p in _problems(repository, name)]
+    if problems:
+        raise SetupError(
+            f"{repository} is not complete:\n"
+            + "".join(f"  {problem}\n" for problem in problems)
+            + f"Export the models with `{EXPORT_HINT.format(repository)}` "
+            "(the glyphs model: `make export`)."
+        )
+    lost = {name: loss for name, loss in _OPTIONAL.items() if name not in present}
+    return [f"{repository} has no {name}: {loss}" for name, loss in lost.items()]
+
+
+def _problems(repository: Path, name: str) -> Iterator[str]:
+    model = repository / name
+    if not model.is_dir():
+        yield f"{name}/ is missing"
+        return
+    if not (model / "config.pbtxt").is_file():
+        yield f"{name}/config.pbtxt is missing"
+    if not any((model / "1" / file).is_file() for file in _MODEL_FILES):
+        yield f"{name}/1/ has none of {', '.join(_MODEL_FILES)}"
+
+
+def check_backends(repository: Path, installation: Installation) -> None:
+    """Raises SetupError for a model that a server with only the Python backend cannot load."""
+    if installation.backends is None:
+        return
+    for name in (contract.PREDICTOR, *_OPTIONAL):
+        model = repository / name
+        if model.is_dir() and not (model / "1" / "model.py").is_file():
+            raise SetupError(
+                f"{name} was exported for a server with TensorRT or ONNX Runtime, but the one in "
+                "the nvidia-pytriton wheel has only the Python backend: export it again for the "
+                "Python backend, or name another server with --tritonserver"
+            )
+
+
+class _Signals:
+    """Counts the requests to stop: Ctrl-C or SIGTERM."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._received)
+
+    def _received(self, _number: int, _frame: FrameType | None) -> None:
+        self.count += 1
+
+
+def _serve(options: ServerOptions, installation: Installation) -> None:
+    signals = _Signals()
+    server = TritonServer(options, installation, _STDERR)
+    try:
+        ready = server.wait_ready(give_up=lambda: signals.count > 0)
+        models = server.model_processes()
+        if ready:
+            at = server.address
+            print(f"ready: gRPC {at.grpc}, HTTP {at.http}, metrics {at.metrics}", flush=True)
+        while signals.count == 0 and server.exit_code is None:
+            if lost := models - server.model_processes():
+                signals.count = 2  # its requests never end: do not wait for them
+                raise ServerError(f"a model's process died ({min(lost)}): the server was stopped")
+            time.sleep(0.2)
+        if signals.count == 0:
+            raise ServerError(f"tritonserver {server.ending}: it is no longer serving")
+    finally:
+        unforced = server.stop(hurry=lambda: signals.count > 1)  # a second Ctrl-C hurries
+    if not unforced:
+        raise ServerError(f"tritonserver did not stop cleanly: it {server.ending}")
+
+
+def _parse(argv: list[str]) -> ServerOptions:
+    cut = argv.index("--") if "--" in argv else len(argv)
+    parser = _parser()
+    values = vars(parser.parse_args(argv[:cut]))
+    return ServerOptions(**values, extra_args=tuple(argv[cut + 1 :]))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m flowturbo.serve",
+        description="Serve a model repository with Triton, on loopback unless told otherwise.",
+        epilog="Flags after `--` go to tritonserver as they are; paths in them must be absolute.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    default = ServerOptions(Path("model_repository"))
+    add = parser.add_argument
+    add("--repository", type=Path, default=default.repository, help="the model repository")
+    add("--host", default=default.host, help="IPv4 address to listen on")
+    for name in ("http", "grpc", "metrics"):
+        value = getattr(default, f"{name}_port")
+        add(f"--{name}-port", type=_integer(0, 65535), default=value, help="0 picks a free one")
+    add(
+        "--thread-pool-size",
+        type=_integer(1, 65535),
+        default=default.thread_pool_size,
+        help="calls between models at once, per model: more than the requests in flight",
+    )
+    add(
+        "--shm-mb",
+        type=_integer(1, 2**20),
+        default=default.shm_mb,
+        help="shared memory for each Python model instance at the start, in MiB; it grows",
+    )
+    add(
+        "--exit-timeout-s",
+        type=_integer(0, 86400),
+        default=default.exit_timeout_s,
+        help="seconds that requests in flight get when the server stops",
+    )
+    add("--log-verbose", type=_integer(0, 99), default=default.log_verbose, help="0 is off")
+    add(
+        "--tritonserver",
+        type=Path,
+        metavar="PATH",
+        help="server binary; else the one on PATH, else the nvidia-pytriton wheel's",
+    )
+    return parser
+
+
+class _integer:
+    """An argparse type: an integer within bounds, both included."""
+
+    def __init__(self, low: int, high: int) -> None:
+        self._low, self._high = low, high
+
+    def __call__(self, text: str) -> int:
+        if not text.isdecimal() or not self._low <= int(text) <= self._high:
+            allowed = f"an integer from {self._low} to {self._high}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}")
+        return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""Find the `tritonserver` to run, and prepare the one in the pip wheel. Standard library only."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_STUB = "triton_python_backend_stub"
+_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
+_SHELL_SPECIAL = re.compile(r"""[\s'"\\$`&|;<>()*?\[\]{}]""")
+
+
+class ServerError(Exception):
+    """The server did not start, did not become ready, or died."""
+
+
+class SetupError(ServerError):
+    """Something must be put right before a server can start: nothing was started."""
+
+
+@dataclass(frozen=True)
+class Installation:
+    """A server that can be started; `backends` is None where the server has its own."""
+
+    binary: Path
+    backends: Path | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def find_server(explicit: Path | None = None) -> Installation:
+    """The server to run: `explicit`, else the one on PATH, else the nvidia-pytriton wheel's.
+
+    Raises SetupError if there is none, or if the wheel's cannot run under this Python.
+    """
+    wheel = _wheel_folder()
+    found = shutil.which(str(explicit or "tritonserver"))
+    if explicit and not found:
+        raise SetupError(f"--tritonserver {explicit}: not an executable file")
+    if found and not (wheel and Path(found).resolve() == (wheel / "bin/tritonserver").resolve()):
+        return Installation(Path(found).absolute())
+    if wheel is None:
+        raise SetupError(
+            "no tritonserver found: neither on PATH nor in the nvidia-pytriton wheel.\n"
+            "Get one with `pip install nvidia-pytriton` (development), or run inside\n"
+            "`docker run -it nvcr.io/nvidia/tritonserver:<yy.mm>-py3` (production)."
+        )
+    return _prepare_wheel(wheel)
+
+
+def _wheel_folder() -> Path | None:
+    # find_spec does not import: pytriton's own imports are slow and not needed here.
+    spec = importlib.util.find_spec("pytriton")
+    for location in (spec.submodule_search_locations or []) if spec else []:
+        folder = Path(location) / "tritonserver"
+        if (folder / "bin/tritonserver").is_file():
+            return folder
+    return None
+
+
+def _prepare_wheel(wheel: Path) -> Installation:
+    backends = _prepare_backends(wheel)
+    # Python's own library folder goes along: the stub links libpython. Python's `bin` goes first on
+    # PATH: the stub takes the environment (site-packages, .pth files) of the first `python3` there.
+    libraries = [wheel.parent.parent / "nvidia_pytriton.libs", sysconfig.get_config_var("LIBDIR")]
+    environment = {
+        "LD_LIBRARY_PATH": _path_list(*libraries, os.environ.get("LD_LIBRARY_PATH")),
+        "PATH": _path_list(Path(sys.executable).parent, os.environ.get("PATH")),
+    }
+    _check_stub(backends / "python" / _STUB, environment)
+    return Installation(wheel / "bin/tritonserver", backends, environment)
+
+
+def _path_list(*parts: Path | str | None) -> str:
+    return os.pathsep.join(str(part) for part in parts if part)
+
+
+def _prepare_backends(wheel: Path) -> Path:
+    """The wheel's Python backend with the stub of this Python, copied once into the cache."""
+    stubs = wheel / "python_backend_stubs"
+    stub = stubs / _PYTHON / _STUB
+    if not stub.is_file():
+        versions = sorted((p.name for p in stubs.glob("3.*")), key=lambda name: int(name[2:]))
+        raise SetupError(
+            f"the tritonserver of nvidia-pytriton cannot run Python {_PYTHON} models: "
+            f"it has stubs for {', '.join(versions)}"
+        )
+    sources = [*(p for p in (wheel / "backends/python").iterdir() if p.is_file()), stub]
+    version = importlib.metadata.version("nvidia-pytriton")
+    cache = _cache_folder()
+    target = cache / f"tritonserver-{version}-py{_PYTHON.replace('.', '')}"
+    check_path("the cache folder", target, "set XDG_CACHE_HOME to another folder")
+    if not _is_complete(target / "python", sources):
+        try:
+            _build_backends(cache, target, sources)
+        except OSError as error:
+            raise SetupError(
+                f"cannot write {target}: {error}; set XDG_CACHE_HOME to a writable folder"
+            ) from error
+    return target
+
+
+def _cache_folder() -> Path:
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flowturbo"
+    except RuntimeError as error:
+        raise SetupError("no home folder: set XDG_CACHE_HOME to a writable folder") from error
+
+
+def _is_complete(folder: Path, sources: Sequence[Path]) -> bool:
+    copies = ((folder / source.name, source) for source in sources)
+    return all(c.is_file() and c.stat().st_size == s.stat().st_size for c, s in copies)
+
+
+def _build_backends(cache: Path, target: Path, sources: Sequence[Path]) -> None:
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache, prefix="building-") as scratch:
+        new = Path(scratch) / "backends"
+        (new / "python").mkdir(parents=True)
+        for source in sources:
+            shutil.copy(source, new / "python")
+        if target.exists():  # damaged: a complete one is not rebuilt
+            shutil.rmtree(target)
+        try:
+            new.rename(target)
+        except OSError:  # somebody else was faster
+            if not _is_complete(target / "python", sources):
+                raise
+
+
+def _check_stub(stub: Path, environment: dict[str, str]) -> None:
+    # Without arguments the stub says so and exits 1; 127 means that a library was not found. The
+    # server would report that only as a stub which never becomes healthy.
+    result = subprocess.run(
+        [stub], env=os.environ | environment, capture_output=True, text=True, timeout=60
+    )
+    if result.returncode == 127:
+        raise SetupError(
+            f"the Python backend cannot start: {result.stderr.strip()}\n"
+            f"It needs a Python {_PYTHON} with a shared libpython (looked in "
+            f"{environment['LD_LIBRARY_PATH']} and the system's library folders)."
+        )
+
+
+def check_path(what: str, path: Path, remedy: str) -> None:
+    """Raises SetupError for a path that the Python backend cannot take."""
+    # The Python backend starts its stub through a shell without quoting paths, and then hangs.
+    if match := _SHELL_SPECIAL.search(str(path)):
+        raise SetupError(f"{what} {path} has a {match[0]!r} in its path: {remedy}")

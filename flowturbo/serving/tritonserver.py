@@ -1,0 +1,276 @@
+"""Start, watch and stop a `tritonserver` process. Standard library only."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from flowturbo.serving.installation import (
+    Installation,
+    ServerError,
+    SetupError,
+    check_path,
+    find_server,
+)
+
+_SHARED_MEMORY = Path("/dev/shm")
+_STUB_NAME = "triton_python_b"  # as the kernel has it: 15 characters
+_POLL_S = 0.05
+_LOG_TAIL_LINES = 40
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """What to serve, where. A port of 0 means any free one; `extra_args` win over the rest."""
+
+    repository: Path
+    tritonserver: Path | None = None
+    host: str = "127.0.0.1"
+    http_port: int = 8000
+    grpc_port: int = 8001
+    metrics_port: int = 8002
+    thread_pool_size: int = 128
+    shm_mb: int = 16
+    log_verbose: int = 0
+    exit_timeout_s: int = 30
+    extra_args: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ServerAddress:
+    """Where a server listens, each as `host:port`, which is what tritonclient takes."""
+
+    grpc: str
+    http: str
+    metrics: str
+
+
+def _claim_ports(options: ServerOptions) -> ServerAddress:
+    """Check that the ports are free, and pick those given as 0. Raises SetupError."""
+    try:
+        # The server's HTTP front end wants an address rather than a name.
+        host = socket.gethostbyname(options.host)
+    except OSError as error:
+        raise SetupError(
+            f"--host {options.host}: {error.strerror}; give an IPv4 address"
+        ) from error
+    wanted = {
+        "grpc": options.grpc_port,
+        "http": options.http_port,
+        "metrics": options.metrics_port,
+    }
+    with contextlib.ExitStack() as held:  # all at once, so that no two of them are the same
+        for name, port in sorted(wanted.items(), key=lambda item: item[1] == 0):
+            listener = held.enter_context(socket.socket())
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listener.bind((host, port))
+                listener.listen(1)
+            except (OSError, OverflowError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise SetupError(
+                    f"--{name}-port {port}: cannot listen on {host}:{port}: {reason}; "
+                    f"free the port, or give another --{name}-port (0 picks a free one)"
+                ) from error
+            wanted[name] = listener.getsockname()[1]
+    return ServerAddress(**{name: f"{host}:{port}" for name, port in wanted.items()})
+
+
+def _arguments(
+    options: ServerOptions, installation: Installation, address: ServerAddress, shm_prefix: str
+) -> list[str]:
+    listen = []
+    for name, where in vars(address).items():
+        host, port = where.rsplit(":", 1)
+        listen += [f"--{name}-address={host}", f"--{name}-port={port}"]
+    return [
+        f"--model-repository={options.repository.absolute()}",
+        *([f"--backend-directory={installation.backends}"] if installation.backends else []),
+        *listen,
+        f"--backend-config=python,thread-pool-size={options.thread_pool_size}",
+        f"--backend-config=python,shm-default-byte-size={options.shm_mb * 2**20}",
+        f"--backend-config=python,shm-region-prefix-name={shm_prefix}",
+        f"--exit-timeout-secs={options.exit_timeout_s}",
+        f"--log-verbose={options.log_verbose}",
+        "--exit-on-error=true",
+        "--strict-readiness=true",
+        "--model-control-mode=none",
+        "--allow-sagemaker=false",
+        "--allow-vertex-ai=false",
+        "--disable-auto-complete-config",
+        *options.extra_args,
+    ]
+
+
+class TritonServer:
+    """A running server, its stubs and its shared memory; `stop` leaves nothing of them.
+
+    The server also ends with the thread that created this object: keep that thread alive.
+    """
+
+    def __init__(
+        self, options: ServerOptions, installation: Installation, log: int | IO[bytes]
+    ) -> None:
+        """Start the process; its output goes to `log`. Raises SetupError."""
+        remedy = "Triton's Python backend cannot load models from there; move or link it"
+        check_path("the model repository", options.repository.absolute(), remedy)
+        self.address = _claim_ports(options)
+        self._exit_timeout_s = options.exit_timeout_s
+        self._shm_prefix = f"flowturbo_{os.getpid()}_{secrets.token_hex(4)}_"
+        arguments = _arguments(options, installation, self.address, self._shm_prefix)
+        try:
+            self._process = subprocess.Popen(
+                [installation.binary, *arguments],
+                env=os.environ | installation.environment,
+                # The stub (for Python 3.11) ignores PYTHONPATH but searches its working directory:
+                # this is how they find `flowturbo` in a checkout that is not installed.
+                cwd=Path(__file__).parents[2],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=_end_with_parent(),
+            )
+        except OSError as error:
+            raise SetupError(f"cannot run {installation.binary}: {error}") from error
+
+    @property
+    def exit_code(self) -> int | None:
+        """The server's exit code, negative for a signal, or None while it runs."""
+        return self._process.poll()
+
+    def wait_ready(
+        self, timeout_s: float | None = None, give_up: Callable[[], bool] = lambda: False
+    ) -> bool:
+        """True once all models are ready, False if `give_up()` said so. Raises ServerError."""
+        deadline_s = time.monotonic() + (timeout_s if timeout_s is not None else float("inf"))
+        while not give_up():
+            if self.exit_code is not None:
+                raise ServerError(f"tritonserver {self.ending} before it was ready")
+            if self._is_ready():
+                return True
+            if time.monotonic() > deadline_s:
+                raise ServerError(f"tritonserver was not ready after {timeout_s:g} s")
+            time.sleep(_POLL_S)
+        return False
+
+    @property
+    def ending(self) -> str:
+        """How the server ended, in words."""
+        code = self.exit_code
+        if code is None:
+            return "is still running"
+        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
+
+    def model_processes(self) -> set[int]:
+        """Ids of the Python backend's processes that live, one for each model instance.
+
+        The server neither notices nor replaces one that dies (24.10), and its requests hang.
+        """
+        return set(_live_processes(session=self._process.pid, name=_STUB_NAME))
+
+    def _is_ready(self) -> bool:
+        host, port = self.address.http.rsplit(":", 1)
+        url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}/v2/health/ready"
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with opener.open(url, timeout=1.0):
+                return True
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def stop(self, hurry: Callable[[], bool] = lambda: False) -> bool:
+        """Let requests in flight finish, then end everything; whether nothing had to be forced.
+
+        Waits at most the exit timeout, or until `hurry()`. To be called once.
+        """
+        # SIGTERM rather than SIGINT: the server treats them alike, but a process started in a
+        # shell's background inherits SIGINT ignored and would not hear it before it is ready.
+        self._process.terminate()
+        deadline_s = time.monotonic() + self._exit_timeout_s + 5  # the server counts for itself
+        while self.exit_code is None and time.monotonic() < deadline_s and not hurry():
+            time.sleep(_POLL_S)
+        unforced = self.exit_code in (0, -signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        for region in _SHARED_MEMORY.glob(f"{self._shm_prefix}*"):
+            region.unlink(missing_ok=True)
+        return unforced
+
+
+def _live_processes(session: int, name: str) -> Iterator[int]:
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # "pid (name) state parent group session ...": proc(5)
+            head, _, tail = path.read_text().rpartition(")")
+        except OSError:  # it ended meanwhile
+            continue
+        state, _, _, its_session = tail.split()[:4]
+        if int(its_session) == session and state != "Z" and head.endswith(f"({name}"):
+            yield int(path.parent.name)
+
+
+def _end_with_parent() -> Callable[[], None] | None:
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl  # looked up here: a forked child should do very little
+    return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def running_server(
+    repository: Path,
+    *,
+    grpc_port: int = 0,
+    http_port: int = 0,
+    metrics_port: int = 0,
+    extra_args: Sequence[str] = (),
+    log_path: Path | None = None,
+    timeout_s: float = 120,
+) -> Iterator[ServerAddress]:
+    """Serve `repository` on loopback while the block runs; ports of 0 are picked.
+
+    The server's log goes to `log_path`, else to a temporary file. Raises SetupError if it cannot
+    start, and ServerError with the end of the log if it is not ready within `timeout_s`.
+    """
+    options = ServerOptions(
+        repository=Path(repository),
+        grpc_port=grpc_port,
+        http_port=http_port,
+        metrics_port=metrics_port,
+        extra_args=tuple(extra_args),
+        exit_timeout_s=10,
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        path = log_path or Path(scratch) / "log"
+        with path.open("wb") as log:
+            server = TritonServer(options, find_server(), log)
+        try:
+            _wait_or_show_log(server, timeout_s, path)
+            yield server.address
+        finally:
+            server.stop()
+
+
+def _wait_or_show_log(server: TritonServer, timeout_s: float, log: Path) -> None:
+    try:
+        server.wait_ready(timeout_s)
+    except ServerError as error:
+        tail = log.read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:]
+        raise ServerError("\n".join([f"{error}; the end of its log:", *tail])) from None

@@ -1,0 +1,90 @@
+"""Real exports and real servers, made once a run."""
+
+import json
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flowturbo.serving.tritonserver import ServerAddress, running_server
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+
+
+@dataclass(frozen=True)
+class GoldenCase:
+    """A sample of the public reference implementation."""
+
+    schedule: str
+    guidance_scale: float
+    label: np.ndarray
+    noise: np.ndarray
+    latent: np.ndarray
+
+
+def golden_cases() -> list[GoldenCase]:
+    arrays = np.load(GOLDEN / "cases.npz")
+    return [
+        GoldenCase(
+            case["schedule"],
+            case["guidance_scale"],
+            *(arrays[f"{name}_{case['case']}"] for name in ("label", "noise", "latent")),
+        )
+        for case in json.loads((GOLDEN / "cases.json").read_text())["cases"]
+    ]
+
+
+def run_export(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """`python -m export` as a user runs it."""
+    command = [sys.executable, "-m", "export", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="session")
+def golden_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Predictor and refiner of the golden cases, latents only."""
+    repository = tmp_path_factory.mktemp("golden") / "models"
+    networks = ("--predictor", GOLDEN / "predictor.pt", "--refiner", GOLDEN / "refiner.pt")
+    done = run_export(*networks, "--num-heads", "2", "--repository", repository)
+    assert done.returncode == 0, done.stderr
+    return repository
+
+
+@pytest.fixture(scope="session")
+def glyphs_repository() -> Path:
+    """The glyphs model, exported by the Makefile's own command."""
+    done = subprocess.run(["make", "export"], cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    return ROOT / "model_repository"
+
+
+@pytest.fixture(scope="session")
+def golden_server(golden_repository: Path) -> Iterator[ServerAddress]:
+    with running_server(golden_repository) as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def glyphs_server(glyphs_repository: Path) -> Iterator[ServerAddress]:
+    with running_server(glyphs_repository) as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def read_metrics() -> Callable[[ServerAddress], dict[str, float]]:
+    """Prometheus samples of a server, `name{labels}` to value."""
+
+    def read(address: ServerAddress) -> dict[str, float]:
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with direct.open(f"http://{address.metrics}/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        samples = (line.rpartition(" ") for line in lines if not line.startswith("#"))
+        return {name: float(value) for name, _, value in samples}
+
+    return read

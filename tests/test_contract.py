@@ -1,0 +1,97 @@
+"""Everybody who names a tensor names the same: the contract, the configurations, the client."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flowturbo_client import protocol
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from flowturbo import contract
+from flowturbo.contract import TensorSpec
+from flowturbo.errors import RepositoryError
+from flowturbo.repository import Pipeline, Settings
+
+MODEL_REPOSITORY = Path(__file__).resolve().parent.parent / "model_repository"
+TYPES = {
+    np.float32: model_config_pb2.TYPE_FP32,
+    np.int64: model_config_pb2.TYPE_INT64,
+    np.int32: model_config_pb2.TYPE_INT32,
+    np.uint8: model_config_pb2.TYPE_UINT8,
+    np.object_: model_config_pb2.TYPE_STRING,
+}
+
+
+def read(path: Path) -> model_config_pb2.ModelConfig:
+    return text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
+
+
+def check(entries: list, specs: tuple[TensorSpec, ...], sizes: dict[str, int]) -> None:
+    found = [(e.name, e.data_type, list(e.dims), getattr(e, "optional", False)) for e in entries]
+    assert found == [
+        (s.name, TYPES[s.dtype], [sizes.get(d, d) for d in s.dims], s.optional) for s in specs
+    ]
+
+
+def test_orchestrator() -> None:
+    config = read(MODEL_REPOSITORY / "flowturbo" / "config.pbtxt")
+    assert (config.backend, config.max_batch_size) == ("python", 0)
+    assert not config.model_transaction_policy.decoupled
+    assert [group.count for group in config.instance_group] == [1]
+    check(config.input, contract.REQUEST_INPUTS, {"C": -1, "h": -1, "w": -1})
+    check(config.output, contract.REQUEST_OUTPUTS, {})
+    Settings.load(MODEL_REPOSITORY)
+
+
+@pytest.mark.parametrize("model", list(contract.COMPOSED))
+def test_composed(model: str, glyphs_repository: Path) -> None:
+    config = read(glyphs_repository / model / "config.pbtxt")
+    inputs, outputs = contract.COMPOSED[model]
+    sizes = {"C": 4, "h": 16, "w": 16, "H": 64, "W": 64}
+    check(config.input, inputs, sizes)
+    check(config.output, outputs, sizes)
+    assert config.HasField("dynamic_batching")
+    assert config.max_batch_size == Pipeline.load(glyphs_repository).max_rows
+
+
+def test_client() -> None:
+    for spec in contract.REQUEST_OUTPUTS:
+        dtype, dims = protocol._CONTRACT[spec.name]
+        assert (dtype, len(dims)) == (spec.dtype, len(spec.dims))
+    noise = np.zeros((1, 4, 2, 2), dtype=np.float32)
+    every = {"seeds": 1, "schedule": "H1", "guidance_scale": 2.0, "guidance_interval": (0, 1)}
+    requests = [
+        protocol.build_request("A", **every, output_format="png"),
+        protocol.build_request(1, initial_noise=noise),
+    ]
+    sent = {tensor.name(): tensor for request in requests for tensor in request.inputs}
+    specs = {spec.name: spec for spec in contract.REQUEST_INPUTS}
+    assert sent.keys() == specs.keys()
+    for name, tensor in sent.items():
+        assert (
+            tensor.datatype()
+            == {
+                np.int64: "INT64",
+                np.float32: "FP32",
+                np.object_: "BYTES",
+            }[specs[name].dtype]
+        )
+        assert len(tensor.shape()) == len(specs[name].dims)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        ({"max_inflght": "3"}, "unknown parameter 'max_inflght', known are default_schedule"),
+        ({"max_inflight": "many"}, "max_inflight must be int, got 'many'"),
+        ({"max_inflight": "0"}, "max_inflight must be above 0, got 0"),
+        ({"gather_ms": "-1"}, "gather_ms must be at least 0"),
+        ({"default_schedule": "R3"}, "no velocity cached"),
+        ({"default_guidance_scale": "nan"}, "guidance_scale must be"),
+        ({"variant": "fast"}, "'fast' is not a valid Variant"),
+    ],
+)
+def test_settings_are_checked(parameters: dict[str, str], said: str) -> None:
+    with pytest.raises(RepositoryError, match=said):
+        Settings.from_parameters(parameters)

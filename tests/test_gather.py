@@ -1,0 +1,138 @@
+"""Calls are joined and split rightly, wait for nobody needlessly, and fail together."""
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from flowturbo.guidance import Tensors
+from flowturbo.serving.gather import Gatherer, Outputs
+
+CALL_S = 0.02
+
+
+class Engine:
+    """Doubles its input, slowly, one call at a time; remembers how many rows each call had."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+
+    def __call__(self, model: str, tensors: Tensors) -> Outputs:
+        if np.isnan(tensors["x"]).any():
+            raise FloatingPointError("NaN")
+        self.rows.append(len(tensors["x"]))
+        time.sleep(CALL_S)
+        return (tensors["x"] * 2, tensors["y"] + 1)
+
+
+@pytest.fixture
+def engine() -> Engine:
+    return Engine()
+
+
+@pytest.fixture
+def gather(engine: Engine) -> Iterator[Gatherer]:
+    gatherer = Gatherer(engine, ("model",), max_rows=16, linger_s=0.5)
+    yield gatherer
+    gatherer.close()
+
+
+def run_request(gather: Gatherer, start: float, rows: int, calls: int) -> np.ndarray:
+    x = np.full((rows, 3), start)
+    with gather.request():
+        for _ in range(calls):
+            x, y = gather("model", {"x": x, "y": x})
+            np.testing.assert_array_equal(y, x / 2 + 1)
+    return x
+
+
+def test_each_caller_gets_its_own_rows(gather: Gatherer, engine: Engine) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        jobs = [pool.submit(run_request, gather, k + 1.0, k % 3 + 1, 6) for k in range(8)]
+        for k, job in enumerate(jobs):
+            np.testing.assert_array_equal(job.result(), np.full((k % 3 + 1, 3), (k + 1.0) * 64))
+    assert max(engine.rows) <= 16
+
+
+def test_cohorts_merge(gather: Gatherer, engine: Engine) -> None:
+    """Two requests out of step come into step, and stay in step while both run."""
+    running = threading.Event()
+
+    def late() -> None:
+        running.wait(10)
+        run_request(gather, 1, 2, 5)
+
+    def early() -> None:
+        with gather.request():
+            for call in range(30):
+                x = np.ones((2, 3))
+                gather("model", {"x": x, "y": x})
+                if call == 2:
+                    running.set()
+
+    with ThreadPoolExecutor(2) as pool:
+        for job in [pool.submit(late), pool.submit(early)]:
+            job.result()
+    assert engine.rows.count(4) == 5
+
+
+def test_a_request_alone_waits_for_nobody(engine: Engine) -> None:
+    gather = Gatherer(engine, ("model",), max_rows=16, linger_s=30)
+    started = time.monotonic()
+    run_request(gather, 1, 2, 5)
+    assert time.monotonic() - started < 20
+    gather.close()
+
+
+def test_a_slow_request_is_not_waited_for_without_end(engine: Engine) -> None:
+    gather = Gatherer(engine, ("model",), max_rows=16, linger_s=0.01)
+    inside, release = threading.Event(), threading.Event()
+
+    def stuck() -> None:
+        with gather.request():
+            inside.set()
+            release.wait(60)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(stuck)
+        inside.wait(10)
+        started = time.monotonic()
+        run_request(gather, 1, 1, 3)
+        assert time.monotonic() - started < 30
+        release.set()
+    assert engine.rows == [1, 1, 1]
+    gather.close()
+
+
+def test_a_call_that_never_ends_is_given_up() -> None:
+    """By the caller whose rows are in it, and by one that still waits in the queue."""
+    release = threading.Event()
+
+    def hang(model: str, tensors: Tensors) -> Outputs:
+        release.wait(60)
+        return (tensors["x"],)
+
+    gather = Gatherer(hang, ("model",), max_rows=2, linger_s=0.01)
+    x = {"x": np.ones((2, 1))}
+
+    def give_up(timeout_s: float) -> None:
+        with gather.request(), pytest.raises(TimeoutError):
+            gather("model", x, timeout_s)
+
+    with ThreadPoolExecutor(2) as pool:
+        for job in [pool.submit(give_up, 0.2), pool.submit(give_up, 0.2)]:
+            job.result(30)
+    release.set()
+    with gather.request():
+        np.testing.assert_array_equal(gather("model", x, 30)[0], x["x"])
+    gather.close()
+
+
+def test_failures_reach_the_caller_and_end_nothing(gather: Gatherer) -> None:
+    bad = np.full((1, 3), np.nan)
+    with gather.request(), pytest.raises(FloatingPointError):
+        gather("model", {"x": bad, "y": bad})
+    assert run_request(gather, 1, 1, 1)[0, 0] == 2

@@ -1,0 +1,295 @@
+"""The service on a real Triton server: independence, batching, errors, deadlines, cancellation."""
+
+import random
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+from flowturbo_client import (
+    DeadlineExceededError,
+    FlowTurboClient,
+    InvalidRequestError,
+    ServerBusyError,
+)
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
+
+from flowturbo import LocalPipeline, contract
+from flowturbo.serving.tritonserver import ServerAddress, running_server
+
+ReadMetrics = Callable[[ServerAddress], dict[str, float]]
+LONG = {"schedule": "E250", "labels": [0] * 16}  # far longer than any test waits
+PREDICTED = 'flowturbo_evaluations_total{model="velocity_predictor"}'
+
+
+@pytest.fixture
+def client(glyphs_server: ServerAddress) -> Iterator[FlowTurboClient]:
+    with FlowTurboClient(glyphs_server.grpc) as connected:
+        yield connected
+
+
+def outcome(name: str) -> str:
+    return f'flowturbo_requests_total{{outcome="{name}"}}'
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
+
+
+def test_names_and_images(client: FlowTurboClient) -> None:
+    result = client.generate(["A", "7"], seeds=[1, 2])
+    assert result.class_names == ("A", "7")
+    assert result.images is not None
+    assert result.images.shape == (2, 64, 64, 3)
+    np.testing.assert_array_equal(client.generate([0, 33], seeds=[1, 2]).images, result.images)
+
+
+@pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])
+def test_encoded_images(client: FlowTurboClient, output_format: str) -> None:
+    raw = client.generate("G", seeds=5).images
+    assert raw is not None
+    encoded = client.generate("G", seeds=5, output_format=output_format)
+    difference = np.abs(np.asarray(encoded.pil()[0]).astype(int) - raw[0])
+    assert difference.mean() < (0.001 if output_format == "png" else 12)
+
+
+def test_server_seeds_repeat(client: FlowTurboClient) -> None:
+    first = client.generate(["Q", "Q"], outputs=("latent",))
+    assert first.seeds[0] != first.seeds[1]
+    again = client.generate(["Q", "Q"], seeds=first.seeds, outputs=("latent",))
+    np.testing.assert_allclose(again.latents, first.latents, atol=1e-4)
+
+
+def test_an_image_depends_on_its_seed_alone(
+    client: FlowTurboClient, glyphs_repository: Path
+) -> None:
+    """Alone, in a request of 8, and among 8 concurrent requests of other schedules."""
+    labels, seeds = list(range(8)), list(range(100, 108))
+    together = client.generate(labels, seeds, "H1P5R3", outputs=("latent",)).latents
+    schedules = ["H1P5R3", "H4", "P6", "H2P4R2", "E8", "A8", "H1R3", "P3E2"]
+    with ThreadPoolExecutor(8) as pool:
+        jobs = [
+            pool.submit(client.generate, labels[0], seeds[0], schedule, outputs=("latent",))
+            for schedule in schedules
+        ]
+        among = [job.result().latents for job in jobs]
+    local = LocalPipeline(glyphs_repository)
+    for schedule, latents in zip(schedules, among, strict=True):
+        alone = client.generate(labels[0], seeds[0], schedule, outputs=("latent",)).latents
+        np.testing.assert_allclose(latents, alone, atol=1e-4)
+        in_process = local.generate(labels[0], seeds[0], schedule).latent
+        np.testing.assert_allclose(latents, in_process, atol=1e-4)
+    np.testing.assert_allclose(among[0][0], together[0], atol=1e-4)
+
+
+def test_more_images_than_one_batch_holds(client: FlowTurboClient) -> None:
+    labels = [k % 36 for k in range(64)]  # 128 guided rows, 64 to a batch
+    many = client.generate(labels, list(range(64)), "H1P1", outputs=("latent",)).latents
+    last = client.generate(labels[-1], 63, "H1P1", outputs=("latent",)).latents
+    np.testing.assert_allclose(many[-1], last[0], atol=1e-4)
+
+
+def test_concurrent_requests_share_batches(
+    client: FlowTurboClient, glyphs_server: ServerAddress, read_metrics: ReadMetrics
+) -> None:
+    def rows_per_execution(clients: int) -> float:
+        before = read_metrics(glyphs_server)
+        with ThreadPoolExecutor(clients) as pool:
+            list(pool.map(lambda seed: client.generate(3, seed, "H2P4R2"), range(clients * 4)))
+        after = read_metrics(glyphs_server)
+        rows, executions = (
+            after[key] - before[key]
+            for key in (
+                f'nv_inference_{count}{{model="velocity_predictor",version="1"}}'
+                for count in ("count", "exec_count")
+            )
+        )
+        return rows / executions
+
+    assert rows_per_execution(8) >= 3 * rows_per_execution(1)
+
+
+def infer(address: ServerAddress, tensors: dict[str, Any], **options: Any) -> triton.InferResult:
+    """A raw request, with none of the client's own checks."""
+    inputs = []
+    for name, value in tensors.items():
+        dtype = "BYTES" if value.dtype == object else np_to_triton_dtype(value.dtype)
+        inputs.append(triton.InferInput(name, list(value.shape), dtype))
+        inputs[-1].set_data_from_numpy(value)
+    with triton.InferenceServerClient(address.grpc) as raw:
+        return raw.infer("flowturbo", inputs, client_timeout=60, **options)
+
+
+def text(value: bytes) -> np.ndarray:
+    return np.array([value], dtype=object)
+
+
+LABEL = np.array([1], dtype=np.int64)
+MALFORMED: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"label": np.array([1.0], dtype=np.float32)}, {}),
+    ({"label": np.array([1], dtype=np.int32)}, {}),
+    ({"label": np.array([[1]], dtype=np.int64)}, {}),
+    ({"label": np.array([36], dtype=np.int64)}, {}),
+    ({"label": np.array([-1], dtype=np.int64)}, {}),
+    ({"label": np.array([], dtype=np.int64)}, {}),
+    ({"label": np.zeros(100_000, dtype=np.int64)}, {}),
+    ({"class_name": text(b"lowercase")}, {}),
+    ({"class_name": text(b"\xff\xfe")}, {}),
+    ({"seed": np.array([1], dtype=np.int64)}, {}),
+    ({"label": LABEL, "class_name": text(b"A")}, {}),
+    ({"label": LABEL, "schedule": text(b"H0")}, {}),
+    ({"label": LABEL, "schedule": text(b"R3")}, {}),
+    ({"label": LABEL, "schedule": text(b"H1P5R3X")}, {}),
+    ({"label": LABEL, "schedule": text(b"")}, {}),
+    ({"label": LABEL, "schedule": text(b"H" * 100_000)}, {}),
+    ({"label": LABEL, "schedule": np.array([], dtype=object)}, {}),
+    ({"label": LABEL, "schedule": np.array([b"H1", b"H2"], dtype=object)}, {}),
+    ({"label": LABEL, "guidance_scale": np.array([np.nan], dtype=np.float32)}, {}),
+    ({"label": LABEL, "guidance_scale": np.array([-1], dtype=np.float32)}, {}),
+    ({"label": LABEL, "guidance_scale": np.array([1, 2], dtype=np.float32)}, {}),
+    ({"label": LABEL, "guidance_interval": np.array([0.9, 0.1], dtype=np.float32)}, {}),
+    ({"label": LABEL, "seed": np.array([-1], dtype=np.int64)}, {}),
+    ({"label": LABEL, "seed": np.array([1, 2], dtype=np.int64)}, {}),
+    ({"label": LABEL, "initial_noise": np.zeros((1, 4, 8, 8), dtype=np.float32)}, {}),
+    ({"label": LABEL, "initial_noise": np.full((1, 4, 16, 16), np.inf, dtype=np.float32)}, {}),
+    ({"label": LABEL, "output_format": text(b"gif")}, {}),
+    ({"label": LABEL, "lable": LABEL}, {}),
+    ({"label": LABEL}, {"parameters": {"steps": 20}}),
+    ({}, {}),
+    ({"label": LABEL}, {"outputs": [triton.InferRequestedOutput("picture")]}),
+    ({"label": LABEL}, {"outputs": [triton.InferRequestedOutput("encoded_image")]}),
+]
+
+
+def test_malformed_requests_disturb_nobody(
+    client: FlowTurboClient, glyphs_server: ServerAddress
+) -> None:
+    expected = client.generate(4, 44, "H1P2", outputs=("latent",)).latents
+    stop = threading.Event()
+
+    def good() -> int:
+        count = 0
+        while not stop.is_set():
+            latents = client.generate(4, 44, "H1P2", outputs=("latent",)).latents
+            np.testing.assert_allclose(latents, expected, atol=1e-4)
+            count += 1
+        return count
+
+    def bad(index: int) -> None:
+        tensors, options = MALFORMED[index % len(MALFORMED)]
+        with pytest.raises(InferenceServerException) as caught:
+            infer(glyphs_server, tensors, **options)
+        assert caught.value.status() == "StatusCode.INVALID_ARGUMENT", caught.value
+        message = caught.value.message()
+        assert "Traceback" not in message
+        assert 10 < len(message) < 600
+
+    order = random.Random(0).sample(range(500), 500)
+    with ThreadPoolExecutor(10) as pool:
+        running = [pool.submit(good) for _ in range(2)]
+        try:
+            list(pool.map(bad, order))
+        finally:
+            stop.set()
+        assert all(job.result() > 0 for job in running)
+    assert client.is_ready()
+
+
+def test_errors_say_what_is_allowed(client: FlowTurboClient) -> None:
+    with pytest.raises(InvalidRequestError, match="label must be 0 to 35, got 36"):
+        client.generate(36)
+
+
+def test_a_cancelled_request_stops(
+    glyphs_server: ServerAddress, client: FlowTurboClient, read_metrics: ReadMetrics
+) -> None:
+    before = read_metrics(glyphs_server)
+    inputs = [triton.InferInput("label", [16], "INT64")]
+    inputs[0].set_data_from_numpy(np.zeros(16, dtype=np.int64))
+    inputs.append(triton.InferInput("schedule", [1], "BYTES"))
+    inputs[1].set_data_from_numpy(text(b"E250"))
+    with triton.InferenceServerClient(glyphs_server.grpc) as raw:
+        call = raw.async_infer("flowturbo", inputs, callback=lambda result, error: None)
+        wait_until(lambda: read_metrics(glyphs_server)[PREDICTED] >= before[PREDICTED] + 64)
+        call.cancel()
+        at_cancel = read_metrics(glyphs_server)[PREDICTED]
+        wait_until(
+            lambda: (
+                read_metrics(glyphs_server)[outcome("cancelled")]
+                == before[outcome("cancelled")] + 1
+            )
+        )
+    after = read_metrics(glyphs_server)
+    # The step under way ends, and perhaps some that began before the cancellation had arrived.
+    assert after[PREDICTED] - at_cancel <= 3 * 32
+    assert after["flowturbo_requests_in_flight"] == 0
+    time.sleep(0.5)
+    assert read_metrics(glyphs_server)[PREDICTED] == after[PREDICTED]
+
+
+def test_an_expired_request_stops(
+    glyphs_server: ServerAddress, client: FlowTurboClient, read_metrics: ReadMetrics
+) -> None:
+    before = read_metrics(glyphs_server)
+    started = time.monotonic()
+    with pytest.raises(DeadlineExceededError):
+        client.generate(**LONG, timeout_s=0.5)
+    assert time.monotonic() - started < 5
+    expired = before[outcome("deadline")] + 1
+    wait_until(lambda: read_metrics(glyphs_server)[outcome("deadline")] == expired)
+    after = read_metrics(glyphs_server)
+    assert after["flowturbo_requests_in_flight"] == 0
+    time.sleep(0.5)
+    assert read_metrics(glyphs_server)[PREDICTED] == after[PREDICTED]
+
+
+def test_metrics_count_what_was_done(
+    glyphs_server: ServerAddress, client: FlowTurboClient, read_metrics: ReadMetrics
+) -> None:
+    before = read_metrics(glyphs_server)
+    client.generate([1, 2], schedule="H1P5R3", guidance_scale=1.0)
+    client.generate([1], schedule="H1P5R3", guidance_scale=2.0)
+    after = read_metrics(glyphs_server)
+    rows = {
+        model: after[key] - before[key]
+        for model in contract.COMPOSED
+        if (key := f'flowturbo_evaluations_total{{model="{model}"}}')
+    }
+    assert rows == {"velocity_predictor": 28, "velocity_refiner": 24, "vae_decoder": 3}
+    assert after[outcome("ok")] - before[outcome("ok")] == 2
+    count = "flowturbo_request_duration_seconds_count"
+    assert after[count] - before[count] == 2
+
+
+def test_a_full_server_refuses_at_once(
+    glyphs_repository: Path, tmp_path: Path, read_metrics: ReadMetrics
+) -> None:
+    repository = tmp_path / "models"
+    shutil.copytree(glyphs_repository, repository)
+    config = repository / "flowturbo" / "config.pbtxt"
+    setting = '{ key: "max_inflight", value: { string_value: "'
+    assert f'{setting}64"' in config.read_text()
+    config.write_text(config.read_text().replace(f'{setting}64"', f'{setting}2"'))
+    with running_server(repository) as address, FlowTurboClient(address.grpc, retries=0) as client:
+        with ThreadPoolExecutor(2) as pool:
+            running = [pool.submit(client.generate, **LONG, timeout_s=15) for _ in range(2)]
+            wait_until(lambda: read_metrics(address)["flowturbo_requests_in_flight"] == 2)
+            for _ in range(3):
+                started = time.monotonic()
+                with pytest.raises(ServerBusyError, match="at most 2 are allowed"):
+                    client.generate(1, schedule="E1")
+                assert time.monotonic() - started < 5
+            for job in running:
+                with pytest.raises(DeadlineExceededError):
+                    job.result()
+        assert client.generate(1, schedule="E1").images is not None
+        assert read_metrics(address)[outcome("busy")] == 3

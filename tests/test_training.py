@@ -1,0 +1,130 @@
+"""Training resumes exactly, draws what the paper says, and the committed weights are good."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from torch import Tensor, nn
+
+from flowturbo import LocalPipeline
+from flowturbo.nets.checkpoint import build_network, load_checkpoint
+from flowturbo.nets.sit import SiT, SiTConfig
+from training import loop, refiner
+from training.fonts import font_paths
+from training.loop import Plan, fit
+from training.recognition import recognised
+
+WEIGHTS = ROOT / "weights" / "glyphs"
+
+
+def regression(model: nn.Module, generator: torch.Generator) -> Tensor:
+    x = torch.randn(8, 4, generator=generator)
+    return (model(x) - x.sum(1, keepdim=True)).square().mean()
+
+
+def linear() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(4, 1)
+
+
+def test_a_resumed_run_takes_the_same_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan(steps=12, batch=8, learning_rate=0.1, seed=3, warmup=2, restarts=(6,))
+    whole = fit("whole", linear(), regression, plan, tmp_path)
+    monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
+    calls = 0
+
+    def interrupted(model: nn.Module, generator: torch.Generator) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 8:
+            raise KeyboardInterrupt
+        return regression(model, generator)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit("parts", linear(), interrupted, plan, tmp_path)
+    parts = fit("parts", linear(), regression, plan, tmp_path)
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=0, rtol=0)
+    losses = [
+        json.loads((tmp_path / f"{n}.json").read_text())["smooth_loss"] for n in ("whole", "parts")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_a_run_is_not_resumed_with_another_plan(tmp_path: Path) -> None:
+    fit("run", linear(), regression, Plan(2, 8, 0.1, seed=3), tmp_path)
+    with pytest.raises(ValueError, match="was trained with"):
+        fit("run", linear(), regression, Plan(2, 8, 0.2, seed=3), tmp_path)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match="at step 0"):
+        fit("run", linear(), lambda m, g: regression(m, g) * np.nan, Plan(2, 8, 0.1, 3), tmp_path)
+
+
+def test_missing_fonts_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="apt-get install .*fonts-dejavu-core"):
+        font_paths(tmp_path)
+
+
+def test_what_the_refiner_is_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps in (0, 0.12], within [0, 1]; the label alike for both networks, null for a tenth."""
+    config = SiTConfig(4, 2, 4, 4, 4, 32, 1, 2, num_classes=3)
+    predictor = SiT(config)
+    predictor.initialize()
+    seen: list[tuple[Tensor, Tensor]] = []
+    forward = SiT.forward
+
+    def spy(self: SiT, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        seen.append((t, label))
+        return forward(self, x, t, label)
+
+    monkeypatch.setattr(SiT, "forward", spy)
+    latents, labels = torch.randn(64, 4, 4, 4), torch.zeros(64, dtype=torch.long)
+    refiner.train(latents, labels, predictor, Plan(5, 400, 1e-3, seed=1), tmp_path)
+    for (t, label), (t_next, label_next), (t_refined, label_refined) in zip(
+        seen[::3], seen[1::3], seen[2::3], strict=True
+    ):
+        assert torch.equal(t_next, t_refined)
+        assert torch.equal(label, label_next)
+        assert torch.equal(label, label_refined)
+        assert (t_next - t).min() > 0
+        assert (t_next - t).max() <= 0.12 + 1e-6
+        assert t.min() >= 0
+        assert t_next.max() <= 1
+    share = torch.cat([label for _, label in seen[::3]]).eq(3).float().mean()
+    assert share == pytest.approx(0.1, abs=0.03)
+
+
+def test_the_refiner_beats_the_velocity_kept_as_it_is() -> None:
+    """On the way from noise to an image, half-way, at the paper's step of 0.1."""
+    predictor, network = (
+        build_network(load_checkpoint(WEIGHTS / f"{name}.safetensors"), reads_velocity=reads)
+        for name, reads in (("predictor", False), ("refiner", True))
+    )
+    label = torch.arange(36)
+    x = torch.randn(36, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    for step in range(5):
+        x = x + 0.1 * predictor(x, torch.full((36,), 0.1 * step), label)
+    v = predictor(x, torch.full((36,), 0.5), label)
+    x, t = x + 0.1 * v, torch.full((36,), 0.6)
+    change = predictor(x, t, label) - v
+    error = network(torch.cat([x, v], 1), t, label) - change
+    assert error.square().mean() < 0.8 * change.square().mean()
+
+
+def test_glyphs_are_recognised(glyphs_repository: Path) -> None:
+    """A small part of what README states for 1,000 images."""
+    pipeline = LocalPipeline(glyphs_repository)
+    schedule, scale = pipeline.settings.default_schedule, pipeline.settings.default_guidance_scale
+    assert recognised(pipeline, WEIGHTS, schedule, scale, 72) >= 0.9
+
+
+def test_weights_are_small() -> None:
+    files = [path for path in WEIGHTS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 20e6
