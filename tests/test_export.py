@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, run_export
 from safetensors.torch import save_file
+from support import GOLDEN, run_export
 
 from export.blocks import StepBlock
 from export.install import installed_fingerprint

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, GoldenCase, golden_cases
 from flowturbo_client import FlowTurboClient
+from support import GOLDEN, GoldenCase, golden_cases
 
 from flowturbo import LocalPipeline
 from flowturbo.nets.checkpoint import build_network, load_checkpoint

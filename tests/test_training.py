@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from support import ROOT
 from torch import Tensor, nn
 
 from flowturbo import LocalPipeline
