@@ -8,17 +8,17 @@ alone has nobody to wait for and never does.
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from flowturbo.generate import Infer
 from flowturbo.guidance import Tensors
 
 Outputs = tuple[np.ndarray, ...]
-Call = Callable[[str, Tensors], Outputs]
 
 
 @dataclass
@@ -35,7 +35,9 @@ class Gatherer:
     two calls. An exception of `call` reaches every caller in the batch.
     """
 
-    def __init__(self, call: Call, models: tuple[str, ...], max_rows: int, linger_s: float) -> None:
+    def __init__(
+        self, call: Infer, models: tuple[str, ...], max_rows: int, linger_s: float
+    ) -> None:
         self._call = call
         self._max_rows = max_rows
         self._linger_s = linger_s

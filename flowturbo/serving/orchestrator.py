@@ -23,7 +23,7 @@ from flowturbo.errors import (
     FlowTurboError,
     RequestError,
 )
-from flowturbo.generate import generate, program_for
+from flowturbo.generate import Infer, generate, program_for
 from flowturbo.guidance import Tensors
 from flowturbo.program import Variant
 from flowturbo.repository import Pipeline, Settings
@@ -143,7 +143,7 @@ class TritonPythonModel:
         self._leave()
         self._answer(job, result)
 
-    def _infer_for(self, job: Job) -> Any:
+    def _infer_for(self, job: Job) -> Infer:
         def infer(model: str, tensors: Tensors) -> tuple[np.ndarray, ...]:
             job.check()
             try:
