@@ -3,9 +3,9 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 GLYPHS := weights/glyphs
 REPOSITORY := model_repository
-SOURCES := flowturbo export training examples client tests
+SOURCES := flowturbo export training bench examples client tests
 
-.PHONY: demo test check setup export serve quality train fonts clean
+.PHONY: demo test check setup export serve quality train fonts gpu-check xl-check clean
 
 demo: export  ## serve the glyphs model and write picture grids to output/
 	$(BIN)/python examples/demo.py --repository $(REPOSITORY) --output output
@@ -23,7 +23,7 @@ setup: .venv/.installed
 .venv/.installed: pyproject.toml client/pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
-	  -e client -e '.[serve,export,training,dev]'
+	  -e client -e '.[serve,export,training,bench,dev]'
 	touch $@
 
 export: setup  ## the glyphs model to the model repository; nothing to do if it is there
@@ -34,9 +34,15 @@ export: setup  ## the glyphs model to the model repository; nothing to do if it 
 serve: export  ## until Ctrl-C
 	$(BIN)/python -m flowturbo.serve --repository $(REPOSITORY)
 
-quality: export  ## how many of 1,000 images are recognised, for H8 and the default schedule
-	$(BIN)/python -m training.recognition --repository $(REPOSITORY) --weights $(GLYPHS) \
-	  --json $(GLYPHS)/recognition.json
+quality: export  ## recognition and Fréchet distance of 1,000 images, H8 and the default schedule
+	$(BIN)/python -m bench.quality --repository $(REPOSITORY) --weights $(GLYPHS) \
+	  --json $(GLYPHS)/quality.json
+
+gpu-check: setup  ## times SiT-XL/2's blocks and schedules in every engine that is here
+	$(BIN)/python -m bench.gpu_check
+
+xl-check: setup  ## exports SiT-XL/2 with random weights and builds its engines; needs no GPU
+	$(BIN)/python -m bench.xl_check
 
 fonts: setup  ## the fonts that training renders; needs root
 	apt-get update -qq

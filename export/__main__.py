@@ -1,41 +1,122 @@
-"""`python -m export`: checkpoints to a model repository that Triton serves."""
+"""Checkpoints to a model repository that Triton serves.
+
+`python -m export` exports, verifies and installs; `python -m export verify` checks an installed
+repository against its checkpoints, block by block and over a whole schedule.
+"""
 
 import argparse
+import shlex
 import sys
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
-from export.pipeline import Options, export_pipeline
+from export.deployment import ENGINES, PROVIDERS, Deployment
+from export.engine import CAPABILITIES
+from export.onnx_graph import PRECISIONS
+from export.pipeline import Options, Source, export_pipeline
+from export.verify import verify_repository
 from flowturbo.errors import FlowTurboError
 
+_CACHE = Path.home() / ".cache" / "flowturbo"
 
-def main() -> int:
+
+def main(argv: Sequence[str]) -> int:
     """Returns the exit status: 2, and one line on stderr, for what the user can put right."""
-    options = Options(**vars(_parser().parse_args()))
     try:
-        export_pipeline(options)
+        if argv[:1] == ["verify"]:
+            values = vars(_verify_parser().parse_args(argv[1:]))
+            verify_repository(_take(Source, values), values["repository"], values["schedule"])
+        else:
+            export_pipeline(_options(argv))
     except (FlowTurboError, OSError) as error:
         print(f"export: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m export", description=__doc__)
+def _options(argv: Sequence[str]) -> Options:
+    parser = _export_parser()
+    values = vars(parser.parse_args(argv))
+    if values["compute_capability"] and values["engine"] != "tensorrt":
+        parser.error("--compute-capability goes with --engine tensorrt")
+    chosen = [values[key] for key in ("engine", "provider", "precision")]
+    if chosen == ["onnxruntime", "cpu", "bf16"]:
+        parser.error("ONNX Runtime has no bfloat16 on a CPU: --engine python runs it in OpenVINO")
+    values["source"] = _take(Source, values)
+    values["deployment"] = _take(Deployment, values)
+    values["command"] = shlex.join(["python", "-m", "export", *argv])
+    return _take(Options, values)
+
+
+def _take(cls: Any, values: dict[str, Any]) -> Any:
+    """An instance of the dataclass `cls` from those of `values` that are its fields."""
+    return cls(**{field.name: values[field.name] for field in fields(cls)})
+
+
+def _source_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
     add = parser.add_argument
     add("--predictor", type=Path, required=True, help="SiT checkpoint, .pt or .safetensors")
     add("--refiner", type=Path, help="refiner checkpoint; without it, no R steps")
     add("--vae", type=Path, help="diffusers AutoencoderKL folder; without it, latents only")
-    add("--repository", type=Path, default=Path("model_repository"))
     both = "of a .pt that holds both (default: model)"
     add("--weights", choices=("model", "ema"), help=f"the predictor's, {both}")
     add("--refiner-weights", choices=("model", "ema"), help=f"the refiner's, {both}")
     add("--num-heads", type=_positive, help="attention heads, where the width does not tell")
     add("--refiner-num-heads", type=_positive, help="the refiner's, where they differ")
-    add("--class-names", type=Path, help="text file, a class name a line")
     add("--guidance-channels", type=_positive, default=3, help="channels that guidance acts on")
+    add("--repository", type=Path, default=Path("model_repository"))
+    return parser
+
+
+def _export_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m export", description=__doc__, parents=[_source_parser()]
+    )
+    default = Deployment()
+    add = parser.add_argument
+    add("--class-names", type=Path, help="text file, a class name a line")
+    add(
+        "--engine",
+        choices=ENGINES,
+        default=default.engine,
+        help="Triton backend: python (ONNX Runtime within it), onnxruntime or tensorrt "
+        f"(default: {default.engine})",
+    )
+    add(
+        "--provider",
+        choices=PROVIDERS,
+        default=default.provider,
+        help=f"what --engine onnxruntime runs on (default: {default.provider})",
+    )
+    add(
+        "--precision",
+        choices=tuple(PRECISIONS),
+        default=default.precision,
+        help=f"of the networks (default: {default.precision})",
+    )
     add("--max-rows", type=_pair, default=64, help="most rows in one batch (2 a guided image)")
+    add("--opt-rows", type=_positive, default=16, help="rows that an engine is tuned for")
     add("--queue-delay-us", type=_natural, default=0, help="how long Triton holds a batch for more")
+    add(
+        "--compute-capability",
+        choices=CAPABILITIES,
+        help="try --engine tensorrt for a GPU that is not here, with TensorRT for RTX",
+    )
+    add("--timing-cache", type=Path, default=_CACHE, help="folder of TensorRT's timing caches")
     add("--force", action="store_true", help="export again although nothing has changed")
+    return parser
+
+
+def _verify_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m export verify",
+        description="Check an installed repository against its checkpoints.",
+        parents=[_source_parser()],
+    )
+    parser.add_argument("--schedule", help="of the trajectory (default: H1P5R3, or H1P5)")
     return parser
 
 
@@ -58,4 +139,4 @@ def _pair(text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

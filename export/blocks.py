@@ -12,7 +12,8 @@ class StepBlock(nn.Module):
     Inputs as in `flowturbo.contract`: x, velocity and network_velocity [B, C, h, w], label [B, 1],
     scalars [B, 5] (t, euler, w_prev, w_next, guidance scale), pair [B, 1]. The equations are those
     of `flowturbo.program`. Guidance acts on the first `guidance_channels` channels; the others keep
-    the row's own output, as in SiT.
+    the row's own output, as in SiT. The network computes in the type of its parameters, all else in
+    float32.
     """
 
     def __init__(self, network: SiT, guidance_channels: int) -> None:
@@ -37,7 +38,9 @@ class StepBlock(nn.Module):
         read = x_in[conditional]
         if network_velocity is not None:
             read = torch.cat([read, network_velocity], 1)
-        output = self.network(read, t, label[:, 0])
+        # A label out of range, or a padding row's, must not fail the rows that share its batch.
+        known = label[:, 0].clamp(0, self.network.config.num_classes)
+        output = self.network(read, t, known).float()
         velocity_next = self.guide(output, conditional, unconditional, scale)
         if network_velocity is not None:
             velocity_next = velocity_next + velocity  # the refiner regresses the change

@@ -3,16 +3,13 @@
 import hashlib
 import importlib.metadata
 import json
+import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from google.protobuf import text_format
-from tritonclient.grpc import model_config_pb2
 
 from flowturbo import contract
 from flowturbo.errors import FlowTurboError
@@ -26,34 +23,31 @@ from flowturbo.serving.onnx_block import TritonPythonModel
 
 __all__ = ["TritonPythonModel"]
 '''
-_TRITON_TYPES = {
-    np.float32: model_config_pb2.TYPE_FP32,
-    np.int64: model_config_pb2.TYPE_INT64,
-    np.int32: model_config_pb2.TYPE_INT32,
-    np.uint8: model_config_pb2.TYPE_UINT8,
-}
-_VERSIONED = ("torch", "onnx", "onnxscript", "onnxruntime", "diffusers")
+_VERSIONED = ("torch", "onnx", "onnxscript", "diffusers")
 
 
-def model_config(
-    model: str, sizes: Mapping[int | str, int], max_rows: int, queue_delay_us: int
-) -> model_config_pb2.ModelConfig:
-    """Triton's configuration of a composed model; `sizes` gives C, h, w (and H, W) in numbers."""
-    config = model_config_pb2.ModelConfig(name=model, backend="python", max_batch_size=max_rows)
-    inputs, outputs = contract.COMPOSED[model]
-    for spec, target in [(s, config.input) for s in inputs] + [(s, config.output) for s in outputs]:
-        entry = target.add(name=spec.name, data_type=_TRITON_TYPES[spec.dtype])
-        entry.dims.extend(int(sizes.get(dim, dim)) for dim in spec.dims)
-    config.dynamic_batching.max_queue_delay_microseconds = queue_delay_us
-    config.instance_group.add(count=1, kind=model_config_pb2.ModelInstanceGroup.KIND_CPU)
-    return config
+def link_installed(repository: Path, staged: Path) -> None:
+    """Puts the installed models into `staged` too, at no cost in disk, to be added to."""
+    for model in contract.COMPOSED:
+        if (repository / model).is_dir():
+            shutil.copytree(repository / model, staged / model, copy_function=os.link)
 
 
-def write_model(folder: Path, config: model_config_pb2.ModelConfig, build: dict[str, Any]) -> None:
-    """Adds configuration, build record and model code to `folder`, which has 1/model.onnx."""
-    (folder / "config.pbtxt").write_text(text_format.MessageToString(config))
-    (folder / BUILD_FILE).write_text(json.dumps(build, indent=1) + "\n")
-    (folder / "1" / "model.py").write_text(MODEL_PY)
+def replace_text(path: Path, text: str) -> None:
+    """Writes `path` as a new file: what is linked to the old one keeps its content."""
+    path.unlink(missing_ok=True)
+    path.write_text(text)
+
+
+def read_build(folder: Path) -> dict[str, Any]:
+    """The build record in a model's folder."""
+    build: dict[str, Any] = json.loads((folder / BUILD_FILE).read_text())
+    return build
+
+
+def write_build(folder: Path, build: dict[str, Any]) -> None:
+    """The build record, into a model's folder."""
+    replace_text(folder / BUILD_FILE, json.dumps(build, indent=1) + "\n")
 
 
 def versions() -> dict[str, str]:
@@ -117,9 +111,9 @@ def install(staged: Path, repository: Path) -> None:
 def installed_fingerprint(repository: Path, model: str) -> Any:
     """What the installed model was made from; None where it is not whole."""
     folder = repository / model
-    files = [folder / "config.pbtxt", folder / "1" / "model.onnx", folder / "1" / "model.py"]
     try:
-        build = json.loads((folder / BUILD_FILE).read_text())
+        build = read_build(folder)
     except (OSError, ValueError):
         return None
-    return build.get("fingerprint") if all(file.is_file() for file in files) else None
+    files = ["config.pbtxt", *(f"1/{name}" for name in build.get("files", ["model.onnx"]))]
+    return build.get("fingerprint") if all((folder / file).is_file() for file in files) else None

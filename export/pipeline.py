@@ -2,36 +2,60 @@
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from google.protobuf import text_format
+
 from export import install
 from export.blocks import StepBlock
-from export.onnx_graph import Exported, export_onnx, verify_onnx
+from export.deployment import Deployment, model_config
+from export.engine import Builder, build_engine, find_builder
+from export.onnx_graph import Exported, export_onnx, to_precision
+from export.parity import TOLERANCES, block_outputs, check, torch_evaluation
 from flowturbo import contract
 from flowturbo.nets.checkpoint import CheckpointError, build_network, load_checkpoint
 from flowturbo.nets.sit import SiT, SiTConfig
 from flowturbo.nets.vae import Decoder, load_vae
+from flowturbo.onnx_session import open_model
 
 
 @dataclass(frozen=True)
-class Options:
-    """What to export; the command line's arguments (`python -m export --help`)."""
+class Source:
+    """The checkpoints of a pipeline and how to read them (`python -m export --help`)."""
 
     predictor: Path
     refiner: Path | None
     vae: Path | None
-    repository: Path
     weights: str | None
     refiner_weights: str | None
     num_heads: int | None
     refiner_num_heads: int | None
-    class_names: Path | None
     guidance_channels: int
-    max_rows: int
-    queue_delay_us: int
+
+    def files(self) -> dict[str, Path]:
+        """The file or folder that each composed model is made from."""
+        given = {
+            contract.PREDICTOR: self.predictor,
+            contract.REFINER: self.refiner,
+            contract.DECODER: self.vae,
+        }
+        return {model: path for model, path in given.items() if path}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to export, and to where; `command` is what makes it again."""
+
+    source: Source
+    deployment: Deployment
+    repository: Path
+    class_names: Path | None
+    compute_capability: str | None
+    timing_cache: Path
     force: bool
+    command: str
 
     def names(self) -> list[str]:
         """The classes' names, none if none were given."""
@@ -46,40 +70,52 @@ class Options:
 def export_pipeline(options: Options) -> None:
     """Exports, verifies and installs; does nothing if this very pipeline is installed.
 
-    Raises CheckpointError or VerificationError, and then leaves the repository as it was.
+    Raises CheckpointError, VerificationError or EngineError, and then leaves the repository as it
+    was.
     """
+    builder = None
+    if options.deployment.engine == "tensorrt":  # found missing before minutes of export
+        builder = find_builder(options.compute_capability)
     fingerprint = _fingerprint(options)
-    if not options.force and _is_installed(options.repository, fingerprint):
+    installed = not options.force and _is_installed(options.repository, fingerprint)
+    if installed and not (builder and _lacking(options.repository, builder)):
         print(f"export: {options.repository} is up to date")
         return
     with install.staging(options.repository) as staged:
-        for exported in _modules(options):
-            _write(exported, options, fingerprint, staged / exported.model)
+        if installed:
+            install.link_installed(options.repository, staged)
+        else:
+            for exported in modules(options.source):
+                _check_names(options, exported.config)
+                _write(exported, options, fingerprint, staged / exported.model)
+        if builder:
+            for model in _lacking(staged, builder):
+                _add_engine(staged / model, builder, options)
+        for folder in staged.iterdir():
+            _write_config(folder, options.deployment)
         install.install(staged, options.repository)
     print(f"export: installed in {options.repository}")
 
 
-def _sources(options: Options) -> dict[str, Path]:
-    """The file or folder that each composed model is made from."""
-    given = {
-        contract.PREDICTOR: options.predictor,
-        contract.REFINER: options.refiner,
-        contract.DECODER: options.vae,
-    }
-    return {model: path for model, path in given.items() if path}
-
-
 def _fingerprint(options: Options) -> dict[str, Any]:
     """All that decides the result: sources, options, tools and code."""
-    undecisive = {"predictor", "refiner", "vae", "repository", "class_names", "force"}
-    decisive = {key: value for key, value in vars(options).items() if key not in undecisive}
+    reading = {
+        key: value
+        for key, value in asdict(options.source).items()
+        if key not in ("predictor", "refiner", "vae")
+    }
     return {
-        "sha256": {model: _sha256(path) for model, path in _sources(options).items()},
-        "options": decisive,
+        "sha256": source_digests(options.source),
+        "options": reading | asdict(options.deployment),
         "class_names": options.names(),
         "versions": install.versions(),
         "code": install.source_digest(),
     }
+
+
+def source_digests(source: Source) -> dict[str, str]:
+    """Digest of what each composed model is made from."""
+    return {model: _sha256(path) for model, path in source.files().items()}
 
 
 def _sha256(path: Path) -> str:
@@ -106,38 +142,36 @@ def _is_installed(repository: Path, fingerprint: dict[str, Any]) -> bool:
     return found == dict.fromkeys(fingerprint["sha256"], fingerprint)
 
 
-def _modules(options: Options) -> Iterator[Exported]:
-    """What is to be exported, each checked against the predictor."""
-    predictor = _network(options, options.predictor, reads_velocity=False)
+def modules(source: Source) -> Iterator[Exported]:
+    """What is to be exported, in float32, each checked against the predictor."""
+    predictor = _network(source, source.predictor, reads_velocity=False)
     config = predictor.config
-    _check_options(options, config)
     shape = (config.latent_channels, config.latent_size, config.latent_size)
-    channels = options.guidance_channels
+    channels = source.guidance_channels
+    if channels > config.latent_channels:
+        raise CheckpointError(
+            f"--guidance-channels must be 1 to {config.latent_channels}, got {channels}"
+        )
     # All checkpoints are read before the first is exported: a wrong one is found at once.
     found = [Exported(contract.PREDICTOR, StepBlock(predictor, channels), shape, config)]
-    if options.refiner:
-        refiner = _network(options, options.refiner, reads_velocity=True)
+    if source.refiner:
+        refiner = _network(source, source.refiner, reads_velocity=True)
         _check_refiner(refiner.config, config)
         found.append(Exported(contract.REFINER, StepBlock(refiner, channels), shape, config))
-    if options.vae:
-        found.append(Exported(contract.DECODER, _decoder(options.vae, config), shape, config))
+    if source.vae:
+        found.append(Exported(contract.DECODER, _decoder(source.vae, config), shape, config))
     yield from found
 
 
-def _network(options: Options, path: Path, *, reads_velocity: bool) -> SiT:
-    heads, weights = options.num_heads, options.weights
+def _network(source: Source, path: Path, *, reads_velocity: bool) -> SiT:
+    heads, weights = source.num_heads, source.weights
     if reads_velocity:
-        heads, weights = options.refiner_num_heads or heads, options.refiner_weights
+        heads, weights = source.refiner_num_heads or heads, source.refiner_weights
     checkpoint = load_checkpoint(path, weights)
     return build_network(checkpoint, reads_velocity=reads_velocity, num_heads=heads)
 
 
-def _check_options(options: Options, config: SiTConfig) -> None:
-    if options.guidance_channels > config.latent_channels:
-        raise CheckpointError(
-            f"--guidance-channels must be 1 to {config.latent_channels}, "
-            f"got {options.guidance_channels}"
-        )
+def _check_names(options: Options, config: SiTConfig) -> None:
     names = options.names()
     if names and len(names) != config.num_classes:
         raise CheckpointError(
@@ -169,26 +203,73 @@ def _decoder(folder: Path, config: SiTConfig) -> Decoder:
 
 
 def _write(exported: Exported, options: Options, fingerprint: dict[str, Any], folder: Path) -> None:
-    """Exports one model into `folder`, verified and complete."""
+    """Exports one model into `folder`, verified; its configuration comes later."""
     (folder / "1").mkdir(parents=True)
-    source = _sources(options)[exported.model]
-    print(f"{exported.model}: {source} to ONNX ... ", end="", flush=True)
-    export_onnx(exported, folder / "1" / "model.onnx")
-    print("verify against PyTorch ... ", end="", flush=True)
-    parity = verify_onnx(exported, folder / "1" / "model.onnx")
+    precision = options.deployment.precision
+    source = options.source.files()[exported.model]
+    print(f"{exported.model}: PyTorch in float32 ... ", end="", flush=True)
+    expected = block_outputs(exported, torch_evaluation(exported))
+    to_precision(exported.module, precision)
+    print(f"{source} to ONNX in {precision} ... ", end="", flush=True)
+    path = folder / "1" / "model.onnx"
+    export_onnx(exported, path)
+    print("verify ... ", end="", flush=True)
+    found = block_outputs(exported, open_model(path, precision))
+    parity = check(exported.model, expected, found, TOLERANCES[precision])
     print(", ".join(f"{name} off by {error:.1e}" for name, error in parity.items()))
-    config = install.model_config(
-        exported.model, exported.sizes(), options.max_rows, options.queue_delay_us
-    )
+    if options.deployment.engine == "python":
+        (folder / "1" / "model.py").write_text(install.MODEL_PY)
     build = {
         "source": source.name,
-        "precision": "fp32",
-        "device": "CPU",
+        "precision": precision,
+        "engine": options.deployment.engine,
+        "on_gpu": options.deployment.on_gpu,
         "latent_shape": exported.latent_shape,
+        "sizes": exported.sizes(),
         "num_classes": exported.config.num_classes,
         "class_names": options.names(),
-        "max_rows": options.max_rows,
+        "max_rows": options.deployment.max_rows,
         "parity": parity,
+        "command": options.command,
+        "files": sorted(file.name for file in (folder / "1").iterdir()),
+        "engines": {},
         "fingerprint": fingerprint,
     }
-    install.write_model(folder, config, build)
+    install.write_build(folder, build)
+
+
+def _lacking(repository: Path, builder: Builder) -> list[str]:
+    """The models in `repository` that have no engine of this TensorRT for this GPU."""
+    lacking = []
+    for model in contract.COMPOSED:
+        folder = repository / model
+        if not folder.is_dir():
+            continue
+        engine = install.read_build(folder)["engines"].get(builder.capability, {})
+        fits = (engine.get("tensorrt"), engine.get("gpu")) == (builder.version, builder.gpu)
+        if not fits or not (folder / "1" / engine["file"]).is_file():
+            lacking.append(model)
+    return lacking
+
+
+def _add_engine(folder: Path, builder: Builder, options: Options) -> None:
+    """Builds an engine from a model's ONNX file and records it beside those for other GPUs."""
+    build = install.read_build(folder)
+    replaced = build["engines"].get(builder.capability, {})
+    name = replaced.get("file") or (builder.file if build["engines"] else "model.plan")
+    cache = options.timing_cache / f"timing-{builder.version}-{builder.capability}.cache"
+    plan = folder / "1" / name
+    plan.unlink(missing_ok=True)
+    record = build_engine(
+        builder, folder / "1" / "model.onnx", plan, options.deployment.profile, cache
+    )
+    print(f"{folder.name}: {name}, {record['bytes'] / 1e6:.1f} MB in {record['seconds']} s")
+    build["engines"][builder.capability] = record
+    install.write_build(folder, build)
+
+
+def _write_config(folder: Path, deployment: Deployment) -> None:
+    build = install.read_build(folder)
+    engines = {capability: engine["file"] for capability, engine in build["engines"].items()}
+    config = model_config(folder.name, build["sizes"], deployment, engines)
+    install.replace_text(folder / "config.pbtxt", text_format.MessageToString(config))

@@ -10,7 +10,7 @@ from flowturbo import contract
 from flowturbo.errors import RequestError
 from flowturbo.generate import generate, program_for
 from flowturbo.guidance import Tensors
-from flowturbo.onnx_session import OnnxModel
+from flowturbo.onnx_session import open_model
 from flowturbo.program import Program, Variant, compile_program
 from flowturbo.repository import Pipeline, Settings
 from flowturbo.request import GenerationRequest, parse_request
@@ -41,7 +41,10 @@ class LocalPipeline:
         present += [contract.REFINER] * self.pipeline.has_refiner
         present += [contract.DECODER] * self.pipeline.has_decoder
         self._models = {
-            name: OnnxModel(repository / name / "1" / "model.onnx", threads) for name in present
+            name: open_model(
+                repository / name / "1" / "model.onnx", self.pipeline.precision, threads
+            )
+            for name in present
         }
 
     def generate(

@@ -1,30 +1,84 @@
-"""ONNX Runtime sessions as served and as run in-process: one place for their options."""
+"""Exported models as served and as run in-process: one place for the runtimes' options."""
 
 import os
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
+from flowturbo.errors import RepositoryError
 from flowturbo.guidance import Tensors
 
+_CUDA = "CUDAExecutionProvider"
 
-class OnnxModel:
-    """An exported model, evaluated by ONNX Runtime on the CPU."""
+
+class Model(Protocol):
+    """An exported model, loaded: input tensors by name to outputs in the model's order."""
+
+    def __call__(self, inputs: Tensors) -> tuple[np.ndarray, ...]: ...
+
+
+def open_model(path: Path, precision: str = "fp32", threads: int | None = None) -> Model:
+    """Loads the ONNX file `path` in what runs its precision here.
+
+    That is ONNX Runtime, on a GPU where it has one; its CPU kernels lack bfloat16, which OpenVINO
+    has. `threads` None is one for each usable core. Raises RepositoryError if nothing runs it.
+    """
+    import onnxruntime
+
+    if precision != "bf16" or _CUDA in onnxruntime.get_available_providers():
+        return OnnxRuntimeModel(path, threads)
+    try:
+        return OpenVinoModel(path, threads)
+    except ImportError as error:
+        raise RepositoryError(
+            f"{path} is in bf16, which needs a GPU or OpenVINO on a CPU: pip install openvino, "
+            "or export with --precision fp32"
+        ) from error
+
+
+def usable_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+class OnnxRuntimeModel:
+    """An exported model in ONNX Runtime."""
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
-        """Loads `path`; `threads` None is one for each usable core."""
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+        options.intra_op_num_threads = threads or usable_cores()
         options.log_severity_level = 3
         # Idle threads of one model must not burn the cores that another needs.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self._session = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
-        self.output_names = [output.name for output in self._session.get_outputs()]
+        available = onnxruntime.get_available_providers()
+        providers = [name for name in (_CUDA, "CPUExecutionProvider") if name in available]
+        self._session = onnxruntime.InferenceSession(str(path), options, providers=providers)
 
     def __call__(self, inputs: Tensors) -> tuple[np.ndarray, ...]:
         """Outputs [rows, ...] in the model's order."""
         return tuple(self._session.run(None, inputs))
+
+
+class OpenVinoModel:
+    """An exported bfloat16 model in OpenVINO on the CPU."""
+
+    def __init__(self, path: Path, threads: int | None = None) -> None:
+        import openvino
+
+        self._model = openvino.Core().compile_model(
+            path,
+            "CPU",
+            {
+                "INFERENCE_NUM_THREADS": threads or usable_cores(),
+                "INFERENCE_PRECISION_HINT": "bf16",
+                "PERFORMANCE_HINT": "LATENCY",
+            },
+        )
+
+    def __call__(self, inputs: Tensors) -> tuple[np.ndarray, ...]:
+        """Outputs [rows, ...] in the model's order."""
+        results = self._model(inputs)
+        return tuple(np.array(results[k]) for k in range(len(self._model.outputs)))

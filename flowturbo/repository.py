@@ -21,7 +21,8 @@ class Pipeline:
     """What the exported networks take and give.
 
     `latent_shape` is (C, h, w); `max_rows` is the most rows that one execution of a composed model
-    takes; `null_label` is the class id of the unconditional rows.
+    takes; `precision` is the networks'; `on_gpu` says whether they run on GPUs; `null_label` is the
+    class id of the unconditional rows.
     """
 
     latent_shape: tuple[int, int, int]
@@ -30,6 +31,8 @@ class Pipeline:
     max_rows: int
     has_refiner: bool
     has_decoder: bool
+    precision: str = "fp32"
+    on_gpu: bool = False
 
     @property
     def null_label(self) -> int:
@@ -52,6 +55,8 @@ class Pipeline:
             num_classes=predictor["num_classes"],
             class_names=tuple(predictor["class_names"]),
             max_rows=min(build["max_rows"] for build in builds.values() if build),
+            precision=predictor["precision"],
+            on_gpu=predictor["on_gpu"],
             has_refiner=builds[contract.REFINER] is not None,
             has_decoder=builds[contract.DECODER] is not None,
         )

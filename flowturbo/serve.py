@@ -12,11 +12,9 @@ from types import FrameType
 
 from flowturbo import contract
 from flowturbo.repository import EXPORT_HINT
+from flowturbo.serving.engines import check_engines, compute_capabilities, tensorrt_version
 from flowturbo.serving.installation import Installation, ServerError, SetupError, find_server
-from flowturbo.serving.tritonserver import (
-    ServerOptions,
-    TritonServer,
-)
+from flowturbo.serving.tritonserver import ServerOptions, TritonServer
 
 _OPTIONAL = {  # and what is lost without it
     contract.REFINER: "schedules with R steps are refused",
@@ -38,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"note: {note}", file=sys.stderr, flush=True)
         installation = find_server(options.tritonserver)
         check_backends(options.repository, installation)
+        models = (contract.PREDICTOR, *_OPTIONAL)
+        check_engines(options.repository, models, tensorrt_version(), compute_capabilities())
         _serve(options, installation)
     except ServerError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

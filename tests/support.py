@@ -7,9 +7,37 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from flowturbo.contract import TensorSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
+
+TRITON_TYPES = {
+    np.float32: model_config_pb2.TYPE_FP32,
+    np.int64: model_config_pb2.TYPE_INT64,
+    np.int32: model_config_pb2.TYPE_INT32,
+    np.uint8: model_config_pb2.TYPE_UINT8,
+    np.object_: model_config_pb2.TYPE_STRING,
+}
+
+
+def read_config(path: Path) -> model_config_pb2.ModelConfig:
+    """A config.pbtxt; unknown fields are errors."""
+    return text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
+
+
+def check_tensors(
+    entries: list, specs: tuple[TensorSpec, ...], sizes: dict[int | str, int]
+) -> None:
+    """Asserts that a configuration's inputs or outputs are those of the contract, in order."""
+    found = [(e.name, e.data_type, list(e.dims), getattr(e, "optional", False)) for e in entries]
+    assert found == [
+        (s.name, TRITON_TYPES[s.dtype], [sizes.get(d, d) for d in s.dims], s.optional)
+        for s in specs
+    ]
 
 
 @dataclass(frozen=True)

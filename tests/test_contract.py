@@ -5,52 +5,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flowturbo_client import protocol
-from google.protobuf import text_format
-from tritonclient.grpc import model_config_pb2
+from support import check_tensors, read_config
 
 from flowturbo import contract
-from flowturbo.contract import TensorSpec
 from flowturbo.errors import RepositoryError
 from flowturbo.repository import Pipeline, Settings
 
 MODEL_REPOSITORY = Path(__file__).resolve().parent.parent / "model_repository"
-TYPES = {
-    np.float32: model_config_pb2.TYPE_FP32,
-    np.int64: model_config_pb2.TYPE_INT64,
-    np.int32: model_config_pb2.TYPE_INT32,
-    np.uint8: model_config_pb2.TYPE_UINT8,
-    np.object_: model_config_pb2.TYPE_STRING,
-}
-
-
-def read(path: Path) -> model_config_pb2.ModelConfig:
-    return text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
-
-
-def check(entries: list, specs: tuple[TensorSpec, ...], sizes: dict[str, int]) -> None:
-    found = [(e.name, e.data_type, list(e.dims), getattr(e, "optional", False)) for e in entries]
-    assert found == [
-        (s.name, TYPES[s.dtype], [sizes.get(d, d) for d in s.dims], s.optional) for s in specs
-    ]
 
 
 def test_orchestrator() -> None:
-    config = read(MODEL_REPOSITORY / "flowturbo" / "config.pbtxt")
+    config = read_config(MODEL_REPOSITORY / "flowturbo" / "config.pbtxt")
     assert (config.backend, config.max_batch_size) == ("python", 0)
     assert not config.model_transaction_policy.decoupled
     assert [group.count for group in config.instance_group] == [1]
-    check(config.input, contract.REQUEST_INPUTS, {"C": -1, "h": -1, "w": -1})
-    check(config.output, contract.REQUEST_OUTPUTS, {})
+    check_tensors(config.input, contract.REQUEST_INPUTS, {"C": -1, "h": -1, "w": -1})
+    check_tensors(config.output, contract.REQUEST_OUTPUTS, {})
     Settings.load(MODEL_REPOSITORY)
 
 
 @pytest.mark.parametrize("model", list(contract.COMPOSED))
 def test_composed(model: str, glyphs_repository: Path) -> None:
-    config = read(glyphs_repository / model / "config.pbtxt")
+    config = read_config(glyphs_repository / model / "config.pbtxt")
     inputs, outputs = contract.COMPOSED[model]
     sizes = {"C": 4, "h": 16, "w": 16, "H": 64, "W": 64}
-    check(config.input, inputs, sizes)
-    check(config.output, outputs, sizes)
+    check_tensors(config.input, inputs, sizes)
+    check_tensors(config.output, outputs, sizes)
     assert config.HasField("dynamic_batching")
     assert config.max_batch_size == Pipeline.load(glyphs_repository).max_rows
 

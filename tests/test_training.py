@@ -9,13 +9,14 @@ import torch
 from support import ROOT
 from torch import Tensor, nn
 
+from bench.quality import measure
 from flowturbo import LocalPipeline
 from flowturbo.nets.checkpoint import build_network, load_checkpoint
 from flowturbo.nets.sit import SiT, SiTConfig
 from training import loop, refiner
 from training.fonts import font_paths
+from training.frechet import Statistics, frechet_distance
 from training.loop import Plan, fit
-from training.recognition import recognised
 
 WEIGHTS = ROOT / "weights" / "glyphs"
 
@@ -123,7 +124,18 @@ def test_glyphs_are_recognised(glyphs_repository: Path) -> None:
     """A small part of what README states for 1,000 images."""
     pipeline = LocalPipeline(glyphs_repository)
     schedule, scale = pipeline.settings.default_schedule, pipeline.settings.default_guidance_scale
-    assert recognised(pipeline, WEIGHTS, schedule, scale, 72) >= 0.9
+    assert measure(pipeline, WEIGHTS, schedule, scale, 72).recognised >= 0.94
+
+
+def test_frechet_distance() -> None:
+    """Between normal distributions: (m1 - m2)^2 + (s1 - s2)^2 a dimension."""
+    rng = np.random.default_rng(0)
+    one, other = (
+        Statistics.of(mean + scale * rng.standard_normal((200_000, 3)))
+        for mean, scale in ((0.0, 1.0), (2.0, 3.0))
+    )
+    assert frechet_distance(one, other) == pytest.approx(3 * (4 + 4), rel=0.02)
+    assert frechet_distance(one, one) == pytest.approx(0, abs=1e-9)
 
 
 def test_weights_are_small() -> None:

@@ -18,18 +18,20 @@ from torch import Tensor, nn
 
 from flowturbo.nets.sit import SiT
 from training import autoencoder, classifier, predictor, refiner
+from training.frechet import Statistics
 from training.glyphs import CLASS_NAMES, label_of, load_or_render
 from training.loop import Plan
 
 IMAGES = 48_000
+REFERENCE_IMAGES = 10_000  # whose features generated images are compared with
 PLANS = {
     "vae": Plan(1750, batch=32, learning_rate=1.5e-3, seed=1, restarts=(1000,), ema_decay=0.0),
     "classifier": Plan(1500, batch=128, learning_rate=2e-3, seed=2, ema_decay=0.99),
     "predictor": Plan(2600, batch=96, learning_rate=1e-3, seed=3),
     "predictor_uniform": Plan(
-        3100, batch=96, learning_rate=1e-3, seed=5, restarts=(1800,), ema_decay=0.995
+        5600, batch=96, learning_rate=1e-3, seed=5, restarts=(1800, 3100), ema_decay=0.995
     ),
-    "refiner": Plan(800, batch=64, learning_rate=1e-3, seed=4),
+    "refiner": Plan(2500, batch=64, learning_rate=1e-3, seed=4),
 }
 
 
@@ -48,6 +50,8 @@ def main() -> None:
     vae.save_pretrained(args.out / "vae")
     judge = classifier.train(images, PLANS["classifier"], args.runs)
     _save(judge, args.out / "classifier.safetensors", torch.float16)
+    real = classifier.features(judge, images[:REFERENCE_IMAGES])
+    Statistics.of(real).save(args.out / "features.npz")
     digest = _digest(args.out / "vae" / "diffusion_pytorch_model.safetensors")
     cached = args.runs / "data" / f"latents-{len(images)}-{args.seed}-{digest}.pt"
     latents = _latents(vae, images, cached)

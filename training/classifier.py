@@ -22,7 +22,7 @@ def build() -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def train(images: np.ndarray, plan: Plan, folder: Path) -> nn.Module:
+def train(images: np.ndarray, plan: Plan, folder: Path) -> nn.Sequential:
     """Fits the classifier to `images` [N, 64, 64, 3] uint8, whose class follows from the index."""
     torch.manual_seed(plan.seed)
 
@@ -36,15 +36,25 @@ def train(images: np.ndarray, plan: Plan, folder: Path) -> nn.Module:
             logits = model(pixels)
         return F.cross_entropy(logits.float(), target)
 
-    return fit("classifier", build(), loss_of, plan, folder)
+    trained = fit("classifier", build(), loss_of, plan, folder)
+    assert isinstance(trained, nn.Sequential)
+    return trained
+
+
+def recognise(model: nn.Sequential, images: np.ndarray) -> np.ndarray:
+    """Class ids [N] that the classifier reads in `images` [N, 64, 64, 3] uint8."""
+    return _evaluate(model, images).argmax(1)
+
+
+def features(model: nn.Sequential, images: np.ndarray) -> np.ndarray:
+    """Channels of the last convolution averaged over the image, [N, 128], as FID takes them."""
+    return _evaluate(model[:-3], images).mean((2, 3))
 
 
 @torch.no_grad()
-def recognise(model: nn.Module, images: np.ndarray) -> np.ndarray:
-    """Class ids [N] that the classifier reads in `images` [N, 64, 64, 3] uint8."""
+def _evaluate(model: nn.Module, images: np.ndarray) -> np.ndarray:
     model = model.to(device()).eval()
-    found = [
-        model(to_unit(images[start : start + 256])).argmax(1).cpu()
-        for start in range(0, len(images), 256)
+    parts = [
+        model(to_unit(images[start : start + 256])).cpu() for start in range(0, len(images), 256)
     ]
-    return torch.cat(found).numpy()
+    return torch.cat(parts).numpy()

@@ -70,7 +70,8 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         angles = t[:, None].float() * self.frequencies
-        out: Tensor = self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        out: Tensor = self.mlp(waves.to(next(self.mlp.parameters()).dtype))
         return out
 
 
@@ -160,6 +161,7 @@ class SiT(nn.Module):
 
     A predictor reads x [B, C, h, w]; a refiner reads [x, v] [B, 2C, h, w] and returns the change of
     the velocity (FlowTurbo, Eq. 6). Time t is in [0, 1] with noise at 0, [B]; label is [B] int64.
+    It computes, and answers, in the type of its parameters, whatever that of x.
     """
 
     def __init__(self, config: SiTConfig) -> None:
@@ -174,7 +176,7 @@ class SiT(nn.Module):
         self.final_layer = FinalLayer(config)
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
-        tokens = self.x_embedder(x) + self.pos_embed
+        tokens = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed
         c = self.t_embedder(t) + self.y_embedder(label)
         for block in self.blocks:
             tokens = block(tokens, c)

@@ -23,7 +23,10 @@ def load_vae(folder: str | Path) -> AutoencoderKL:
 
 
 class Decoder(nn.Module):
-    """Latents [B, C, h, w] float32 in the flow model's scale to images [B, H, W, 3] uint8."""
+    """Latents [B, C, h, w] float32 in the flow model's scale to images [B, H, W, 3] uint8.
+
+    The VAE computes in the type of its parameters, the rounding to levels in float32.
+    """
 
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
@@ -32,8 +35,8 @@ class Decoder(nn.Module):
         self.shift = float(vae.config.shift_factor or 0.0)
 
     def forward(self, latent: Tensor) -> Tensor:
-        z = latent / self.scale + self.shift
+        z = (latent / self.scale + self.shift).to(self.vae.decoder.conv_in.weight.dtype)
         if self.vae.post_quant_conv is not None:
             z = self.vae.post_quant_conv(z)
-        pixels = (self.vae.decoder(z) * 0.5 + 0.5).clamp(0, 1) * 255
+        pixels = (self.vae.decoder(z).float() * 0.5 + 0.5).clamp(0, 1) * 255
         return pixels.round().permute(0, 2, 3, 1).to(torch.uint8)

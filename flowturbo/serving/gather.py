@@ -29,14 +29,20 @@ class _Pending:
 
 
 class Gatherer:
-    """Runs `call(model, tensors)` on the joined rows of concurrent callers, a thread a model.
+    """Runs `call(model, tensors)` on the joined rows of concurrent callers.
 
     A batch has at most `max_rows` rows and waits at most `linger_s` for requests that are between
-    two calls. An exception of `call` reaches every caller in the batch.
+    two calls; `instances` batches of one model run at a time. An exception of `call` reaches every
+    caller in the batch.
     """
 
     def __init__(
-        self, call: Infer, models: tuple[str, ...], max_rows: int, linger_s: float
+        self,
+        call: Infer,
+        models: tuple[str, ...],
+        max_rows: int,
+        linger_s: float,
+        instances: int = 1,
     ) -> None:
         self._call = call
         self._max_rows = max_rows
@@ -48,6 +54,7 @@ class Gatherer:
         self._threads = [
             threading.Thread(target=self._serve, args=(model,), name=f"gather-{model}", daemon=True)
             for model in models
+            for _ in range(instances)
         ]
         for thread in self._threads:
             thread.start()

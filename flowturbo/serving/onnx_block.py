@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from flowturbo.onnx_session import OnnxModel
+from flowturbo.onnx_session import open_model
 
 
 class TritonPythonModel:
@@ -21,8 +21,10 @@ class TritonPythonModel:
         """Loads the ONNX file of this model's version."""
         folder = Path(args["model_repository"]) / args["model_version"]
         config = json.loads(args["model_config"])
-        self._model = OnnxModel(folder / "model.onnx")
+        precision = config["parameters"]["precision"]["string_value"]
+        self._model = open_model(folder / "model.onnx", precision)
         self._inputs = [entry["name"] for entry in config["input"]]
+        self._outputs = [entry["name"] for entry in config["output"]]
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Evaluates the rows of all `requests` together."""
@@ -41,5 +43,6 @@ class TritonPythonModel:
         return tensor
 
     def _tensors(self, parts: tuple[np.ndarray, ...]) -> list[Any]:
-        names = self._model.output_names
-        return [pb_utils.Tensor(name, part) for name, part in zip(names, parts, strict=True)]
+        return [
+            pb_utils.Tensor(name, part) for name, part in zip(self._outputs, parts, strict=True)
+        ]

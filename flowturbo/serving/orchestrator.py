@@ -28,6 +28,7 @@ from flowturbo.guidance import Tensors
 from flowturbo.program import Variant
 from flowturbo.repository import Pipeline, Settings
 from flowturbo.request import GenerationRequest, parse_request
+from flowturbo.serving.engines import compute_capabilities
 from flowturbo.serving.gather import Gatherer
 from flowturbo.serving.metrics import CODES, Metrics, outcome_of
 
@@ -73,6 +74,8 @@ class TritonPythonModel:
             tuple(contract.COMPOSED),
             self._pipeline.max_rows,
             self._settings.gather_ms / 1e3,
+            # The composed models have an instance on each GPU.
+            instances=max(1, len(compute_capabilities())) if self._pipeline.on_gpu else 1,
         )
         self._inflight = 0
         self._lock = threading.Lock()

@@ -1,0 +1,1 @@
+"""Measurements: how fast, and how close to what the hardware can do."""

@@ -1,0 +1,90 @@
+"""Networks of the public sizes with random weights: speed does not depend on what they learned."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from diffusers import AutoencoderKL
+from torch import nn
+
+from export.blocks import StepBlock
+from export.onnx_graph import Exported
+from flowturbo import contract
+from flowturbo.nets.sit import SiT, SiTConfig
+from flowturbo.nets.vae import Decoder
+
+XL = SiTConfig(
+    latent_size=32,
+    patch_size=2,
+    in_channels=4,
+    latent_channels=4,
+    out_channels=8,
+    width=1152,
+    depth=28,
+    num_heads=16,
+    num_classes=1000,
+)
+SMALL = replace(XL, latent_size=8, width=64, depth=2, num_heads=2, num_classes=10)
+
+
+@dataclass(frozen=True)
+class Size:
+    """A predictor's shape, its VAE's block widths, and the rows and schedules worth measuring."""
+
+    config: SiTConfig
+    vae_channels: tuple[int, ...]
+    rows: tuple[int, ...]
+    batches: tuple[int, ...]
+
+
+SIZES = {
+    # SiT-XL/2 at 256 x 256 with its refiner (one block) and sd-vae-ft-ema's decoder.
+    "xl": Size(XL, (128, 256, 512, 512), (2, 8, 16, 32, 64), (1, 8)),
+    "small": Size(SMALL, (32, 32), (2, 8), (1, 2)),
+}
+
+
+def refiner_config(predictor: SiTConfig) -> SiTConfig:
+    """One block that reads [x, v], as the published refiner."""
+    return replace(predictor, depth=1, in_channels=2 * predictor.latent_channels)
+
+
+def random_network(config: SiTConfig, seed: int) -> SiT:
+    """A SiT whose every layer does something: adaLN-Zero would make each block the identity."""
+    torch.manual_seed(seed)
+    network = SiT(config)
+    return network.eval().requires_grad_(False)
+
+
+def random_vae(channels: tuple[int, ...], latent_channels: int) -> AutoencoderKL:
+    """An `AutoencoderKL` of the shape of sd-vae-ft-ema, with other widths where they are given."""
+    torch.manual_seed(0)
+    levels = len(channels)
+    vae = AutoencoderKL(
+        block_out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        layers_per_block=2,
+        latent_channels=latent_channels,
+        scaling_factor=0.18215,
+    )
+    frozen: AutoencoderKL = vae.eval().requires_grad_(False)
+    return frozen
+
+
+def pipeline_modules(size: Size) -> list[Exported]:
+    """Predictor, refiner and decoder blocks in float32, as an export has them."""
+    config = size.config
+    shape = (config.latent_channels, config.latent_size, config.latent_size)
+    made: dict[str, nn.Module] = {
+        contract.PREDICTOR: StepBlock(random_network(config, 0), 3),
+        contract.REFINER: StepBlock(random_network(refiner_config(config), 1), 3),
+        contract.DECODER: Decoder(random_vae(size.vae_channels, config.latent_channels)),
+    }
+    return [Exported(model, module, shape, config) for model, module in made.items()]
+
+
+def matrix_flops(config: SiTConfig, rows: int) -> float:
+    """Floating-point operations of the matrix products of one evaluation on `rows` rows."""
+    width, tokens = config.width, config.tokens_per_side**2
+    per_token = (8 + 4 * config.mlp_ratio) * width**2 + 4 * tokens * width
+    return rows * config.depth * (tokens * per_token + 12 * width**2)

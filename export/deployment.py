@@ -1,0 +1,163 @@
+"""How a composed model is deployed: Triton's configuration of it, in each of its forms."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from tritonclient.grpc import model_config_pb2
+
+from flowturbo import contract
+from flowturbo.contract import TensorSpec
+
+ENGINES = ("python", "onnxruntime", "tensorrt")
+PROVIDERS = ("cpu", "cuda", "tensorrt")
+# Where ONNX Runtime's TensorRT provider keeps the engines it builds: on a volume, not in the
+# repository, which the server mounts read-only.
+ENGINE_CACHE = "/var/cache/flowturbo"
+MAX_QUEUED = 256  # requests to one composed model: the orchestrator admits fewer
+MAX_WAIT_S = 30.0
+# A graph saves launches, which show in small batches only; guided rows come in pairs.
+_GRAPH_ROWS = (1, 2, 4, 6, 8, 10, 12, 14, 16, 24, 32, 48, 64)
+_TRITON_TYPES = {
+    np.float32: model_config_pb2.TYPE_FP32,
+    np.int64: model_config_pb2.TYPE_INT64,
+    np.int32: model_config_pb2.TYPE_INT32,
+    np.uint8: model_config_pb2.TYPE_UINT8,
+}
+_GROUP = model_config_pb2.ModelInstanceGroup
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What evaluates the composed models, and how many rows at a time.
+
+    `engine` is the Triton backend; `provider` is ONNX Runtime's where that is the backend.
+    Precision is the networks'; a block's inputs, outputs and update are float32. Of `max_rows`
+    rows come max_batch_size, the engines' profile, the warm-up and the CUDA graphs; kernels are
+    chosen for `opt_rows`.
+    """
+
+    engine: str = "python"
+    provider: str = "cuda"
+    precision: str = "fp32"
+    max_rows: int = 64
+    opt_rows: int = 16
+    queue_delay_us: int = 0
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the composed models run on GPUs."""
+        return self.engine == "tensorrt" or (
+            self.engine == "onnxruntime" and self.provider != "cpu"
+        )
+
+    @property
+    def profile(self) -> tuple[int, int, int]:
+        """Fewest, best and most rows of an engine."""
+        return 1, min(self.opt_rows, self.max_rows), self.max_rows
+
+    @property
+    def graph_rows(self) -> tuple[int, ...]:
+        """Batch sizes that are warmed up, and captured as CUDA graphs where there are such."""
+        return tuple(sorted({*(n for n in _GRAPH_ROWS if n < self.max_rows), self.max_rows}))
+
+
+def model_config(
+    model: str,
+    sizes: Mapping[int | str, int],
+    deployment: Deployment,
+    engine_files: Mapping[str, str],
+) -> model_config_pb2.ModelConfig:
+    """Triton's configuration of a composed model.
+
+    `sizes` gives C, h, w (and H, W) in numbers, `engine_files` a TensorRT engine's file for each
+    compute capability, such as {"8.9": "model.plan"}.
+    """
+    config = model_config_pb2.ModelConfig(name=model, max_batch_size=deployment.max_rows)
+    inputs, outputs = contract.COMPOSED[model]
+    for spec, target in [(s, config.input) for s in inputs] + [(s, config.output) for s in outputs]:
+        entry = target.add(name=spec.name, data_type=_TRITON_TYPES[spec.dtype])
+        entry.dims.extend(_dims(spec, sizes))
+    _batching(config, deployment)
+    _backend(config, deployment, inputs, sizes, engine_files)
+    if deployment.on_gpu:
+        # One on each GPU that the server sees.
+        config.instance_group.add(count=1, kind=_GROUP.KIND_GPU)
+        for rows in deployment.graph_rows:
+            _warm_up(config, rows, inputs, sizes)
+    else:
+        config.instance_group.add(count=1, kind=_GROUP.KIND_CPU)
+    config.parameters["precision"].string_value = deployment.precision
+    return config
+
+
+def _dims(spec: TensorSpec, sizes: Mapping[int | str, int]) -> list[int]:
+    return [int(sizes.get(dim, dim)) for dim in spec.dims]
+
+
+def _batching(config: model_config_pb2.ModelConfig, deployment: Deployment) -> None:
+    batching = config.dynamic_batching
+    batching.max_queue_delay_microseconds = deployment.queue_delay_us
+    policy = batching.default_queue_policy
+    policy.max_queue_size = MAX_QUEUED
+    policy.default_timeout_microseconds = int(MAX_WAIT_S * 1e6)
+    policy.timeout_action = model_config_pb2.ModelQueuePolicy.REJECT
+    policy.allow_timeout_override = True
+
+
+def _backend(
+    config: model_config_pb2.ModelConfig,
+    deployment: Deployment,
+    inputs: tuple[TensorSpec, ...],
+    sizes: Mapping[int | str, int],
+    engine_files: Mapping[str, str],
+) -> None:
+    config.backend = deployment.engine
+    if deployment.engine == "tensorrt":
+        config.platform = "tensorrt_plan"
+        for capability, file in engine_files.items():
+            config.cc_model_filenames[capability] = file
+        config.optimization.cuda.graphs = True
+        for rows in deployment.graph_rows:
+            config.optimization.cuda.graph_spec.add(batch_size=rows)
+    elif deployment.engine == "onnxruntime":
+        config.platform = "onnxruntime_onnx"
+        if deployment.provider != "cpu":
+            _accelerate(config, deployment, inputs, sizes)
+
+
+def _accelerate(
+    config: model_config_pb2.ModelConfig,
+    deployment: Deployment,
+    inputs: tuple[TensorSpec, ...],
+    sizes: Mapping[int | str, int],
+) -> None:
+    """ONNX Runtime's provider; its TensorRT needs the engines' profile, or it builds at will."""
+    accelerators = config.optimization.execution_accelerators.gpu_execution_accelerator
+    accelerator = accelerators.add(name=deployment.provider)
+    if deployment.provider == "cuda":
+        if deployment.precision == "fp32":  # which TF32 is not
+            accelerator.parameters["use_tf32"] = "0"
+        return
+    accelerator.parameters["precision_mode"] = deployment.precision.upper()
+    accelerator.parameters["trt_engine_cache_enable"] = "1"
+    accelerator.parameters["trt_engine_cache_path"] = ENGINE_CACHE
+    accelerator.parameters["trt_engine_cache_prefix"] = config.name
+    accelerator.parameters["trt_timing_cache_enable"] = "1"
+    for end, rows in zip(("min", "opt", "max"), deployment.profile, strict=True):
+        shapes = [f"{s.name}:{'x'.join(map(str, [rows, *_dims(s, sizes)]))}" for s in inputs]
+        accelerator.parameters[f"trt_profile_{end}_shapes"] = ",".join(shapes)
+
+
+def _warm_up(
+    config: model_config_pb2.ModelConfig,
+    rows: int,
+    inputs: tuple[TensorSpec, ...],
+    sizes: Mapping[int | str, int],
+) -> None:
+    sample = config.model_warmup.add(name=f"{rows} rows", batch_size=rows)
+    for spec in inputs:
+        entry = sample.inputs[spec.name]
+        entry.data_type = _TRITON_TYPES[spec.dtype]
+        entry.dims.extend(_dims(spec, sizes))
+        entry.zero_data = True

@@ -1,0 +1,51 @@
+"""The measuring commands run here, small: what they say of speed is for real machines."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import ROOT
+
+from bench.networks import SIZES, XL, matrix_flops
+
+
+def run(*arguments: str | Path) -> str:
+    command = [sys.executable, "-m", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_gpu_check(tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    run("bench.gpu_check", "--size", "small", "--out", out)
+    report = json.loads(out.read_text())
+    forms = {(b["engine"], b["precision"]) for b in report["blocks"]}
+    assert {("PyTorch", p) for p in ("fp32", "bf16", "fp16")} <= forms
+    assert ("OnnxRuntime", "fp32") in forms
+    assert len(report["blocks"]) == len(forms) * 3 * len(SIZES["small"].rows)
+    assert len(report["schedules"]) == len(forms) * 7 * len(SIZES["small"].batches)
+    assert all(b["ms"] > 0 for b in report["blocks"])
+    blocks = [b for b in report["blocks"] if b["model"] != "vae_decoder"]
+    assert max(b["error"] for b in blocks if b["precision"] == "fp32") < 1e-4
+    assert max(b["error"] for b in blocks) < 0.1
+    assert out.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_xl_check_small(tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    said = run(
+        *("bench.xl_check", "--size", "small", "--folder", tmp_path / "work", "--out", out),
+        *("--precision", "bf16", "--compute-capability", "8.9"),
+    )
+    assert "trajectory H1P5R3" in said
+    steps = {r["step"]: r for r in json.loads(out.read_text())["runs"]}
+    assert steps.keys() == {"export and engine for 8.9", "verify"}
+    assert all(0.1 < r["peak_gib"] < 12 for r in steps.values())
+
+
+def test_operations_of_the_public_model() -> None:
+    """118.6 billion multiply-adds: DiT-XL/2 (arXiv 2212.09748, table 4), whose shape SiT keeps."""
+    assert matrix_flops(XL, 1) / 2 == pytest.approx(118.6e9, rel=0.02)

@@ -1,0 +1,123 @@
+"""docker-compose.yml, the Dockerfile and .env.example agree with each other and with the code."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from support import ROOT
+
+from export.__main__ import _options
+from flowturbo import contract
+from flowturbo.serve import _parse
+
+COMPOSE = (ROOT / "docker-compose.yml").read_text()
+DOCKERFILE = (ROOT / "docker" / "Dockerfile").read_text()
+ENV = dict(
+    line.split("=", 1)
+    for line in (ROOT / ".env.example").read_text().splitlines()
+    if line and not line.startswith("#")
+)
+
+
+def resolved() -> dict[str, Any]:
+    """The compose file with the defaults of its variables put in."""
+    return yaml.safe_load(re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", COMPOSE))
+
+
+SERVICES: dict[str, Any] = resolved()["services"]
+
+
+def test_variables_and_their_defaults() -> None:
+    used = re.findall(r"\$\{(\w+)(?::-([^}]*))?\}", COMPOSE)
+    assert dict(used) == ENV
+    assert f"ARG TRITON_RELEASE={ENV['TRITON_RELEASE']}" in DOCKERFILE
+
+
+def test_one_release_with_the_security_fixes() -> None:
+    year, month = ENV["TRITON_RELEASE"].split(".")
+    assert (int(year), int(month)) >= (26, 7)
+    images = re.findall(r"(nvcr\.io/\S+|flowturbo-\w+:\S+)", COMPOSE + DOCKERFILE)
+    assert len(images) == 4
+    assert all("${TRITON_RELEASE" in image for image in images)
+
+
+def test_paths_exist() -> None:
+    assert set(SERVICES) == {"server", "export", "perf_analyzer", "glyphs_export", "glyphs"}
+    for service in SERVICES.values():
+        for volume in service["volumes"]:
+            source = volume.split(":")[0]
+            given = source in (ENV["MODELS"], ENV["CHECKPOINTS"]) or source in resolved()["volumes"]
+            assert given or (ROOT / source).exists(), volume
+        if "build" in service:
+            build = service["build"]
+            assert (ROOT / build["dockerfile"]).is_file()
+            assert f" AS {build['target']}\n" in DOCKERFILE
+
+
+def test_the_dockerfile_copies_what_is_there() -> None:
+    shown = [
+        line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line[0] == "!"
+    ]
+    for copied in re.findall(r"^COPY (.+) \S+$", DOCKERFILE, re.MULTILINE):
+        for name in copied.split():
+            assert (ROOT / name).exists()
+            assert any(Path(entry).parts[0] == name for entry in shown), name
+    extras = re.findall(r"'\.\[(\w+)\]'", DOCKERFILE)
+    assert extras == ["export"]
+
+
+def test_servers_are_guarded() -> None:
+    for name in ("server", "glyphs"):
+        service = SERVICES[name]
+        assert int(service["user"].split(":")[0]) > 0
+        assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+        assert service["restart"] == "unless-stopped"
+        assert service["shm_size"] == "1g"
+        check = " ".join(service["healthcheck"]["test"])
+        assert f"/v2/models/{contract.ORCHESTRATOR}/ready" in check
+        assert [v for v in service["volumes"] if ":/models" in v][0].endswith(":ro")
+    assert SERVICES["server"]["deploy"] == SERVICES["export"]["deploy"]
+    assert "deploy" not in SERVICES["glyphs"]
+    assert "profiles" not in SERVICES["server"]
+
+
+def test_commands_are_understood() -> None:
+    (default,) = re.findall(r"^CMD (\[.*repository.*\])$", DOCKERFILE, re.MULTILINE)
+    for command in (json.loads(default), SERVICES["glyphs"]["command"]):
+        options = _parse(command)
+        assert options.host == "0.0.0.0"
+        assert str(options.repository).startswith("/models/")
+    export = _options(SERVICES["glyphs_export"]["command"])
+    assert (export.deployment.engine, export.deployment.on_gpu) == ("onnxruntime", False)
+    assert all((ROOT / path).exists() for path in export.source.files().values())
+    assert str(export.repository) == str(_parse(SERVICES["glyphs"]["command"]).repository)
+
+
+def test_the_load_is_of_this_service() -> None:
+    arguments = shlex.join(SERVICES["perf_analyzer"]["entrypoint"])
+    assert f"--model-name={contract.ORCHESTRATOR} " in arguments
+    assert f"--bls-composing-models={','.join(contract.COMPOSED)}" in arguments
+    data = json.loads((ROOT / "docker" / "perf_analyzer.json").read_text())["data"]
+    names = {spec.name for spec in contract.REQUEST_INPUTS}
+    assert all(entry.keys() <= names and "label" in entry for entry in data)
+
+
+def test_docker_compose_accepts_the_file() -> None:
+    if not shutil.which("docker-compose"):
+        pytest.skip("docker-compose is not installed")
+    profiles = ("--profile", "export", "--profile", "load", "--profile", "cpu")
+    done = subprocess.run(
+        ["docker-compose", "--env-file", ".env.example", *profiles, "config"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout)["services"].keys() == SERVICES.keys()
