@@ -48,7 +48,7 @@ fonts: setup  ## the fonts that training renders; needs root
 	apt-get update -qq
 	apt-get install -y -qq --no-install-recommends $$($(BIN)/python -m training.fonts)
 
-train: setup  ## the glyphs model from nothing, about two hours on two cores; resumes
+train: setup  ## the glyphs model from nothing, about two and a half hours on two cores; resumes
 	$(BIN)/python -m training --out $(GLYPHS)
 
 clean:  ## all that is made here but the training runs

@@ -53,8 +53,9 @@ class OnnxRuntimeModel:
         options.log_severity_level = 3
         # Idle threads of one model must not burn the cores that another needs.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        available = onnxruntime.get_available_providers()
-        providers = [name for name in (_CUDA, "CPUExecutionProvider") if name in available]
+        providers: list[str | tuple[str, dict[str, str]]] = ["CPUExecutionProvider"]
+        if _CUDA in onnxruntime.get_available_providers():
+            providers.insert(0, (_CUDA, {"use_tf32": "0"}))  # float32 is to be float32
         self._session = onnxruntime.InferenceSession(str(path), options, providers=providers)
 
     def __call__(self, inputs: Tensors) -> tuple[np.ndarray, ...]:

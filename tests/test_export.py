@@ -14,7 +14,14 @@ from support import GOLDEN, run_export
 
 from export.blocks import StepBlock
 from export.install import installed_fingerprint
-from export.onnx_graph import Exported, VerificationError, export_onnx, verify_onnx
+from export.onnx_graph import Exported, export_onnx
+from export.parity import (
+    TOLERANCES,
+    VerificationError,
+    block_outputs,
+    check,
+    torch_evaluation,
+)
 from flowturbo import LocalPipeline, contract
 from flowturbo.errors import RepositoryError
 from flowturbo.nets.checkpoint import (
@@ -24,6 +31,7 @@ from flowturbo.nets.checkpoint import (
     load_checkpoint,
 )
 from flowturbo.nets.sit import SiT, SiTConfig
+from flowturbo.onnx_session import open_model
 
 SMALL = SiTConfig(
     latent_size=8,
@@ -134,11 +142,16 @@ def test_a_file_that_computes_something_else_is_refused(tmp_path: Path) -> None:
     def exported() -> Exported:
         return Exported(contract.PREDICTOR, StepBlock(network, 3), (4, 8, 8), network.config)
 
+    def verify() -> None:
+        expected = block_outputs(exported(), torch_evaluation(exported()))
+        check(contract.PREDICTOR, expected, found, TOLERANCES["fp32"])
+
     export_onnx(exported(), tmp_path / "model.onnx")
-    verify_onnx(exported(), tmp_path / "model.onnx")
+    found = block_outputs(exported(), open_model(tmp_path / "model.onnx"))
+    verify()
     torch.nn.init.normal_(network.final_layer.linear.weight, std=0.1)
     with pytest.raises(VerificationError, match="x_next is off by"):
-        verify_onnx(exported(), tmp_path / "model.onnx")
+        verify()
 
 
 def test_command_errors_leave_the_repository_alone(golden_repository: Path) -> None:

@@ -117,7 +117,7 @@ def test_the_refiner_beats_the_velocity_kept_as_it_is() -> None:
         change = predictor(x, t, label) - v
         kept += float(change.square().mean())
         refined += float((network(torch.cat([x, v], 1), t, label) - change).square().mean())
-    assert refined < 0.9 * kept
+    assert refined < 0.6 * kept
 
 
 def test_glyphs_are_recognised(glyphs_repository: Path) -> None:

@@ -14,7 +14,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -182,7 +182,12 @@ class TritonServer:
 
         The server neither notices nor replaces one that dies (24.10), and its requests hang.
         """
-        return set(_live_processes(session=self._process.pid, name=_STUB_NAME))
+        everyone = (int(path.name) for path in Path("/proc").glob("[0-9]*"))
+        return self.living(everyone)
+
+    def living(self, pids: Iterable[int]) -> set[int]:
+        """Those of `pids` that are this server's Python backend processes, and live."""
+        return {pid for pid in pids if _is_live(pid, self._process.pid, _STUB_NAME)}
 
     def _is_ready(self) -> bool:
         host, port = self.address.http.rsplit(":", 1)
@@ -214,16 +219,14 @@ class TritonServer:
         return unforced
 
 
-def _live_processes(session: int, name: str) -> Iterator[int]:
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            # "pid (name) state parent group session ...": proc(5)
-            head, _, tail = path.read_text().rpartition(")")
-        except OSError:  # it ended meanwhile
-            continue
-        state, _, _, its_session = tail.split()[:4]
-        if int(its_session) == session and state != "Z" and head.endswith(f"({name}"):
-            yield int(path.parent.name)
+def _is_live(pid: int, session: int, name: str) -> bool:
+    try:
+        # "pid (name) state parent group session ...": proc(5)
+        head, _, tail = Path(f"/proc/{pid}/stat").read_text().rpartition(")")
+    except OSError:  # it ended
+        return False
+    state, _, _, its_session = tail.split()[:4]
+    return int(its_session) == session and state != "Z" and head.endswith(f"({name}")
 
 
 def _end_with_parent() -> Callable[[], None] | None:
