@@ -28,18 +28,23 @@ SMALL = replace(XL, latent_size=8, width=64, depth=2, num_heads=2, num_classes=1
 
 @dataclass(frozen=True)
 class Size:
-    """A predictor's shape, its VAE's block widths, and the rows and schedules worth measuring."""
+    """A predictor's shape, its VAE's block widths, and what is worth measuring.
+
+    That is batches of so many `rows`, requests of so many images (`batches`), and each of them over
+    and over for `measure_s` seconds.
+    """
 
     config: SiTConfig
     vae_channels: tuple[int, ...]
     rows: tuple[int, ...]
     batches: tuple[int, ...]
+    measure_s: float
 
 
 SIZES = {
     # SiT-XL/2 at 256 x 256 with its refiner (one block) and sd-vae-ft-ema's decoder.
-    "xl": Size(XL, (128, 256, 512, 512), (2, 8, 16, 32, 64), (1, 8)),
-    "small": Size(SMALL, (32, 32), (2, 8), (1, 2)),
+    "xl": Size(XL, (128, 256, 512, 512), (2, 8, 16, 32, 64), (1, 8), 0.5),
+    "small": Size(SMALL, (32, 32), (2, 8), (1, 2), 0.02),
 }
 
 

@@ -37,8 +37,16 @@ def main() -> None:
     parser.add_argument("--compute-capability", nargs="+", default=["8.0", "8.9", "12.0"])
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/xl_export.json"))
     args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     source = _checkpoints(args.folder, args.size)
-    runs = []
+    runs: list[Run] = []
+
+    def done(run: Run) -> None:
+        runs.append(run)
+        print(f"{run.precision} {run.step}: {run.minutes:.1f} min, {run.peak_gib:.2f} GiB")
+        report = {"size": args.size, "cores": os.cpu_count(), "runs": [asdict(r) for r in runs]}
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
+
     for precision in args.precision:
         repository = ["--repository", str(args.folder / f"models-{precision}")]
         export = ["-m", "export", *source, *repository, "--precision", precision]
@@ -46,14 +54,9 @@ def main() -> None:
         for k, capability in enumerate(args.compute_capability):
             # The first makes the ONNX files too; the others add their engine to them.
             step = f"export and engine for {capability}" if k == 0 else f"engine for {capability}"
-            runs.append(_run(step, precision, [*export, *engine, capability]))
+            done(_run(step, precision, [*export, *engine, capability]))
         verify = ["-m", "export", "verify", *source, *repository]
-        runs.append(_run("verify", precision, verify))
-    report = {"size": args.size, "cores": os.cpu_count(), "runs": [asdict(run) for run in runs]}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
-    for run in runs:
-        print(f"{run.precision} {run.step:<28} {run.minutes:6.1f} min {run.peak_gib:6.2f} GiB")
+        done(_run("verify", precision, verify))
 
 
 def _checkpoints(folder: Path, size: str) -> list[str]:

@@ -2,9 +2,11 @@
 
 import logging
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,13 +29,11 @@ class Exported:
     latent_shape: tuple[int, int, int]
     config: SiTConfig
 
-    def sizes(self) -> dict[int | str, int]:
-        """What the contract's letters stand for: C, h, w, and a decoder's H and W."""
+    def sizes(self, outputs: Mapping[str, np.ndarray]) -> dict[int | str, int]:
+        """What the contract's letters stand for: C, h, w, and H and W of an image in `outputs`."""
         sizes: dict[int | str, int] = dict(zip("Chw", self.latent_shape, strict=True))
         if self.model == contract.DECODER:
-            with torch.no_grad():
-                image = self.module(torch.zeros(1, *self.latent_shape))
-            sizes |= {"H": image.shape[1], "W": image.shape[2]}
+            sizes |= dict(zip("HW", outputs["image"].shape[1:3], strict=True))
         return sizes
 
     def random_inputs(self, rows: int, seed: int) -> dict[str, Tensor]:

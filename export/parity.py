@@ -36,7 +36,7 @@ class Tolerance:
 TOLERANCES = {
     "fp32": Tolerance(block=1e-4, trajectory=1e-4, levels=1),
     "fp16": Tolerance(block=5e-3, trajectory=1e-2, levels=3),
-    "bf16": Tolerance(block=4e-2, trajectory=5e-2, levels=8),
+    "bf16": Tolerance(block=4e-2, trajectory=5e-2, levels=16),
 }
 
 

@@ -225,7 +225,7 @@ def _write(exported: Exported, options: Options, fingerprint: dict[str, Any], fo
         "engine": options.deployment.engine,
         "on_gpu": options.deployment.on_gpu,
         "latent_shape": exported.latent_shape,
-        "sizes": exported.sizes(),
+        "sizes": exported.sizes(expected),
         "num_classes": exported.config.num_classes,
         "class_names": options.names(),
         "max_rows": options.deployment.max_rows,

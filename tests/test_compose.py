@@ -101,7 +101,7 @@ def test_commands_are_understood() -> None:
 
 def test_the_load_is_of_this_service() -> None:
     arguments = shlex.join(SERVICES["perf_analyzer"]["entrypoint"])
-    assert f"--model-name={contract.ORCHESTRATOR} " in arguments
+    assert f"-m {contract.ORCHESTRATOR} " in arguments
     assert f"--bls-composing-models={','.join(contract.COMPOSED)}" in arguments
     data = json.loads((ROOT / "docker" / "perf_analyzer.json").read_text())["data"]
     names = {spec.name for spec in contract.REQUEST_INPUTS}

@@ -85,10 +85,11 @@ def test_onnxruntime_tensorrt_has_the_profile() -> None:
         assert shapes.keys() == {spec.name for spec in contract.PREDICTOR_INPUTS}
 
 
-def test_engines_of_several_gpus_in_one_repository(tmp_path: Path) -> None:
-    """The glyphs model in bf16, for three GPUs that are not here, in the code that serves."""
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_engines_of_several_gpus_in_one_repository(precision: str, tmp_path: Path) -> None:
+    """The glyphs model for three GPUs that are not here, through the code that makes a plan."""
     repository = tmp_path / "models"
-    arguments = (*GLYPHS_SOURCE, "--engine", "tensorrt", "--precision", "bf16")
+    arguments = (*GLYPHS_SOURCE, "--engine", "tensorrt", "--precision", precision)
     for capability in ("8.0", "8.9", "12.0"):
         done = run_export(
             *arguments, "--compute-capability", capability, "--repository", repository
@@ -112,15 +113,6 @@ def test_engines_of_several_gpus_in_one_repository(tmp_path: Path) -> None:
     with pytest.raises(SetupError, match=r"TensorRT rtx-.* the server has 10.14.1") as refused:
         check_engines(repository, contract.COMPOSED, "10.14.1", ["8.9"])
     assert "--compute-capability 8.0 --repository" in str(refused.value)  # how it was made
-
-
-def test_fp16_engines(tmp_path: Path) -> None:
-    done = run_export(
-        *(*GLYPHS_SOURCE, "--engine", "tensorrt", "--precision", "fp16"),
-        *("--compute-capability", "8.9", "--repository", tmp_path / "models"),
-    )
-    assert done.returncode == 0, done.stderr
-    assert len(list(tmp_path.rglob("model.plan"))) == 3
 
 
 def test_an_engine_needs_a_gpu_or_a_named_one(tmp_path: Path) -> None:

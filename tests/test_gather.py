@@ -136,3 +136,18 @@ def test_failures_reach_the_caller_and_end_nothing(gather: Gatherer) -> None:
     with gather.request(), pytest.raises(FloatingPointError):
         gather("model", {"x": bad, "y": bad})
     assert run_request(gather, 1, 1, 1)[0, 0] == 2
+
+
+def test_free_instances_share_the_rows() -> None:
+    """With two engines, two batches run at a time, each with half of what is queued."""
+    engine = Engine()
+    gatherer = Gatherer(engine, ("model",), max_rows=16, linger_s=0.5, instances=2)
+    started = time.monotonic()
+    with ThreadPoolExecutor(8) as pool:
+        jobs = [pool.submit(run_request, gatherer, k + 1.0, 1, 10) for k in range(8)]
+        for k, job in enumerate(jobs):
+            np.testing.assert_array_equal(job.result(), np.full((1, 3), (k + 1.0) * 2**10))
+    elapsed = time.monotonic() - started
+    gatherer.close()
+    assert sum(engine.rows) == 80
+    assert len(engine.rows) * CALL_S > 1.4 * elapsed  # they ran side by side

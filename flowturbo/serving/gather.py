@@ -6,6 +6,7 @@ that are just between two calls, a fraction of a millisecond, so that the cohort
 alone has nobody to wait for and never does.
 """
 
+import math
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -32,8 +33,8 @@ class Gatherer:
     """Runs `call(model, tensors)` on the joined rows of concurrent callers.
 
     A batch has at most `max_rows` rows and waits at most `linger_s` for requests that are between
-    two calls; `instances` batches of one model run at a time. An exception of `call` reaches every
-    caller in the batch.
+    two calls. `instances` batches of one model run at a time, and those that are free share what is
+    queued. An exception of `call` reaches every caller in the batch.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Gatherer:
         self._closed = False
         self._changed = threading.Condition()
         self._queues: dict[str, deque[_Pending]] = {model: deque() for model in models}
+        self._free = dict.fromkeys(models, instances)
         self._threads = [
             threading.Thread(target=self._serve, args=(model,), name=f"gather-{model}", daemon=True)
             for model in models
@@ -105,13 +107,19 @@ class Gatherer:
             try:
                 results = self._evaluate(model, batch)
             except BaseException as error:
-                self._count_between(len(batch))
+                self._finish(model, batch)
                 for pending in batch:
                     pending.result.set_exception(error)
                 continue
-            self._count_between(len(batch))
+            self._finish(model, batch)
             for pending, outputs in zip(batch, results, strict=True):
                 pending.result.set_result(outputs)
+
+    def _finish(self, model: str, batch: list[_Pending]) -> None:
+        with self._changed:
+            self._free[model] += 1
+            self._between += len(batch)
+            self._changed.notify_all()
 
     def _next_batch(self, model: str) -> list[_Pending] | None:
         """Waits for calls and takes those that fit in one batch, in order; None when closed."""
@@ -121,14 +129,21 @@ class Gatherer:
             if not queue:
                 return None
             self._changed.wait_for(lambda: self._is_complete(queue), timeout=self._linger_s)
-            batch: list[_Pending] = []
-            rows = 0
-            while queue and (not batch or rows + queue[0].rows <= self._max_rows):
-                pending = queue.popleft()
-                if pending.result.set_running_or_notify_cancel():
-                    rows += pending.rows
-                    batch.append(pending)
+            batch = self._take(queue, self._free[model])
+            self._free[model] -= bool(batch)
             return batch
+
+    def _take(self, queue: deque[_Pending], free: int) -> list[_Pending]:
+        """One of `free` equal shares of the queue, in order, as far as it fits in one batch."""
+        share = math.ceil(sum(pending.rows for pending in queue) / free)
+        batch: list[_Pending] = []
+        rows = 0
+        while queue and (not batch or rows + queue[0].rows <= min(share, self._max_rows)):
+            pending = queue.popleft()
+            if pending.result.set_running_or_notify_cancel():
+                rows += pending.rows
+                batch.append(pending)
+        return batch
 
     def _is_complete(self, queue: deque[_Pending]) -> bool:
         full = sum(pending.rows for pending in queue) >= self._max_rows
