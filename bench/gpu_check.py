@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +22,7 @@ import torch
 
 from bench.networks import SIZES, Size, matrix_flops, pipeline_modules, refiner_config
 from export.deployment import Deployment
-from export.engine import EngineError, TensorRtModel, build_engine, find_builder
+from export.engine import TensorRtModel, build_engine, find_builder
 from export.onnx_graph import PRECISIONS, Exported, export_onnx, to_precision
 from flowturbo import contract
 from flowturbo.errors import RepositoryError
@@ -156,6 +156,8 @@ def main() -> None:
             times = list(_blocks(engine, precision, forms, exports, size, peaks, reference))
             report["blocks"] += map(asdict, times)
             report["schedules"] += map(asdict, _schedules(engine, precision, forms, size))
+            forms.clear()  # before the next form is made
+            torch.cuda.empty_cache()
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(report, indent=1) + "\n")  # so far: nothing is lost
     plot(report, args.out.with_suffix(".png"))
@@ -185,28 +187,36 @@ def _forms(
         paths = {e.model: scratch / precision / e.model / "1" / "model.onnx" for e in exports}
         for exported in exports:
             paths[exported.model].parent.mkdir(parents=True)
-            half = Exported(
-                exported.model, deepcopy(exported.module), exported.latent_shape, exported.config
-            )
+            half = replace(exported, module=deepcopy(exported.module))
             to_precision(half.module, precision)
             export_onnx(half, paths[exported.model])
-        try:
-            models = {name: open_model(path, precision) for name, path in paths.items()}
-            runtime = type(next(iter(models.values()))).__name__.removesuffix("Model")
-            yield runtime, precision, {name: ArrayForm(model) for name, model in models.items()}
-            del models
-        except RepositoryError as error:
-            print(f"ONNX {precision}: not measured: {error}")
-        try:
-            builder = find_builder(None)
-        except EngineError as error:
-            print(f"TensorRT {precision}: not measured: {error}")
-            continue
-        plans = {name: path.with_suffix(".plan") for name, path in paths.items()}
-        for name, plan in plans.items():
-            build_engine(builder, paths[name], plan, Deployment().profile, scratch / "timing.cache")
-        engines = {name: TensorRtModel(builder.trt, plan) for name, plan in plans.items()}
-        yield "TensorRT", precision, {name: ArrayForm(engine) for name, engine in engines.items()}
+        for engine, make in (("ONNX", _onnx_forms), ("TensorRT", _tensorrt_forms)):
+            try:
+                yield make(precision, paths, device)
+            except Exception as error:  # one form that fails must not end the measurement
+                print(f"{engine} {precision}: not measured: {error}", flush=True)
+
+
+def _onnx_forms(
+    precision: str, paths: dict[str, Path], device: str
+) -> tuple[str, str, dict[str, Form]]:
+    models = {name: open_model(path, precision) for name, path in paths.items()}
+    if device == "cuda" and not all(model.on_gpu for model in models.values()):
+        raise RepositoryError("the ONNX runtime here does not use the GPU: install onnxruntime-gpu")
+    runtime = type(next(iter(models.values()))).__name__.removesuffix("Model")
+    return runtime, precision, {name: ArrayForm(model) for name, model in models.items()}
+
+
+def _tensorrt_forms(
+    precision: str, paths: dict[str, Path], _device: str
+) -> tuple[str, str, dict[str, Form]]:
+    builder = find_builder(None)
+    engines: dict[str, Form] = {}
+    for name, path in paths.items():
+        plan, cache = path.with_suffix(".plan"), path.parents[3] / "timing.cache"
+        build_engine(builder, path, plan, Deployment().profile, cache)
+        engines[name] = ArrayForm(TensorRtModel(builder.trt, plan))
+    return "TensorRT", precision, engines
 
 
 def _blocks(

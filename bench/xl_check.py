@@ -8,6 +8,7 @@ memory and errors.
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -48,7 +49,9 @@ def main() -> None:
         args.out.write_text(json.dumps(report, indent=1) + "\n")
 
     for precision in args.precision:
-        repository = ["--repository", str(args.folder / f"models-{precision}")]
+        models = args.folder / f"models-{precision}"
+        shutil.rmtree(models, ignore_errors=True)  # what is up to date takes no time
+        repository = ["--repository", str(models)]
         export = ["-m", "export", *source, *repository, "--precision", precision]
         engine = ["--engine", "tensorrt", "--compute-capability"]
         for k, capability in enumerate(args.compute_capability):

@@ -5,9 +5,10 @@ repository against its checkpoints, block by block and over a whole schedule.
 """
 
 import argparse
+import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from export.pipeline import Options, Source, export_pipeline
 from export.verify import verify_repository
 from flowturbo.errors import FlowTurboError
 
-_CACHE = Path.home() / ".cache" / "flowturbo"
+_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flowturbo"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -41,13 +42,26 @@ def _options(argv: Sequence[str]) -> Options:
     values = vars(parser.parse_args(argv))
     if values["compute_capability"] and values["engine"] != "tensorrt":
         parser.error("--compute-capability goes with --engine tensorrt")
-    chosen = [values[key] for key in ("engine", "provider", "precision")]
-    if chosen == ["onnxruntime", "cpu", "bf16"]:
-        parser.error("ONNX Runtime has no bfloat16 on a CPU: --engine python runs it in OpenVINO")
+    chosen = (values["engine"], values["precision"])
+    if chosen == ("onnxruntime", "bf16") and values["provider"] != "tensorrt":
+        parser.error(
+            "ONNX Runtime's own kernels lack bfloat16 (Resize in the decoder): use fp16, "
+            "--provider tensorrt or --engine tensorrt; --engine python runs it in OpenVINO on a CPU"
+        )
     values["source"] = _take(Source, values)
     values["deployment"] = _take(Deployment, values)
-    values["command"] = shlex.join(["python", "-m", "export", *argv])
+    values["command"] = shlex.join(["python", "-m", "export", *_for_this_gpu(argv)])
     return _take(Options, values)
+
+
+def _for_this_gpu(argv: Sequence[str]) -> Iterator[str]:
+    """The arguments without --compute-capability, which Triton's engines are not built with."""
+    words = iter(argv)
+    for word in words:
+        if word == "--compute-capability":
+            next(words, None)
+        elif not word.startswith("--compute-capability="):
+            yield word
 
 
 def _take(cls: Any, values: dict[str, Any]) -> Any:

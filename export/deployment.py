@@ -67,19 +67,29 @@ def model_config(
     sizes: Mapping[int | str, int],
     deployment: Deployment,
     engine_files: Mapping[str, str],
+    digest: str,
 ) -> model_config_pb2.ModelConfig:
     """Triton's configuration of a composed model.
 
     `sizes` gives C, h, w (and H, W) in numbers, `engine_files` a TensorRT engine's file for each
-    compute capability, such as {"8.9": "model.plan"}.
+    compute capability, such as {"8.9": "model.plan"}; `digest` tells these weights from others.
     """
-    config = model_config_pb2.ModelConfig(name=model, max_batch_size=deployment.max_rows)
+    config = model_config_pb2.ModelConfig(
+        name=model, backend=deployment.engine, max_batch_size=deployment.max_rows
+    )
     inputs, outputs = contract.COMPOSED[model]
     for spec, target in [(s, config.input) for s in inputs] + [(s, config.output) for s in outputs]:
         entry = target.add(name=spec.name, data_type=_TRITON_TYPES[spec.dtype])
         entry.dims.extend(_dims(spec, sizes))
     _batching(config, deployment)
-    _backend(config, deployment, inputs, sizes, engine_files)
+    if deployment.engine == "tensorrt":
+        _use_engines(config, deployment, engine_files)
+    elif deployment.engine == "onnxruntime":
+        config.platform = "onnxruntime_onnx"
+        if deployment.provider == "cuda":
+            _use_cuda(config, deployment)
+        elif deployment.provider == "tensorrt":
+            _use_tensorrt_provider(config, deployment, inputs, sizes, digest)
     if deployment.on_gpu:
         # One on each GPU that the server sees.
         config.instance_group.add(count=1, kind=_GROUP.KIND_GPU)
@@ -105,48 +115,43 @@ def _batching(config: model_config_pb2.ModelConfig, deployment: Deployment) -> N
     policy.allow_timeout_override = True
 
 
-def _backend(
-    config: model_config_pb2.ModelConfig,
-    deployment: Deployment,
-    inputs: tuple[TensorSpec, ...],
-    sizes: Mapping[int | str, int],
-    engine_files: Mapping[str, str],
+def _use_engines(
+    config: model_config_pb2.ModelConfig, deployment: Deployment, engine_files: Mapping[str, str]
 ) -> None:
-    config.backend = deployment.engine
-    if deployment.engine == "tensorrt":
-        config.platform = "tensorrt_plan"
-        for capability, file in engine_files.items():
-            config.cc_model_filenames[capability] = file
-        config.optimization.cuda.graphs = True
-        for rows in deployment.graph_rows:
-            config.optimization.cuda.graph_spec.add(batch_size=rows)
-    elif deployment.engine == "onnxruntime":
-        config.platform = "onnxruntime_onnx"
-        if deployment.provider != "cpu":
-            _accelerate(config, deployment, inputs, sizes)
+    config.platform = "tensorrt_plan"
+    for capability, file in engine_files.items():
+        config.cc_model_filenames[capability] = file
+    config.optimization.cuda.graphs = True
+    for rows in deployment.graph_rows:
+        config.optimization.cuda.graph_spec.add(batch_size=rows)
 
 
-def _accelerate(
-    config: model_config_pb2.ModelConfig,
-    deployment: Deployment,
-    inputs: tuple[TensorSpec, ...],
-    sizes: Mapping[int | str, int],
-) -> None:
-    """ONNX Runtime's provider; its TensorRT needs the engines' profile, or it builds at will."""
+def _use_cuda(config: model_config_pb2.ModelConfig, deployment: Deployment) -> None:
     accelerators = config.optimization.execution_accelerators.gpu_execution_accelerator
-    accelerator = accelerators.add(name=deployment.provider)
-    if deployment.provider == "cuda":
-        if deployment.precision == "fp32":  # which TF32 is not
-            accelerator.parameters["use_tf32"] = "0"
-        return
-    accelerator.parameters["precision_mode"] = deployment.precision.upper()
-    accelerator.parameters["trt_engine_cache_enable"] = "1"
-    accelerator.parameters["trt_engine_cache_path"] = ENGINE_CACHE
-    accelerator.parameters["trt_engine_cache_prefix"] = config.name
-    accelerator.parameters["trt_timing_cache_enable"] = "1"
+    accelerator = accelerators.add(name="cuda")
+    if deployment.precision == "fp32":  # which TF32 is not
+        accelerator.parameters["use_tf32"] = "0"
+
+
+def _use_tensorrt_provider(
+    config: model_config_pb2.ModelConfig,
+    deployment: Deployment,
+    inputs: tuple[TensorSpec, ...],
+    sizes: Mapping[int | str, int],
+    digest: str,
+) -> None:
+    """ONNX Runtime's TensorRT: without the engines' profile it would build one for each batch."""
+    accelerators = config.optimization.execution_accelerators.gpu_execution_accelerator
+    parameters = accelerators.add(name="tensorrt").parameters
+    parameters["precision_mode"] = deployment.precision.upper()
+    parameters["trt_engine_cache_enable"] = "1"
+    parameters["trt_engine_cache_path"] = ENGINE_CACHE
+    # It knows its engines by name alone: other weights must not find these.
+    parameters["trt_engine_cache_prefix"] = f"{config.name}_{digest[:16]}"
+    parameters["trt_timing_cache_enable"] = "1"
     for end, rows in zip(("min", "opt", "max"), deployment.profile, strict=True):
         shapes = [f"{s.name}:{'x'.join(map(str, [rows, *_dims(s, sizes)]))}" for s in inputs]
-        accelerator.parameters[f"trt_profile_{end}_shapes"] = ",".join(shapes)
+        parameters[f"trt_profile_{end}_shapes"] = ",".join(shapes)
 
 
 def _warm_up(

@@ -109,15 +109,14 @@ def build_engine(
         config.num_compute_capabilities = 1
         name = f"SM{builder.capability.replace('.', '')}"
         config.set_compute_capability(getattr(trt.ComputeCapability, name), 0)
-    else:
-        _use_timing_cache(config, timing_cache)
+    known = None if builder.cross else _use_timing_cache(config, timing_cache)
     built = tool.build_serialized_network(network, config)
     if built is None:
         raise EngineError(f"TensorRT cannot build {onnx}: {'; '.join(log.messages)}")
     with plan.open("wb") as file:
         file.write(built)
-    if not builder.cross:
-        _keep_timing_cache(config, timing_cache)
+    if known is not None:
+        _keep(known, timing_cache)
     return {
         "file": plan.name,
         "tensorrt": builder.version,
@@ -146,17 +145,24 @@ def _add_profile(tool: Any, config: Any, network: Any, rows: tuple[int, int, int
     config.add_optimization_profile(profile)
 
 
-def _use_timing_cache(config: Any, path: Path) -> None:
-    known = path.read_bytes() if path.exists() else b""
+def _use_timing_cache(config: Any, path: Path) -> Any:
+    """The cache that the build reads and extends; it must live as long as the build."""
+    cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
     # One of another GPU or TensorRT is refused: the build then starts with none.
-    config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
+    if not config.set_timing_cache(cache, ignore_mismatch=False):
+        cache = config.create_timing_cache(b"")
+        config.set_timing_cache(cache, ignore_mismatch=False)
+    return cache
 
 
-def _keep_timing_cache(config: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(config.get_timing_cache().serialize())
-    partial.replace(path)
+def _keep(cache: Any, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_bytes(cache.serialize())
+        partial.replace(path)
+    except OSError as error:  # only the next build's time is lost
+        print(f"the timing cache was not kept: {error}; --timing-cache names another folder")
 
 
 def _log(trt: ModuleType) -> Any:
@@ -178,20 +184,14 @@ def _progress(trt: ModuleType, model: str) -> Any:
     class Progress(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
         """A line for each outer phase of the build."""
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.outer: set[str] = set()
-
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
             if parent is None:
-                self.outer.add(phase)
                 print(f"{model}: TensorRT: {phase} ({steps} steps)", flush=True)
 
         def step_complete(self, _phase: str, _step: int) -> bool:
             return True
 
-        def phase_finish(self, phase: str) -> None:
-            self.outer.discard(phase)
+        def phase_finish(self, phase: str) -> None: ...
 
     return Progress()
 

@@ -30,7 +30,14 @@ def link_installed(repository: Path, staged: Path) -> None:
     """Puts the installed models into `staged` too, at no cost in disk, to be added to."""
     for model in contract.COMPOSED:
         if (repository / model).is_dir():
-            shutil.copytree(repository / model, staged / model, copy_function=os.link)
+            shutil.copytree(repository / model, staged / model, copy_function=_link)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # not every file system has links, or allows them
+        shutil.copy2(source, target)
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -91,21 +98,27 @@ def staging(repository: Path) -> Iterator[Path]:
 def install(staged: Path, repository: Path) -> None:
     """Moves the finished models in `staged` into `repository`, and those of another export out.
 
-    Each model is renamed into place whole. The orchestrator is added where it is missing.
+    Each model is renamed into place whole; if one cannot be, the old ones come back. The
+    orchestrator is added where it is missing.
     """
     repository.mkdir(parents=True, exist_ok=True)
-    old = staged / ".old"
-    old.mkdir()
-    for model in contract.COMPOSED:
-        if (repository / model).exists():
-            (repository / model).rename(old / model)
-        if (staged / model).exists():
-            (staged / model).rename(repository / model)
-    orchestrator = repository / contract.ORCHESTRATOR
-    if not orchestrator.exists():
+    if not (repository / contract.ORCHESTRATOR).exists():
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(COMMITTED, staged / contract.ORCHESTRATOR, ignore=ignored)
-        (staged / contract.ORCHESTRATOR).rename(orchestrator)
+        (staged / contract.ORCHESTRATOR).rename(repository / contract.ORCHESTRATOR)
+    old = staged / ".old"
+    old.mkdir()
+    try:
+        for model in contract.COMPOSED:
+            if (repository / model).exists():
+                (repository / model).rename(old / model)
+            if (staged / model).exists():
+                (staged / model).rename(repository / model)
+    except BaseException:
+        for saved in old.iterdir():
+            shutil.rmtree(repository / saved.name, ignore_errors=True)
+            saved.rename(repository / saved.name)
+        raise
 
 
 def installed_fingerprint(repository: Path, model: str) -> Any:

@@ -231,6 +231,7 @@ def _write(exported: Exported, options: Options, fingerprint: dict[str, Any], fo
         "max_rows": options.deployment.max_rows,
         "parity": parity,
         "command": options.command,
+        "onnx_sha256": _sha256(folder / "1"),
         "files": sorted(file.name for file in (folder / "1").iterdir()),
         "engines": {},
         "fingerprint": fingerprint,
@@ -271,5 +272,5 @@ def _add_engine(folder: Path, builder: Builder, options: Options) -> None:
 def _write_config(folder: Path, deployment: Deployment) -> None:
     build = install.read_build(folder)
     engines = {capability: engine["file"] for capability, engine in build["engines"].items()}
-    config = model_config(folder.name, build["sizes"], deployment, engines)
+    config = model_config(folder.name, build["sizes"], deployment, engines, build["onnx_sha256"])
     install.replace_text(folder / "config.pbtxt", text_format.MessageToString(config))

@@ -64,6 +64,7 @@ def verify_repository(source: Source, repository: Path, schedule: str | None) ->
             figures = (f"{x:.2e}" for x in (error.largest, error.relative, error.allowed))
             print(_ROW.format(form, error.output, *figures, verdict), flush=True)
             failed += [f"{form}: {error.output}"] * error.exceeded
+        forms.clear()
     if failed:
         raise VerificationError(f"{len(failed)} of the errors are too large: {'; '.join(failed)}")
 
@@ -71,21 +72,26 @@ def verify_repository(source: Source, repository: Path, schedule: str | None) ->
 def _forms(
     exports: list[Exported], builds: dict[str, dict], repository: Path, precision: str
 ) -> Iterator[tuple[str, Forms]]:
-    """One after the other, so that at most two copies of the weights are in memory."""
+    """One after the other; whoever clears what he got has but one of them in memory at a time."""
     if precision == "bf16":  # on a CPU, PyTorch takes minutes over a convolution in fp16
         for exported in exports:
             to_precision(exported.module, precision)
         yield f"PyTorch {precision}", {e.model: torch_evaluation(e) for e in exports}
     paths = {model: repository / model / "1" for model in builds}
-    models = {name: open_model(path / "model.onnx", precision) for name, path in paths.items()}
+    models: Forms = {
+        name: open_model(path / "model.onnx", precision) for name, path in paths.items()
+    }
     runtime = type(next(iter(models.values()))).__name__.removesuffix("Model")
-    yield f"{runtime} {precision}", dict(models)
+    yield f"{runtime} {precision}", models
     if any(build["engines"] for build in builds.values()):
         try:
             builder = find_builder(None)
         except EngineError as error:
             print(f"TensorRT {precision}: not checked: {error}")
             return
+        for name, build in builds.items():
+            if builder.capability not in build["engines"]:
+                raise EngineError(f"{name} has no engine for this GPU ({builder.capability})")
         plans = {
             name: path / builds[name]["engines"][builder.capability]["file"]
             for name, path in paths.items()

@@ -15,25 +15,25 @@ _CUDA = "CUDAExecutionProvider"
 class Model(Protocol):
     """An exported model, loaded: input tensors by name to outputs in the model's order."""
 
+    on_gpu: bool
+
     def __call__(self, inputs: Tensors) -> tuple[np.ndarray, ...]: ...
 
 
 def open_model(path: Path, precision: str = "fp32", threads: int | None = None) -> Model:
     """Loads the ONNX file `path` in what runs its precision here.
 
-    That is ONNX Runtime, on a GPU where it has one; its CPU kernels lack bfloat16, which OpenVINO
-    has. `threads` None is one for each usable core. Raises RepositoryError if nothing runs it.
+    That is ONNX Runtime, on a GPU where it has one; its kernels lack bfloat16, which OpenVINO has,
+    on a CPU. `threads` None is one for each usable core. Raises RepositoryError if nothing runs it.
     """
-    import onnxruntime
-
-    if precision != "bf16" or _CUDA in onnxruntime.get_available_providers():
+    if precision != "bf16":
         return OnnxRuntimeModel(path, threads)
     try:
         return OpenVinoModel(path, threads)
     except ImportError as error:
         raise RepositoryError(
-            f"{path} is in bf16, which needs a GPU or OpenVINO on a CPU: pip install openvino, "
-            "or export with --precision fp32"
+            f"{path} is in bf16, which needs OpenVINO here: pip install openvino, or export with "
+            "--precision fp32"
         ) from error
 
 
@@ -57,6 +57,7 @@ class OnnxRuntimeModel:
         if _CUDA in onnxruntime.get_available_providers():
             providers.insert(0, (_CUDA, {"use_tf32": "0"}))  # float32 is to be float32
         self._session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+        self.on_gpu = _CUDA in self._session.get_providers()
 
     def __call__(self, inputs: Tensors) -> tuple[np.ndarray, ...]:
         """Outputs [rows, ...] in the model's order."""
@@ -65,6 +66,8 @@ class OnnxRuntimeModel:
 
 class OpenVinoModel:
     """An exported bfloat16 model in OpenVINO on the CPU."""
+
+    on_gpu = False
 
     def __init__(self, path: Path, threads: int | None = None) -> None:
         import openvino

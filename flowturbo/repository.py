@@ -13,6 +13,7 @@ from flowturbo.program import Variant
 from flowturbo.schedule import Schedule
 
 BUILD_FILE = "build.json"  # beside each composed model's config, written by export
+_BUILD_KEYS = ("latent_shape", "num_classes", "class_names", "max_rows", "precision", "on_gpu")
 EXPORT_HINT = "python -m export --predictor FILE --refiner FILE --vae DIR --repository {}"
 
 
@@ -74,6 +75,10 @@ def _read_build(repository: Path, name: str) -> dict[str, Any] | None:
         build: dict[str, Any] = json.loads(path.read_text())
     except ValueError as error:
         raise RepositoryError(f"{path} cannot be read ({error}): export again") from error
+    if missing := [key for key in _BUILD_KEYS if key not in build]:
+        raise RepositoryError(
+            f"{path} lacks {missing[0]!r}, it is of another version: export again"
+        )
     return build
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import signal
 import sys
 import time
@@ -83,12 +84,16 @@ def _problems(repository: Path, name: str) -> Iterator[str]:
 
 
 def check_backends(repository: Path, installation: Installation) -> None:
-    """Raises SetupError for a model that a server with only the Python backend cannot load."""
-    if installation.backends is None:
-        return
+    """Raises SetupError for a model that this server cannot load."""
     for name in (contract.PREDICTOR, *_OPTIONAL):
         model = repository / name
-        if model.is_dir() and not (model / "1" / "model.py").is_file():
+        embedded = (model / "1" / "model.py").is_file()
+        if embedded and importlib.util.find_spec("onnxruntime") is None:
+            raise SetupError(
+                f"{name} was exported for the Python backend, which needs onnxruntime: export it "
+                "with --engine tensorrt or onnxruntime, or pip install onnxruntime"
+            )
+        if installation.backends is not None and model.is_dir() and not embedded:
             raise SetupError(
                 f"{name} was exported for a server with TensorRT or ONNX Runtime, but the one in "
                 "the nvidia-pytriton wheel has only the Python backend: export it again for the "

@@ -40,7 +40,7 @@ FORMS = [
 @pytest.mark.parametrize("model", list(contract.COMPOSED))
 def test_every_form_has_the_contract(model: str, form: Deployment) -> None:
     files = {"8.9": "model.plan", "9.0": "model.sm90.plan"} if form.engine == "tensorrt" else {}
-    written = text_format.MessageToString(model_config(model, SIZES, form, files))
+    written = text_format.MessageToString(model_config(model, SIZES, form, files, "digest"))
     config = text_format.Parse(written, model_config_pb2.ModelConfig())  # strict
     check_tensors(config.input, contract.COMPOSED[model][0], SIZES)
     check_tensors(config.output, contract.COMPOSED[model][1], SIZES)
@@ -74,8 +74,10 @@ def test_graph_sizes_end_at_the_largest_batch() -> None:
 
 def test_onnxruntime_tensorrt_has_the_profile() -> None:
     form = Deployment(engine="onnxruntime", provider="tensorrt", max_rows=32, opt_rows=8)
-    config = model_config(contract.PREDICTOR, SIZES, form, {})
+    config = model_config(contract.PREDICTOR, SIZES, form, {}, "0123")
     (accelerator,) = config.optimization.execution_accelerators.gpu_execution_accelerator
+    assert accelerator.parameters["precision_mode"] == "FP32"
+    assert accelerator.parameters["trt_engine_cache_prefix"] == "velocity_predictor_0123"
     for end, rows in (("min", 1), ("opt", 8), ("max", 32)):
         shapes = dict(
             shape.split(":")
@@ -83,6 +85,14 @@ def test_onnxruntime_tensorrt_has_the_profile() -> None:
         )
         assert shapes["x"] == f"{rows}x4x32x32"
         assert shapes.keys() == {spec.name for spec in contract.PREDICTOR_INPUTS}
+
+
+def test_float32_is_not_tf32() -> None:
+    for precision, said in (("fp32", {"use_tf32": "0"}), ("fp16", {})):
+        form = Deployment(engine="onnxruntime", provider="cuda", precision=precision)
+        config = model_config(contract.PREDICTOR, SIZES, form, {}, "")
+        (accelerator,) = config.optimization.execution_accelerators.gpu_execution_accelerator
+        assert (accelerator.name, dict(accelerator.parameters)) == ("cuda", said)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -112,7 +122,8 @@ def test_engines_of_several_gpus_in_one_repository(precision: str, tmp_path: Pat
     assert {p: p.stat().st_mtime_ns for p in repository.rglob("*.plan")} == before
     with pytest.raises(SetupError, match=r"TensorRT rtx-.* the server has 10.14.1") as refused:
         check_engines(repository, contract.COMPOSED, "10.14.1", ["8.9"])
-    assert "--compute-capability 8.0 --repository" in str(refused.value)  # how it was made
+    assert "--engine tensorrt --precision" in str(refused.value)  # what makes it anew, for this GPU
+    assert "--compute-capability" not in str(refused.value)
 
 
 def test_an_engine_needs_a_gpu_or_a_named_one(tmp_path: Path) -> None:
@@ -146,7 +157,6 @@ def test_a_failed_parse_names_the_node(tmp_path: Path) -> None:
         (None, ["8.9", "8.9"], None),
         ("10.15.0", ["8.9"], "was built with TensorRT 10.14.1.48, the server has 10.15.0"),
         ("10.14.1", ["8.9", "9.0"], "no engine for compute capability 9.0, only for 8.9"),
-        ("10.14.1", [], "no GPU is here"),
     ],
 )
 def test_engines_that_do_not_fit_are_refused(
@@ -164,6 +174,8 @@ def test_engines_that_do_not_fit_are_refused(
     with pytest.raises(SetupError, match=said) as refused:
         check_engines(tmp_path, models, version, capabilities)
     assert "python -m export --engine x" in str(refused.value)
+    with pytest.raises(SetupError, match="no GPU is here"):
+        check_engines(tmp_path, models, version, [])
 
 
 @pytest.fixture(scope="module")

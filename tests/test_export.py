@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from support import GOLDEN, run_export
 
 from export.blocks import StepBlock
-from export.install import installed_fingerprint
+from export.install import install, installed_fingerprint
 from export.onnx_graph import Exported, export_onnx
 from export.parity import (
     TOLERANCES,
@@ -227,3 +227,25 @@ def test_predictor_alone(tmp_path: Path) -> None:
     assert result.image is None
     with pytest.raises(ValueError, match="no velocity_refiner"):
         pipeline.generate(1, 1, "H1R1")
+
+
+def test_a_failed_installation_brings_the_old_models_back(
+    golden_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository, staged = tmp_path / "models", tmp_path / "staged"
+    shutil.copytree(golden_repository, repository)
+    shutil.copytree(golden_repository, staged)
+    (staged / contract.PREDICTOR / "new").touch()
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self == staged / contract.REFINER:
+            raise OSError("disk full")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="disk full"):
+        install(staged, repository)
+    assert not (repository / contract.PREDICTOR / "new").exists()
+    for model in (contract.PREDICTOR, contract.REFINER):
+        assert installed_fingerprint(repository, model)

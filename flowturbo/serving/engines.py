@@ -30,24 +30,37 @@ def check_engines(
     compute capabilities.
     """
     for model in models:
-        path = repository / model / BUILD_FILE
-        build = json.loads(path.read_text()) if path.is_file() else {}
+        build = _read(repository / model / BUILD_FILE)
         if build.get("engine") != "tensorrt":
             continue
+        if not capabilities:
+            raise SetupError(
+                f"{model} is a TensorRT engine and no GPU is here: serve on a machine with one, or "
+                "export with --engine python or --engine onnxruntime --provider cpu"
+            )
         problems = list(_problems(model, build["engines"], version, capabilities))
         if problems:
             raise SetupError(
                 "".join(f"{problem}\n" for problem in problems)
-                + f"Build the engine on this machine, in this release's image: {build['command']}"
+                + "Build it here, in this release's export image (docker compose --profile export "
+                f"run --rm export, and the arguments of): {build['command']}"
             )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        build: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise SetupError(f"{path} cannot be read ({error}): export again") from error
+    return build
 
 
 def _problems(
     model: str, engines: dict[str, Any], version: str | None, capabilities: list[str]
 ) -> Iterator[str]:
     built = ", ".join(engines) or "none"
-    if not capabilities:
-        yield f"{model} is a TensorRT engine (for compute capability {built}); no GPU is here"
     for capability in sorted(set(capabilities)):
         engine = engines.get(capability)
         if engine is None:
