@@ -24,6 +24,7 @@ from bench.networks import SIZES, Size, matrix_flops, pipeline_modules, refiner_
 from export.deployment import Deployment
 from export.engine import TensorRtModel, build_engine, find_builder
 from export.onnx_graph import PRECISIONS, Exported, export_onnx, to_precision
+from export.quantize import quantize
 from flowturbo import contract
 from flowturbo.errors import RepositoryError
 from flowturbo.generate import generate, program_for
@@ -175,7 +176,7 @@ def _forms(
     exports: list[Exported], device: str, scratch: Path
 ) -> Iterator[tuple[str, str, dict[str, Form]]]:
     """Every engine and precision that is here, one in memory at a time; float32 PyTorch first."""
-    for precision in PRECISIONS:
+    for precision in (p for p in PRECISIONS if p != "fp8"):
         for compiled in (False, True) if device == "cuda" else (False,):
             label = "PyTorch compiled" if compiled else "PyTorch"
             yield (
@@ -190,6 +191,8 @@ def _forms(
             half = replace(exported, module=deepcopy(exported.module))
             to_precision(half.module, precision)
             export_onnx(half, paths[exported.model])
+            if precision == "fp8" and exported.model != contract.DECODER:
+                quantize(half, paths[exported.model])
         for engine, make in (("ONNX", _onnx_forms), ("TensorRT", _tensorrt_forms)):
             try:
                 yield make(precision, paths, device)

@@ -48,6 +48,8 @@ def _options(argv: Sequence[str]) -> Options:
             "ONNX Runtime's own kernels lack bfloat16 (Resize in the decoder): use fp16, "
             "--provider tensorrt or --engine tensorrt; --engine python runs it in OpenVINO on a CPU"
         )
+    if values["precision"] == "fp8" and values["engine"] == "onnxruntime":
+        parser.error("--precision fp8 goes with --engine tensorrt (or python, slowly, on a CPU)")
     values["source"] = _take(Source, values)
     values["deployment"] = _take(Deployment, values)
     values["command"] = shlex.join(["python", "-m", "export", *_for_this_gpu(argv)])

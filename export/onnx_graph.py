@@ -14,7 +14,13 @@ from flowturbo import contract
 from flowturbo.nets.sit import SiTConfig
 
 OPSET = 22  # the first whose Conv takes bfloat16
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# What PyTorch computes in; fp8 is float16 whose matrix products export/quantize.py narrows.
+PRECISIONS = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.float16,
+}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from export.deployment import Deployment, model_config
 from export.engine import Builder, build_engine, find_builder
 from export.onnx_graph import Exported, export_onnx, to_precision
 from export.parity import TOLERANCES, block_outputs, check, torch_evaluation
+from export.quantize import quantize
 from flowturbo import contract
 from flowturbo.nets.checkpoint import CheckpointError, build_network, load_checkpoint
 from flowturbo.nets.sit import SiT, SiTConfig
@@ -213,6 +214,8 @@ def _write(exported: Exported, options: Options, fingerprint: dict[str, Any], fo
     print(f"{source} to ONNX in {precision} ... ", end="", flush=True)
     path = folder / "1" / "model.onnx"
     export_onnx(exported, path)
+    if precision == "fp8" and exported.model != contract.DECODER:
+        quantize(exported, path)
     print("verify ... ", end="", flush=True)
     found = block_outputs(exported, open_model(path, precision))
     parity = check(exported.model, expected, found, TOLERANCES[precision])

@@ -30,7 +30,8 @@ def test_gpu_check(tmp_path: Path) -> None:
     assert all(b["ms"] > 0 for b in report["blocks"])
     blocks = [b for b in report["blocks"] if b["model"] != "vae_decoder"]
     assert max(b["error"] for b in blocks if b["precision"] == "fp32") < 1e-4
-    assert max(b["error"] for b in blocks) < 0.1
+    assert max(b["error"] for b in blocks if b["precision"] != "fp8") < 0.1
+    assert ("OnnxRuntime", "fp8") in forms
     assert out.with_suffix(".png").stat().st_size > 10_000
 
 

@@ -126,6 +126,19 @@ def test_engines_of_several_gpus_in_one_repository(precision: str, tmp_path: Pat
     assert "--compute-capability" not in str(refused.value)
 
 
+def test_fp8_engines(tmp_path: Path) -> None:
+    """The products of the predictor's six blocks, four each, and not the last layer's."""
+    done = run_export(
+        *(*GLYPHS_SOURCE, "--engine", "tensorrt", "--precision", "fp8"),
+        *("--compute-capability", "8.9", "--repository", tmp_path / "models"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.rglob("model.plan"))) == 3
+    graph = onnx.load(tmp_path / "models" / contract.PREDICTOR / "1" / "model.onnx").graph
+    fed = [set(n.input) for n in graph.node if n.op_type == "MatMul"]
+    assert sum(all(name.endswith("_dequantized") for name in names) for names in fed) == 24
+
+
 def test_an_engine_needs_a_gpu_or_a_named_one(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
@@ -194,7 +207,7 @@ def half_repositories(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
     return make
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp16", 1e-2), ("bf16", 5e-2)])
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp16", 1e-2), ("bf16", 5e-2), ("fp8", 0.2)])
 def test_half_precision_parity(
     precision: str,
     tolerance: float,
