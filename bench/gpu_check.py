@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from bench.networks import SIZES, Size, matrix_flops, pipeline_modules, refiner_config
+from bench.networks import SIZES, Size, matrix_flops, pipeline_modules
 from export.deployment import Deployment
 from export.engine import TensorRtModel, build_engine, find_builder
 from export.onnx_graph import PRECISIONS, Exported, export_onnx, to_precision
@@ -29,6 +29,7 @@ from flowturbo import contract
 from flowturbo.errors import RepositoryError
 from flowturbo.generate import generate, program_for
 from flowturbo.guidance import Tensors
+from flowturbo.nets.sit import refiner_config
 from flowturbo.onnx_session import open_model
 from flowturbo.program import Variant
 from flowturbo.repository import Pipeline, Settings

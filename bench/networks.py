@@ -9,7 +9,7 @@ from torch import nn
 from export.blocks import StepBlock
 from export.onnx_graph import Exported
 from flowturbo import contract
-from flowturbo.nets.sit import SiT, SiTConfig
+from flowturbo.nets.sit import SiT, SiTConfig, refiner_config
 from flowturbo.nets.vae import Decoder
 
 XL = SiTConfig(
@@ -46,11 +46,6 @@ SIZES = {
     "xl": Size(XL, (128, 256, 512, 512), (2, 8, 16, 32, 64), (1, 8), 0.5),
     "small": Size(SMALL, (32, 32), (2, 8), (1, 2), 0.02),
 }
-
-
-def refiner_config(predictor: SiTConfig) -> SiTConfig:
-    """One block that reads [x, v], as the published refiner."""
-    return replace(predictor, depth=1, in_channels=2 * predictor.latent_channels)
 
 
 def random_network(config: SiTConfig, seed: int) -> SiT:

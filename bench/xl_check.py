@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from bench.networks import SIZES, random_network, random_vae, refiner_config
+from bench.networks import SIZES, random_network, random_vae
+from flowturbo.nets.sit import refiner_config
 
 
 @dataclass(frozen=True)

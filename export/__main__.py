@@ -5,7 +5,6 @@ repository against its checkpoints, block by block and over a whole schedule.
 """
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,8 +18,7 @@ from export.onnx_graph import PRECISIONS
 from export.pipeline import Options, Source, export_pipeline
 from export.verify import verify_repository
 from flowturbo.errors import FlowTurboError
-
-_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flowturbo"
+from flowturbo.serving.installation import cache_folder
 
 
 def main(argv: Sequence[str]) -> int:
@@ -121,7 +119,12 @@ def _export_parser() -> argparse.ArgumentParser:
         choices=CAPABILITIES,
         help="try --engine tensorrt for a GPU that is not here, with TensorRT for RTX",
     )
-    add("--timing-cache", type=Path, default=_CACHE, help="folder of TensorRT's timing caches")
+    add(
+        "--timing-cache",
+        type=Path,
+        default=cache_folder(),
+        help="folder of TensorRT's timing caches",
+    )
     add("--force", action="store_true", help="export again although nothing has changed")
     return parser
 

@@ -1,20 +1,14 @@
 """The velocity refiner: one transformer block that regresses the change of the velocity."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from flowturbo.generate import LARGEST_TRAINED_STEP
-from flowturbo.nets.sit import SiT, SiTConfig
+from flowturbo.nets.sit import SiT, refiner_config
 from training.loop import Plan, device, fit
 from training.predictor import draw_null
-
-
-def config(predictor: SiTConfig) -> SiTConfig:
-    """One block of the predictor's width that reads [x, v]."""
-    return replace(predictor, depth=1, in_channels=2 * predictor.latent_channels)
 
 
 def train(latents: Tensor, labels: Tensor, predictor: SiT, plan: Plan, folder: Path) -> SiT:
@@ -26,7 +20,7 @@ def train(latents: Tensor, labels: Tensor, predictor: SiT, plan: Plan, folder: P
     """
     torch.manual_seed(plan.seed)
     predictor = predictor.to(device()).eval()
-    model = SiT(config(predictor.config))
+    model = SiT(refiner_config(predictor.config))
     model.initialize()
     null = predictor.config.num_classes
 

@@ -5,7 +5,7 @@ FlowTurbo refiner), so their state dicts load as they are.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -39,6 +39,11 @@ class SiTConfig:
     @property
     def tokens_per_side(self) -> int:
         return self.latent_size // self.patch_size
+
+
+def refiner_config(predictor: SiTConfig) -> SiTConfig:
+    """One block of the predictor's width that reads [x, v], as the published refiner."""
+    return replace(predictor, depth=1, in_channels=2 * predictor.latent_channels)
 
 
 class PatchEmbed(nn.Module):

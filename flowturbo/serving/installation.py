@@ -96,7 +96,7 @@ def _prepare_backends(wheel: Path) -> Path:
         )
     sources = [*(p for p in (wheel / "backends/python").iterdir() if p.is_file()), stub]
     version = importlib.metadata.version("nvidia-pytriton")
-    cache = _cache_folder()
+    cache = cache_folder()
     target = cache / f"tritonserver-{version}-py{_PYTHON.replace('.', '')}"
     check_path("the cache folder", target, "set XDG_CACHE_HOME to another folder")
     if not _is_complete(target / "python", sources):
@@ -109,7 +109,8 @@ def _prepare_backends(wheel: Path) -> Path:
     return target
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Where what can be made again is kept; raises SetupError where there is no home."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flowturbo"
     except RuntimeError as error:
