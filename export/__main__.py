@@ -12,12 +12,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from export.deployment import ENGINES, PROVIDERS, Deployment
+from export.deployment import AUTO, ENGINES, PROVIDERS, Deployment
 from export.engine import CAPABILITIES
 from export.onnx_graph import PRECISIONS
 from export.pipeline import Options, Source, export_pipeline
+from export.runtime import candidates
 from export.verify import verify_repository
 from flowturbo.errors import FlowTurboError
+from flowturbo.onnx_session import RUNTIMES
 from flowturbo.serving.installation import cache_folder
 
 
@@ -40,6 +42,7 @@ def _options(argv: Sequence[str]) -> Options:
     values = vars(parser.parse_args(argv))
     if values["compute_capability"] and values["engine"] != "tensorrt":
         parser.error("--compute-capability goes with --engine tensorrt")
+    values["precision"] = values["precision"] or (AUTO if values["engine"] == "python" else "fp32")
     chosen = (values["engine"], values["precision"])
     if chosen == ("onnxruntime", "bf16") and values["provider"] != "tensorrt":
         parser.error(
@@ -50,6 +53,12 @@ def _options(argv: Sequence[str]) -> Options:
         parser.error("--precision fp8 goes with --engine tensorrt (or python, slowly, on a CPU)")
     values["source"] = _take(Source, values)
     values["deployment"] = _take(Deployment, values)
+    if not candidates(values["deployment"]):
+        parser.error(
+            f"--engine {values['engine']} does not go with --runtime {values['runtime']} "
+            f"--precision {values['precision']}: only --engine python has a choice; there "
+            "onnxruntime runs fp32, fp16 and fp8, openvino fp32 and bf16"
+        )
     values["command"] = shlex.join(["python", "-m", "export", *_for_this_gpu(argv)])
     return _take(Options, values)
 
@@ -107,9 +116,15 @@ def _export_parser() -> argparse.ArgumentParser:
     )
     add(
         "--precision",
-        choices=tuple(PRECISIONS),
-        default=default.precision,
-        help=f"of the networks (default: {default.precision})",
+        choices=(AUTO, *PRECISIONS),
+        help="of the networks (default: fp32; with --engine python auto, which is the fastest of "
+        "fp32 and bf16 on this machine's CPU)",
+    )
+    add(
+        "--runtime",
+        choices=(AUTO, *RUNTIMES),
+        default=default.runtime,
+        help="what runs the networks within --engine python (default: the fastest here)",
     )
     add("--max-rows", type=_pair, default=64, help="most rows in one batch (2 a guided image)")
     add("--opt-rows", type=_positive, default=16, help="rows that an engine is tuned for")

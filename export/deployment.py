@@ -10,6 +10,7 @@ from flowturbo import contract
 from flowturbo.contract import TensorSpec
 
 ENGINES = ("python", "onnxruntime", "tensorrt")
+AUTO = "auto"  # chosen by measurement: export/runtime.py
 PROVIDERS = ("cpu", "cuda", "tensorrt")
 # Where ONNX Runtime's TensorRT provider keeps the engines it builds: on a volume, not in the
 # repository, which the server mounts read-only.
@@ -31,14 +32,16 @@ _GROUP = model_config_pb2.ModelInstanceGroup
 class Deployment:
     """What evaluates the composed models, and how many rows at a time.
 
-    `engine` is the Triton backend; `provider` is ONNX Runtime's where that is the backend.
-    Precision is the networks'; a block's inputs, outputs and update are float32. Of `max_rows`
+    `engine` is the Triton backend; `provider` is ONNX Runtime's where that is the backend,
+    `runtime` what evaluates the ONNX files within the Python backend. Precision is the networks'; a
+    block's inputs, outputs and update are float32. Of `max_rows`
     rows come max_batch_size, the engines' profile, the warm-up and the CUDA graphs; kernels are
     chosen for `opt_rows`.
     """
 
     engine: str = "python"
     provider: str = "cuda"
+    runtime: str = AUTO
     precision: str = "fp32"
     max_rows: int = 64
     opt_rows: int = 16
@@ -98,6 +101,7 @@ def model_config(
     else:
         config.instance_group.add(count=1, kind=_GROUP.KIND_CPU)
     config.parameters["precision"].string_value = deployment.precision
+    config.parameters["runtime"].string_value = deployment.runtime
     return config
 
 

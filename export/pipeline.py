@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,16 @@ from google.protobuf import text_format
 
 from export import install
 from export.blocks import StepBlock
-from export.deployment import Deployment, model_config
+from export.deployment import AUTO, Deployment, model_config
 from export.engine import Builder, build_engine, find_builder
 from export.onnx_graph import Exported, export_onnx, to_precision
-from export.parity import TOLERANCES, block_outputs, check, torch_evaluation
+from export.parity import block_outputs, torch_evaluation
 from export.quantize import quantize
+from export.runtime import Execution, Trial, attempt, candidates, choose
 from flowturbo import contract
 from flowturbo.nets.checkpoint import CheckpointError, build_network, load_checkpoint
 from flowturbo.nets.sit import SiT, SiTConfig
 from flowturbo.nets.vae import Decoder, load_vae
-from flowturbo.onnx_session import open_model
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,7 @@ def export_pipeline(options: Options) -> None:
         if installed:
             install.link_installed(options.repository, staged)
         else:
-            for exported in modules(options.source):
-                _check_names(options, exported.config)
-                _write(exported, options, fingerprint, staged / exported.model)
+            _write_models(options, fingerprint, staged)
         if builder:
             for model in _lacking(staged, builder):
                 _add_engine(staged / model, builder, options)
@@ -203,10 +201,37 @@ def _decoder(folder: Path, config: SiTConfig) -> Decoder:
     return Decoder(vae)
 
 
-def _write(exported: Exported, options: Options, fingerprint: dict[str, Any], folder: Path) -> None:
-    """Exports one model into `folder`, verified; its configuration comes later."""
+def _write_models(options: Options, fingerprint: dict[str, Any], staged: Path) -> None:
+    """Exports every model, verified, and records what they are to run in."""
+    builds: dict[str, dict[str, Any]] = {}
+    trials: dict[str, dict[Execution, Trial]] = {}
+    for exported in modules(options.source):
+        _check_names(options, exported.config)
+        builds[exported.model], trials[exported.model] = _write(
+            exported, options, fingerprint, staged / exported.model
+        )
+    chosen = choose(trials)
+    if len(candidates(options.deployment)) > 1:
+        print(f"fastest here: {chosen}")
+    for model, build in builds.items():
+        parity = trials[model][chosen].parity
+        print(f"{model}: {', '.join(f'{name} off by {e:.1e}' for name, e in parity.items())}")
+        times = {str(execution): trial.times_ms for execution, trial in trials[model].items()}
+        install.write_build(
+            staged / model, build | asdict(chosen) | {"parity": parity, "times_ms": times}
+        )
+
+
+def _write(
+    exported: Exported, options: Options, fingerprint: dict[str, Any], folder: Path
+) -> tuple[dict[str, Any], dict[Execution, Trial]]:
+    """Exports one model into `folder`: its build record, without what it is to run in, and trials.
+
+    Its configuration comes later.
+    """
     (folder / "1").mkdir(parents=True)
-    precision = options.deployment.precision
+    # A float32 file is run in bfloat16 too.
+    precision = "fp32" if options.deployment.precision == AUTO else options.deployment.precision
     source = options.source.files()[exported.model]
     print(f"{exported.model}: PyTorch in float32 ... ", end="", flush=True)
     expected = block_outputs(exported, torch_evaluation(exported))
@@ -217,14 +242,13 @@ def _write(exported: Exported, options: Options, fingerprint: dict[str, Any], fo
     if precision == "fp8" and exported.model != contract.DECODER:
         quantize(exported, path)
     print("verify ... ", end="", flush=True)
-    found = block_outputs(exported, open_model(path, precision))
-    parity = check(exported.model, expected, found, TOLERANCES[precision])
-    print(", ".join(f"{name} off by {error:.1e}" for name, error in parity.items()))
+    open_to, (_, opt_rows, _) = candidates(options.deployment), options.deployment.profile
+    trials = attempt(exported, path, expected, open_to, opt_rows)
+    print(", ".join(map(_shown, trials, trials.values())), flush=True)
     if options.deployment.engine == "python":
         (folder / "1" / "model.py").write_text(install.MODEL_PY)
     build = {
         "source": source.name,
-        "precision": precision,
         "engine": options.deployment.engine,
         "on_gpu": options.deployment.on_gpu,
         "latent_shape": exported.latent_shape,
@@ -232,14 +256,18 @@ def _write(exported: Exported, options: Options, fingerprint: dict[str, Any], fo
         "num_classes": exported.config.num_classes,
         "class_names": options.names(),
         "max_rows": options.deployment.max_rows,
-        "parity": parity,
         "command": options.command,
         "onnx_sha256": _sha256(folder / "1"),
         "files": sorted(file.name for file in (folder / "1").iterdir()),
         "engines": {},
         "fingerprint": fingerprint,
     }
-    install.write_build(folder, build)
+    return build, trials
+
+
+def _shown(execution: Execution, trial: Trial) -> str:
+    times = ", ".join(f"{ms:.1f} ms for {rows} rows" for rows, ms in trial.times_ms.items())
+    return f"{execution} ({times})" if times else str(execution)
 
 
 def _lacking(repository: Path, builder: Builder) -> list[str]:
@@ -275,5 +303,6 @@ def _add_engine(folder: Path, builder: Builder, options: Options) -> None:
 def _write_config(folder: Path, deployment: Deployment) -> None:
     build = install.read_build(folder)
     engines = {capability: engine["file"] for capability, engine in build["engines"].items()}
-    config = model_config(folder.name, build["sizes"], deployment, engines, build["onnx_sha256"])
+    decided = replace(deployment, runtime=build["runtime"], precision=build["precision"])
+    config = model_config(folder.name, build["sizes"], decided, engines, build["onnx_sha256"])
     install.replace_text(folder / "config.pbtxt", text_format.MessageToString(config))

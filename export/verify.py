@@ -79,7 +79,8 @@ def _forms(
         yield f"PyTorch {precision}", {e.model: torch_evaluation(e) for e in exports}
     paths = {model: repository / model / "1" for model in builds}
     models: Forms = {
-        name: open_model(path / "model.onnx", precision) for name, path in paths.items()
+        name: open_model(path / "model.onnx", precision, runtime=builds[name]["runtime"])
+        for name, path in paths.items()
     }
     runtime = type(next(iter(models.values()))).__name__.removesuffix("Model")
     yield f"{runtime} {precision}", models

@@ -27,7 +27,7 @@ class LocalResult:
 
 
 class LocalPipeline:
-    """Runs the exported ONNX blocks of a model repository with ONNX Runtime.
+    """Runs the exported ONNX blocks of a model repository, in the runtime that it was made for.
 
     Raises RepositoryError when the repository lacks something.
     """
@@ -42,7 +42,10 @@ class LocalPipeline:
         present += [contract.DECODER] * self.pipeline.has_decoder
         self._models = {
             name: open_model(
-                repository / name / "1" / "model.onnx", self.pipeline.precision, threads
+                repository / name / "1" / "model.onnx",
+                self.pipeline.precision,
+                threads,
+                self.pipeline.runtime,
             )
             for name in present
         }

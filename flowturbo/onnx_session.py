@@ -9,7 +9,9 @@ import numpy as np
 from flowturbo.errors import RepositoryError
 from flowturbo.guidance import Tensors
 
+RUNTIMES = ("onnxruntime", "openvino")
 _CUDA = "CUDAExecutionProvider"
+_OPENVINO_TYPES = {"fp32": "f32", "bf16": "bf16"}
 
 
 class Model(Protocol):
@@ -20,20 +22,28 @@ class Model(Protocol):
     def __call__(self, inputs: Tensors) -> tuple[np.ndarray, ...]: ...
 
 
-def open_model(path: Path, precision: str = "fp32", threads: int | None = None) -> Model:
-    """Loads the ONNX file `path` in what runs its precision here.
+def runtime_for(precision: str) -> str:
+    """What runs `precision` everywhere: ONNX Runtime, but its kernels lack bfloat16."""
+    return "openvino" if precision == "bf16" else "onnxruntime"
 
-    That is ONNX Runtime, on a GPU where it has one; its kernels lack bfloat16, which OpenVINO has,
-    on a CPU. `threads` None is one for each usable core. Raises RepositoryError if nothing runs it.
+
+def open_model(
+    path: Path, precision: str = "fp32", threads: int | None = None, runtime: str | None = None
+) -> Model:
+    """Loads the ONNX file `path`, to compute in `precision`, in one of RUNTIMES.
+
+    ONNX Runtime computes in the file's own types, on a GPU where it has one; OpenVINO, on a CPU,
+    also runs a float32 file in bfloat16. `threads` None is one for each usable core. Raises
+    RepositoryError without the runtime.
     """
-    if precision != "bf16":
-        return OnnxRuntimeModel(path, threads)
+    chosen = runtime or runtime_for(precision)
     try:
-        return OpenVinoModel(path, threads)
+        if chosen == "openvino":
+            return OpenVinoModel(path, precision, threads)
+        return OnnxRuntimeModel(path, threads)
     except ImportError as error:
         raise RepositoryError(
-            f"{path} is in bf16, which needs OpenVINO here: pip install openvino, or export with "
-            "--precision fp32"
+            f"{path} runs in {chosen}, which is not here: pip install {chosen}, or export again"
         ) from error
 
 
@@ -65,11 +75,11 @@ class OnnxRuntimeModel:
 
 
 class OpenVinoModel:
-    """An exported bfloat16 model in OpenVINO on the CPU."""
+    """An exported float32 or bfloat16 model in OpenVINO on the CPU."""
 
     on_gpu = False
 
-    def __init__(self, path: Path, threads: int | None = None) -> None:
+    def __init__(self, path: Path, precision: str, threads: int | None = None) -> None:
         import openvino
 
         self._model = openvino.Core().compile_model(
@@ -77,7 +87,7 @@ class OpenVinoModel:
             "CPU",
             {
                 "INFERENCE_NUM_THREADS": threads or usable_cores(),
-                "INFERENCE_PRECISION_HINT": "bf16",
+                "INFERENCE_PRECISION_HINT": _OPENVINO_TYPES[precision],
                 "PERFORMANCE_HINT": "LATENCY",
             },
         )

@@ -13,7 +13,15 @@ from flowturbo.program import Variant
 from flowturbo.schedule import Schedule
 
 BUILD_FILE = "build.json"  # beside each composed model's config, written by export
-_BUILD_KEYS = ("latent_shape", "num_classes", "class_names", "max_rows", "precision", "on_gpu")
+_BUILD_KEYS = (
+    "latent_shape",
+    "num_classes",
+    "class_names",
+    "max_rows",
+    "precision",
+    "runtime",
+    "on_gpu",
+)
 EXPORT_HINT = "python -m export --predictor FILE --refiner FILE --vae DIR --repository {}"
 
 
@@ -22,8 +30,9 @@ class Pipeline:
     """What the exported networks take and give.
 
     `latent_shape` is (C, h, w); `max_rows` is the most rows that one execution of a composed model
-    takes; `precision` is the networks'; `on_gpu` says whether they run on GPUs; `null_label` is the
-    class id of the unconditional rows.
+    takes; `precision` is what the networks compute in and `runtime` what runs their ONNX files on
+    a CPU (onnx_session.RUNTIMES); `on_gpu` says whether the service runs them on GPUs; `null_label`
+    is the class id of the unconditional rows.
     """
 
     latent_shape: tuple[int, int, int]
@@ -33,6 +42,7 @@ class Pipeline:
     has_refiner: bool
     has_decoder: bool
     precision: str = "fp32"
+    runtime: str = "onnxruntime"
     on_gpu: bool = False
 
     @property
@@ -57,6 +67,7 @@ class Pipeline:
             class_names=tuple(predictor["class_names"]),
             max_rows=min(build["max_rows"] for build in builds.values() if build),
             precision=predictor["precision"],
+            runtime=predictor["runtime"],
             on_gpu=predictor["on_gpu"],
             has_refiner=builds[contract.REFINER] is not None,
             has_decoder=builds[contract.DECODER] is not None,

@@ -13,7 +13,12 @@ from types import FrameType
 
 from flowturbo import contract
 from flowturbo.repository import EXPORT_HINT
-from flowturbo.serving.engines import check_engines, compute_capabilities, tensorrt_version
+from flowturbo.serving.engines import (
+    check_engines,
+    compute_capabilities,
+    read_build,
+    tensorrt_version,
+)
 from flowturbo.serving.installation import Installation, ServerError, SetupError, find_server
 from flowturbo.serving.tritonserver import ServerOptions, TritonServer
 
@@ -88,10 +93,11 @@ def check_backends(repository: Path, installation: Installation) -> None:
     for name in (contract.PREDICTOR, *_OPTIONAL):
         model = repository / name
         embedded = (model / "1" / "model.py").is_file()
-        if embedded and importlib.util.find_spec("onnxruntime") is None:
+        runtime = read_build(model).get("runtime", "onnxruntime")
+        if embedded and importlib.util.find_spec(runtime) is None:
             raise SetupError(
-                f"{name} was exported for the Python backend, which needs onnxruntime: export it "
-                "with --engine tensorrt or onnxruntime, or pip install onnxruntime"
+                f"{name} was exported for the Python backend with {runtime}, which is not here: "
+                f"pip install {runtime}, or export again"
             )
         if installation.backends is not None and model.is_dir() and not embedded:
             raise SetupError(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support import GOLDEN, ROOT, run_export
+from support import GOLDEN_EXPORT, ROOT, run_export
 
 from flowturbo.serving.tritonserver import ServerAddress, running_server
 
@@ -15,8 +15,7 @@ from flowturbo.serving.tritonserver import ServerAddress, running_server
 def golden_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Predictor and refiner of the golden cases, latents only."""
     repository = tmp_path_factory.mktemp("golden") / "models"
-    networks = ("--predictor", GOLDEN / "predictor.pt", "--refiner", GOLDEN / "refiner.pt")
-    done = run_export(*networks, "--num-heads", "2", "--repository", repository)
+    done = run_export(*GOLDEN_EXPORT, "--repository", repository)
     assert done.returncode == 0, done.stderr
     return repository
 

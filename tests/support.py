@@ -14,6 +14,11 @@ from flowturbo.contract import TensorSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
+# Its figures are float32's.
+GOLDEN_EXPORT = (
+    *("--predictor", GOLDEN / "predictor.pt", "--refiner", GOLDEN / "refiner.pt"),
+    *("--num-heads", "2", "--precision", "fp32"),
+)
 
 TRITON_TYPES = {
     np.float32: model_config_pb2.TYPE_FP32,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from support import GOLDEN, run_export
+from support import GOLDEN, GOLDEN_EXPORT, run_export
 
 from export.blocks import StepBlock
 from export.install import install, installed_fingerprint
@@ -182,8 +182,7 @@ def test_command_errors_leave_the_repository_alone(golden_repository: Path) -> N
 
 
 def test_an_export_is_done_once(golden_repository: Path) -> None:
-    networks = ("--predictor", GOLDEN / "predictor.pt", "--refiner", GOLDEN / "refiner.pt")
-    done = run_export(*networks, "--num-heads", "2", "--repository", golden_repository)
+    done = run_export(*GOLDEN_EXPORT, "--repository", golden_repository)
     assert "up to date" in done.stdout
     build = json.loads((golden_repository / "velocity_refiner" / "build.json").read_text())
     assert build["parity"]["velocity_next"] <= 1e-4

@@ -103,8 +103,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, width // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        by_head = batch, tokens, self.num_heads, width // self.num_heads
+        q, k, v = (part.reshape(by_head).transpose(1, 2) for part in self.qkv(x).chunk(3, 2))
         out = F.scaled_dot_product_attention(q, k, v)
         projected: Tensor = self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
         return projected

@@ -30,7 +30,7 @@ def check_engines(
     compute capabilities.
     """
     for model in models:
-        build = _read(repository / model / BUILD_FILE)
+        build = read_build(repository / model)
         if build.get("engine") != "tensorrt":
             continue
         if not capabilities:
@@ -47,7 +47,9 @@ def check_engines(
             )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_build(model: Path) -> dict[str, Any]:
+    """The build record in a model's folder, {} where there is none; raises SetupError."""
+    path = model / BUILD_FILE
     if not path.is_file():
         return {}
     try:

@@ -21,8 +21,10 @@ class TritonPythonModel:
         """Loads the ONNX file of this model's version."""
         folder = Path(args["model_repository"]) / args["model_version"]
         config = json.loads(args["model_config"])
-        precision = config["parameters"]["precision"]["string_value"]
-        self._model = open_model(folder / "model.onnx", precision)
+        precision, runtime = (
+            config["parameters"][name]["string_value"] for name in ("precision", "runtime")
+        )
+        self._model = open_model(folder / "model.onnx", precision, runtime=runtime)
         self._inputs = [entry["name"] for entry in config["input"]]
         self._outputs = [entry["name"] for entry in config["output"]]
 

@@ -1,0 +1,122 @@
+"""What evaluates the models fastest on this CPU, by measurement: runtime and precision."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from export.deployment import AUTO, Deployment
+from export.onnx_graph import Exported
+from export.parity import TOLERANCES, VerificationError, block_outputs, check
+from flowturbo import contract
+from flowturbo.guidance import Tensors
+from flowturbo.onnx_session import open_model, runtime_for
+
+MEASURE_S = 0.5  # for one batch size
+# Calls that a request makes with the default schedule, H1P5R3.
+_CALLS = {contract.PREDICTOR: 7, contract.REFINER: 6, contract.DECODER: 1}
+
+
+@dataclass(frozen=True)
+class Execution:
+    """A runtime (flowturbo.onnx_session.RUNTIMES) and what the networks compute in."""
+
+    runtime: str
+    precision: str
+
+    def __str__(self) -> str:
+        return f"{self.runtime} {self.precision}"
+
+
+_ON_CPU = (
+    Execution("onnxruntime", "fp32"),
+    Execution("openvino", "fp32"),
+    Execution("openvino", "bf16"),
+)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One model in one execution: its error by output, and milliseconds by rows of a batch."""
+
+    parity: dict[str, float]
+    times_ms: dict[int, float]
+
+
+def candidates(deployment: Deployment) -> list[Execution]:
+    """What `deployment` leaves open; empty if it asks for what no runtime does."""
+    runtime, precision = deployment.runtime, deployment.precision
+    if deployment.engine == "python" and precision in (AUTO, "fp32", "bf16"):
+        return [
+            e for e in _ON_CPU if runtime in (AUTO, e.runtime) and precision in (AUTO, e.precision)
+        ]
+    if precision == AUTO:
+        return []
+    only = Execution(runtime_for(precision), precision)
+    return [only] if runtime in (AUTO, only.runtime) else []
+
+
+def attempt(
+    exported: Exported,
+    path: Path,
+    expected: Mapping[str, np.ndarray],
+    open_to: list[Execution],
+    most_rows: int,
+) -> dict[Execution, Trial]:
+    """Tries the ONNX file `path` in each of `open_to`; times them where there are several.
+
+    One that is too far off `expected` drops out; raises VerificationError if it is the only one.
+    """
+    trials: dict[Execution, Trial] = {}
+    for execution in open_to:
+        model = open_model(path, execution.precision, runtime=execution.runtime)
+        found = block_outputs(exported, model)
+        try:
+            parity = check(exported.model, expected, found, TOLERANCES[execution.precision])
+        except VerificationError:
+            if len(open_to) == 1:
+                raise
+            continue
+        times = {}
+        for rows in (2, most_rows) if len(open_to) > 1 else ():
+            inputs = {k: v.numpy() for k, v in exported.random_inputs(rows, seed=rows).items()}
+            times[rows] = round(_milliseconds(model, inputs), 3)
+        trials[execution] = Trial(parity, times)
+    if not trials:
+        raise VerificationError(f"{exported.model}: no runtime here computes what PyTorch does")
+    return trials
+
+
+def _milliseconds(model: Callable[[Tensors], object], inputs: Tensors) -> float:
+    """The shortest of several evaluations: whatever else the machine does only adds to it."""
+    model(inputs)
+    best, until = math.inf, time.perf_counter() + MEASURE_S
+    while True:
+        started = time.perf_counter()
+        model(inputs)
+        ended = time.perf_counter()
+        best = min(best, ended - started)
+        if ended > until:
+            return best * 1e3
+
+
+def choose(trials: Mapping[str, Mapping[Execution, Trial]]) -> Execution:
+    """The fastest execution that every model of the pipeline has.
+
+    By the time of a request's calls, alone and in large batches alike (geometric mean).
+    """
+    common = [e for e in next(iter(trials.values())) if all(e in of for of in trials.values())]
+    if not common:
+        raise VerificationError("no runtime here computes what PyTorch does for every model")
+    return min(common, key=lambda execution: _cost(trials, execution))
+
+
+def _cost(trials: Mapping[str, Mapping[Execution, Trial]], execution: Execution) -> float:
+    totals: dict[int, float] = {}
+    for model, of_model in trials.items():
+        for rows, ms in of_model[execution].times_ms.items():
+            totals[rows] = totals.get(rows, 0.0) + _CALLS[model] * ms
+    return math.prod(totals.values())

@@ -1,0 +1,90 @@
+"""What the models run in is chosen by measurement, among what computes the same."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import GOLDEN_EXPORT, run_export
+
+from export.deployment import AUTO, Deployment
+from export.parity import VerificationError
+from export.runtime import Execution, Trial, candidates, choose
+from flowturbo import LocalPipeline, contract
+
+ORT, OPENVINO, BF16 = (
+    Execution("onnxruntime", "fp32"),
+    Execution("openvino", "fp32"),
+    Execution("openvino", "bf16"),
+)
+
+
+@pytest.mark.parametrize(
+    ("deployment", "expected"),
+    [
+        (Deployment(precision=AUTO), [ORT, OPENVINO, BF16]),
+        (Deployment(precision="fp32"), [ORT, OPENVINO]),
+        (Deployment(precision=AUTO, runtime="openvino"), [OPENVINO, BF16]),
+        (Deployment(precision="bf16"), [BF16]),
+        (Deployment(precision="fp16"), [Execution("onnxruntime", "fp16")]),
+        (Deployment(precision="bf16", runtime="onnxruntime"), []),
+        (Deployment(precision="fp8", runtime="openvino"), []),
+        (Deployment(engine="tensorrt", precision=AUTO), []),
+        (Deployment(engine="tensorrt", precision="bf16"), [BF16]),
+        (Deployment(engine="onnxruntime", provider="cpu"), [ORT]),
+    ],
+)
+def test_candidates(deployment: Deployment, expected: list[Execution]) -> None:
+    assert candidates(deployment) == expected
+
+
+def test_the_fastest_that_every_model_has() -> None:
+    def trial(*times: float) -> Trial:
+        return Trial({}, dict(zip((2, 16), times, strict=True)))
+
+    predictor = {ORT: trial(10, 60), OPENVINO: trial(9, 70), BF16: trial(5, 30)}
+    refiner = {ORT: trial(2, 9), OPENVINO: trial(1, 8)}
+    assert choose({contract.PREDICTOR: predictor}) == BF16
+    # The refiner in bf16 was too far off: 82 x 474 ms against 69 x 538 ms for a request's calls.
+    assert choose({contract.PREDICTOR: predictor, contract.REFINER: refiner}) == OPENVINO
+    with pytest.raises(VerificationError, match="every model"):
+        choose({contract.PREDICTOR: {BF16: trial(1, 1)}, contract.REFINER: {ORT: trial(1, 1)}})
+
+
+def test_the_glyphs_model_runs_in_the_fastest(glyphs_repository: Path) -> None:
+    builds = {
+        model: json.loads((glyphs_repository / model / "build.json").read_text())
+        for model in contract.COMPOSED
+    }
+    (chosen,) = {Execution(b["runtime"], b["precision"]) for b in builds.values()}
+    totals: dict[str, float] = {}
+    for calls, build in zip((7, 6, 1), builds.values(), strict=True):
+        for execution, times in build["times_ms"].items():
+            for rows, ms in times.items():
+                assert ms > 0
+                key = f"{execution} {rows}"
+                totals[key] = totals.get(key, 0.0) + calls * ms
+    costs = {
+        e: totals[f"{e} 2"] * totals[f"{e} 16"] for e in builds[contract.PREDICTOR]["times_ms"]
+    }
+    assert str(ORT) in costs
+    assert str(chosen) == min(costs, key=lambda execution: costs[execution])
+
+
+def test_each_runtime_gives_the_same_images(golden_repository: Path, tmp_path: Path) -> None:
+    latents = []
+    for runtime in ("onnxruntime", "openvino"):
+        repository = tmp_path / runtime
+        done = run_export(*GOLDEN_EXPORT, "--runtime", runtime, "--repository", repository)
+        assert done.returncode == 0, done.stderr
+        pipeline = LocalPipeline(repository)
+        assert pipeline.pipeline.runtime == runtime
+        latents.append(pipeline.generate([1, 2], [3, 4], "H1P2R2", 1.5).latent)
+    np.testing.assert_allclose(latents[0], latents[1], atol=1e-4)
+
+
+def test_a_runtime_that_lacks_the_precision_is_refused(tmp_path: Path) -> None:
+    arguments = (*GOLDEN_EXPORT[:-1], "bf16", "--runtime", "onnxruntime")
+    done = run_export(*arguments, "--repository", tmp_path)
+    assert done.returncode == 2
+    assert "--runtime onnxruntime --precision bf16" in done.stderr
