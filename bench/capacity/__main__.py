@@ -1,0 +1,100 @@
+"""How many GPUs a rate needs, on paper: `python -m bench.capacity --slo-p95-ms 500 --rate 2000`.
+
+Takes the time of each block at each batch size, measured here or read from a file, and simulates
+one replica: an orchestrator that gathers the calls of all requests in flight, on one device.
+docs/sizing.md has the model, its assumptions, and where they break.
+"""
+
+import argparse
+import json
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bench.capacity.block_times import BlockTimes, measure
+from bench.capacity.plan import check, plan
+from bench.capacity.replica import Replica
+from bench.capacity.report import plot, print_check, print_plan
+from flowturbo.errors import RepositoryError
+from flowturbo.repository import Settings
+
+
+def main() -> None:
+    """Prints the plan, or the comparison with a measured load curve, or both."""
+    parser = _parser()
+    args = parser.parse_args()
+    if args.slo_p95_ms is None and args.check is None:
+        parser.error("--slo-p95-ms or --check is needed")
+    try:
+        report = _report(args)
+    except KeyError as error:
+        parser.error(f"{args.check or args.times} lacks {error}")
+    except (RepositoryError, ValueError, OSError) as error:
+        parser.error(str(error))
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        # JSON has no infinity, which a percentile is where too many are refused.
+        finite = json.loads(json.dumps(report), parse_constant=lambda _: None)
+        args.json.write_text(json.dumps(finite, indent=1) + "\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.capacity", description=__doc__)
+    parser.add_argument("--slo-p95-ms", type=float, help="95%% of the requests are to take less")
+    parser.add_argument("--rate", type=float, help="images/s that the fleet is to make")
+    parser.add_argument("--schedule", help="default: the service's")
+    parser.add_argument("--guidance-scale", type=float, help="default: the service's")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--repository", type=Path, default=Path("model_repository"))
+    source.add_argument("--times", type=Path, help="block times, or a report of bench.gpu_check")
+    parser.add_argument("--engine", help="which one of the report")
+    parser.add_argument("--precision", help="which one of the report")
+    parser.add_argument("--overhead-ms", type=float, help="of a call, outside the device")
+    parser.add_argument("--max-rows", type=int, help="default: the repository's, or all measured")
+    parser.add_argument("--requests", type=int, default=4000, help="of each simulated load")
+    parser.add_argument("--check", type=Path, help="a load curve, written by bench.load")
+    parser.add_argument("--json", type=Path, help="where to write all of it; the plot lies beside")
+    return parser
+
+
+def _report(args: argparse.Namespace) -> dict[str, Any]:
+    settings = Settings() if args.times else Settings.load(args.repository)
+    times = _times(args)
+    guidance = settings.default_guidance_scale
+    replica_of = partial(
+        Replica.of,
+        times,
+        guidance_scale=guidance if args.guidance_scale is None else args.guidance_scale,
+        max_rows=args.max_rows or min(times.max_rows, 64),
+        max_inflight=settings.max_inflight,
+        gather_ms=settings.gather_ms,
+    )
+    # As --times takes it: a report is the input of the next.
+    report: dict[str, Any] = asdict(times)
+    if args.slo_p95_ms is not None:
+        schedule = args.schedule or settings.default_schedule
+        found = plan(replica_of(schedule), args.slo_p95_ms, args.rate, args.requests)
+        report |= {"schedule": schedule, "plan": asdict(found)}
+        print_plan(found, schedule)
+        if args.json:
+            plot(found, schedule, args.json.with_suffix(".png"))
+    if args.check:
+        checked = check(json.loads(args.check.read_text()), replica_of)
+        report["check"] = [asdict(c) for c in checked]
+        print_check(checked)
+    return report
+
+
+def _times(args: argparse.Namespace) -> BlockTimes:
+    if args.times:
+        times = BlockTimes.read(args.times, args.engine, args.precision)
+    else:
+        times = BlockTimes(measure(args.repository))
+    if args.overhead_ms is not None:
+        times = replace(times, overhead_ms=args.overhead_ms)
+    return times
+
+
+if __name__ == "__main__":
+    main()

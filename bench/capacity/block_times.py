@@ -1,0 +1,141 @@
+"""The time of each block at each batch size: read from a file, or measured here."""
+
+import json
+import math
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flowturbo import contract
+from flowturbo.onnx_session import open_model
+from flowturbo.repository import Pipeline
+
+ROWS = (1, 2, 4, 8, 16, 32, 64)
+REPETITIONS = 7
+OVERHEAD_MS = 0.5  # one call through the orchestrator's threads and back
+
+
+@dataclass(frozen=True)
+class BlockTimes:
+    """Milliseconds of one execution by model and rows; `overhead_ms` is a call's, off the device.
+
+    Raises ValueError for an unknown or missing model and for a time that is none.
+    """
+
+    times_ms: Mapping[str, Mapping[int, float]]
+    overhead_ms: float = OVERHEAD_MS
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.times_ms) - contract.COMPOSED.keys():
+            allowed = ", ".join(contract.COMPOSED)
+            raise ValueError(f"block times of {min(unknown)!r}: the models are {allowed}")
+        if not self.times_ms.get(contract.PREDICTOR):
+            raise ValueError(f"no block times of {contract.PREDICTOR}")
+        for model, of_rows in self.times_ms.items():
+            if not of_rows:
+                raise ValueError(f"no block times of {model}")
+            for rows, ms in of_rows.items():
+                if rows < 1 or not 0 < ms < math.inf:
+                    raise ValueError(f"{model}: {ms} ms at {rows} rows, both must be above 0")
+        if not 0 <= self.overhead_ms < math.inf:
+            raise ValueError(f"overhead_ms must be at least 0, got {self.overhead_ms}")
+
+    @classmethod
+    def read(
+        cls, path: Path, engine: str | None = None, precision: str | None = None
+    ) -> "BlockTimes":
+        """From a JSON file: {"times_ms": {model: {rows: ms}}}, or what bench.gpu_check writes."""
+        document = json.loads(path.read_text())
+        if not isinstance(document, dict) or not {"times_ms", "blocks"} & document.keys():
+            raise ValueError(f"{path} has neither 'times_ms' nor the 'blocks' of bench.gpu_check")
+        overhead = float(document.get("overhead_ms", OVERHEAD_MS))
+        times = document.get("times_ms") or _of_blocks(document["blocks"], engine, precision)
+        try:
+            numbers = {
+                m: {int(rows): float(ms) for rows, ms in t.items()} for m, t in times.items()
+            }
+        except (AttributeError, TypeError) as error:
+            raise ValueError(
+                f"{path}: times_ms must be {{model: {{rows: ms}}}}: {error}"
+            ) from error
+        return cls(numbers, overhead)
+
+    @property
+    def max_rows(self) -> int:
+        """The most rows that every model is measured at."""
+        return min(max(of_rows) for of_rows in self.times_ms.values())
+
+    def table(self, model: str, max_rows: int) -> tuple[float, ...]:
+        """Milliseconds at 0, 1, ... `max_rows` rows, linear between those that were measured.
+
+        Fewer rows than the fewest measured cost as much as those.
+        """
+        measured = sorted(self.times_ms.get(model, {}).items())
+        if not measured or measured[-1][0] < max_rows:
+            most = f"only up to {measured[-1][0]} rows" if measured else "not"
+            raise ValueError(f"{model} is measured {most}, {max_rows} rows are needed")
+        rows, ms = zip(*measured, strict=True)
+        return tuple(map(float, np.interp(range(max_rows + 1), rows, ms)))
+
+
+def _of_blocks(
+    blocks: list[dict[str, Any]], engine: str | None, precision: str | None
+) -> dict[str, dict[int, float]]:
+    """The times of one engine in one precision, which need no name where there is one only."""
+    forms = sorted({(b["engine"], b["precision"]) for b in blocks})
+    chosen = [f for f in forms if engine in (None, f[0]) and precision in (None, f[1])]
+    if len(chosen) != 1:
+        raise ValueError(
+            f"--engine {engine} --precision {precision} fits {len(chosen)} of the report's "
+            f"{', '.join(map(' '.join, forms))}: name one"
+        )
+    times: dict[str, dict[int, float]] = defaultdict(dict)
+    for block in (b for b in blocks if (b["engine"], b["precision"]) == chosen[0]):
+        times[block["model"]][block["rows"]] = block["ms"]
+    return dict(times)
+
+
+def measure(
+    repository: Path, repetitions: int = REPETITIONS, sizes: tuple[int, ...] = ROWS
+) -> dict[str, dict[int, float]]:
+    """Median milliseconds of `repository`'s models by rows, the models in turn, in this process.
+
+    Of `sizes`, those that the models take.
+    """
+    pipeline = Pipeline.load(repository)
+    present = [contract.PREDICTOR]
+    present += [contract.REFINER] * pipeline.has_refiner + [contract.DECODER] * pipeline.has_decoder
+    models = {
+        name: open_model(
+            repository / name / "1" / "model.onnx", pipeline.precision, None, pipeline.runtime
+        )
+        for name in present
+    }
+    taken: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for _ in range(repetitions + 1):
+        for rows in (n for n in sizes if n <= pipeline.max_rows):
+            for name, model in models.items():
+                inputs = _inputs(name, rows, pipeline)
+                started = time.perf_counter()
+                model(inputs)
+                taken[name, rows].append((time.perf_counter() - started) * 1e3)
+    medians: dict[str, dict[int, float]] = defaultdict(dict)
+    for name, rows in sorted(taken):
+        medians[name][rows] = statistics.median(taken[name, rows][1:])  # the first warms up
+    return dict(medians)
+
+
+def _inputs(model: str, rows: int, pipeline: Pipeline) -> dict[str, np.ndarray]:
+    sizes: dict[int | str, int] = dict(zip("Chw", pipeline.latent_shape, strict=True))
+    numbers = np.random.default_rng(rows)  # in [0, 1): labels and pair offsets become 0
+    return {
+        spec.name: numbers.random((rows, *(sizes[d] if d in sizes else int(d) for d in spec.dims)))
+        .astype(spec.dtype)
+        for spec in contract.COMPOSED[model][0]
+    }  # fmt: skip

@@ -1,0 +1,66 @@
+"""One replica: the calls of an image, and what follows from their times in closed form."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bench.capacity.block_times import OVERHEAD_MS, BlockTimes
+from flowturbo import contract
+from flowturbo.program import Network, compile_program
+from flowturbo.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Replica:
+    """One device behind one orchestrator, and the calls (model, rows) that an image makes of it.
+
+    `times_ms` are a model's execution times at 0 to `max_rows` rows; `gather_ms` and `max_inflight`
+    are the settings of that name.
+    """
+
+    calls: tuple[tuple[str, int], ...]
+    times_ms: Mapping[str, tuple[float, ...]]
+    overhead_ms: float = OVERHEAD_MS
+    max_rows: int = 64
+    max_inflight: int = 64
+    gather_ms: float = 2.0
+
+    def __post_init__(self) -> None:
+        needed = max(rows for _, rows in self.calls)
+        if self.max_rows < needed:
+            raise ValueError(f"max_rows is {self.max_rows}, an image needs {needed}")
+
+    @classmethod
+    def of(
+        cls,
+        times: BlockTimes,
+        schedule: str = "H1P5R3",
+        guidance_scale: float = 1.5,
+        **settings: Any,
+    ) -> "Replica":
+        """For images of `schedule`; with the decoder where its times are known."""
+        names = {Network.PREDICTOR: contract.PREDICTOR, Network.REFINER: contract.REFINER}
+        rows = 1 if guidance_scale == 1.0 else 2
+        program = compile_program(Schedule.parse(schedule))
+        calls = [(names[call.network], rows) for call in program.calls]
+        calls += [(contract.DECODER, 1)] if contract.DECODER in times.times_ms else []
+        max_rows = settings.pop("max_rows", 64)
+        tables = {model: times.table(model, max_rows) for model in dict(calls)}
+        return cls(tuple(calls), tables, times.overhead_ms, max_rows, **settings)
+
+    def lone_ms(self) -> float:
+        """Latency of a request that meets no other: the sum of its calls."""
+        return sum(self.times_ms[model][rows] + self.overhead_ms for model, rows in self.calls)
+
+    def image_ms(self, images: int) -> float:
+        """Device time of each of `images` images that go through their calls together."""
+        return sum(self.times_ms[model][rows * images] for model, rows in self.calls) / images
+
+    def full(self) -> int:
+        """How many images fit in one batch of every call."""
+        return min(self.max_rows // max(rows for _, rows in self.calls), self.max_inflight)
+
+    def saturation(self) -> tuple[float, int]:
+        """The most images/s that the device can make, and how many together make that much."""
+        best = min(range(1, self.full() + 1), key=self.image_ms)
+        return 1e3 / self.image_ms(best), best

@@ -1,0 +1,200 @@
+"""A replica under load, simulated event by event; docs/sizing.md has the model."""
+
+import heapq
+import math
+import statistics
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+
+from bench.capacity.replica import Replica
+from flowturbo import contract
+
+WARM_UP = 0.1  # share of the requests that is not counted
+
+
+@dataclass(frozen=True)
+class Point:
+    """One simulated load. `load` is images/s offered, or clients where each waits for its answer.
+
+    `rows` is the mean of the predictor's executions, `busy` the device's share of time; percentiles
+    count a refused request as one that never ends.
+    """
+
+    load: float
+    images_per_s: float
+    rows: float
+    busy: float
+    refused: float
+    mean_ms: float
+    p50_ms: float
+    p95_ms: float
+
+
+@dataclass(slots=True)
+class _Request:
+    arrived: float
+    done: int = 0  # calls
+
+
+@dataclass(slots=True)
+class _Execution:
+    batch: list[_Request]
+    left_ms: float  # of the device alone
+
+
+@dataclass
+class _Simulation:
+    """A replica, moved from event to event; times are milliseconds.
+
+    `between` counts the requests in no call, for which a batch that is not full waits up to
+    gather_ms (flowturbo/serving/gather.py).
+    """
+
+    replica: Replica
+    on_done: Callable[[], None] = lambda: None
+    now: float = 0.0
+    between: int = 0
+    inflight: int = 0
+    busy_ms: float = 0.0
+    refused: list[float] = field(default_factory=list)  # when they arrived
+    answered: list[tuple[float, float]] = field(default_factory=list)  # (arrival, end)
+    batches: list[tuple[str, float, int]] = field(default_factory=list)  # (model, start, rows)
+
+    def __post_init__(self) -> None:
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._count = 0
+        self._running: dict[str, _Execution] = {}
+        self._queues: dict[str, deque[_Request]] = {m: deque() for m in self.replica.times_ms}
+        self._patience: dict[str, float] = {}  # when a model stops waiting for more calls
+        self._rows = dict(self.replica.calls)
+
+    def at(self, when: float, event: Callable[[], None]) -> None:
+        """Has `event` happen at the time `when`."""
+        self._count += 1
+        heapq.heappush(self._events, (when, self._count, event))
+
+    def run(self, until: Callable[[], bool] = lambda: False) -> None:
+        """Until `until` holds or nothing is left to happen."""
+        while (self._events or self._running) and not until():
+            end = self.now + len(self._running) * min(
+                (e.left_ms for e in self._running.values()), default=math.inf
+            )  # fmt: skip
+            if not self._events or (self._running and end <= self._events[0][0]):
+                self._advance(end)
+                self._finish(min(self._running, key=lambda m: self._running[m].left_ms))
+            else:
+                when, _, event = heapq.heappop(self._events)
+                self._advance(when)
+                event()
+            for model in self._queues:
+                self._start(model)
+
+    def arrive(self) -> None:
+        """A request comes, and is refused if too many are here."""
+        if self.inflight >= self.replica.max_inflight:
+            self.refused.append(self.now)
+            return
+        self.inflight += 1
+        self._next_calls([_Request(self.now)])
+
+    def _advance(self, when: float) -> None:
+        """Executions share the device: each of k runs at 1/k of its speed."""
+        passed = when - self.now
+        self.now = when
+        if self._running:
+            self.busy_ms += passed
+            for execution in self._running.values():
+                execution.left_ms -= passed / len(self._running)
+
+    def _next_calls(self, requests: list[_Request]) -> None:
+        self.between += len(requests)
+        self.at(self.now + self.replica.overhead_ms, partial(self._enqueue, requests))
+
+    def _enqueue(self, requests: list[_Request]) -> None:
+        self.between -= len(requests)
+        for request in requests:
+            self._queues[self.replica.calls[request.done][0]].append(request)
+
+    def _start(self, model: str) -> None:
+        queue = self._queues[model]
+        if not queue or model in self._running:
+            return
+        fit = self.replica.max_rows // self._rows[model]
+        if self.between and len(queue) < fit and self._waits(model):
+            return
+        self._patience.pop(model, None)
+        batch = [queue.popleft() for _ in range(min(fit, len(queue)))]
+        rows = len(batch) * self._rows[model]
+        self._running[model] = _Execution(batch, self.replica.times_ms[model][rows])
+        self.batches.append((model, self.now, rows))
+
+    def _waits(self, model: str) -> bool:
+        """Whether a batch that is not complete waits on, and if so until when."""
+        if model not in self._patience:
+            self._patience[model] = self.now + self.replica.gather_ms
+            self.at(self._patience[model], lambda: None)
+        return self.now < self._patience[model]
+
+    def _finish(self, model: str) -> None:
+        batch = self._running.pop(model).batch
+        for request in batch:
+            request.done += 1
+        ends = [r for r in batch if r.done == len(self.replica.calls)]
+        if going := [r for r in batch if r.done < len(self.replica.calls)]:
+            self._next_calls(going)
+        self.inflight -= len(ends)
+        for request in ends:
+            self.answered.append((request.arrived, self.now))
+            self.on_done()
+
+    def point(self, load: float, start: float, end: float) -> Point:
+        """What happened from `start` to `end`: answers by their end, latencies by the arrival."""
+        waits = [done - came for came, done in self.answered if start <= came <= end]
+        lost = sum(start <= came <= end for came in self.refused)
+        sizes = [
+            rows for m, at, rows in self.batches if m == contract.PREDICTOR and start <= at <= end
+        ]
+        made = sum(start < done <= end for _, done in self.answered)
+        p50, p95 = np.percentile(waits + [math.inf] * lost, [50, 95], method="higher")
+        return Point(
+            load,
+            made / (end - start) * 1e3,
+            statistics.mean(sizes),
+            self.busy_ms / self.now,
+            lost / (lost + len(waits)),
+            statistics.mean(waits),
+            float(p50),
+            float(p95),
+        )
+
+
+def open_loop(replica: Replica, rate: float, requests: int = 4000, seed: int = 0) -> Point:
+    """Requests of one image that arrive at random (Poisson), `rate` a second."""
+    gaps = np.random.default_rng(seed).exponential(1e3 / rate, requests)
+    arrivals = np.cumsum(gaps)
+    simulation = _Simulation(replica)
+    for when in arrivals:
+        simulation.at(float(when), simulation.arrive)
+    simulation.run()
+    return simulation.point(rate, arrivals[int(requests * WARM_UP)], arrivals[-1])
+
+
+def closed_loop(replica: Replica, clients: int, requests: int = 4000, seed: int = 0) -> Point:
+    """`clients` that each ask for the next image when they have the last, begun at random."""
+    if not 1 <= clients <= replica.max_inflight:
+        raise ValueError(
+            f"{clients} clients in a closed loop, allowed are 1 to {replica.max_inflight} "
+            "(max_inflight)"
+        )
+    simulation = _Simulation(replica)
+    simulation.on_done = lambda: simulation.arrive()
+    for when in np.random.default_rng(seed).uniform(0, replica.lone_ms(), clients):
+        simulation.at(float(when), simulation.arrive)
+    simulation.run(lambda: len(simulation.answered) >= int(requests * WARM_UP))
+    start = simulation.now
+    simulation.run(lambda: len(simulation.answered) >= requests)
+    return simulation.point(clients, start, simulation.now)

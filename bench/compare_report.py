@@ -1,0 +1,59 @@
+"""The report of `bench.compare` as a table and as a plot."""
+
+from pathlib import Path
+from typing import Any
+
+SERVICE = "service"
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The summary as a table, under a sentence on hardware and settings."""
+    s = report["settings"]
+    text = [
+        f"{s['threads']} cores of {s['processor']}, PyTorch {s['torch']}, the service in "
+        f"{s['service_precision']}, guidance {s['guidance_scale']:g}, decoder included; medians of "
+        f"{s['rounds']} rounds. Every contender has all cores while it runs. Images differ by "
+        f"{s['mean_difference_levels']:.2f} levels of 255 on average at most.",
+        "",
+        "| case | contender | ms/image | images/s | p50 ms | p95 ms | service is faster by |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in report["summary"]:
+        ratio = row["ratio"]
+        faster = f"{ratio['median']:.2f}x ({ratio['min']:.2f} to {ratio['max']:.2f})"
+        text.append(
+            f"| {row['case']} | {row['contender']} | {row['ms_per_image']:.1f} "
+            f"| {row['images_per_s']:.1f} | {row['p50_ms']:.0f} | {row['p95_ms']:.0f} "
+            f"| {'' if row['contender'] == SERVICE else faster} |"
+        )
+    return "\n".join(text) + "\n"
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Bars: ms an image of a lone client, images a second of many."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lone = [row for row in report["summary"] if row["compared"] == "median latency"]
+    many = [row for row in report["summary"] if row["compared"] != "median latency"]
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    for axis, rows, key, label in (
+        (axes[0], lone, "ms_per_image", "ms an image (less is better)"),
+        (axes[1], many, "images_per_s", "images a second (more is better)"),
+    ):
+        cases = list(dict.fromkeys(row["case"] for row in rows))
+        names = list(dict.fromkeys(row["contender"] for row in rows))
+        width = 0.8 / len(names)
+        for k, name in enumerate(names):
+            heights = [row[key] for row in rows if row["contender"] == name]
+            places = [place + (k - (len(names) - 1) / 2) * width for place in range(len(cases))]
+            bars = axis.bar(places, heights, width, label=name)
+            axis.bar_label(bars, fmt="%.3g", fontsize=8)
+        axis.set_xticks(range(len(cases)), [case.replace(", ", "\n") for case in cases])
+        axis.set(ylabel=label)
+        axis.margins(y=0.3)  # room for the legend above the bars
+        axis.legend(fontsize=8, loc="upper left")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

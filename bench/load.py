@@ -1,0 +1,299 @@
+"""How the service holds load, from the real perf_analyzer: `python -m bench.load`.
+
+Closed and open loop, a mix of requests, overload, and time against work, each beside what the
+server did meanwhile. Writes JSON, and a report and plots made from it (bench/load_report.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import datetime
+import itertools
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flowturbo_client import AsyncFlowTurboClient, FlowTurboClient, FlowTurboError, ServerBusyError
+
+from bench import load_report, perf_analyzer
+from bench.observe import described, described_server, hardware, observing, orchestration
+from bench.perf_analyzer import Entry, Load, PerfAnalyzer, PerfAnalyzerError, entry
+from flowturbo.serving.tritonserver import running_server
+
+SCHEDULE = "H1P5R3"
+HEUN = "H8"
+OUTCOMES = ("answered", "refused", "failed")
+Point = dict[str, Any]
+Attempt = tuple[str, float]  # one of OUTCOMES, after how many ms
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which points to measure, and for how long each: `seconds`, or `requests` where given."""
+
+    concurrency: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    seconds: float = 15.0
+    requests: int | None = None
+    heun_concurrency: tuple[int, ...] = (1, 8)
+    capacity_shares: tuple[float, ...] = (0.25, 0.5, 0.75, 0.9)
+    mix_concurrency: tuple[int, ...] = (1, 8)
+    mix_images: tuple[int, ...] = (1, 2, 4)
+    steps: tuple[int, ...] = (4, 8, 16, 24)
+    images: tuple[int, ...] = (1, 2, 4, 8, 16)
+    baseline_rounds: int = 5
+
+
+QUICK = {
+    "concurrency": (1, 4),
+    "seconds": 2.0,
+    "requests": 6,
+    "heun_concurrency": (),
+    "capacity_shares": (0.5,),
+    "mix_concurrency": (1,),
+    "mix_images": (1, 2),
+    "steps": (2, 4),
+    "images": (1, 2),
+    "baseline_rounds": 1,
+}
+
+
+@dataclass
+class Bench:
+    """Measures points of `plan` on the server at `url` (host:port of its gRPC endpoint)."""
+
+    tool: PerfAnalyzer
+    url: str
+    plan: Plan
+    max_inflight: int
+
+    def closed_loop(self) -> list[Point]:
+        """One image a request, the default guidance."""
+        wanted = [(SCHEDULE, n) for n in self.plan.concurrency]
+        wanted += [(HEUN, n) for n in self.plan.heun_concurrency]
+        return [
+            {"schedule": schedule, "concurrency": n}
+            | self._measure(f"{schedule}, {n} at a time", [entry([0], schedule)], concurrency=n)
+            for schedule, n in wanted
+        ]
+
+    def open_loop(self, capacity: float) -> list[Point]:
+        """Poisson arrivals at shares of `capacity` (images/s, one a request)."""
+        return [
+            {"schedule": SCHEDULE, "share": share, "rate": share * capacity}
+            | self._measure(
+                f"{share:.0%} of capacity", [entry([0], SCHEDULE)], rate=share * capacity
+            )
+            for share in self.plan.capacity_shares
+        ]
+
+    def mix(self) -> list[Point]:
+        """Schedules, image counts and guidance in turn."""
+        entries = mixed_entries(self.plan.mix_images)
+        return [
+            {"concurrency": n, "kinds": len(entries)}
+            | self._measure(
+                f"{len(entries)} kinds of request, {n} at a time", entries, concurrency=n
+            )
+            for n in self.plan.mix_concurrency
+        ]
+
+    def cost(self) -> dict[str, Any]:
+        """A lone request's time against its steps, and against its images, with fitted lines."""
+        by_steps = [
+            {"schedule": f"P{n}", "steps": n, "images": 1}
+            | self._measure(f"P{n}, 1 image", [entry([0], f"P{n}")], concurrency=1)
+            for n in self.plan.steps
+        ]
+        by_images = [
+            {"schedule": SCHEDULE, "images": n}
+            | self._measure(f"{SCHEDULE}, {n} images", [entry([0] * n, SCHEDULE)], concurrency=1)
+            for n in self.plan.images
+        ]
+        return {
+            "steps": {"points": by_steps, "line": fitted_line(by_steps, "steps")},
+            "images": {"points": by_images, "line": fitted_line(by_images, "images")},
+        }
+
+    def overload(self, capacity: float) -> Point:
+        """Twice `capacity` (images/s), or more where a short run would not fill the server."""
+        seconds, places = self.plan.seconds, self.max_inflight
+        rate = 2 * capacity
+        if capacity * seconds < 2 * places:
+            rate += 2 * places / seconds
+        if self.plan.requests is None:  # full once before: then memory grows only if it leaks
+            asyncio.run(offer(self.url, 1e3, places / 1e3))
+        with observing(self.url) as observer:
+            attempts = asyncio.run(offer(self.url, rate, seconds))
+        point: Point = {"schedule": SCHEDULE, "rate": rate, "seconds": seconds}
+        point |= _outcomes(attempts) | {"capacity": capacity}
+        point["server"] = described(observer.observation)
+        memory = observer.observation.memory
+        point["memory"] = [{"at_s": m.at_s, "resident_mib": m.resident / 2**20} for m in memory]
+        print(f"overload, {rate:.1f} requests/s: {point['requests']}", flush=True)
+        return point
+
+    def _measure(self, name: str, entries: Sequence[Entry], **asked: Any) -> Point:
+        load = Load(**asked, seconds=self.plan.seconds, requests=self.plan.requests)
+        with observing(self.url) as observer:
+            result = perf_analyzer.run(self.tool, self.url, entries, load)
+        point: Point = {"error": result.error, "requests": len(result.answers)}
+        point["server"] = described(observer.observation)
+        if not result.error:
+            point["images_per_s"] = result.images_per_s()
+            point["latency_ms"] = summary(result.latencies_ms)
+            if load.concurrency == 1:
+                mean_ms = point["latency_ms"]["mean"]
+                point["orchestration"] = orchestration(observer.observation, mean_ms)
+        print(f"{name}: {load_report.in_words(point)}", flush=True)
+        return point
+
+
+def mixed_entries(image_counts: Sequence[int]) -> list[Entry]:
+    """Three schedules, the image counts, without and with guidance, all combined."""
+    kinds = itertools.product((SCHEDULE, "H2P4R2", HEUN), image_counts, (1.0, 3.0))
+    return [entry(list(range(n)), schedule, scale) for schedule, n, scale in kinds]
+
+
+def summary(values: np.ndarray) -> dict[str, float]:
+    """Mean, percentiles and maximum."""
+    p50, p95, p99 = np.percentile(values, [50, 95, 99])
+    found = {"mean": values.mean(), "p50": p50, "p95": p95, "p99": p99, "max": values.max()}
+    return {name: float(value) for name, value in found.items()}
+
+
+def fitted_line(points: Sequence[Point], variable: str) -> dict[str, float]:
+    """Least squares of the median latency: ms for each one more, and at none."""
+    x = np.array([point[variable] for point in points], dtype=float)
+    y = np.array([point["latency_ms"]["p50"] for point in points])
+    slope, intercept = np.polyfit(x, y, 1)
+    left = np.abs(y - np.polyval([slope, intercept], x)) / y
+    return {
+        "slope_ms": float(slope),
+        "intercept_ms": float(intercept),
+        "largest_relative_error": float(left.max()),
+    }
+
+
+async def offer(url: str, rate: float, seconds: float) -> list[Attempt]:
+    """Poisson arrivals at `rate` requests/s for `seconds`, none of them tried again."""
+    gaps = np.random.default_rng(0).exponential(1 / rate, max(1, round(rate * seconds)))
+    async with AsyncFlowTurboClient(url, retries=0, timeout_s=120) as client:
+        began_s = time.perf_counter()
+        tasks = []
+        for k, due_s in enumerate(np.cumsum(gaps)):
+            await asyncio.sleep(max(0.0, began_s + due_s - time.perf_counter()))
+            tasks.append(asyncio.create_task(_attempt(client, k)))
+        return list(await asyncio.gather(*tasks))
+
+
+async def _attempt(client: AsyncFlowTurboClient, seed: int) -> Attempt:
+    started_s = time.perf_counter()
+    outcome = "answered"
+    try:
+        await client.generate([0], [seed], SCHEDULE)
+    except ServerBusyError:
+        outcome = "refused"
+    except FlowTurboError:
+        outcome = "failed"
+    return outcome, 1e3 * (time.perf_counter() - started_s)
+
+
+def _outcomes(attempts: Sequence[Attempt]) -> Point:
+    latencies = {
+        name: np.array([latency_ms for outcome, latency_ms in attempts if outcome == name])
+        for name in OUTCOMES
+    }
+    return {
+        "requests": {name: len(found) for name, found in latencies.items()},
+        "latency_ms": {name: summary(found) for name, found in latencies.items() if len(found)},
+    }
+
+
+def measure(url: str, repository: Path, plan: Plan) -> Iterator[dict[str, Any]]:
+    """The report after each scenario, growing."""
+    server = described_server(url, repository)
+    tool = perf_analyzer.find_perf_analyzer()
+    bench = Bench(tool, url, plan, int(server["settings"]["max_inflight"]))
+    report: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "hardware": hardware(),
+        "server": server,
+        "plan": asdict(plan),
+    }
+    _warm_up(url)
+    report["closed_loop"] = bench.closed_loop()
+    report["capacity_images_per_s"] = capacity = _capacity(report["closed_loop"])
+    yield report
+    report["open_loop"] = bench.open_loop(capacity)
+    report["mix"] = bench.mix()
+    report["overload"] = bench.overload(capacity)
+    yield report
+    report["cost"] = bench.cost()
+    yield report
+
+
+def _capacity(points: Sequence[Point]) -> float:
+    rates = [p["images_per_s"] for p in points if p["schedule"] == SCHEDULE and not p["error"]]
+    if not rates:
+        raise PerfAnalyzerError(f"no load was answered: {points[0]['error']}")
+    return float(max(rates))
+
+
+def _warm_up(url: str) -> None:
+    with FlowTurboClient(url) as client:
+        for images in (1, 2, 4, 8, 1, 1, 1):
+            client.generate([0] * images, schedule=SCHEDULE)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.load", description=__doc__)
+    parser.add_argument("--repository", type=Path, default=Path("model_repository"))
+    parser.add_argument("--url", help="gRPC endpoint of a running server that serves it")
+    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/load.json"))
+    parser.add_argument("--concurrency", type=int, nargs="+", help="default: 1 2 4 8 16 32")
+    parser.add_argument("--seconds", type=float, help="of each point; default: 15")
+    parser.add_argument("--quick", action="store_true", help="few points, few requests")
+    parser.add_argument("--baseline", action="store_true", help="compare with PyTorch as well")
+    parser.add_argument("--report-only", action="store_true", help="make the report from --out")
+    return parser.parse_args()
+
+
+def _plan(args: argparse.Namespace) -> Plan:
+    chosen: dict[str, Any] = dict(QUICK) if args.quick else {}
+    if args.concurrency:
+        chosen["concurrency"] = tuple(args.concurrency)
+    if args.seconds:
+        chosen |= {"seconds": args.seconds, "requests": None}
+    return Plan(**chosen)
+
+
+def main() -> None:
+    """Measures, unless told only to make the report again."""
+    args = _arguments()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    if not args.report_only:
+        plan = _plan(args)
+        with contextlib.ExitStack() as stack:
+            url = args.url or stack.enter_context(running_server(args.repository)).grpc
+            for report in measure(url, args.repository, plan):
+                _write(args.out, report)
+        if args.baseline:  # the one place that compares with PyTorch
+            from bench import compare
+
+            report["baseline"] = compare.run(args.repository, plan.baseline_rounds)
+            _write(args.out, report)
+    print(load_report.write(json.loads(args.out.read_text()), args.out))
+
+
+def _write(path: Path, report: dict[str, Any]) -> None:
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

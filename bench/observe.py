@@ -1,0 +1,297 @@
+"""What a server does while it is under load: its models' work, and its processes' CPU and memory.
+
+The work is the difference of two readings of Triton's statistics. Processes are read from /proc:
+those of a server on another machine are not, and their figures are None.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tritonclient.grpc
+
+from flowturbo import contract
+from flowturbo.repository import BUILD_FILE
+
+SAMPLE_S = 0.5
+_LISTENING = "0A"  # proc(5), /proc/net/tcp
+_BLOCK_BYTES = 512  # stat(2), whatever the file system's own block is
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one model did: executions, rows, and seconds spent.
+
+    The compute seconds are of executions, not of requests: one that serves ten requests counts
+    once. Queue seconds are of the orchestrator's calls.
+    """
+
+    executions: int = 0
+    rows: int = 0
+    queue_s: float = 0.0
+    compute_input_s: float = 0.0
+    compute_infer_s: float = 0.0
+    compute_output_s: float = 0.0
+
+    def __sub__(self, earlier: Work) -> Work:
+        pairs = ((getattr(self, f.name), getattr(earlier, f.name)) for f in fields(Work))
+        return Work(*(now - then for now, then in pairs))
+
+    @property
+    def rows_per_execution(self) -> float:
+        """0 where there was none."""
+        return self.rows / self.executions if self.executions else 0.0
+
+    @property
+    def compute_s(self) -> float:
+        """Input, inference and output: all but the wait."""
+        return self.compute_input_s + self.compute_infer_s + self.compute_output_s
+
+    def shares(self) -> dict[str, float]:
+        """How queue and the three parts of compute divide the time, by their names without _s."""
+        seconds = (f.name for f in fields(Work) if f.name.endswith("_s"))
+        parts = {name.removesuffix("_s"): getattr(self, name) for name in seconds}
+        total = sum(parts.values()) or 1.0
+        return {name: part / total for name, part in parts.items()}
+
+
+def read_work(client: Any, model: str) -> Work:
+    """What `model` has done since the server started; `client` is tritonclient.grpc's."""
+    (found,) = client.get_inference_statistics(model).model_stats
+    # inference_stats counts an execution's time for each request in it, batch_stats counts it once.
+    batches = found.batch_stats
+    return Work(
+        found.execution_count,
+        found.inference_count,
+        found.inference_stats.queue.ns / 1e9,
+        sum(batch.compute_input.ns for batch in batches) / 1e9,
+        sum(batch.compute_infer.ns for batch in batches) / 1e9,
+        sum(batch.compute_output.ns for batch in batches) / 1e9,
+    )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Resident (a shared page once) and /dev/shm bytes of a server, `at_s` seconds in."""
+
+    at_s: float
+    resident: int
+    shared_files: int
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a server did in `wall_s` seconds. `requests` are those that its orchestrator took."""
+
+    wall_s: float
+    requests: int
+    models: dict[str, Work]
+    cpu_s: float | None
+    memory: tuple[Memory, ...]
+
+    def busy_share(self, model: str) -> float:
+        """The part of the time in which `model` computed; above 1 with several instances."""
+        return self.models[model].compute_infer_s / self.wall_s
+
+    @property
+    def compute_s(self) -> float:
+        """Seconds of all executions of all composed models."""
+        return sum(work.compute_s for work in self.models.values())
+
+    @property
+    def rows_per_execution(self) -> float:
+        """Of the two velocity networks together: what batching has achieved."""
+        networks = [w for name, w in self.models.items() if name != contract.DECODER]
+        executions = sum(work.executions for work in networks)
+        return sum(work.rows for work in networks) / executions if executions else 0.0
+
+
+class Observer:
+    """Has the `observation` of a block under `observing`, once that has ended."""
+
+    observation: Observation
+
+    def __init__(self, url: str) -> None:
+        """Reads the counters and begins to sample memory.
+
+        Raises tritonclient's InferenceServerException if the server does not answer.
+        """
+        self._client = tritonclient.grpc.InferenceServerClient(url)
+        known = {model.name for model in self._client.get_model_repository_index().models}
+        self._models = [name for name in contract.COMPOSED if name in known]
+        self._pid = listening_process(int(url.rpartition(":")[2]))
+        self._stop = threading.Event()
+        self._memory: list[Memory] = []
+        self._work_before = self._work()
+        self._cpu_before = self._cpu_s()
+        self._began_s = time.monotonic()
+        self._sampler = threading.Thread(target=self._sample, daemon=True)
+        self._sampler.start()
+
+    def stop(self) -> None:
+        """Reads the counters again."""
+        wall_s = time.monotonic() - self._began_s
+        self._stop.set()
+        self._sampler.join()
+        self.observation = self._observation(wall_s)
+        self._client.close()
+
+    def _observation(self, wall_s: float) -> Observation:
+        now, cpu_s = self._work(), self._cpu_s()
+        work = {name: now[name] - before for name, before in self._work_before.items()}
+        requests = work.pop(contract.ORCHESTRATOR).executions
+        spent = None if cpu_s is None or self._cpu_before is None else cpu_s - self._cpu_before
+        return Observation(wall_s, requests, work, spent, tuple(self._memory))
+
+    def _work(self) -> dict[str, Work]:
+        names = (contract.ORCHESTRATOR, *self._models)
+        return {name: read_work(self._client, name) for name in names}
+
+    def _cpu_s(self) -> float | None:
+        return None if self._pid is None else cpu_s(process_tree(self._pid))
+
+    def _sample(self) -> None:
+        while self._pid is not None:
+            tree = process_tree(self._pid)
+            at_s = time.monotonic() - self._began_s
+            self._memory.append(Memory(at_s, resident_bytes(tree), shared_file_bytes(tree)))
+            if self._stop.wait(SAMPLE_S):
+                return
+
+
+@contextlib.contextmanager
+def observing(url: str) -> Iterator[Observer]:
+    """Observes the server at `url` (host:port of its gRPC endpoint) while the block runs."""
+    observer = Observer(url)
+    try:
+        yield observer
+    finally:
+        observer.stop()
+
+
+def described(observed: Observation) -> dict[str, Any]:
+    """An observation for a JSON: per model its work, and the processes' CPU and memory."""
+    models = {name: asdict(work) for name, work in observed.models.items()}
+    for name, work in observed.models.items():
+        models[name]["rows_per_execution"] = work.rows_per_execution
+        models[name] |= {"busy_share": observed.busy_share(name), "shares": work.shares()}
+    found: dict[str, Any] = {"wall_s": observed.wall_s, "requests": observed.requests}
+    found |= {"rows_per_execution": observed.rows_per_execution, "models": models}
+    if observed.cpu_s is not None and observed.memory:
+        resident = np.array([sample.resident for sample in observed.memory]) / 2**20
+        quarter = -(-len(resident) // 4)
+        found["cpu_cores"] = observed.cpu_s / observed.wall_s
+        found["resident_mib"] = {
+            "first_quarter": float(resident[:quarter].mean()),
+            "last_quarter": float(resident[-quarter:].mean()),
+            "peak": float(resident.max()),
+        }
+        found["shared_memory_mib"] = max(m.shared_files for m in observed.memory) / 2**20
+    return found
+
+
+def orchestration(observed: Observation, latency_ms: float) -> dict[str, float]:
+    """What of a lone request's mean latency is not the composed models', and is spent waiting."""
+    composed_ms = 1e3 * observed.compute_s / observed.requests
+    queue_ms = 1e3 * sum(work.queue_s for work in observed.models.values()) / observed.requests
+    rest_ms = latency_ms - composed_ms
+    return {"share": rest_ms / latency_ms, "ms_per_request": rest_ms, "queue_ms": queue_ms}
+
+
+def hardware() -> dict[str, Any]:
+    """Name of the CPU, cores and memory of this machine."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    cores = len(os.sched_getaffinity(0))
+    return {"cpu": next(names, "unknown"), "cores": cores, "gib": memory / 2**30}
+
+
+def described_server(url: str, repository: Path) -> dict[str, Any]:
+    """Version and settings as the server states them; engine and precision from the repository."""
+    with contextlib.closing(tritonclient.grpc.InferenceServerClient(url)) as client:
+        config = client.get_model_config(contract.ORCHESTRATOR).config
+        version = client.get_server_metadata().version
+    builds = {name: repository / name / BUILD_FILE for name in contract.COMPOSED}
+    models = {name: json.loads(p.read_text()) for name, p in builds.items() if p.exists()}
+    return {
+        "version": version,
+        "settings": {name: value.string_value for name, value in config.parameters.items()},
+        "models": {
+            name: {key: build[key] for key in ("engine", "precision", "max_rows")}
+            for name, build in models.items()
+        },
+    }
+
+
+def listening_process(port: int) -> int | None:
+    """Id of the process here that listens on TCP `port`, None if none is seen."""
+    tables = (_read(Path("/proc/net", name)).splitlines()[1:] for name in ("tcp", "tcp6"))
+    lines = [line.split() for table in tables for line in table]
+    sockets = {
+        f"socket:[{found[9]}]"
+        for found in lines
+        if found[3] == _LISTENING and int(found[1].rpartition(":")[2], 16) == port
+    }
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):  # it closed, or is another user's
+            if os.readlink(descriptor) in sockets:
+                return int(descriptor.parts[2])
+    return None
+
+
+def process_tree(root: int) -> list[int]:
+    """`root` and its descendants that live."""
+    parents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        if stat := _stat_fields(int(folder.name)):
+            parents[int(folder.name)] = int(stat[1])
+    tree = [root]
+    for pid in tree:  # grows on the way
+        tree += [child for child, parent in parents.items() if parent == pid]
+    return tree
+
+
+def cpu_s(pids: Iterable[int]) -> float:
+    """CPU seconds that these processes have used, in user and kernel mode."""
+    found = [stat for pid in pids if (stat := _stat_fields(pid))]
+    ticks = sum(int(stat[11]) + int(stat[12]) for stat in found)
+    return ticks / float(os.sysconf("SC_CLK_TCK"))
+
+
+def resident_bytes(pids: Iterable[int]) -> int:
+    """Memory that these processes hold, a shared page divided between those that share it."""
+    totals = (_read(Path(f"/proc/{pid}/smaps_rollup")) for pid in pids)
+    return 1024 * sum(int(k) for text in totals for k in re.findall(r"^Pss:\s+(\d+)", text, re.M))
+
+
+def shared_file_bytes(pids: Iterable[int]) -> int:
+    """What the files in /dev/shm that these processes map take up there."""
+    maps = (_read(Path(f"/proc/{pid}/maps")) for pid in pids)
+    total = 0
+    for path in {p for text in maps for p in re.findall(r" (/dev/shm/\S+)$", text, re.M)}:
+        with contextlib.suppress(OSError):
+            total += os.stat(path).st_blocks * _BLOCK_BYTES
+    return total
+
+
+def _stat_fields(pid: int) -> list[str]:
+    """What follows the name in /proc/PID/stat: state, parent, ...; empty if it has ended."""
+    return _read(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:  # the process has ended, or is another user's
+        return ""

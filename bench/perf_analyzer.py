@@ -1,0 +1,299 @@
+"""Triton's load generator perf_analyzer: where it is, one run of it, what each request took.
+
+It is taken from PATH, else from tritonclient's wheel of release 2.45.0, which carries the binary.
+It asks for all outputs of a model: an answer holds the latent beside the image (for glyphs, a third
+of the image's bytes).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flowturbo import contract
+from flowturbo.serving.installation import SetupError, cache_folder
+
+VERSION = "2.45.0"
+_WHEELS = (f"tritonclient=={VERSION}", "nvidia-cuda-runtime-cu12==12.9.79")
+_BINARY = Path(f"tritonclient-{VERSION}.data/data/bin/perf_analyzer")
+_LIBRARIES = Path("nvidia/cuda_runtime/lib")
+_BASE64 = "libb64.so.0d"
+_BASE64_PACKAGE = "libb64-0d"
+_STABLE_WINDOWS = 3  # it wants three windows in a row that agree before it reports
+_WINDOW_STRETCH = 1.2  # and makes each a fifth longer than asked
+_START_AND_END_S = 300.0
+_ANY_SPREAD = "99999"
+_LONGER = (1, 2, 4)
+
+Entry = dict[str, dict[str, list[Any]]]
+
+
+class PerfAnalyzerError(Exception):
+    """perf_analyzer could not be had, did not start, or measured nothing."""
+
+
+class _NoAnswerError(Exception):
+    """No request ended within a window."""
+
+
+@dataclass(frozen=True)
+class PerfAnalyzer:
+    """A binary, and the environment variables that it needs."""
+
+    binary: Path
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Load:
+    """Either `concurrency` requests at a time, or `rate` requests/s with Poisson arrivals.
+
+    For `seconds` in all, or until at least `requests` are answered if that is given.
+    """
+
+    concurrency: int | None = None
+    rate: float | None = None
+    seconds: float = 15.0
+    requests: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses a load that is both closed and open, or neither."""
+        if (self.concurrency is None) == (self.rate is None):
+            raise ValueError(f"concurrency or rate? got {self.concurrency} and {self.rate}")
+
+    def options(self, intervals: Path) -> list[str]:
+        """perf_analyzer's own; writes what arrivals it needs to `intervals`."""
+        options = [f"--concurrency-range={self.concurrency}"]
+        if self.rate is not None:
+            intervals.write_text("".join(f"{gap_us:.0f}\n" for gap_us in self._gaps_us(self.rate)))
+            options = [f"--request-intervals={intervals}"]
+        if self.requests is not None:
+            count = -(-self.requests // _STABLE_WINDOWS)
+            counted = "--measurement-mode=count_windows"
+            return [*options, counted, f"--measurement-request-count={count}"]
+        window_ms = round(1e3 * self.seconds / _STABLE_WINDOWS / _WINDOW_STRETCH)
+        return [*options, "--measurement-mode=time_windows", f"--measurement-interval={window_ms}"]
+
+    def _gaps_us(self, rate: float) -> np.ndarray:
+        """Poisson arrivals as many as belong to the time.
+
+        perf_analyzer's own are the same few in every run, and miss the rate by a quarter in 12 s.
+        """
+        count = max(1, self.requests or round(rate * self.seconds))
+        gaps = np.random.default_rng(0).exponential(size=count)
+        return gaps * (1e6 * count / rate / gaps.sum())
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answered request: when it was sent and answered (s since 1970), and how many images."""
+
+    start_s: float
+    end_s: float
+    images: int
+    schedule: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """The answers within perf_analyzer's window (s since 1970), or the error that ended the run.
+
+    perf_analyzer ends at the first request that fails and then reports none of the others.
+    """
+
+    answers: tuple[Answer, ...]
+    window_s: tuple[float, float]
+    error: str | None = None
+
+    @property
+    def latencies_ms(self) -> np.ndarray:
+        return np.array([1e3 * (a.end_s - a.start_s) for a in self.answers])
+
+    def images_per_s(self) -> float:
+        """Over the window less its ends, each request counted by its part within.
+
+        Counting answers would be off by a batch, as requests in flight are answered together. Left
+        out at each end is the longest request's time: there the load begins, and answers are
+        missing that came later. A window too short for that: its images divided by its length.
+        """
+        (begin, end), longest = self.window_s, self.latencies_ms.max() / 1e3
+        if end - begin < 4 * longest:
+            return sum(a.images for a in self.answers) / (end - begin)
+        begin, end = begin + longest, end - longest
+        parts = (
+            a.images * max(0.0, min(a.end_s, end) - max(a.start_s, begin)) / (a.end_s - a.start_s)
+            for a in self.answers
+        )
+        return float(sum(parts) / (end - begin))
+
+
+def entry(labels: Sequence[int], schedule: str, guidance_scale: float | None = None) -> Entry:
+    """One request's inputs as perf_analyzer reads them; all entries of a run must name the same."""
+    count = [len(labels)]
+    inputs: Entry = {
+        "label": {"content": list(labels), "shape": count},
+        "seed": {"content": list(range(len(labels))), "shape": count},
+        "schedule": {"content": [schedule], "shape": [1]},
+    }
+    if guidance_scale is not None:
+        inputs["guidance_scale"] = {"content": [guidance_scale], "shape": [1]}
+    return inputs
+
+
+def run(tool: PerfAnalyzer, url: str, entries: Sequence[Entry], load: Load) -> Result:
+    """Puts `load` on the server at `url` (host:port of its gRPC endpoint), entries in turn.
+
+    Runs again, for longer, where a third of the time passes without an answer. A request that
+    fails is the result's `error`. Raises PerfAnalyzerError for anything else.
+    """
+    for longer in _LONGER:
+        stretched = replace(load, seconds=load.seconds * longer)
+        with contextlib.suppress(_NoAnswerError):
+            return _run_once(tool, url, entries, stretched)
+    raise PerfAnalyzerError(
+        f"no answer from {url} within {stretched.seconds / _STABLE_WINDOWS:g} s"
+    )
+
+
+def _run_once(tool: PerfAnalyzer, url: str, entries: Sequence[Entry], load: Load) -> Result:
+    with tempfile.TemporaryDirectory() as scratch:
+        data, export, intervals = (Path(scratch, name) for name in ("data", "export", "intervals"))
+        data.write_text(json.dumps({"data": list(entries)}))
+        arguments = [
+            *("-m", contract.ORCHESTRATOR, "-u", url, "-i", "grpc", "--async"),
+            *(f"--input-data={data}", f"--profile-export-file={export}", *load.options(intervals)),
+            # It repeats until three windows agree: here any three do, and the spread is reported.
+            *("--percentile=95", "-s", _ANY_SPREAD, f"--max-trials={_STABLE_WINDOWS}"),
+            "--max-threads=1",
+        ]
+        done = _execute(tool, arguments, load.seconds + _START_AND_END_S)
+        if export.exists():
+            return _read_export(export.read_bytes())
+    return Result((), (0.0, 0.0), _request_error(done))
+
+
+def _execute(
+    tool: PerfAnalyzer, arguments: list[str], timeout_s: float
+) -> subprocess.CompletedProcess[str]:
+    command, environment = [str(tool.binary), *arguments], os.environ | tool.environment
+    kept: dict[str, Any] = {"capture_output": True, "text": True}
+    try:
+        return subprocess.run(command, env=environment, timeout=timeout_s, **kept)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise PerfAnalyzerError(f"perf_analyzer: {error}") from error
+
+
+def _request_error(done: subprocess.CompletedProcess[str]) -> str:
+    said = done.stdout + done.stderr
+    if found := re.search(r"had error: (.+)", said):
+        return found[1].strip()
+    if "No valid requests recorded" in said:
+        raise _NoAnswerError
+    raise PerfAnalyzerError(f"perf_analyzer exited with {done.returncode}:\n{said[-2000:]}")
+
+
+def _read_export(content: bytes) -> Result:
+    # It writes the bytes of every output as if they were text: hence latin-1, a byte a character.
+    (found,) = json.loads(content.decode("latin-1"), strict=False)["experiments"]
+    answers = [
+        Answer(
+            request["timestamp"] / 1e9,
+            request["response_timestamps"][-1] / 1e9,
+            len(request["response_outputs"][0]["seed"]) // np.dtype(np.int64).itemsize,
+            request["request_inputs"]["schedule"],
+        )
+        for request in found["requests"]
+    ]
+    edges = found["window_boundaries"]
+    return Result(tuple(sorted(answers, key=lambda a: a.end_s)), (edges[0] / 1e9, edges[-1] / 1e9))
+
+
+def find_perf_analyzer() -> PerfAnalyzer:
+    """perf_analyzer on PATH, else the one of the wheel, which is downloaded at first use.
+
+    Raises PerfAnalyzerError, saying what to install, and SetupError where there is no home.
+    """
+    if found := shutil.which("perf_analyzer"):
+        return PerfAnalyzer(Path(found))
+    if os.uname().machine != "x86_64":
+        raise PerfAnalyzerError(
+            f"no perf_analyzer on PATH, and its wheel is for x86_64, not {os.uname().machine}"
+        )
+    cache = cache_folder()
+    folder = _made_whole(cache / f"perf_analyzer-{VERSION}", _download)
+    libraries = [folder / _LIBRARIES, *_base64_folders(cache)]
+    paths = [*map(str, libraries), os.environ.get("LD_LIBRARY_PATH", "")]
+    tool = PerfAnalyzer(folder / _BINARY, {"LD_LIBRARY_PATH": os.pathsep.join(filter(None, paths))})
+    tried = _execute(tool, ["--version"], timeout_s=60)
+    if tried.returncode:
+        raise PerfAnalyzerError(f"{tool.binary} does not run: {tried.stderr.strip()}")
+    return tool
+
+
+def _made_whole(target: Path, make: Callable[[Path], None]) -> Path:
+    """`target`, made by `make(folder)` if it is not there: all of it, or nothing."""
+    if target.exists():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix="building-") as scratch:
+            new = Path(scratch) / "new"
+            new.mkdir()
+            make(new)
+            if not target.exists():  # else somebody was faster, and theirs is whole
+                new.rename(target)
+    except OSError as error:
+        raise SetupError(
+            f"cannot write {target}: {error}; set XDG_CACHE_HOME to a writable folder"
+        ) from error
+    return target
+
+
+def _download(folder: Path) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+        wanted = ["--no-deps", "--only-binary=:all:", "--dest", scratch, *_WHEELS]
+        _install_step([*pip, *wanted], scratch, "or put a perf_analyzer on PATH")
+        for wheel in Path(scratch).glob("*.whl"):
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(folder)
+    (folder / _BINARY).chmod(0o755)  # archives of this module lose the mode
+
+
+def _base64_folders(cache: Path) -> list[Path]:
+    """Where libb64 is, if not where the loader looks anyway."""
+    with contextlib.suppress(OSError):
+        ctypes.CDLL(_BASE64)
+        return []
+    folder = _made_whole(cache / _BASE64_PACKAGE, _download_base64)
+    return [path.parent for path in folder.rglob(_BASE64)]
+
+
+def _download_base64(folder: Path) -> None:
+    remedy = f"run `apt-get install {_BASE64_PACKAGE}`: perf_analyzer needs its {_BASE64}"
+    with tempfile.TemporaryDirectory() as scratch:
+        _install_step(["apt-get", "download", _BASE64_PACKAGE], scratch, remedy)
+        for package in Path(scratch).glob("*.deb"):
+            _install_step(["dpkg", "-x", str(package), str(folder)], scratch, remedy)
+
+
+def _install_step(command: list[str], folder: str, remedy: str) -> None:
+    try:
+        subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=600)
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or error
+        raise PerfAnalyzerError(f"`{' '.join(command)}` failed: {said}\n{remedy}") from error

@@ -1,0 +1,151 @@
+"""A web server as people write one around PyTorch: `python -m bench.web --port 8080`.
+
+FastAPI under uvicorn. `POST /generate` answers raw uint8 images, their shape in the header
+`X-Shape`, so that it sends what the service's `image` output sends. `GET /health` answers 200.
+"""
+
+import argparse
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import urllib3
+import uvicorn
+from fastapi import FastAPI, HTTPException, Response
+from pydantic import BaseModel
+
+from bench.baseline import PRECISIONS, TorchPipeline
+from flowturbo.errors import FlowTurboError, RequestError
+
+_ROOT = Path(__file__).resolve().parents[1]
+_HOST = "127.0.0.1"
+
+
+class GenerateRequest(BaseModel):
+    """One image a label; `seeds` has as many entries."""
+
+    labels: list[int]
+    seeds: list[int]
+    schedule: str = "H1P5R3"
+    guidance_scale: float = 3.0
+
+
+def create_app(pipeline: TorchPipeline) -> FastAPI:
+    """The web application around `pipeline`."""
+    app = FastAPI()
+
+    @app.get("/health")
+    def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    # Not `async`: FastAPI runs it in its thread pool, and the server stays responsive.
+    @app.post("/generate")
+    def generate(request: GenerateRequest) -> Response:
+        _check(request, pipeline.num_classes)
+        try:
+            images = pipeline.generate(
+                request.labels, request.seeds, request.schedule, request.guidance_scale
+            )
+        except RequestError as error:
+            raise HTTPException(422, str(error)) from error
+        shape = ",".join(map(str, images.shape))
+        return Response(images.tobytes(), 200, {"X-Shape": shape}, "application/octet-stream")
+
+    return app
+
+
+def _check(request: GenerateRequest, num_classes: int) -> None:
+    labels, seeds = request.labels, request.seeds
+    if not labels or len(labels) != len(seeds):
+        raise HTTPException(
+            422, f"give one seed a label, got {len(labels)} labels and {len(seeds)} seeds"
+        )
+    for name, values, most in (("labels", labels, num_classes - 1), ("seeds", seeds, 2**63 - 1)):
+        bad = [value for value in values if not 0 <= value <= most]
+        if bad:
+            raise HTTPException(422, f"{name} must be 0 to {most}, got {bad[0]}")
+
+
+class WebClient:
+    """Asks a running server for images, over connections that stay open; threads may share it."""
+
+    def __init__(self, port: int, timeout_s: float = 600) -> None:
+        # More connections than anybody measures with: one that finds no room is not kept.
+        self._pool = urllib3.HTTPConnectionPool(_HOST, port, timeout=timeout_s, maxsize=256)
+
+    def generate(
+        self, labels: Sequence[int], seeds: Sequence[int], schedule: str, guidance_scale: float
+    ) -> np.ndarray:
+        """Images [n, H, W, 3] uint8. Raises RequestError with the server's reason if it refuses."""
+        wanted = {
+            "labels": list(labels),
+            "seeds": list(seeds),
+            "schedule": schedule,
+            "guidance_scale": guidance_scale,
+        }
+        answer = self._pool.request("POST", "/generate", json=wanted, retries=False)
+        if answer.status != 200:
+            raise RequestError(f"HTTP {answer.status}: {answer.json()['detail']}")
+        shape = [int(size) for size in answer.headers["X-Shape"].split(",")]
+        return np.frombuffer(answer.data, dtype=np.uint8).reshape(shape)
+
+    def __enter__(self) -> "WebClient":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.close()
+
+
+@contextlib.contextmanager
+def running_web(
+    weights: Path, threads: int, compiled: bool = False, precision: str = "fp32"
+) -> Iterator[int]:
+    """A server in a process of its own, on a free port of loopback, which is the block's value.
+
+    Raises FlowTurboError if it ends before it is ready; its messages go to standard error.
+    """
+    command = [sys.executable, "-m", "bench.web", "--port", "0", "--threads", str(threads)]
+    command += ["--weights", str(weights.resolve()), "--precision", precision]
+    command += ["--compiled"] * compiled
+    process = subprocess.Popen(command, cwd=_ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        ready = process.stdout.readline()
+        if not ready:
+            raise FlowTurboError(f"the web server exited with {process.wait()}: {command}")
+        yield int(ready.rpartition(":")[2])
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=15)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def main() -> None:
+    """Serves until it is interrupted; prints a line with the address once it is ready."""
+    parser = argparse.ArgumentParser(prog="python -m bench.web", description=__doc__)
+    parser.add_argument("--weights", type=Path, default=Path("weights/glyphs"))
+    parser.add_argument("--port", type=int, default=8080, help="0 picks a free one")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
+    parser.add_argument("--compiled", action="store_true", help="torch.compile, before it serves")
+    args = parser.parse_args()
+    pipeline = TorchPipeline(args.weights, args.threads, args.compiled, args.precision)
+    pipeline.generate([0], [0], "H1P1R1", 3.0)  # compiles for one guided image
+    config = uvicorn.Config(create_app(pipeline), log_level="warning")
+    with socket.create_server((_HOST, args.port)) as listener:
+        print(f"ready http://{_HOST}:{listener.getsockname()[1]}", flush=True)
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+if __name__ == "__main__":
+    main()
