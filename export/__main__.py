@@ -128,7 +128,6 @@ def _export_parser() -> argparse.ArgumentParser:
     )
     add("--max-rows", type=_pair, default=64, help="most rows in one batch (2 a guided image)")
     add("--opt-rows", type=_positive, default=16, help="rows that an engine is tuned for")
-    add("--queue-delay-us", type=_natural, default=0, help="how long Triton holds a batch for more")
     add(
         "--compute-capability",
         choices=CAPABILITIES,

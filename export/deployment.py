@@ -15,8 +15,6 @@ PROVIDERS = ("cpu", "cuda", "tensorrt")
 # Where ONNX Runtime's TensorRT provider keeps the engines it builds: on a volume, not in the
 # repository, which the server mounts read-only.
 ENGINE_CACHE = "/var/cache/flowturbo"
-MAX_QUEUED = 256  # requests to one composed model: the orchestrator admits fewer
-MAX_WAIT_S = 30.0
 # A graph saves launches, which show in small batches only; guided rows come in pairs.
 _GRAPH_ROWS = (1, 2, 4, 6, 8, 10, 12, 14, 16, 24, 32, 48, 64)
 _TRITON_TYPES = {
@@ -45,7 +43,6 @@ class Deployment:
     precision: str = "fp32"
     max_rows: int = 64
     opt_rows: int = 16
-    queue_delay_us: int = 0
 
     @property
     def on_gpu(self) -> bool:
@@ -74,6 +71,11 @@ def model_config(
 ) -> model_config_pb2.ModelConfig:
     """Triton's configuration of a composed model.
 
+    Without Triton's dynamic batcher: the orchestrator gathers rows into batches itself
+    (flowturbo/serving/gather.py), and the batcher misses the wake-up of a call that comes while
+    the answer before it is still on its way, which then waits for the batcher's next look, every
+    500 ms (seen on 24.10).
+
     `sizes` gives C, h, w (and H, W) in numbers, `engine_files` a TensorRT engine's file for each
     compute capability, such as {"8.9": "model.plan"}; `digest` tells these weights from others.
     """
@@ -84,7 +86,6 @@ def model_config(
     for spec, target in [(s, config.input) for s in inputs] + [(s, config.output) for s in outputs]:
         entry = target.add(name=spec.name, data_type=_TRITON_TYPES[spec.dtype])
         entry.dims.extend(_dims(spec, sizes))
-    _batching(config, deployment)
     if deployment.engine == "tensorrt":
         _use_engines(config, deployment, engine_files)
     elif deployment.engine == "onnxruntime":
@@ -107,16 +108,6 @@ def model_config(
 
 def _dims(spec: TensorSpec, sizes: Mapping[int | str, int]) -> list[int]:
     return [int(sizes.get(dim, dim)) for dim in spec.dims]
-
-
-def _batching(config: model_config_pb2.ModelConfig, deployment: Deployment) -> None:
-    batching = config.dynamic_batching
-    batching.max_queue_delay_microseconds = deployment.queue_delay_us
-    policy = batching.default_queue_policy
-    policy.max_queue_size = MAX_QUEUED
-    policy.default_timeout_microseconds = int(MAX_WAIT_S * 1e6)
-    policy.timeout_action = model_config_pb2.ModelQueuePolicy.REJECT
-    policy.allow_timeout_override = True
 
 
 def _use_engines(

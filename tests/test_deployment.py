@@ -32,7 +32,7 @@ FORMS = [
     Deployment(engine="onnxruntime", provider="cpu"),
     Deployment(engine="onnxruntime", provider="cuda", precision="fp16"),
     Deployment(engine="onnxruntime", provider="tensorrt", precision="bf16", max_rows=20),
-    Deployment(engine="tensorrt", precision="bf16", max_rows=128, queue_delay_us=100),
+    Deployment(engine="tensorrt", precision="bf16", max_rows=128),
 ]
 
 
@@ -46,10 +46,7 @@ def test_every_form_has_the_contract(model: str, form: Deployment) -> None:
     check_tensors(config.output, contract.COMPOSED[model][1], SIZES)
     assert (config.name, config.backend) == (model, form.engine)
     assert config.max_batch_size == form.max_rows == form.profile[2]
-    policy = config.dynamic_batching.default_queue_policy
-    assert policy.max_queue_size > 0
-    assert policy.default_timeout_microseconds > 0
-    assert config.dynamic_batching.max_queue_delay_microseconds == form.queue_delay_us
+    assert not config.HasField("dynamic_batching")  # the orchestrator gathers the rows
     (group,) = config.instance_group
     kinds = model_config_pb2.ModelInstanceGroup
     assert group.kind == (kinds.KIND_GPU if form.on_gpu else kinds.KIND_CPU)

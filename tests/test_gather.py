@@ -2,7 +2,6 @@
 
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -34,10 +33,8 @@ def engine() -> Engine:
 
 
 @pytest.fixture
-def gather(engine: Engine) -> Iterator[Gatherer]:
-    gatherer = Gatherer(engine, ("model",), max_rows=16, linger_s=0.5)
-    yield gatherer
-    gatherer.close()
+def gather(engine: Engine) -> Gatherer:
+    return Gatherer(engine, ("model",), max_rows=16, linger_s=0.5)
 
 
 def run_request(gather: Gatherer, start: float, rows: int, calls: int) -> np.ndarray:
@@ -84,7 +81,6 @@ def test_a_request_alone_waits_for_nobody(engine: Engine) -> None:
     started = time.monotonic()
     run_request(gather, 1, 2, 5)
     assert time.monotonic() - started < 20
-    gather.close()
 
 
 def test_a_slow_request_is_not_waited_for_without_end(engine: Engine) -> None:
@@ -104,31 +100,17 @@ def test_a_slow_request_is_not_waited_for_without_end(engine: Engine) -> None:
         assert time.monotonic() - started < 30
         release.set()
     assert engine.rows == [1, 1, 1]
-    gather.close()
 
 
-def test_a_call_that_never_ends_is_given_up() -> None:
-    """By the caller whose rows are in it, and by one that still waits in the queue."""
-    release = threading.Event()
-
-    def hang(model: str, tensors: Tensors) -> Outputs:
-        release.wait(60)
-        return (tensors["x"],)
-
-    gather = Gatherer(hang, ("model",), max_rows=2, linger_s=0.01)
-    x = {"x": np.ones((2, 1))}
-
-    def give_up(timeout_s: float) -> None:
-        with gather.request(), pytest.raises(TimeoutError):
-            gather("model", x, timeout_s)
-
-    with ThreadPoolExecutor(2) as pool:
-        for job in [pool.submit(give_up, 0.2), pool.submit(give_up, 0.2)]:
-            job.result(30)
-    release.set()
-    with gather.request():
-        np.testing.assert_array_equal(gather("model", x, 30)[0], x["x"])
-    gather.close()
+def test_a_full_batch_waits_for_nobody(engine: Engine) -> None:
+    """Nor does what does not fit in it, once the engine is free."""
+    gather = Gatherer(engine, ("model",), max_rows=4, linger_s=30)
+    with gather.request():  # one that never calls, and would be waited for
+        with ThreadPoolExecutor(4) as pool:
+            jobs = [pool.submit(run_request, gather, 1.0, 2, 4) for _ in range(4)]
+            for job in jobs:
+                job.result(20)
+    assert engine.rows == [4] * 8
 
 
 def test_failures_reach_the_caller_and_end_nothing(gather: Gatherer) -> None:
@@ -148,6 +130,5 @@ def test_free_instances_share_the_rows() -> None:
         for k, job in enumerate(jobs):
             np.testing.assert_array_equal(job.result(), np.full((1, 3), (k + 1.0) * 2**10))
     elapsed = time.monotonic() - started
-    gatherer.close()
     assert sum(engine.rows) == 80
     assert len(engine.rows) * CALL_S > 1.4 * elapsed  # they ran side by side

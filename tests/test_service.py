@@ -25,7 +25,7 @@ from flowturbo.serving.tritonserver import ServerAddress, running_server
 
 ReadMetrics = Callable[[ServerAddress], dict[str, float]]
 LONG = {"schedule": "E250", "labels": [0] * 16}  # far longer than any test waits
-PREDICTED = 'flowturbo_evaluations_total{model="velocity_predictor"}'
+PREDICTED = 'nv_inference_count{model="velocity_predictor",version="1"}'
 
 
 @pytest.fixture
@@ -46,9 +46,10 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
 
 
 def rests(metrics: Callable[[], dict[str, float]]) -> float:
-    """Asserts that nothing is in flight or evaluated any more; the rows evaluated so far."""
-    rows = metrics()[PREDICTED]
+    """Asserts that nothing is in flight, nor evaluated after the call under way; the rows so far."""
     assert metrics()["flowturbo_requests_in_flight"] == 0
+    time.sleep(0.5)
+    rows = metrics()[PREDICTED]
     time.sleep(0.5)
     assert metrics()[PREDICTED] == rows
     return rows

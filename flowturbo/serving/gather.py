@@ -1,16 +1,18 @@
 """Calls of many requests to one model, gathered into one batch a tick.
 
-Left to a batcher that starts whenever the engine is free, requests in a loop fall into two cohorts:
-one waits while the other runs, and neither batch is ever full. Here a tick waits for the requests
-that are just between two calls, a fraction of a millisecond, so that the cohorts merge; a request
-alone has nobody to wait for and never does.
+Triton's dynamic batcher starts whenever the engine is free, so that requests in a loop fall into
+two cohorts: one waits while the other runs, and neither batch is ever full. Here a tick waits for
+the requests that are just between two calls, a fraction of a millisecond, so that the cohorts
+merge; a request alone has nobody to wait for and never does.
+
+There is no thread of its own between a caller and the model, each of which costs a wake-up both
+ways: of the callers that wait for a model one leads, which makes the call for all.
 """
 
 import math
 import threading
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -22,11 +24,31 @@ from flowturbo.guidance import Tensors
 Outputs = tuple[np.ndarray, ...]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Pending:
+    """A call that waits. It wakes to lead, or with its outputs or the error there."""
+
     tensors: Tensors
     rows: int
-    result: "Future[Outputs]" = field(default_factory=Future)
+    wake: threading.Event = field(default_factory=threading.Event)
+    outputs: Outputs | None = None
+    error: BaseException | None = None
+
+    @property
+    def is_done(self) -> bool:
+        return self.outputs is not None or self.error is not None
+
+
+@dataclass(eq=False)
+class _Queue:
+    """The calls that wait for one model, and how many of its instances are `free`."""
+
+    free: int
+    pending: deque[_Pending] = field(default_factory=deque)
+    led: bool = False  # somebody gathers a batch just now
+
+    def rows(self) -> int:
+        return sum(pending.rows for pending in self.pending)
 
 
 class Gatherer:
@@ -49,105 +71,80 @@ class Gatherer:
         self._max_rows = max_rows
         self._linger_s = linger_s
         self._between = 0  # requests that are in no call now
-        self._closed = False
-        self._changed = threading.Condition()
-        self._queues: dict[str, deque[_Pending]] = {model: deque() for model in models}
-        self._free = dict.fromkeys(models, instances)
-        self._threads = [
-            threading.Thread(target=self._serve, args=(model,), name=f"gather-{model}", daemon=True)
-            for model in models
-            for _ in range(instances)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._complete = threading.Condition()  # and the lock of all that is here
+        self._queues = {model: _Queue(instances) for model in models}
 
     @contextmanager
     def request(self) -> Iterator[None]:
         """Around all calls of one request: tells that it is there to be waited for."""
-        self._count_between(1)
+        with self._complete:
+            self._between += 1
         try:
             yield
         finally:
-            self._count_between(-1)
+            with self._complete:
+                self._between -= 1
+                self._complete.notify_all()
 
-    def __call__(self, model: str, tensors: Tensors, timeout_s: float | None = None) -> Outputs:
-        """The outputs for `tensors` [rows, ...], evaluated together with other callers' rows.
-
-        Raises TimeoutError after `timeout_s`; rows not yet sent to the model then never are.
-        """
-        pending = _Pending(tensors, len(next(iter(tensors.values()))))
-        with self._changed:
-            self._between -= 1
-            self._queues[model].append(pending)
-            self._changed.notify_all()
-        try:
-            return pending.result.result(timeout_s)
-        except TimeoutError:
-            if pending.result.cancel():  # still queued: nobody will count it back
-                self._count_between(1)
-            raise
-
-    def close(self) -> None:
-        """Stops the threads once what is queued is done."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        for thread in self._threads:
-            thread.join()
-
-    def _count_between(self, change: int) -> None:
-        with self._changed:
-            self._between += change
-            self._changed.notify_all()
-
-    def _serve(self, model: str) -> None:
-        while (batch := self._next_batch(model)) is not None:
-            if not batch:
-                continue  # all in it have given up
-            try:
-                results = self._evaluate(model, batch)
-            except BaseException as error:
-                self._finish(model, batch)
-                for pending in batch:
-                    pending.result.set_exception(error)
-                continue
-            self._finish(model, batch)
-            for pending, outputs in zip(batch, results, strict=True):
-                pending.result.set_result(outputs)
-
-    def _finish(self, model: str, batch: list[_Pending]) -> None:
-        with self._changed:
-            self._free[model] += 1
-            self._between += len(batch)
-            self._changed.notify_all()
-
-    def _next_batch(self, model: str) -> list[_Pending] | None:
-        """Waits for calls and takes those that fit in one batch, in order; None when closed."""
+    def __call__(self, model: str, tensors: Tensors) -> Outputs:
+        """The outputs for `tensors` [rows, ...], evaluated together with other callers' rows."""
         queue = self._queues[model]
-        with self._changed:
-            self._changed.wait_for(lambda: queue or self._closed)
-            if not queue:
-                return None
-            self._changed.wait_for(lambda: self._is_complete(queue), timeout=self._linger_s)
-            batch = self._take(queue, self._free[model])
-            self._free[model] -= bool(batch)
-            return batch
+        pending = _Pending(tensors, len(next(iter(tensors.values()))))
+        with self._complete:
+            self._between -= 1
+            queue.pending.append(pending)
+            self._appoint(queue)
+            if self._between <= 0 or queue.rows() >= self._max_rows:
+                self._complete.notify_all()
+        while not pending.is_done:
+            pending.wake.wait()
+            if not pending.is_done:
+                self._lead(model, queue, pending)
+        if pending.error is not None:
+            raise pending.error
+        assert pending.outputs is not None
+        return pending.outputs
 
-    def _take(self, queue: deque[_Pending], free: int) -> list[_Pending]:
-        """One of `free` equal shares of the queue, in order, as far as it fits in one batch."""
-        share = math.ceil(sum(pending.rows for pending in queue) / free)
-        batch: list[_Pending] = []
-        rows = 0
-        while queue and (not batch or rows + queue[0].rows <= min(share, self._max_rows)):
-            pending = queue.popleft()
-            if pending.result.set_running_or_notify_cancel():
-                rows += pending.rows
-                batch.append(pending)
+    def _appoint(self, queue: _Queue) -> None:
+        """Has the first call in the queue lead, if there is an instance for it to use."""
+        if queue.pending and queue.free and not queue.led:
+            queue.led = True
+            queue.pending[0].wake.set()
+
+    def _lead(self, model: str, queue: _Queue, leader: _Pending) -> None:
+        """Gathers a batch and evaluates it; the leader, first in the queue, is always in it."""
+        with self._complete:
+            self._complete.wait_for(lambda: self._is_complete(queue), timeout=self._linger_s)
+            batch = self._take(queue)
+            queue.free -= 1
+            queue.led = False
+            self._appoint(queue)
+        try:
+            results = self._evaluate(model, batch)
+            for pending, outputs in zip(batch, results, strict=True):
+                pending.outputs = outputs
+        except BaseException as error:
+            for pending in batch:
+                pending.error = error
+        with self._complete:
+            self._between += len(batch)
+            queue.free += 1
+            self._appoint(queue)
+        for pending in batch:
+            pending.wake.set()
+
+    def _take(self, queue: _Queue) -> list[_Pending]:
+        """An equal share for each free instance, in order, as far as it fits in one batch."""
+        share = math.ceil(queue.rows() / queue.free)
+        batch = [queue.pending.popleft()]
+        rows = batch[0].rows
+        while queue.pending and rows + queue.pending[0].rows <= min(share, self._max_rows):
+            batch.append(queue.pending.popleft())
+            rows += batch[-1].rows
         return batch
 
-    def _is_complete(self, queue: deque[_Pending]) -> bool:
-        full = sum(pending.rows for pending in queue) >= self._max_rows
-        return self._between <= 0 or full or self._closed
+    def _is_complete(self, queue: _Queue) -> bool:
+        return self._between <= 0 or queue.rows() >= self._max_rows
 
     def _evaluate(self, model: str, batch: list[_Pending]) -> list[Outputs]:
         if len(batch) == 1:

@@ -5,6 +5,7 @@ whole request.
 """
 
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
@@ -57,10 +58,11 @@ class Metrics:
         with self._lock:
             self._inflight.set(count)
 
-    def evaluated(self, model: str, rows: int) -> None:
-        """Counts `rows` evaluated by a composed model."""
+    def evaluated(self, rows: Mapping[str, int]) -> None:
+        """Counts the rows that each composed model evaluated for one request."""
         with self._lock:
-            self._evaluations[model].increment(rows)
+            for model, count in rows.items():
+                self._evaluations[model].increment(count)
 
     def finished(self, outcome: str, seconds: float) -> None:
         """Counts one answered request."""

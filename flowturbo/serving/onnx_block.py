@@ -1,7 +1,6 @@
 """Triton Python-backend model that evaluates an exported ONNX file beside it.
 
-For servers that have only the Python backend: Triton's dynamic batcher hands several requests at
-once, whose rows are evaluated as one batch.
+For servers that have only the Python backend.
 """
 
 import json
@@ -29,22 +28,13 @@ class TritonPythonModel:
         self._outputs = [entry["name"] for entry in config["output"]]
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Evaluates the rows of all `requests` together."""
-        per_request = [[self._read(request, name) for name in self._inputs] for request in requests]
-        joined = {
-            name: np.concatenate(parts)
-            for name, parts in zip(self._inputs, zip(*per_request, strict=True), strict=True)
-        }
-        outputs = self._model(joined)
-        ends = np.cumsum([len(tensors[0]) for tensors in per_request])
-        split = zip(*(np.split(output, ends[:-1]) for output in outputs), strict=True)
-        return [pb_utils.InferenceResponse(self._tensors(parts)) for parts in split]
+        """Evaluates the rows of each request; the orchestrator has gathered them."""
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request: Any) -> Any:
+        outputs = self._model({name: self._read(request, name) for name in self._inputs})
+        return pb_utils.InferenceResponse(list(map(pb_utils.Tensor, self._outputs, outputs)))
 
     def _read(self, request: Any, name: str) -> np.ndarray:
         tensor: np.ndarray = pb_utils.get_input_tensor_by_name(request, name).as_numpy()
         return tensor
-
-    def _tensors(self, parts: tuple[np.ndarray, ...]) -> list[Any]:
-        return [
-            pb_utils.Tensor(name, part) for name, part in zip(self._outputs, parts, strict=True)
-        ]

@@ -7,8 +7,9 @@ own. Steps of different requests, at different places of different schedules, sh
 import json
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,33 +29,46 @@ from flowturbo.guidance import Tensors
 from flowturbo.program import Variant
 from flowturbo.repository import Pipeline, Settings
 from flowturbo.request import GenerationRequest, parse_request
+from flowturbo.serving.deadlines import Deadlines
 from flowturbo.serving.engines import compute_capabilities
 from flowturbo.serving.gather import Gatherer
 from flowturbo.serving.metrics import CODES, Metrics, outcome_of
 
+CANCEL_CHECK_S = 0.02  # asking the server whether a caller is still there costs a round trip
+
 
 @dataclass
 class Job:
-    """One request on its way: Triton's handle, and when it came and must be done (monotonic s)."""
+    """One request on its way: Triton's handle, and when it came and must be done (monotonic s).
+
+    `evaluated` counts the rows that it had evaluated by each model.
+    """
 
     sender: Any
     arrived: float
     deadline: float
     timeout_s: float
+    evaluated: Counter[str] = field(default_factory=Counter)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    answered: bool = False
+    checked: float = 0.0
 
     def check(self) -> None:
         """Raises once the caller has gone or the deadline has passed."""
-        if self.remaining_s() <= 0:
+        now = time.monotonic()
+        if now >= self.deadline:
             raise self.expired()
-        if self.sender.is_cancelled():
-            raise CancelledError("the request was cancelled by its caller")
-
-    def remaining_s(self) -> float:
-        """Seconds until the deadline."""
-        return self.deadline - time.monotonic()
+        if now - self.checked < CANCEL_CHECK_S:
+            return
+        self.checked = now
+        with self.lock:  # the sender must not be asked once the answer is out
+            if self.answered:
+                raise self.expired()
+            if self.sender.is_cancelled():
+                raise CancelledError("the request was cancelled by its caller")
 
     def expired(self) -> DeadlineError:
-        """What to raise once the deadline has passed."""
+        """The answer once the deadline has passed."""
         return DeadlineError(f"the deadline of {self.timeout_s:g} s passed before the end")
 
 
@@ -77,6 +91,7 @@ class TritonPythonModel:
             # The composed models have an instance on each GPU.
             instances=max(1, len(compute_capabilities())) if self._pipeline.on_gpu else 1,
         )
+        self._deadlines = Deadlines(self._expire)
         self._inflight = 0
         self._lock = threading.Lock()
         self._workers = ThreadPoolExecutor(self._settings.max_inflight, "flowturbo")
@@ -95,7 +110,6 @@ class TritonPythonModel:
     def finalize(self) -> None:
         """Lets the requests in flight finish."""
         self._workers.shutdown(wait=True)
-        self._gather.close()
 
     def _read(self, request: Any) -> GenerationRequest:
         parameters = json.loads(request.parameters() or "{}")
@@ -111,11 +125,13 @@ class TritonPythonModel:
 
     def _start(self, job: Job, request: GenerationRequest) -> None:
         self._admit()
+        ticket = self._deadlines.add(job, job.deadline)
         try:
-            self._workers.submit(self._work, job, request)
+            self._workers.submit(self._work, job, ticket, request)
         except BaseException:
-            self._leave()
-            raise
+            if self._deadlines.done(ticket):
+                self._leave()
+                raise
 
     def _admit(self) -> None:
         """Takes a place in flight, or raises BusyError: no queue, so that refusal comes at once."""
@@ -133,7 +149,12 @@ class TritonPythonModel:
             self._inflight -= 1
             self._metrics.inflight(self._inflight)
 
-    def _work(self, job: Job, request: GenerationRequest) -> None:
+    def _expire(self, job: Job) -> None:
+        """Answers at the deadline, whatever the worker waits for; its own answer is dropped."""
+        self._leave()
+        self._answer(job, job.expired())
+
+    def _work(self, job: Job, ticket: int, request: GenerationRequest) -> None:
         """Runs one admitted request; whatever happens, its one response is sent."""
         result: dict[str, np.ndarray] | BaseException
         try:
@@ -142,18 +163,17 @@ class TritonPythonModel:
                 result = generate(request, self._pipeline, program, self._infer_for(job))
         except BaseException as error:
             result = error
-        # The place is free before the answer is out: a caller in a loop must not find it taken.
-        self._leave()
-        self._answer(job, result)
+        if self._deadlines.done(ticket):
+            # The place is free before the answer is out: a caller in a loop must not find it taken.
+            self._leave()
+            self._answer(job, result)
+        self._metrics.evaluated(job.evaluated)
 
     def _infer_for(self, job: Job) -> Infer:
         def infer(model: str, tensors: Tensors) -> tuple[np.ndarray, ...]:
             job.check()
-            try:
-                outputs = self._gather(model, tensors, job.remaining_s())
-            except TimeoutError:
-                raise job.expired() from None
-            self._metrics.evaluated(model, len(outputs[0]))
+            outputs = self._gather(model, tensors)
+            job.evaluated[model] += len(outputs[0])
             return outputs
 
         return infer
@@ -171,7 +191,9 @@ class TritonPythonModel:
         # Counted first: whoever has the answer finds it in the metrics.
         self._metrics.finished(outcome, time.monotonic() - job.arrived)
         try:
-            job.sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            with job.lock:
+                job.answered = True
+                job.sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
         except Exception as error:
             # The sender is closed by now: nothing more can be sent.
             pb_utils.Logger.log_error(f"flowturbo: an answer could not be sent: {error}")
@@ -200,11 +222,7 @@ def _call(model: str, tensors: Tensors) -> tuple[np.ndarray, ...]:
         preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
     ).exec()
     if response.has_error():
-        message = response.error().message()
-        # The batcher's refusal has no code of its own here, only this text.
-        kind = BusyError if "Exceeds maximum queue size" in message else FlowTurboError
-        prefix = "server is full: " if kind is BusyError else ""
-        raise kind(f"{prefix}{model}: {message}")
+        raise FlowTurboError(f"{model}: {response.error().message()}")
     by_name = {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}
     return tuple(by_name[name] for name in names)
 

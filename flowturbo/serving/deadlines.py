@@ -1,0 +1,51 @@
+"""Deadlines that hold whatever a worker is waiting for."""
+
+import heapq
+import threading
+import time
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+Job = TypeVar("Job")
+
+
+class Deadlines(Generic[Job]):
+    """Calls `expired(job)`, on a thread of its own, for each job that is not done in time."""
+
+    def __init__(self, expired: Callable[[Job], None]) -> None:
+        self._expired = expired
+        self._jobs: dict[int, Job] = {}
+        self._due: list[tuple[float, int]] = []  # a heap; of jobs that are done too
+        self._count = 0
+        self._changed = threading.Condition()
+        threading.Thread(target=self._watch, name="deadlines", daemon=True).start()
+
+    def add(self, job: Job, deadline: float) -> int:
+        """Watches `job` until `deadline` (time.monotonic(), s); its ticket for `done`."""
+        with self._changed:
+            self._count += 1
+            self._jobs[self._count] = job
+            heapq.heappush(self._due, (deadline, self._count))
+            if self._due[0][1] == self._count:
+                self._changed.notify()
+            return self._count
+
+    def done(self, ticket: int) -> bool:
+        """Whether the job was done in time; it is no longer watched."""
+        with self._changed:
+            return self._jobs.pop(ticket, None) is not None
+
+    def _watch(self) -> None:
+        while True:
+            with self._changed:
+                job = self._next()
+            if job is not None:
+                self._expired(job)
+
+    def _next(self) -> Job | None:
+        """Waits for the next deadline; None if nothing is due after all."""
+        wait_s = self._due[0][0] - time.monotonic() if self._due else None
+        if wait_s is None or wait_s > 0:
+            self._changed.wait(wait_s)
+            return None
+        return self._jobs.pop(heapq.heappop(self._due)[1], None)
