@@ -18,8 +18,9 @@ from export.onnx_graph import PRECISIONS
 from export.pipeline import Options, Source, export_pipeline
 from export.runtime import candidates
 from export.verify import verify_repository
-from flowturbo.errors import FlowTurboError
+from flowturbo.errors import FlowTurboError, RequestError
 from flowturbo.onnx_session import RUNTIMES
+from flowturbo.schedule import Schedule
 from flowturbo.serving.installation import cache_folder
 
 
@@ -52,6 +53,7 @@ def _options(argv: Sequence[str]) -> Options:
     if values["precision"] == "fp8" and values["engine"] == "onnxruntime":
         parser.error("--precision fp8 goes with --engine tensorrt (or python, slowly, on a CPU)")
     values["source"] = _take(Source, values)
+    values["ensemble"] = tuple(dict.fromkeys(values["ensemble"]))
     values["deployment"] = _take(Deployment, values)
     if not candidates(values["deployment"]):
         parser.error(
@@ -139,6 +141,14 @@ def _export_parser() -> argparse.ArgumentParser:
         default=cache_folder(),
         help="folder of TensorRT's timing caches",
     )
+    add(
+        "--ensemble",
+        type=_schedule,
+        nargs="+",
+        default=(),
+        metavar="SCHEDULE",
+        help="schedules, such as H1P5R3, that get a model of their own: a Triton ensemble",
+    )
     add("--force", action="store_true", help="export again although nothing has changed")
     return parser
 
@@ -151,6 +161,13 @@ def _verify_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--schedule", help="of the trajectory (default: H1P5R3, or H1P5)")
     return parser
+
+
+def _schedule(text: str) -> Schedule:
+    try:
+        return Schedule.parse(text)
+    except RequestError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _natural(text: str) -> int:

@@ -1,6 +1,6 @@
 """How a composed model is deployed: Triton's configuration of it, in each of its forms."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,7 @@ _TRITON_TYPES = {
     np.int64: model_config_pb2.TYPE_INT64,
     np.int32: model_config_pb2.TYPE_INT32,
     np.uint8: model_config_pb2.TYPE_UINT8,
+    np.object_: model_config_pb2.TYPE_STRING,
 }
 _GROUP = model_config_pb2.ModelInstanceGroup
 
@@ -71,11 +72,6 @@ def model_config(
 ) -> model_config_pb2.ModelConfig:
     """Triton's configuration of a composed model.
 
-    Without Triton's dynamic batcher: the orchestrator gathers rows into batches itself
-    (flowturbo/serving/gather.py), and the batcher misses the wake-up of a call that comes while
-    the answer before it is still on its way, which then waits for the batcher's next look, every
-    500 ms (seen on 24.10).
-
     `sizes` gives C, h, w (and H, W) in numbers, `engine_files` a TensorRT engine's file for each
     compute capability, such as {"8.9": "model.plan"}; `digest` tells these weights from others.
     """
@@ -83,9 +79,10 @@ def model_config(
         name=model, backend=deployment.engine, max_batch_size=deployment.max_rows
     )
     inputs, outputs = contract.COMPOSED[model]
-    for spec, target in [(s, config.input) for s in inputs] + [(s, config.output) for s in outputs]:
-        entry = target.add(name=spec.name, data_type=_TRITON_TYPES[spec.dtype])
-        entry.dims.extend(_dims(spec, sizes))
+    add_tensors(config, inputs, outputs, sizes)
+    # No queue policy: with a limit or a timeout, Triton's batcher prepares no batch ahead, and a
+    # request that comes just before the instance is free again can wait 500 ms (seen on 24.10).
+    config.dynamic_batching.SetInParent()
     if deployment.engine == "tensorrt":
         _use_engines(config, deployment, engine_files)
     elif deployment.engine == "onnxruntime":
@@ -104,6 +101,22 @@ def model_config(
     config.parameters["precision"].string_value = deployment.precision
     config.parameters["runtime"].string_value = deployment.runtime
     return config
+
+
+def add_tensors(
+    config: model_config_pb2.ModelConfig,
+    inputs: Iterable[TensorSpec],
+    outputs: Iterable[TensorSpec],
+    sizes: Mapping[int | str, int],
+) -> None:
+    """Declares a model's inputs and outputs; `sizes` as in `model_config`."""
+    for spec in inputs:
+        entry = config.input.add(name=spec.name, data_type=_TRITON_TYPES[spec.dtype])
+        entry.dims.extend(_dims(spec, sizes))
+        entry.optional = spec.optional
+    for spec in outputs:
+        result = config.output.add(name=spec.name, data_type=_TRITON_TYPES[spec.dtype])
+        result.dims.extend(_dims(spec, sizes))
 
 
 def _dims(spec: TensorSpec, sizes: Mapping[int | str, int]) -> list[int]:

@@ -12,6 +12,7 @@ from export import install
 from export.blocks import StepBlock
 from export.deployment import AUTO, Deployment, model_config
 from export.engine import Builder, build_engine, find_builder
+from export.ensemble import install_ensembles
 from export.onnx_graph import Exported, export_onnx, to_precision
 from export.parity import block_outputs, torch_evaluation
 from export.quantize import quantize
@@ -20,6 +21,7 @@ from flowturbo import contract
 from flowturbo.nets.checkpoint import CheckpointError, build_network, load_checkpoint
 from flowturbo.nets.sit import SiT, SiTConfig
 from flowturbo.nets.vae import Decoder, load_vae
+from flowturbo.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Options:
     compute_capability: str | None
     timing_cache: Path
     force: bool
+    ensemble: tuple[Schedule, ...]
     command: str
 
     def names(self) -> list[str]:
@@ -69,11 +72,24 @@ class Options:
 
 
 def export_pipeline(options: Options) -> None:
-    """Exports, verifies and installs; does nothing if this very pipeline is installed.
+    """Exports, verifies and installs; the ensembles, too, are then those of `options`.
 
     Raises CheckpointError, VerificationError or EngineError, and then leaves the repository as it
     was.
     """
+    _check_ensembles(options)
+    _export_composed(options)
+    install_ensembles(options.repository, options.ensemble)
+
+
+def _check_ensembles(options: Options) -> None:
+    for schedule in options.ensemble:
+        if schedule.refines and not options.source.refiner:
+            raise CheckpointError(f"--ensemble {schedule} has refiner steps: it needs --refiner")
+
+
+def _export_composed(options: Options) -> None:
+    """The networks and the decoder; does nothing if these very ones are installed."""
     builder = None
     if options.deployment.engine == "tensorrt":  # found missing before minutes of export
         builder = find_builder(options.compute_capability)

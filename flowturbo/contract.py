@@ -65,3 +65,42 @@ COMPOSED = {
     REFINER: (REFINER_INPUTS, BLOCK_OUTPUTS),
     DECODER: (DECODER_INPUTS, DECODER_OUTPUTS),
 }
+
+# An ensemble, a model for one schedule (ensemble.py): its tensors, and those between its steps.
+FINISHER = "flowturbo_finisher"
+PLAN_NOISE = "noise_rows"
+PLAN_LABEL = "label_rows"
+PLAN_PAIR = "pair_rows"
+LATENT_ROWS = "latent_rows"
+
+# Of `seed`, the request's alone: an ensemble cannot answer one that it drew, that name being the
+# input's. Optional to Triton, whose word for a missing input is "unexpected deadlock" (24.10).
+ENSEMBLE_INPUTS = tuple(
+    spec
+    for spec in REQUEST_INPUTS
+    if spec.name in ("label", "class_name", "seed", "guidance_scale")
+)
+# It answers with one of the two: Triton (24.10) does not run a step whose output feeds another step
+# and is an output of the ensemble that the request leaves out.
+ENSEMBLE_IMAGE = TensorSpec("image", np.uint8, (-1, "H", "W", 3))
+ENSEMBLE_LATENT = TensorSpec("latent", np.float32, (-1, "C", "h", "w"))
+FINISHER_INPUTS = (
+    TensorSpec(LATENT_ROWS, np.float32, (-1, "C", "h", "w")),
+    TensorSpec(PLAN_PAIR, np.int32, (-1, 1)),
+)
+FINISHER_OUTPUTS = (ENSEMBLE_LATENT,)
+
+
+def plan_scalars(index: int) -> str:
+    """The scalars of a program's block call number `index`, from 0."""
+    return f"scalars_{index}"
+
+
+def plan_outputs(calls: int) -> tuple[TensorSpec, ...]:
+    """What the planner of a program of `calls` block calls answers with, a row each."""
+    return (
+        TensorSpec(PLAN_NOISE, np.float32, (-1, "C", "h", "w")),
+        TensorSpec(PLAN_LABEL, np.int64, (-1, 1)),
+        TensorSpec(PLAN_PAIR, np.int32, (-1, 1)),
+        *(TensorSpec(plan_scalars(k), np.float32, (-1, SCALARS)) for k in range(calls)),
+    )

@@ -20,7 +20,7 @@ Infer = Callable[[str, Tensors], tuple[Array, ...]]
 
 LARGEST_TRAINED_STEP = 0.12  # the paper's range is (0, 0.12]
 _logger = logging.getLogger(__name__)
-_MODELS = {Network.PREDICTOR: contract.PREDICTOR, Network.REFINER: contract.REFINER}
+BLOCK_MODELS = {Network.PREDICTOR: contract.PREDICTOR, Network.REFINER: contract.REFINER}
 
 
 def generate(
@@ -45,7 +45,7 @@ def _latent(
     request: GenerationRequest, pipeline: Pipeline, program: Program, infer: Infer
 ) -> Array:
     def run(network: Network, tensors: Tensors) -> tuple[Array, Array]:
-        x_next, velocity_next = infer(_MODELS[network], tensors)
+        x_next, velocity_next = infer(BLOCK_MODELS[network], tensors)
         return x_next, velocity_next
 
     block = guided_block(

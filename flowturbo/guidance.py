@@ -70,7 +70,7 @@ def guided_block(
     has a row or two an image throughout; an evaluation outside the guidance interval sends only the
     conditional ones and costs half.
     """
-    paired = {name: _alternate(value, null[name]) for name, value in conditioning.items()}
+    paired = {name: alternate(value, null[name]) for name, value in conditioning.items()}
 
     def block(call: BlockCall, x: Array, v: Array, v_net: Array) -> tuple[Array, Array]:
         if guidance.active(call.t):
@@ -91,19 +91,33 @@ def block_inputs(
     scale: float | None,
 ) -> Tensors:
     """The named tensors of one block call; `scale` None means rows stand alone."""
-    rows = len(x)
-    row = [call.t, call.euler, call.w_prev, call.w_next, 1.0 if scale is None else scale]
-    scalars = np.tile(np.array(row, dtype=np.float32), (rows, 1))
-    pair = np.zeros((rows, 1), dtype=np.int32)
-    if scale is not None:
-        pair[::2], pair[1::2] = 1, -1
-    tensors = {"x": x, "velocity": v, "scalars": scalars, "pair": pair, **conditioning}
+    tensors = {
+        "x": x,
+        "velocity": v,
+        "scalars": scalar_rows(call, len(x), 1.0 if scale is None else scale),
+        "pair": pair_rows(len(x), guided=scale is not None),
+        **conditioning,
+    }
     if call.network is Network.REFINER:
         tensors["network_velocity"] = v_net
     return tensors
 
 
-def _alternate(conditional: Array, unconditional: Array) -> Array:
+def scalar_rows(call: BlockCall, rows: int, scale: float) -> Array:
+    """The block's `scalars` tensor, [rows, 5] float32: every row has the same."""
+    row = [call.t, call.euler, call.w_prev, call.w_next, scale]
+    return np.tile(np.array(row, dtype=np.float32), (rows, 1))
+
+
+def pair_rows(rows: int, *, guided: bool) -> Array:
+    """The block's `pair` tensor, [rows, 1] int32: 1 and -1 in turn, or 0 throughout."""
+    pair = np.zeros((rows, 1), dtype=np.int32)
+    if guided:
+        pair[::2], pair[1::2] = 1, -1
+    return pair
+
+
+def alternate(conditional: Array, unconditional: Array) -> Array:
     """[n, ...] and [1, ...] to [2n, ...]: conditional, unconditional, conditional, ..."""
     out = np.repeat(conditional, 2, axis=0)
     out[1::2] = unconditional

@@ -31,7 +31,7 @@ def test_composed(model: str, glyphs_repository: Path) -> None:
     sizes = {"C": 4, "h": 16, "w": 16, "H": 64, "W": 64}
     check_tensors(config.input, inputs, sizes)
     check_tensors(config.output, outputs, sizes)
-    assert not config.HasField("dynamic_batching")
+    assert config.HasField("dynamic_batching")
     assert config.max_batch_size == Pipeline.load(glyphs_repository).max_rows
 
 

@@ -46,7 +46,8 @@ def test_every_form_has_the_contract(model: str, form: Deployment) -> None:
     check_tensors(config.output, contract.COMPOSED[model][1], SIZES)
     assert (config.name, config.backend) == (model, form.engine)
     assert config.max_batch_size == form.max_rows == form.profile[2]
-    assert not config.HasField("dynamic_batching")  # the orchestrator gathers the rows
+    assert config.HasField("dynamic_batching")
+    assert not config.dynamic_batching.HasField("default_queue_policy")
     (group,) = config.instance_group
     kinds = model_config_pb2.ModelInstanceGroup
     assert group.kind == (kinds.KIND_GPU if form.on_gpu else kinds.KIND_CPU)

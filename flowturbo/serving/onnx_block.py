@@ -1,6 +1,7 @@
 """Triton Python-backend model that evaluates an exported ONNX file beside it.
 
-For servers that have only the Python backend.
+For servers that have only the Python backend. Triton's dynamic batcher may hand several requests
+at once, whose rows are evaluated as one batch.
 """
 
 import json
@@ -28,12 +29,19 @@ class TritonPythonModel:
         self._outputs = [entry["name"] for entry in config["output"]]
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Evaluates the rows of each request; the orchestrator has gathered them."""
-        return [self._answer(request) for request in requests]
-
-    def _answer(self, request: Any) -> Any:
-        outputs = self._model({name: self._read(request, name) for name in self._inputs})
-        return pb_utils.InferenceResponse(list(map(pb_utils.Tensor, self._outputs, outputs)))
+        """Evaluates the rows of all `requests` together."""
+        per_request = [[self._read(request, name) for name in self._inputs] for request in requests]
+        if len(requests) == 1:  # the usual one: the orchestrator has gathered the rows already
+            joined = per_request[0]
+        else:
+            joined = [np.concatenate(parts) for parts in zip(*per_request, strict=True)]
+        outputs = self._model(dict(zip(self._inputs, joined, strict=True)))
+        ends = np.cumsum([len(tensors[0]) for tensors in per_request])[:-1]
+        split = zip(*(np.split(output, ends) for output in outputs), strict=True)
+        return [
+            pb_utils.InferenceResponse(list(map(pb_utils.Tensor, self._outputs, parts)))
+            for parts in split
+        ]
 
     def _read(self, request: Any, name: str) -> np.ndarray:
         tensor: np.ndarray = pb_utils.get_input_tensor_by_name(request, name).as_numpy()

@@ -1,0 +1,135 @@
+"""Ensembles: a model a schedule, whose steps Triton runs by itself."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
+
+from export import install
+from export.deployment import add_tensors
+from flowturbo import contract
+from flowturbo.ensemble import Step, block_steps, ensemble_name
+from flowturbo.program import Program, Variant, compile_program
+from flowturbo.repository import BUILD_FILE, Pipeline, Settings
+from flowturbo.schedule import Schedule
+
+# What the requests to an ensemble have in common with the orchestrator's.
+_SHARED_SETTINGS = ("default_guidance_scale", "max_images", "variant")
+_MODEL_PY = '''"""A step of an ensemble; the code is the installed package's."""
+
+from flowturbo.serving.{} import TritonPythonModel
+
+__all__ = ["TritonPythonModel"]
+'''
+
+
+def install_ensembles(repository: Path, schedules: Sequence[Schedule]) -> None:
+    """Writes an ensemble for each of `schedules` beside the models that `repository` has.
+
+    Those of other schedules go. Raises RepositoryError for a repository that is not complete.
+    """
+    with install.staging(repository) as staged:
+        for config, code in _configs(repository, schedules) if schedules else ():
+            _write(staged / config.name, config, code)
+        new = sorted(staged.iterdir())
+        (staged / ".old").mkdir()
+        for folder in _installed(repository):
+            folder.rename(staged / ".old" / folder.name)
+        for folder in new:
+            folder.rename(repository / folder.name)
+
+
+def _installed(repository: Path) -> list[Path]:
+    """The folders written here before: flowturbo_stream, say, has no build record."""
+    return [
+        path.parent
+        for path in repository.glob(f"{contract.ORCHESTRATOR}_*/{BUILD_FILE}")
+        if "ensembles" in json.loads(path.read_text())
+    ]
+
+
+def _write(folder: Path, config: ModelConfig, code: str | None) -> None:
+    (folder / "1").mkdir(parents=True)
+    (folder / "config.pbtxt").write_text(text_format.MessageToString(config))
+    if code:
+        (folder / "1" / "model.py").write_text(_MODEL_PY.format(code))
+    install.write_build(folder, {"ensembles": True})
+
+
+def _configs(
+    repository: Path, schedules: Iterable[Schedule]
+) -> Iterable[tuple[ModelConfig, str | None]]:
+    """Each model with the module of `flowturbo.serving` that is its code, None for an ensemble."""
+    pipeline, settings = Pipeline.load(repository), Settings.load(repository)
+    sizes = _sizes(repository)
+    yield _python_model(contract.FINISHER, sizes, *_FINISHER_TENSORS), "finisher"
+    for schedule in schedules:
+        program = compile_program(schedule, variant=Variant(settings.variant))
+        yield _planner(program, settings, sizes), "planner"
+        yield _ensemble(program, pipeline, sizes), None
+
+
+_FINISHER_TENSORS = contract.FINISHER_INPUTS, contract.FINISHER_OUTPUTS
+
+
+def _sizes(repository: Path) -> dict[int | str, int]:
+    models = (contract.PREDICTOR, contract.DECODER)
+    present = [model for model in models if (repository / model).is_dir()]
+    return {k: v for m in present for k, v in install.read_build(repository / m)["sizes"].items()}
+
+
+def _python_model(
+    name: str,
+    sizes: dict[int | str, int],
+    inputs: Iterable[contract.TensorSpec],
+    outputs: Iterable[contract.TensorSpec],
+) -> ModelConfig:
+    config = ModelConfig(name=name, backend="python")
+    add_tensors(config, inputs, outputs, sizes)
+    config.instance_group.add(count=1, kind=ModelInstanceGroup.KIND_CPU)
+    return config
+
+
+def _planner_name(schedule: Schedule) -> str:
+    return f"{ensemble_name(schedule)}_planner"
+
+
+def _planner(program: Program, settings: Settings, sizes: dict[int | str, int]) -> ModelConfig:
+    outputs = contract.plan_outputs(len(program.calls))
+    name = _planner_name(program.schedule)
+    config = _python_model(name, sizes, contract.ENSEMBLE_INPUTS, outputs)
+    config.parameters["default_schedule"].string_value = str(program.schedule)
+    for setting in _SHARED_SETTINGS:
+        config.parameters[setting].string_value = str(getattr(settings, setting))
+    return config
+
+
+def _ensemble(program: Program, pipeline: Pipeline, sizes: dict[int | str, int]) -> ModelConfig:
+    config = ModelConfig(name=ensemble_name(program.schedule), platform="ensemble")
+    output = contract.ENSEMBLE_IMAGE if pipeline.has_decoder else contract.ENSEMBLE_LATENT
+    add_tensors(config, contract.ENSEMBLE_INPUTS, [output], sizes)
+    for step in _steps(program, pipeline):
+        entry = config.ensemble_scheduling.step.add(model_name=step.model, model_version=-1)
+        entry.input_map.update(step.inputs)
+        entry.output_map.update(step.outputs)
+    return config
+
+
+def _steps(program: Program, pipeline: Pipeline) -> Iterable[Step]:
+    planned = contract.plan_outputs(len(program.calls))
+    yield Step(
+        _planner_name(program.schedule),
+        {spec.name: spec.name for spec in contract.ENSEMBLE_INPUTS},
+        {spec.name: spec.name for spec in planned},
+    )
+    blocks, latent_rows = block_steps(program)
+    yield from blocks
+    yield Step(
+        contract.FINISHER,
+        {contract.LATENT_ROWS: latent_rows, contract.PLAN_PAIR: contract.PLAN_PAIR},
+        {"latent": "latent"},
+    )
+    if pipeline.has_decoder:
+        yield Step(contract.DECODER, {"latent": "latent"}, {"image": "image"})

@@ -1,0 +1,26 @@
+"""Triton Python-backend model: an ensemble's latent rows to the latents of its images."""
+
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+from flowturbo import contract
+from flowturbo.ensemble import conditional_rows
+
+
+class TritonPythonModel:
+    """Leaves the unconditional rows out, which no step of an ensemble can do by itself."""
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """Every request's conditional rows."""
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request: Any) -> Any:
+        rows, pair = (
+            pb_utils.get_input_tensor_by_name(request, spec.name).as_numpy()
+            for spec in contract.FINISHER_INPUTS
+        )
+        (output,) = contract.FINISHER_OUTPUTS
+        return pb_utils.InferenceResponse(
+            [pb_utils.Tensor(output.name, conditional_rows(rows, pair))]
+        )
