@@ -12,9 +12,10 @@ from export.deployment import add_tensors
 from flowturbo import contract
 from flowturbo.ensemble import Step, block_steps, ensemble_name
 from flowturbo.program import Program, Variant, compile_program
-from flowturbo.repository import BUILD_FILE, Pipeline, Settings
+from flowturbo.repository import BUILD_FILE, ENSEMBLE_SCHEDULE, Pipeline, Settings
 from flowturbo.schedule import Schedule
 
+_PART = "part_of_ensemble"
 # What the requests to an ensemble have in common with the orchestrator's.
 _SHARED_SETTINGS = ("default_guidance_scale", "max_images", "variant")
 _MODEL_PY = '''"""A step of an ensemble; the code is the installed package's."""
@@ -31,8 +32,8 @@ def install_ensembles(repository: Path, schedules: Sequence[Schedule]) -> None:
     Those of other schedules go. Raises RepositoryError for a repository that is not complete.
     """
     with install.staging(repository) as staged:
-        for config, code in _configs(repository, schedules) if schedules else ():
-            _write(staged / config.name, config, code)
+        for config, code, build in _configs(repository, schedules) if schedules else ():
+            _write(staged / config.name, config, code, build)
         new = sorted(staged.iterdir())
         (staged / ".old").mkdir()
         for folder in _installed(repository):
@@ -46,29 +47,31 @@ def _installed(repository: Path) -> list[Path]:
     return [
         path.parent
         for path in repository.glob(f"{contract.ORCHESTRATOR}_*/{BUILD_FILE}")
-        if "ensembles" in json.loads(path.read_text())
+        if json.loads(path.read_text()).keys() & {ENSEMBLE_SCHEDULE, _PART}
     ]
 
 
-def _write(folder: Path, config: ModelConfig, code: str | None) -> None:
+def _write(folder: Path, config: ModelConfig, code: str | None, build: dict[str, str]) -> None:
     (folder / "1").mkdir(parents=True)
     (folder / "config.pbtxt").write_text(text_format.MessageToString(config))
     if code:
         (folder / "1" / "model.py").write_text(_MODEL_PY.format(code))
-    install.write_build(folder, {"ensembles": True})
+    install.write_build(folder, build)
 
 
 def _configs(
     repository: Path, schedules: Iterable[Schedule]
-) -> Iterable[tuple[ModelConfig, str | None]]:
-    """Each model with the module of `flowturbo.serving` that is its code, None for an ensemble."""
+) -> Iterable[tuple[ModelConfig, str | None, dict[str, str]]]:
+    """Each model, its code's module in `flowturbo.serving` (an ensemble has none), its record."""
     pipeline, settings = Pipeline.load(repository), Settings.load(repository)
     sizes = _sizes(repository)
-    yield _python_model(contract.FINISHER, sizes, *_FINISHER_TENSORS), "finisher"
+    finisher = _python_model(contract.FINISHER, sizes, *_FINISHER_TENSORS)
+    yield finisher, "finisher", {_PART: "all"}
     for schedule in schedules:
         program = compile_program(schedule, variant=Variant(settings.variant))
-        yield _planner(program, settings, sizes), "planner"
-        yield _ensemble(program, pipeline, sizes), None
+        yield _planner(program, settings, sizes), "planner", {_PART: str(schedule)}
+        record = {ENSEMBLE_SCHEDULE: str(schedule), "variant": settings.variant}
+        yield _ensemble(program, pipeline, sizes), None, record
 
 
 _FINISHER_TENSORS = contract.FINISHER_INPUTS, contract.FINISHER_OUTPUTS
@@ -108,8 +111,8 @@ def _planner(program: Program, settings: Settings, sizes: dict[int | str, int]) 
 
 def _ensemble(program: Program, pipeline: Pipeline, sizes: dict[int | str, int]) -> ModelConfig:
     config = ModelConfig(name=ensemble_name(program.schedule), platform="ensemble")
-    output = contract.ENSEMBLE_IMAGE if pipeline.has_decoder else contract.ENSEMBLE_LATENT
-    add_tensors(config, contract.ENSEMBLE_INPUTS, [output], sizes)
+    images = [contract.ENSEMBLE_IMAGE] if pipeline.has_decoder else []
+    add_tensors(config, contract.ENSEMBLE_INPUTS, [*images, contract.ENSEMBLE_LATENT], sizes)
     for step in _steps(program, pipeline):
         entry = config.ensemble_scheduling.step.add(model_name=step.model, model_version=-1)
         entry.input_map.update(step.inputs)
@@ -125,11 +128,12 @@ def _steps(program: Program, pipeline: Pipeline) -> Iterable[Step]:
         {spec.name: spec.name for spec in planned},
     )
     blocks, latent_rows = block_steps(program)
+    decoded = contract.DECODER_LATENT
     yield from blocks
     yield Step(
         contract.FINISHER,
         {contract.LATENT_ROWS: latent_rows, contract.PLAN_PAIR: contract.PLAN_PAIR},
-        {"latent": "latent"},
+        {"latent": "latent"} | ({decoded: decoded} if pipeline.has_decoder else {}),
     )
     if pipeline.has_decoder:
-        yield Step(contract.DECODER, {"latent": "latent"}, {"image": "image"})
+        yield Step(contract.DECODER, {"latent": decoded}, {"image": "image"})

@@ -13,7 +13,7 @@ import numpy as np
 from flowturbo import contract
 from flowturbo.errors import RequestError
 from flowturbo.generate import BLOCK_MODELS
-from flowturbo.guidance import Tensors, alternate, pair_rows, scalar_rows, spread
+from flowturbo.guidance import Guidance, Tensors, alternate, pair_rows, scalar_rows, spread
 from flowturbo.program import BlockCall, Network, Program
 from flowturbo.repository import Pipeline, Settings
 from flowturbo.request import GenerationRequest, parse_request
@@ -79,6 +79,27 @@ def _without_unread(steps: list[Step], end: str) -> tuple[Step, ...]:
         Step(s.model, s.inputs, {key: name for key, name in s.outputs.items() if name in read})
         for s in steps
     )
+
+
+def ensemble_for(
+    request: GenerationRequest, ensembles: Mapping[str, str], pipeline: Pipeline
+) -> str | None:
+    """The model among `ensembles` (schedule to model) that can serve `request`, if there is one."""
+    guidance = request.guidance
+    rows = len(request.labels) * (2 if guidance.used else 1)
+    whole = not guidance.used or guidance.interval == Guidance().interval
+    if request.initial_noise is not None or not whole or rows > pipeline.max_rows:
+        return None
+    return ensembles.get(str(request.schedule))
+
+
+def ensemble_inputs(request: GenerationRequest) -> Tensors:
+    """The tensors that ask an ensemble for what `request` asks for (contract.ENSEMBLE_INPUTS)."""
+    return {
+        "label": request.labels,
+        "seed": request.seeds,
+        "guidance_scale": np.array([request.guidance.scale], dtype=np.float32),
+    }
 
 
 def read_request(tensors: Tensors, pipeline: Pipeline, settings: Settings) -> GenerationRequest:

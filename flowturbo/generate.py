@@ -1,7 +1,7 @@
 """From a checked request to its answer, over whatever evaluates the exported models."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 
 import numpy as np
@@ -28,11 +28,19 @@ def generate(
 ) -> dict[str, Array]:
     """The output tensors that `request` asks for, by name (contract.REQUEST_OUTPUTS)."""
     infer = in_chunks(infer, pipeline.max_rows)
-    answer: dict[str, Array] = {"seed": request.seeds}
+    made: Tensors = {}
     if request.needs_decoder or "latent" in request.outputs:
-        answer["latent"] = _latent(request, pipeline, program, infer)
+        made["latent"] = _latent(request, pipeline, program, infer)
     if request.needs_decoder:
-        (answer["image"],) = infer(contract.DECODER, {"latent": answer["latent"]})
+        (made["image"],) = infer(contract.DECODER, {"latent": made["latent"]})
+    return complete(request, pipeline, made)
+
+
+def complete(
+    request: GenerationRequest, pipeline: Pipeline, made: Mapping[str, Array]
+) -> dict[str, Array]:
+    """The output tensors that `request` asks for, from the image and latent `made` for it."""
+    answer: dict[str, Array] = {"seed": request.seeds, **made}
     if "encoded_image" in request.outputs:
         answer["encoded_image"] = encode_images(answer["image"], request.output_format)
     if "class_name" in request.outputs:

@@ -22,6 +22,7 @@ _BUILD_KEYS = (
     "runtime",
     "on_gpu",
 )
+ENSEMBLE_SCHEDULE = "ensemble_schedule"  # in the build file of an ensemble
 EXPORT_HINT = "python -m export --predictor FILE --refiner FILE --vae DIR --repository {}"
 
 
@@ -100,6 +101,19 @@ def _check_fit(name: str, build: Mapping[str, Any], predictor: Mapping[str, Any]
                 f"{name} and {contract.PREDICTOR} come from different exports (they differ in "
                 f"{key}): export them together"
             )
+
+
+def read_ensembles(repository: Path, variant: str) -> dict[str, str]:
+    """The ensembles in `repository` that compute refiner steps as `variant`: schedule to model."""
+    builds = {
+        path.parent.name: json.loads(path.read_text())
+        for path in repository.glob(f"{contract.ORCHESTRATOR}_*/{BUILD_FILE}")
+    }
+    return {
+        build[ENSEMBLE_SCHEDULE]: model
+        for model, build in builds.items()
+        if ENSEMBLE_SCHEDULE in build and build["variant"] == variant
+    }
 
 
 @dataclass(frozen=True)

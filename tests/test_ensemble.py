@@ -14,7 +14,7 @@ from support import GOLDEN, check_tensors, read_config, run_export
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from export.ensemble import install_ensembles
-from flowturbo import contract
+from flowturbo import LocalPipeline, contract
 from flowturbo.ensemble import block_steps, ensemble_name
 from flowturbo.program import Program, Variant, compile_program
 from flowturbo.sampler import sample
@@ -33,6 +33,11 @@ def repository(glyphs_repository: Path, tmp_path_factory: pytest.TempPathFactory
     install_ensembles(copy, [Schedule.parse("H3"), SCHEDULES[0]])
     install_ensembles(copy, SCHEDULES)
     return copy
+
+
+@pytest.fixture(scope="module")
+def local(repository: Path) -> LocalPipeline:
+    return LocalPipeline(repository)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +81,8 @@ def test_repository_has_the_ensembles_asked_for_last(repository: Path) -> None:
     assert generated == {contract.FINISHER, *names, *(f"{name}_planner" for name in names)}
     config = read_config(repository / H1P5R3 / "config.pbtxt")
     check_tensors(config.input, contract.ENSEMBLE_INPUTS, {})
-    check_tensors(config.output, (contract.ENSEMBLE_IMAGE,), {"H": 64, "W": 64})
+    outputs = (contract.ENSEMBLE_IMAGE, contract.ENSEMBLE_LATENT)
+    check_tensors(config.output, outputs, {"H": 64, "W": 64, "C": 4, "h": 16, "w": 16})
     models = [step.model_name for step in config.ensemble_scheduling.step]
     assert models.count(contract.PREDICTOR) == 7
     assert models.count(contract.REFINER) == 6
@@ -114,16 +120,38 @@ def run_steps(program: Program, noise: np.ndarray, block: Callable[..., Any]) ->
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 @pytest.mark.parametrize("guidance", [None, 1.0, 2.5])
-def test_images_are_the_orchestrators(
-    infer: Infer, schedule: Schedule, guidance: float | None
+def test_images_are_those_of_single_steps(
+    infer: Infer, local: LocalPipeline, schedule: Schedule, guidance: float | None
 ) -> None:
-    tensors = {"label": ids(3, 0, 35), "seed": ids(7, 8, 2**40)}
+    """Asked for by its own name and through the orchestrator."""
+    labels, seeds = ids(3, 0, 35), ids(7, 8, 2**40)
+    expected = local.generate(labels, seeds, str(schedule), guidance).image
+    assert expected is not None
+    assert expected.std() > 10
+    tensors = {"label": labels, "seed": seeds}
     if guidance is not None:
         tensors["guidance_scale"] = scale(guidance)
-    expected = infer("flowturbo", schedule=text(str(schedule)), **tensors)
-    found = infer(ensemble_name(schedule), **tensors)
-    assert np.abs(found - expected).max() <= 1
-    assert expected.std() > 10
+    for found in (
+        infer(ensemble_name(schedule), **tensors),
+        infer("flowturbo", schedule=text(str(schedule)), **tensors),
+    ):
+        assert np.abs(found - expected).max() <= 1
+
+
+def test_the_orchestrator_calls_the_ensemble(infer: Infer, server: ServerAddress) -> None:
+    """But where a request wants what an ensemble lacks: a part of the times guided."""
+    request = {"label": ids(3), "seed": ids(1), "schedule": text("H1P5R3")}
+    before = count_of(server, H1P5R3)
+    infer("flowturbo", **request)
+    assert count_of(server, H1P5R3) == before + 1
+    infer("flowturbo", guidance_interval=np.array([0.1, 0.8], np.float32), **request)
+    assert count_of(server, H1P5R3) == before + 1
+
+
+def count_of(server: ServerAddress, model: str) -> int:
+    with triton.InferenceServerClient(server.grpc) as client:
+        (found,) = client.get_inference_statistics(model).model_stats
+    return found.inference_stats.success.count
 
 
 def test_class_names(infer: Infer) -> None:
@@ -147,15 +175,16 @@ def test_batches_are_shared_with_the_orchestrators(infer: Infer, server: ServerA
     """While rows of a larger request are evaluated, two small requests come to wait together."""
     before = executions_by_rows(server)
     large = {"label": ids(*range(8)), "seed": ids(*range(8))}
+    small_request = {"label": ids(1), "seed": ids(2)}
     with ThreadPoolExecutor(3) as pool:
         small = [
-            pool.submit(lambda m: [infer(m, label=ids(1), seed=ids(2)) for _ in range(4)], model)
-            for model in (H1P5R3, "flowturbo")
+            pool.submit(lambda m, r: [infer(m, **small_request, **r) for _ in range(4)], *asked)
+            for asked in ((H1P5R3, {}), ("flowturbo", {"schedule": text("H1P6")}))
         ]
         while not all(job.done() for job in small):
             infer(H1P5R3, **large)
-    images = [image for job in small for image in job.result()]
-    assert all(np.abs(image - images[0]).max() <= 1 for image in images)
+    for images in (job.result() for job in small):
+        assert all(np.abs(image - images[0]).max() <= 1 for image in images)
     new = executions_by_rows(server) - before
     assert new[4] + new[20] > 0, new  # both small ones, perhaps with the large one
 

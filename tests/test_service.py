@@ -46,9 +46,8 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
 
 
 def rests(metrics: Callable[[], dict[str, float]]) -> float:
-    """Asserts that nothing is in flight, nor evaluated after the call under way; the rows so far."""
-    assert metrics()["flowturbo_requests_in_flight"] == 0
-    time.sleep(0.5)
+    """Waits until the call under way has ended; asserts that none follows; the rows so far."""
+    wait_until(lambda: metrics()["flowturbo_requests_in_flight"] == 0)
     rows = metrics()[PREDICTED]
     time.sleep(0.5)
     assert metrics()[PREDICTED] == rows
@@ -261,13 +260,15 @@ def test_metrics_count_what_was_done(
     before = read_metrics(glyphs_server)
     client.generate([1, 2], schedule="H1P5R3", guidance_scale=1.0)
     client.generate([1], schedule="H1P5R3", guidance_scale=2.0)
+
+    def rows() -> dict[str, float]:
+        after = read_metrics(glyphs_server)
+        keys = {m: f'flowturbo_evaluations_total{{model="{m}"}}' for m in contract.COMPOSED}
+        return {model: after[key] - before[key] for model, key in keys.items()}
+
+    expected = {"velocity_predictor": 28, "velocity_refiner": 24, "vae_decoder": 3}
+    wait_until(lambda: rows() == expected)  # counted once the answers are out
     after = read_metrics(glyphs_server)
-    rows = {
-        model: after[key] - before[key]
-        for model in contract.COMPOSED
-        if (key := f'flowturbo_evaluations_total{{model="{model}"}}')
-    }
-    assert rows == {"velocity_predictor": 28, "velocity_refiner": 24, "vae_decoder": 3}
     assert after[outcome("ok")] - before[outcome("ok")] == 2
     count = "flowturbo_request_duration_seconds_count"
     assert after[count] - before[count] == 2
@@ -294,5 +295,6 @@ def test_a_full_server_refuses_at_once(
             for job in running:
                 with pytest.raises(DeadlineExceededError):
                     job.result()
+        wait_until(lambda: read_metrics(address)["flowturbo_requests_in_flight"] == 0)
         assert client.generate(1, schedule="E1").images is not None
         assert read_metrics(address)[outcome("busy")] == 3

@@ -20,7 +20,6 @@ class TritonPythonModel:
             pb_utils.get_input_tensor_by_name(request, spec.name).as_numpy()
             for spec in contract.FINISHER_INPUTS
         )
-        (output,) = contract.FINISHER_OUTPUTS
-        return pb_utils.InferenceResponse(
-            [pb_utils.Tensor(output.name, conditional_rows(rows, pair))]
-        )
+        latent = conditional_rows(rows, pair)
+        wanted = request.requested_output_names()
+        return pb_utils.InferenceResponse([pb_utils.Tensor(name, latent) for name in wanted])

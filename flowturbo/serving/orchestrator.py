@@ -17,6 +17,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from flowturbo import contract
+from flowturbo.ensemble import ensemble_for, ensemble_inputs
 from flowturbo.errors import (
     BusyError,
     CancelledError,
@@ -24,10 +25,10 @@ from flowturbo.errors import (
     FlowTurboError,
     RequestError,
 )
-from flowturbo.generate import Infer, generate, program_for
+from flowturbo.generate import BLOCK_MODELS, Infer, complete, generate, program_for
 from flowturbo.guidance import Tensors
-from flowturbo.program import Variant
-from flowturbo.repository import Pipeline, Settings
+from flowturbo.program import Program, Variant
+from flowturbo.repository import Pipeline, Settings, read_ensembles
 from flowturbo.request import GenerationRequest, parse_request
 from flowturbo.serving.deadlines import Deadlines
 from flowturbo.serving.engines import compute_capabilities
@@ -82,9 +83,12 @@ class TritonPythonModel:
             {name: value["string_value"] for name, value in parameters.items()}
         )
         self._pipeline = Pipeline.load(Path(args["model_repository"]).parent)
+        self._ensembles = read_ensembles(
+            Path(args["model_repository"]).parent, self._settings.variant
+        )
         self._metrics = Metrics(tuple(contract.COMPOSED))
         self._gather = Gatherer(
-            _call,
+            _call_block,
             tuple(contract.COMPOSED),
             self._pipeline.max_rows,
             self._settings.gather_ms / 1e3,
@@ -129,8 +133,8 @@ class TritonPythonModel:
         try:
             self._workers.submit(self._work, job, ticket, request)
         except BaseException:
+            self._leave()
             if self._deadlines.done(ticket):
-                self._leave()
                 raise
 
     def _admit(self) -> None:
@@ -151,7 +155,6 @@ class TritonPythonModel:
 
     def _expire(self, job: Job) -> None:
         """Answers at the deadline, whatever the worker waits for; its own answer is dropped."""
-        self._leave()
         self._answer(job, job.expired())
 
     def _work(self, job: Job, ticket: int, request: GenerationRequest) -> None:
@@ -159,15 +162,34 @@ class TritonPythonModel:
         result: dict[str, np.ndarray] | BaseException
         try:
             program = program_for(request.schedule, Variant(self._settings.variant))
-            with self._gather.request():
-                result = generate(request, self._pipeline, program, self._infer_for(job))
+            if ensemble := ensemble_for(request, self._ensembles, self._pipeline):
+                result = self._by_ensemble(job, request, program, ensemble)
+            else:
+                with self._gather.request():
+                    result = generate(request, self._pipeline, program, self._infer_for(job))
         except BaseException as error:
             result = error
-        if self._deadlines.done(ticket):
-            # The place is free before the answer is out: a caller in a loop must not find it taken.
-            self._leave()
+        in_time = self._deadlines.done(ticket)
+        # The place is free before the answer is out: a caller in a loop must not find it taken.
+        self._leave()
+        if in_time:
             self._answer(job, result)
         self._metrics.evaluated(job.evaluated)
+
+    def _by_ensemble(
+        self, job: Job, request: GenerationRequest, program: Program, ensemble: str
+    ) -> dict[str, np.ndarray]:
+        """One call for all steps: no coming and going between them, and none to stop at."""
+        job.check()
+        wanted = ["image"] * request.needs_decoder + ["latent"] * ("latent" in request.outputs)
+        if not wanted:
+            return complete(request, self._pipeline, {})
+        made = _call(ensemble, ensemble_inputs(request), wanted)
+        rows = len(request.labels) * (2 if request.guidance.used else 1)
+        for network, model in BLOCK_MODELS.items():
+            job.evaluated[model] = program.evaluations(network) * rows
+        job.evaluated[contract.DECODER] = len(request.labels) * request.needs_decoder
+        return complete(request, self._pipeline, dict(zip(wanted, made, strict=True)))
 
     def _infer_for(self, job: Job) -> Infer:
         def infer(model: str, tensors: Tensors) -> tuple[np.ndarray, ...]:
@@ -212,9 +234,13 @@ def _array(tensor: Any) -> np.ndarray:
     return array.copy()
 
 
-def _call(model: str, tensors: Tensors) -> tuple[np.ndarray, ...]:
+def _call_block(model: str, tensors: Tensors) -> tuple[np.ndarray, ...]:
     """One blocking evaluation of a composed model, its outputs in the contract's order."""
-    names = [spec.name for spec in contract.COMPOSED[model][1]]
+    return _call(model, tensors, [spec.name for spec in contract.COMPOSED[model][1]])
+
+
+def _call(model: str, tensors: Tensors, names: list[str]) -> tuple[np.ndarray, ...]:
+    """One blocking call of another model, its outputs in the order of `names`."""
     response = pb_utils.InferenceRequest(
         model_name=model,
         requested_output_names=names,
