@@ -30,12 +30,13 @@ _BLOCK_BYTES = 512  # stat(2), whatever the file system's own block is
 
 @dataclass(frozen=True)
 class Work:
-    """What one model did: executions, rows, and seconds spent.
+    """What one model did: calls it took, executions, rows, and seconds spent.
 
     The compute seconds are of executions, not of requests: one that serves ten requests counts
     once. Queue seconds are of the orchestrator's calls.
     """
 
+    calls: int = 0
     executions: int = 0
     rows: int = 0
     queue_s: float = 0.0
@@ -71,6 +72,7 @@ def read_work(client: Any, model: str) -> Work:
     # inference_stats counts an execution's time for each request in it, batch_stats counts it once.
     batches = found.batch_stats
     return Work(
+        found.inference_stats.success.count,
         found.execution_count,
         found.inference_count,
         found.inference_stats.queue.ns / 1e9,
@@ -228,7 +230,7 @@ def described_server(url: str, repository: Path) -> dict[str, Any]:
         "version": version,
         "settings": {name: value.string_value for name, value in config.parameters.items()},
         "models": {
-            name: {key: build[key] for key in ("engine", "precision", "max_rows")}
+            name: {key: build[key] for key in ("engine", "runtime", "precision", "max_rows")}
             for name, build in models.items()
         },
     }

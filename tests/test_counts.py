@@ -1,0 +1,102 @@
+"""A guard that counts what the service does for an image, so that batching cannot vanish unseen.
+
+Counts do not depend on how fast a machine is; those under load are bounds, with room for chance.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle, islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+from flowturbo_client import FlowTurboClient
+
+from bench.observe import Observation, Work, observing, read_work
+from flowturbo import contract
+from flowturbo.contract import DECODER, PREDICTOR, REFINER
+from flowturbo.generate import generate
+from flowturbo.guidance import Tensors
+from flowturbo.local import LocalPipeline
+from flowturbo.program import Network, compile_program
+from flowturbo.request import parse_request
+from flowturbo.schedule import Schedule
+from flowturbo.serving.tritonserver import ServerAddress
+
+ON_STEPS, ON_ENSEMBLE = "H2P4R2", "H1P5R3"  # make export has an ensemble for the second
+GUIDED = 2  # rows an image
+
+
+def observed(url: str, schedules: tuple[str, ...], clients: int, requests: int) -> Observation:
+    """What the server did for `requests` requests of one image from each of `clients`."""
+    with FlowTurboClient(url) as client, ThreadPoolExecutor(clients) as pool:
+
+        def loop(start: int) -> None:
+            for schedule in islice(cycle(schedules), start, start + requests):
+                client.generate(3, 1, schedule)
+
+        with observing(url) as observer:
+            list(pool.map(loop, range(clients)))
+    return observer.observation
+
+
+def calls_of(url: str, model: str) -> Work:
+    with triton.InferenceServerClient(url) as client:
+        return read_work(client, model)
+
+
+@pytest.mark.parametrize("schedule", [ON_STEPS, ON_ENSEMBLE])
+def test_a_lone_image_costs_its_program(glyphs_server: ServerAddress, schedule: str) -> None:
+    """Every network evaluation once, in a call of its own, and one of the decoder."""
+    images = 3
+    done = observed(glyphs_server.grpc, (schedule,), clients=1, requests=images).models
+    program = compile_program(Schedule.parse(schedule))
+    for model, network in ((PREDICTOR, Network.PREDICTOR), (REFINER, Network.REFINER)):
+        evaluations = program.evaluations(network) * images
+        work = done[model]
+        assert (work.calls, work.executions, work.rows) == (
+            *(evaluations, evaluations),
+            evaluations * GUIDED,
+        )
+    assert (done[DECODER].calls, done[DECODER].executions, done[DECODER].rows) == (images,) * 3
+
+
+def test_an_ensemble_is_one_call(glyphs_server: ServerAddress) -> None:
+    model = "flowturbo_h1p5r3"
+    before = calls_of(glyphs_server.grpc, model)
+    observed(glyphs_server.grpc, (ON_ENSEMBLE,), clients=1, requests=3)
+    assert (calls_of(glyphs_server.grpc, model) - before).calls == 3
+
+
+@pytest.mark.parametrize(
+    "schedules", [(ON_STEPS,), (ON_ENSEMBLE,), (ON_STEPS, ON_ENSEMBLE, "H8", "P6")], ids=str
+)
+def test_requests_share_batches(glyphs_server: ServerAddress, schedules: tuple[str, ...]) -> None:
+    """Of 16 rows that 8 clients have at a time, a batch has at least 5 in the mean; 2 is alone."""
+    work = observed(glyphs_server.grpc, schedules, clients=8, requests=8).models[PREDICTOR]
+    assert work.rows_per_execution >= 5
+
+
+def test_bytes_that_a_step_moves(glyphs_repository: Path) -> None:
+    """What goes into a block call and comes out of it is the contract's, once, and nothing else."""
+    local = LocalPipeline(glyphs_repository)
+    sizes = dict(zip("Chw", local.pipeline.latent_shape, strict=True))
+    moved: dict[str, list[int]] = {model: [] for model in contract.COMPOSED}
+
+    def infer(model: str, tensors: Tensors) -> tuple[np.ndarray, ...]:
+        outputs = local._infer(model, tensors)
+        moved[model].append(sum(a.nbytes for a in (*tensors.values(), *outputs)))
+        return outputs
+
+    request = parse_request(
+        {"label": np.array([3]), "seed": np.array([1])}, ["latent"], local.pipeline, local.settings
+    )
+    generate(request, local.pipeline, compile_program(request.schedule), infer)
+    for model, count in ((PREDICTOR, 7), (REFINER, 6), (DECODER, 0)):
+        specs = [spec for side in contract.COMPOSED[model] for spec in side]
+        per_row = sum(
+            np.dtype(s.dtype).itemsize * int(np.prod([sizes.get(str(d), d) for d in s.dims]))
+            for s in specs
+            if model != DECODER
+        )
+        assert moved[model] == [GUIDED * per_row] * count
