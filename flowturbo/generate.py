@@ -27,13 +27,20 @@ def generate(
     request: GenerationRequest, pipeline: Pipeline, program: Program, infer: Infer
 ) -> dict[str, Array]:
     """The output tensors that `request` asks for, by name (contract.REQUEST_OUTPUTS)."""
+    return complete(request, pipeline, make_images(request, pipeline, program, infer))
+
+
+def make_images(
+    request: GenerationRequest, pipeline: Pipeline, program: Program, infer: Infer
+) -> Tensors:
+    """The latent and the image that `request` needs, by these names."""
     infer = in_chunks(infer, pipeline.max_rows)
     made: Tensors = {}
     if request.needs_decoder or "latent" in request.outputs:
         made["latent"] = _latent(request, pipeline, program, infer)
     if request.needs_decoder:
         (made["image"],) = infer(contract.DECODER, {"latent": made["latent"]})
-    return complete(request, pipeline, made)
+    return made
 
 
 def complete(

@@ -1,18 +1,19 @@
-"""Calls of many requests to one model, gathered into one batch a tick.
+"""Calls of many requests, gathered into one batch a tick.
 
-Triton's dynamic batcher starts whenever the engine is free, so that requests in a loop fall into
-two cohorts: one waits while the other runs, and neither batch is ever full. Here a tick waits for
-the requests that are just between two calls, a fraction of a millisecond, so that the cohorts
-merge; a request alone has nobody to wait for and never does.
+Triton's dynamic batcher starts whenever an engine is free, so that requests in a loop fall into
+cohorts: some wait while others run, and no batch is ever full. Here a tick waits for the requests
+that are just between two calls, a fraction of a millisecond, and then runs the calls of which most
+wait: those ahead wait for those behind, and cohorts merge. A request alone has nobody to wait for
+and never does.
 
-There is no thread of its own between a caller and the model, each of which costs a wake-up both
-ways: of the callers that wait for a model one leads, which makes the call for all.
+There is no thread of its own between a caller and the models, which would cost a wake-up both ways:
+of the callers that wait one leads, which makes the call for all.
 """
 
 import math
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -28,6 +29,7 @@ Outputs = tuple[np.ndarray, ...]
 class _Pending:
     """A call that waits. It wakes to lead, or with its outputs or the error there."""
 
+    number: int
     tensors: Tensors
     rows: int
     wake: threading.Event = field(default_factory=threading.Event)
@@ -40,23 +42,36 @@ class _Pending:
 
 
 @dataclass(eq=False)
-class _Queue:
-    """The calls that wait for one model, and how many of its instances are `free`."""
+class _Device:
+    """What one or more models run on, `free` batches at a time, and the calls that wait for it."""
 
     free: int
-    pending: deque[_Pending] = field(default_factory=deque)
+    queues: dict[str, deque[_Pending]] = field(default_factory=dict)
     led: bool = False  # somebody gathers a batch just now
 
-    def rows(self) -> int:
-        return sum(pending.rows for pending in self.pending)
+    def oldest(self) -> _Pending | None:
+        heads = (queue[0] for queue in self.queues.values() if queue)
+        return min(heads, key=lambda pending: pending.number, default=None)
+
+    def most_rows(self) -> int:
+        return max(_rows(queue) for queue in self.queues.values())
+
+    def longest(self) -> tuple[str, deque[_Pending]]:
+        return max(self.queues.items(), key=lambda item: len(item[1]))
+
+
+def _rows(calls: Iterable[_Pending]) -> int:
+    return sum(pending.rows for pending in calls)
 
 
 class Gatherer:
     """Runs `call(model, tensors)` on the joined rows of concurrent callers.
 
     A batch has at most `max_rows` rows and waits at most `linger_s` for requests that are between
-    two calls. `instances` batches of one model run at a time, and those that are free share what is
-    queued. An exception of `call` reaches every caller in the batch.
+    two calls. With `shared` all models take turns on one device: on a CPU, where two at a time are
+    slower than one after the other. Otherwise `instances` batches of each model run at a time, and
+    those that are free share what is queued. An exception of `call` reaches every caller in the
+    batch.
     """
 
     def __init__(
@@ -65,14 +80,22 @@ class Gatherer:
         models: tuple[str, ...],
         max_rows: int,
         linger_s: float,
+        *,
         instances: int = 1,
+        shared: bool = False,
     ) -> None:
         self._call = call
         self._max_rows = max_rows
         self._linger_s = linger_s
         self._between = 0  # requests that are in no call now
+        self._count = 0
         self._complete = threading.Condition()  # and the lock of all that is here
-        self._queues = {model: _Queue(instances) for model in models}
+        devices = (
+            [_Device(instances)] * len(models) if shared else [_Device(instances) for _ in models]
+        )
+        self._devices = dict(zip(models, devices, strict=True))
+        for model, device in self._devices.items():
+            device.queues[model] = deque()
 
     @contextmanager
     def request(self) -> Iterator[None]:
@@ -88,37 +111,40 @@ class Gatherer:
 
     def __call__(self, model: str, tensors: Tensors) -> Outputs:
         """The outputs for `tensors` [rows, ...], evaluated together with other callers' rows."""
-        queue = self._queues[model]
-        pending = _Pending(tensors, len(next(iter(tensors.values()))))
+        device = self._devices[model]
         with self._complete:
+            self._count += 1
+            pending = _Pending(self._count, tensors, len(next(iter(tensors.values()))))
             self._between -= 1
-            queue.pending.append(pending)
-            self._appoint(queue)
-            if self._between <= 0 or queue.rows() >= self._max_rows:
+            device.queues[model].append(pending)
+            self._appoint(device)
+            if self._is_complete(device):
                 self._complete.notify_all()
         while not pending.is_done:
             pending.wake.wait()
+            pending.wake.clear()
             if not pending.is_done:
-                self._lead(model, queue, pending)
+                self._lead(device)
         if pending.error is not None:
             raise pending.error
         assert pending.outputs is not None
         return pending.outputs
 
-    def _appoint(self, queue: _Queue) -> None:
-        """Has the first call in the queue lead, if there is an instance for it to use."""
-        if queue.pending and queue.free and not queue.led:
-            queue.led = True
-            queue.pending[0].wake.set()
+    def _appoint(self, device: _Device) -> None:
+        """Has the oldest call that waits lead, if the device is free for it."""
+        if device.free and not device.led and (leader := device.oldest()):
+            device.led = True
+            leader.wake.set()
 
-    def _lead(self, model: str, queue: _Queue, leader: _Pending) -> None:
-        """Gathers a batch and evaluates it; the leader, first in the queue, is always in it."""
+    def _lead(self, device: _Device) -> None:
+        """Gathers a batch and evaluates it; the leader's own call need not be in it."""
         with self._complete:
-            self._complete.wait_for(lambda: self._is_complete(queue), timeout=self._linger_s)
-            batch = self._take(queue)
-            queue.free -= 1
-            queue.led = False
-            self._appoint(queue)
+            self._complete.wait_for(lambda: self._is_complete(device), timeout=self._linger_s)
+            model, queue = device.longest()
+            batch = self._take(queue, device.free)
+            device.free -= 1
+            device.led = False
+            self._appoint(device)
         try:
             results = self._evaluate(model, batch)
             for pending, outputs in zip(batch, results, strict=True):
@@ -128,23 +154,23 @@ class Gatherer:
                 pending.error = error
         with self._complete:
             self._between += len(batch)
-            queue.free += 1
-            self._appoint(queue)
+            device.free += 1
+            self._appoint(device)
         for pending in batch:
             pending.wake.set()
 
-    def _take(self, queue: _Queue) -> list[_Pending]:
-        """An equal share for each free instance, in order, as far as it fits in one batch."""
-        share = math.ceil(queue.rows() / queue.free)
-        batch = [queue.pending.popleft()]
+    def _take(self, queue: deque[_Pending], free: int) -> list[_Pending]:
+        """One of `free` equal shares of the queue, in order, as far as it fits in one batch."""
+        share = math.ceil(_rows(queue) / free)
+        batch = [queue.popleft()]
         rows = batch[0].rows
-        while queue.pending and rows + queue.pending[0].rows <= min(share, self._max_rows):
-            batch.append(queue.pending.popleft())
+        while queue and rows + queue[0].rows <= min(share, self._max_rows):
+            batch.append(queue.popleft())
             rows += batch[-1].rows
         return batch
 
-    def _is_complete(self, queue: _Queue) -> bool:
-        return self._between <= 0 or queue.rows() >= self._max_rows
+    def _is_complete(self, device: _Device) -> bool:
+        return self._between <= 0 or device.most_rows() >= self._max_rows
 
     def _evaluate(self, model: str, batch: list[_Pending]) -> list[Outputs]:
         if len(batch) == 1:

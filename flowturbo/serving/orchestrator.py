@@ -25,7 +25,7 @@ from flowturbo.errors import (
     FlowTurboError,
     RequestError,
 )
-from flowturbo.generate import BLOCK_MODELS, Infer, complete, generate, program_for
+from flowturbo.generate import BLOCK_MODELS, Infer, complete, make_images, program_for
 from flowturbo.guidance import Tensors
 from flowturbo.program import Program, Variant
 from flowturbo.repository import Pipeline, Settings, read_ensembles
@@ -94,6 +94,7 @@ class TritonPythonModel:
             self._settings.gather_ms / 1e3,
             # The composed models have an instance on each GPU.
             instances=max(1, len(compute_capabilities())) if self._pipeline.on_gpu else 1,
+            shared=not self._pipeline.on_gpu,
         )
         self._deadlines = Deadlines(self._expire)
         self._inflight = 0
@@ -162,11 +163,14 @@ class TritonPythonModel:
         result: dict[str, np.ndarray] | BaseException
         try:
             program = program_for(request.schedule, Variant(self._settings.variant))
-            if ensemble := ensemble_for(request, self._ensembles, self._pipeline):
+            alone = self._inflight == 1  # others have rows to share batches with
+            ensemble = ensemble_for(request, self._ensembles, self._pipeline)
+            if alone and ensemble:
                 result = self._by_ensemble(job, request, program, ensemble)
             else:
                 with self._gather.request():
-                    result = generate(request, self._pipeline, program, self._infer_for(job))
+                    made = make_images(request, self._pipeline, program, self._infer_for(job))
+                result = complete(request, self._pipeline, made)
         except BaseException as error:
             result = error
         in_time = self._deadlines.done(ticket)
