@@ -5,7 +5,7 @@ GLYPHS := weights/glyphs
 REPOSITORY := model_repository
 SOURCES := flowturbo export training bench examples client tests
 
-.PHONY: demo test check setup export serve quality train fonts gpu-check xl-check clean
+.PHONY: demo test check setup export serve quality train fonts bench gpu-check xl-check clean
 
 demo: export  ## serve the glyphs model and write picture grids to output/
 	$(BIN)/python examples/demo.py --repository $(REPOSITORY) --output output
@@ -37,6 +37,9 @@ serve: export  ## until Ctrl-C
 quality: export  ## recognition and Fréchet distance of 1,000 images, H8 and the default schedule
 	$(BIN)/python -m bench.quality --repository $(REPOSITORY) --weights $(GLYPHS) \
 	  --json $(GLYPHS)/quality.json
+
+bench: export  ## load with perf_analyzer, and the service beside PyTorch and FastAPI; 20 minutes
+	$(BIN)/python -m bench.load --repository $(REPOSITORY) --baseline
 
 gpu-check: setup  ## times SiT-XL/2's blocks and schedules in every engine that is here
 	$(BIN)/python -m bench.gpu_check

@@ -53,7 +53,7 @@ def markdown(report: dict[str, Any], plots: Sequence[str]) -> str:
 def _head(report: dict[str, Any]) -> str:
     machine, server, plan = report["hardware"], report["server"], report["plan"]
     forms = ", ".join(
-        f"{name} {model['precision']} ({model['engine']} engine)"
+        f"{name} {model['precision']} ({model['runtime']}, {model['engine']} engine)"
         for name, model in server["models"].items()
     )
     length = (
@@ -64,7 +64,8 @@ def _head(report: dict[str, Any]) -> str:
         f"{report['date'][:10]}, {machine['cpu']}, {machine['cores']} cores, "
         f"{machine['gib']:.0f} GiB; Triton {server['version']}; {forms}. Load from perf_analyzer "
         f"over gRPC on the same machine, {length}. Made by `python -m bench.load`.\n\n"
-        "Busy: the part of the time in which a model computed. CPU: cores used by the server's "
+        "Busy: the part of the time in which a model computed; their sum is 100% where they take "
+        "turns without a pause. CPU: cores used by the server's "
         "processes. Memory: resident, shared pages counted once, in the first and the last quarter "
         "of the point."
     )
@@ -87,6 +88,7 @@ def _server_columns() -> list[Column]:
         ("predictor busy", lambda p: _busy(p, "velocity_predictor")),
         ("refiner busy", lambda p: _busy(p, "velocity_refiner")),
         ("decoder busy", lambda p: _busy(p, "vae_decoder")),
+        ("sum", lambda p: f"{sum(m['busy_share'] for m in p['server']['models'].values()):.0%}"),
         ("CPU", lambda p: _optional(p, "cpu_cores", "{:.2f}")),
         ("memory MiB", _memory),
         ("/dev/shm MiB", lambda p: _optional(p, "shared_memory_mib", "{:.0f}")),

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,19 @@ def test_lone_request(schedule: str, scale: float, predictor: int, refiner: int,
     assert alone.rows == rows
     rare = open_loop(replica, 1e-3, requests=50)
     assert (rare.p50_ms, rare.p95_ms) == (pytest.approx(want), pytest.approx(want))
+
+
+def test_turns_bring_clients_into_step() -> None:
+    """One model at a time, and most calls first: all of them make the predictor's calls together.
+
+    Those of the refiner and the decoder may come in two halves, neither of which is the longer.
+    """
+    replica = Replica.of(TIMES, "H1P5R3", 1.5, turns=True)
+    found = closed_loop(replica, 8)
+    assert found.rows == pytest.approx(16, rel=0.01)
+    most = 8e3 / (8 * replica.image_ms(8) + 14 * 0.5)
+    assert 0.93 * most < found.images_per_s < 1.001 * most
+    assert closed_loop(replace(replica, turns=False), 8).rows < 14
 
 
 def test_interpolation() -> None:

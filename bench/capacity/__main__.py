@@ -17,7 +17,7 @@ from bench.capacity.plan import check, plan
 from bench.capacity.replica import Replica
 from bench.capacity.report import plot, print_check, print_plan
 from flowturbo.errors import RepositoryError
-from flowturbo.repository import Settings
+from flowturbo.repository import Pipeline, Settings
 
 
 def main() -> None:
@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--precision", help="which one of the report")
     parser.add_argument("--overhead-ms", type=float, help="of a call, outside the device")
     parser.add_argument("--max-rows", type=int, help="default: the repository's, or all measured")
+    parser.add_argument("--turns", action="store_true", help="with --times: as on a CPU")
     parser.add_argument("--requests", type=int, default=4000, help="of each simulated load")
     parser.add_argument("--check", type=Path, help="a load curve, written by bench.load")
     parser.add_argument("--json", type=Path, help="where to write all of it; the plot lies beside")
@@ -69,6 +70,7 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
         max_rows=args.max_rows or min(times.max_rows, 64),
         max_inflight=settings.max_inflight,
         gather_ms=settings.gather_ms,
+        turns=args.turns or not (args.times or Pipeline.load(args.repository).on_gpu),
     )
     # As --times takes it: a report is the input of the next.
     report: dict[str, Any] = asdict(times)

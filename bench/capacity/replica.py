@@ -15,7 +15,7 @@ class Replica:
     """One device behind one orchestrator, and the calls (model, rows) that an image makes of it.
 
     `times_ms` are a model's execution times at 0 to `max_rows` rows; `gather_ms` and `max_inflight`
-    are the settings of that name.
+    are the settings of that name; with `turns` one model runs at a time, as on a CPU.
     """
 
     calls: tuple[tuple[str, int], ...]
@@ -24,6 +24,7 @@ class Replica:
     max_rows: int = 64
     max_inflight: int = 64
     gather_ms: float = 2.0
+    turns: bool = False
 
     def __post_init__(self) -> None:
         needed = max(rows for _, rows in self.calls)

@@ -90,8 +90,11 @@ class _Simulation:
                 when, _, event = heapq.heappop(self._events)
                 self._advance(when)
                 event()
-            for model in self._queues:
-                self._start(model)
+            if self.replica.turns:
+                self._take_turn()
+            else:
+                for model in self._queues:
+                    self._start(model)
 
     def arrive(self) -> None:
         """A request comes, and is refused if too many are here."""
@@ -123,17 +126,34 @@ class _Simulation:
         queue = self._queues[model]
         if not queue or model in self._running:
             return
-        fit = self.replica.max_rows // self._rows[model]
-        if self.between and len(queue) < fit and self._waits(model):
+        if self.between and len(queue) < self._fit(model) and self._waits(model):
             return
         self._patience.pop(model, None)
+        self._launch(model)
+
+    def _take_turn(self) -> None:
+        """One model at a time, the one for which most calls wait; of several, the later one."""
+        longest = max(reversed(self._queues), key=lambda model: len(self._queues[model]))
+        if self._running or not self._queues[longest]:
+            return
+        full = any(len(queue) >= self._fit(model) for model, queue in self._queues.items())
+        if self.between and not full and self._waits(""):
+            return
+        self._patience.clear()
+        self._launch(longest)
+
+    def _fit(self, model: str) -> int:
+        return self.replica.max_rows // self._rows[model]
+
+    def _launch(self, model: str) -> None:
+        queue, fit = self._queues[model], self._fit(model)
         batch = [queue.popleft() for _ in range(min(fit, len(queue)))]
         rows = len(batch) * self._rows[model]
         self._running[model] = _Execution(batch, self.replica.times_ms[model][rows])
         self.batches.append((model, self.now, rows))
 
     def _waits(self, model: str) -> bool:
-        """Whether a batch that is not complete waits on, and if so until when."""
+        """Whether a batch that is not full waits on, and until when; "" is any model's."""
         if model not in self._patience:
             self._patience[model] = self.now + self.replica.gather_ms
             self.at(self._patience[model], lambda: None)

@@ -3,8 +3,8 @@
 Triton's dynamic batcher starts whenever an engine is free, so that requests in a loop fall into
 cohorts: some wait while others run, and no batch is ever full. Here a tick waits for the requests
 that are just between two calls, a fraction of a millisecond, and then runs the calls of which most
-wait: those ahead wait for those behind, and cohorts merge. A request alone has nobody to wait for
-and never does.
+wait: a few ahead wait for the many behind, and cohorts merge. A request alone has nobody to wait
+for and never does.
 
 There is no thread of its own between a caller and the models, which would cost a wake-up both ways:
 of the callers that wait one leads, which makes the call for all.
@@ -57,7 +57,8 @@ class _Device:
         return max(_rows(queue) for queue in self.queues.values())
 
     def longest(self) -> tuple[str, deque[_Pending]]:
-        return max(self.queues.items(), key=lambda item: len(item[1]))
+        """The model for which most calls wait; of several, the later one in a program."""
+        return max(reversed(self.queues.items()), key=lambda item: len(item[1]))
 
 
 def _rows(calls: Iterable[_Pending]) -> int:
