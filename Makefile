@@ -56,4 +56,5 @@ train: setup  ## the glyphs model from nothing, about two and a half hours on tw
 
 clean:  ## all that is made here but the training runs
 	rm -rf .venv output $(REPOSITORY)/velocity_predictor $(REPOSITORY)/velocity_refiner \
-	  $(REPOSITORY)/vae_decoder $(REPOSITORY)/flowturbo_*
+	  $(REPOSITORY)/vae_decoder \
+	  $(REPOSITORY)/flowturbo_finisher $(REPOSITORY)/flowturbo_h*

@@ -53,7 +53,8 @@ def _options(argv: Sequence[str]) -> Options:
     if values["precision"] == "fp8" and values["engine"] == "onnxruntime":
         parser.error("--precision fp8 goes with --engine tensorrt (or python, slowly, on a CPU)")
     values["source"] = _take(Source, values)
-    values["ensemble"] = tuple(dict.fromkeys(values["ensemble"]))
+    if values["ensemble"] is not None:
+        values["ensemble"] = tuple(dict.fromkeys(values["ensemble"]))
     values["deployment"] = _take(Deployment, values)
     if not candidates(values["deployment"]):
         parser.error(
@@ -144,10 +145,10 @@ def _export_parser() -> argparse.ArgumentParser:
     add(
         "--ensemble",
         type=_schedule,
-        nargs="+",
-        default=(),
+        nargs="*",
         metavar="SCHEDULE",
-        help="schedules, such as H1P5R3, that get a model of their own: a Triton ensemble",
+        help="schedules, such as H1P5R3, that get a model of their own, a Triton ensemble "
+        "(default: those that the repository has)",
     )
     add("--force", action="store_true", help="export again although nothing has changed")
     return parser

@@ -16,8 +16,6 @@ from flowturbo.repository import BUILD_FILE, ENSEMBLE_SCHEDULE, Pipeline, Settin
 from flowturbo.schedule import Schedule
 
 _PART = "part_of_ensemble"
-# What the requests to an ensemble have in common with the orchestrator's.
-_SHARED_SETTINGS = ("default_guidance_scale", "max_images", "variant")
 _MODEL_PY = '''"""A step of an ensemble; the code is the installed package's."""
 
 from flowturbo.serving.{} import TritonPythonModel
@@ -26,29 +24,41 @@ __all__ = ["TritonPythonModel"]
 '''
 
 
-def install_ensembles(repository: Path, schedules: Sequence[Schedule]) -> None:
-    """Writes an ensemble for each of `schedules` beside the models that `repository` has.
-
-    Those of other schedules go. Raises RepositoryError for a repository that is not complete.
-    """
-    with install.staging(repository) as staged:
-        for config, code, build in _configs(repository, schedules) if schedules else ():
-            _write(staged / config.name, config, code, build)
-        new = sorted(staged.iterdir())
-        (staged / ".old").mkdir()
-        for folder in _installed(repository):
-            folder.rename(staged / ".old" / folder.name)
-        for folder in new:
-            folder.rename(repository / folder.name)
+def installed_ensembles(repository: Path) -> tuple[Schedule, ...]:
+    """The schedules that have an ensemble in `repository`."""
+    builds = (json.loads((folder / BUILD_FILE).read_text()) for folder in _folders(repository))
+    return tuple(Schedule.parse(b[ENSEMBLE_SCHEDULE]) for b in builds if ENSEMBLE_SCHEDULE in b)
 
 
-def _installed(repository: Path) -> list[Path]:
-    """The folders written here before: flowturbo_stream, say, has no build record."""
+def ensemble_models(repository: Path) -> list[str]:
+    """The models in `repository` that belong to an ensemble."""
+    return [folder.name for folder in _folders(repository)]
+
+
+def _folders(repository: Path) -> list[Path]:
+    # flowturbo_stream, say, has no build record.
+    records = sorted(repository.glob(f"{contract.ORCHESTRATOR}_*/{BUILD_FILE}"))
     return [
         path.parent
-        for path in repository.glob(f"{contract.ORCHESTRATOR}_*/{BUILD_FILE}")
+        for path in records
         if json.loads(path.read_text()).keys() & {ENSEMBLE_SCHEDULE, _PART}
     ]
+
+
+def write_ensembles(staged: Path, settings: Settings, schedules: Sequence[Schedule]) -> None:
+    """Writes an ensemble for each of `schedules` beside the finished models in `staged`."""
+    for config, code, build in _configs(staged, settings, schedules) if schedules else ():
+        _write(staged / config.name, config, code, build)
+
+
+def ensembles_are_installed(
+    repository: Path, settings: Settings, schedules: Sequence[Schedule]
+) -> bool:
+    """Whether `repository` has exactly the ensembles of `schedules`, as they would be written."""
+    wanted = _configs(repository, settings, schedules) if schedules else ()
+    texts = {config.name: text_format.MessageToString(config) for config, _, _ in wanted}
+    installed = {path: repository / path / "config.pbtxt" for path in ensemble_models(repository)}
+    return texts == {name: path.read_text() for name, path in installed.items()}
 
 
 def _write(folder: Path, config: ModelConfig, code: str | None, build: dict[str, str]) -> None:
@@ -60,16 +70,16 @@ def _write(folder: Path, config: ModelConfig, code: str | None, build: dict[str,
 
 
 def _configs(
-    repository: Path, schedules: Iterable[Schedule]
+    repository: Path, settings: Settings, schedules: Iterable[Schedule]
 ) -> Iterable[tuple[ModelConfig, str | None, dict[str, str]]]:
     """Each model, its code's module in `flowturbo.serving` (an ensemble has none), its record."""
-    pipeline, settings = Pipeline.load(repository), Settings.load(repository)
+    pipeline = Pipeline.load(repository)
     sizes = _sizes(repository)
     finisher = _python_model(contract.FINISHER, sizes, *_FINISHER_TENSORS)
     yield finisher, "finisher", {_PART: "all"}
     for schedule in schedules:
         program = compile_program(schedule, variant=Variant(settings.variant))
-        yield _planner(program, settings, sizes), "planner", {_PART: str(schedule)}
+        yield _planner(program, pipeline, settings, sizes), "planner", {_PART: str(schedule)}
         record = {ENSEMBLE_SCHEDULE: str(schedule), "variant": settings.variant}
         yield _ensemble(program, pipeline, sizes), None, record
 
@@ -99,13 +109,17 @@ def _planner_name(schedule: Schedule) -> str:
     return f"{ensemble_name(schedule)}_planner"
 
 
-def _planner(program: Program, settings: Settings, sizes: dict[int | str, int]) -> ModelConfig:
+def _planner(
+    program: Program, pipeline: Pipeline, settings: Settings, sizes: dict[int | str, int]
+) -> ModelConfig:
     outputs = contract.plan_outputs(len(program.calls))
     name = _planner_name(program.schedule)
     config = _python_model(name, sizes, contract.ENSEMBLE_INPUTS, outputs)
     config.parameters["default_schedule"].string_value = str(program.schedule)
-    for setting in _SHARED_SETTINGS:
+    for setting in ("default_guidance_scale", "variant"):
         config.parameters[setting].string_value = str(getattr(settings, setting))
+    # As many as fit in one batch: how many a request may ask for is the orchestrator's affair.
+    config.parameters["max_images"].string_value = str(pipeline.max_rows)
     return config
 
 

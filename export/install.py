@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from flowturbo.serving.onnx_block import TritonPythonModel
 
 __all__ = ["TritonPythonModel"]
 '''
-_VERSIONED = ("torch", "onnx", "onnxscript", "diffusers")
+_VERSIONED = ("torch", "onnx", "onnxscript", "diffusers", "onnxruntime", "openvino")
 
 
 def link_installed(repository: Path, staged: Path) -> None:
@@ -62,10 +62,18 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in _VERSIONED}
 
 
+def processor_digest() -> str:
+    """Tells this kind of CPU from others."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    kinds = sorted({line for line in lines if line.startswith(("model name", "flags"))})
+    return hashlib.sha256("\n".join(kinds).encode()).hexdigest()[:16]
+
+
 def source_digest() -> str:
     """Digest of the code that decides what an export contains."""
     digest = hashlib.sha256()
-    files = [ROOT / "flowturbo" / "contract.py", *(ROOT / "flowturbo" / "nets").glob("*.py")]
+    core = ROOT / "flowturbo"
+    files = [core / "contract.py", core / "onnx_session.py", *(core / "nets").glob("*.py")]
     for path in sorted([*files, *(ROOT / "export").glob("*.py")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -95,13 +103,14 @@ def staging(repository: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def install(staged: Path, repository: Path) -> None:
-    """Moves the finished models in `staged` into `repository`, and those of another export out.
+def install(staged: Path, repository: Path, replaced: Iterable[str]) -> None:
+    """Moves the finished models in `staged` into `repository`, and those named `replaced` out.
 
     Each model is renamed into place whole; if one cannot be, the old ones come back. The
     orchestrator is added where it is missing.
     """
     repository.mkdir(parents=True, exist_ok=True)
+    finished = sorted(path.name for path in staged.iterdir())
     if not (repository / contract.ORCHESTRATOR).exists():
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(COMMITTED, staged / contract.ORCHESTRATOR, ignore=ignored)
@@ -109,14 +118,16 @@ def install(staged: Path, repository: Path) -> None:
     old = staged / ".old"
     old.mkdir()
     try:
-        for model in contract.COMPOSED:
+        for model in {*finished, *replaced}:
             if (repository / model).exists():
                 (repository / model).rename(old / model)
-            if (staged / model).exists():
-                (staged / model).rename(repository / model)
+        for model in finished:
+            (staged / model).rename(repository / model)
     except BaseException:
+        for model in finished:
+            if not (staged / model).exists():  # it has been moved in
+                shutil.rmtree(repository / model, ignore_errors=True)
         for saved in old.iterdir():
-            shutil.rmtree(repository / saved.name, ignore_errors=True)
             saved.rename(repository / saved.name)
         raise
 

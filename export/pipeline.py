@@ -12,7 +12,12 @@ from export import install
 from export.blocks import StepBlock
 from export.deployment import AUTO, Deployment, model_config
 from export.engine import Builder, build_engine, find_builder
-from export.ensemble import install_ensembles
+from export.ensemble import (
+    ensemble_models,
+    ensembles_are_installed,
+    installed_ensembles,
+    write_ensembles,
+)
 from export.onnx_graph import Exported, export_onnx, to_precision
 from export.parity import block_outputs, torch_evaluation
 from export.quantize import quantize
@@ -21,6 +26,7 @@ from flowturbo import contract
 from flowturbo.nets.checkpoint import CheckpointError, build_network, load_checkpoint
 from flowturbo.nets.sit import SiT, SiTConfig
 from flowturbo.nets.vae import Decoder, load_vae
+from flowturbo.repository import Settings
 from flowturbo.schedule import Schedule
 
 
@@ -58,7 +64,7 @@ class Options:
     compute_capability: str | None
     timing_cache: Path
     force: bool
-    ensemble: tuple[Schedule, ...]
+    ensemble: tuple[Schedule, ...] | None
     command: str
 
     def names(self) -> list[str]:
@@ -72,35 +78,24 @@ class Options:
 
 
 def export_pipeline(options: Options) -> None:
-    """Exports, verifies and installs; the ensembles, too, are then those of `options`.
+    """Exports, verifies and installs; does nothing if this very pipeline is installed.
 
     Raises CheckpointError, VerificationError or EngineError, and then leaves the repository as it
     was.
     """
-    _check_ensembles(options)
-    _export_composed(options)
-    install_ensembles(options.repository, options.ensemble)
-
-
-def _check_ensembles(options: Options) -> None:
-    for schedule in options.ensemble:
-        if schedule.refines and not options.source.refiner:
-            raise CheckpointError(f"--ensemble {schedule} has refiner steps: it needs --refiner")
-
-
-def _export_composed(options: Options) -> None:
-    """The networks and the decoder; does nothing if these very ones are installed."""
-    builder = None
+    repository, builder = options.repository, None
     if options.deployment.engine == "tensorrt":  # found missing before minutes of export
         builder = find_builder(options.compute_capability)
+    settings, schedules = _settings(repository), _ensembles(options)
     fingerprint = _fingerprint(options)
-    installed = not options.force and _is_installed(options.repository, fingerprint)
-    if installed and not (builder and _lacking(options.repository, builder)):
-        print(f"export: {options.repository} is up to date")
+    installed = not options.force and _is_installed(repository, fingerprint)
+    lacking = installed and builder and _lacking(repository, builder)
+    if installed and not lacking and ensembles_are_installed(repository, settings, schedules):
+        print(f"export: {repository} is up to date")
         return
-    with install.staging(options.repository) as staged:
+    with install.staging(repository) as staged:
         if installed:
-            install.link_installed(options.repository, staged)
+            install.link_installed(repository, staged)
         else:
             _write_models(options, fingerprint, staged)
         if builder:
@@ -108,8 +103,28 @@ def _export_composed(options: Options) -> None:
                 _add_engine(staged / model, builder, options)
         for folder in staged.iterdir():
             _write_config(folder, options.deployment)
-        install.install(staged, options.repository)
-    print(f"export: installed in {options.repository}")
+        write_ensembles(staged, settings, schedules)
+        install.install(staged, repository, [*contract.COMPOSED, *ensemble_models(repository)])
+    print(
+        f"export: installed in {repository}, ensembles: {', '.join(map(str, schedules)) or 'none'}"
+    )
+
+
+def _settings(repository: Path) -> Settings:
+    """Those of the repository's orchestrator, or of the one that it is about to get."""
+    has_one = (repository / contract.ORCHESTRATOR).exists()
+    return Settings.load(repository if has_one else install.COMMITTED.parent)
+
+
+def _ensembles(options: Options) -> tuple[Schedule, ...]:
+    """The schedules asked for, or those that the repository has and the new models can serve."""
+    if options.ensemble is None:
+        found = installed_ensembles(options.repository)
+        return tuple(s for s in found if options.source.refiner or not s.refines)
+    for schedule in options.ensemble:
+        if schedule.refines and not options.source.refiner:
+            raise CheckpointError(f"--ensemble {schedule} has refiner steps: it needs --refiner")
+    return options.ensemble
 
 
 def _fingerprint(options: Options) -> dict[str, Any]:
@@ -124,6 +139,8 @@ def _fingerprint(options: Options) -> dict[str, Any]:
         "options": reading | asdict(options.deployment),
         "class_names": options.names(),
         "versions": install.versions(),
+        # What runs fastest on one processor need not on another.
+        "processor": install.processor_digest() if options.deployment.engine == "python" else None,
         "code": install.source_digest(),
     }
 

@@ -64,7 +64,7 @@ def attempt(
     path: Path,
     expected: Mapping[str, np.ndarray],
     open_to: list[Execution],
-    most_rows: int,
+    opt_rows: int,
 ) -> dict[Execution, Trial]:
     """Tries the ONNX file `path` in each of `open_to`; times them where there are several.
 
@@ -76,12 +76,13 @@ def attempt(
         found = block_outputs(exported, model)
         try:
             parity = check(exported.model, expected, found, TOLERANCES[execution.precision])
-        except VerificationError:
+        except VerificationError as error:
             if len(open_to) == 1:
                 raise
+            print(f"{execution} left out: {error} ... ", end="", flush=True)
             continue
         times = {}
-        for rows in (2, most_rows) if len(open_to) > 1 else ():
+        for rows in (2, opt_rows) if len(open_to) > 1 else ():
             inputs = {k: v.numpy() for k, v in exported.random_inputs(rows, seed=rows).items()}
             times[rows] = round(_milliseconds(model, inputs), 3)
         trials[execution] = Trial(parity, times)

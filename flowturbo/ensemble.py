@@ -20,6 +20,8 @@ from flowturbo.request import GenerationRequest, parse_request
 from flowturbo.sampler import Array, sample
 from flowturbo.schedule import Schedule
 
+_MOST_ROWS = 8  # that the orchestrator gives to an ensemble
+
 
 @dataclass(frozen=True)
 class Step:
@@ -84,11 +86,16 @@ def _without_unread(steps: list[Step], end: str) -> tuple[Step, ...]:
 def ensemble_for(
     request: GenerationRequest, ensembles: Mapping[str, str], pipeline: Pipeline
 ) -> str | None:
-    """The model among `ensembles` (schedule to model) that can serve `request`, if there is one."""
+    """The model among `ensembles` (schedule to model) that is to serve `request`, if any.
+
+    None for what an ensemble lacks, nor for many rows: it saves a few milliseconds of a request,
+    which does not show there, and cannot be stopped.
+    """
     guidance = request.guidance
-    rows = len(request.labels) * (2 if guidance.used else 1)
     whole = not guidance.used or guidance.interval == Guidance().interval
-    if request.initial_noise is not None or not whole or rows > pipeline.max_rows:
+    if request.initial_noise is not None or not whole:
+        return None
+    if request.rows > min(_MOST_ROWS, pipeline.max_rows):
         return None
     return ensembles.get(str(request.schedule))
 

@@ -104,16 +104,19 @@ def _check_fit(name: str, build: Mapping[str, Any], predictor: Mapping[str, Any]
 
 
 def read_ensembles(repository: Path, variant: str) -> dict[str, str]:
-    """The ensembles in `repository` that compute refiner steps as `variant`: schedule to model."""
-    builds = {
-        path.parent.name: json.loads(path.read_text())
-        for path in repository.glob(f"{contract.ORCHESTRATOR}_*/{BUILD_FILE}")
-    }
-    return {
-        build[ENSEMBLE_SCHEDULE]: model
-        for model, build in builds.items()
-        if ENSEMBLE_SCHEDULE in build and build["variant"] == variant
-    }
+    """The ensembles in `repository` that compute refiner steps as `variant`: schedule to model.
+
+    Raises RepositoryError for a build file that cannot be read.
+    """
+    found = {}
+    for path in repository.glob(f"{contract.ORCHESTRATOR}_*/{BUILD_FILE}"):
+        try:
+            build = json.loads(path.read_text())
+        except ValueError as error:
+            raise RepositoryError(f"{path} cannot be read ({error}): export again") from error
+        if build.get("variant") == variant and ENSEMBLE_SCHEDULE in build:
+            found[build[ENSEMBLE_SCHEDULE]] = path.parent.name
+    return found
 
 
 @dataclass(frozen=True)

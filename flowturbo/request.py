@@ -34,6 +34,11 @@ class GenerationRequest:
     outputs: frozenset[str]
 
     @property
+    def rows(self) -> int:
+        """Rows of a network evaluation: two a guided image."""
+        return len(self.labels) * (2 if self.guidance.used else 1)
+
+    @property
     def needs_decoder(self) -> bool:
         return bool(self.outputs & {"image", "encoded_image"})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import re
 import signal
 import sys
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 from flowturbo import contract
-from flowturbo.repository import EXPORT_HINT
+from flowturbo.repository import BUILD_FILE, EXPORT_HINT
 from flowturbo.serving.engines import (
     check_engines,
     compute_capabilities,
@@ -66,6 +67,7 @@ def check_repository(repository: Path) -> list[str]:
         )
     present = [name for name in _OPTIONAL if (repository / name).exists()]
     problems = [p for name in (contract.PREDICTOR, *present) for p in _problems(repository, name)]
+    problems += _ensemble_problems(repository)
     if problems:
         raise SetupError(
             f"{repository} is not complete:\n"
@@ -88,12 +90,22 @@ def _problems(repository: Path, name: str) -> Iterator[str]:
         yield f"{name}/1/ has none of {', '.join(_MODEL_FILES)}"
 
 
+def _ensemble_problems(repository: Path) -> Iterator[str]:
+    for config in sorted(repository.glob(f"{contract.ORCHESTRATOR}_*/config.pbtxt")):
+        steps = set(re.findall(r'model_name: "(\w+)"', config.read_text()))
+        for name in sorted(step for step in steps if not (repository / step).is_dir()):
+            yield f"{config.parent.name} is an ensemble that needs {name}, which is missing"
+
+
 def check_backends(repository: Path, installation: Installation) -> None:
     """Raises SetupError for a model that this server cannot load."""
     for name in (contract.PREDICTOR, *_OPTIONAL):
         model = repository / name
         embedded = (model / "1" / "model.py").is_file()
-        runtime = read_build(model).get("runtime", "onnxruntime")
+        build = read_build(model)
+        if build and "runtime" not in build:
+            raise SetupError(f"{model / BUILD_FILE} is of another version: export again")
+        runtime = build.get("runtime", "onnxruntime")
         if embedded and importlib.util.find_spec(runtime) is None:
             raise SetupError(
                 f"{name} was exported for the Python backend with {runtime}, which is not here: "

@@ -14,6 +14,13 @@ from flowturbo.contract import TensorSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
+GLYPHS = ROOT / "weights" / "glyphs"
+GLYPHS_SOURCE = (
+    *("--predictor", GLYPHS / "predictor.safetensors"),
+    *("--refiner", GLYPHS / "refiner.safetensors", "--vae", GLYPHS / "vae"),
+)
+# As `make export` does.
+GLYPHS_EXPORT = (*GLYPHS_SOURCE, "--class-names", GLYPHS / "classes.txt")
 # Its figures are float32's.
 GOLDEN_EXPORT = (
     *("--predictor", GOLDEN / "predictor.pt", "--refiner", GOLDEN / "refiner.pt"),

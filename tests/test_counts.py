@@ -3,6 +3,7 @@
 Counts do not depend on how fast a machine is; those under load are bounds, with room for chance.
 """
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle, islice
 from pathlib import Path
@@ -63,6 +64,7 @@ def test_a_lone_image_costs_its_program(glyphs_server: ServerAddress, schedule: 
 
 def test_an_ensemble_is_one_call(glyphs_server: ServerAddress) -> None:
     model = "flowturbo_h1p5r3"
+    time.sleep(1.1)  # after company, requests are gathered for a while
     before = calls_of(glyphs_server.grpc, model)
     observed(glyphs_server.grpc, (ON_ENSEMBLE,), clients=1, requests=3)
     assert (calls_of(glyphs_server.grpc, model) - before).calls == 3

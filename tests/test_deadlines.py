@@ -34,3 +34,13 @@ def test_the_rest_expires_in_order_of_deadline() -> None:
     assert expired == ["past", "late", "later"]
     assert time.monotonic() >= now + 0.3
     assert not deadlines.done(late)
+
+
+def test_a_deadline_in_the_far_future_holds_up_no_other() -> None:
+    expired = threading.Event()
+    deadlines: Deadlines[str] = Deadlines(lambda job: expired.set())
+    deadlines.add("never", time.monotonic() + 2.0**62)
+    time.sleep(0.05)
+    deadlines.add("soon", time.monotonic() + 0.1)
+    assert expired.wait(10)
+    deadlines.close()

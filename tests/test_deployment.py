@@ -12,7 +12,7 @@ import onnx
 import pytest
 from google.protobuf import text_format
 from onnx import TensorProto, helper
-from support import GOLDEN, ROOT, check_tensors, read_config, run_export
+from support import GLYPHS_SOURCE, GOLDEN, check_tensors, read_config, run_export
 from tritonclient.grpc import model_config_pb2
 
 from export.deployment import Deployment, model_config
@@ -22,11 +22,6 @@ from flowturbo.serving.engines import check_engines
 from flowturbo.serving.installation import SetupError
 
 SIZES: dict[int | str, int] = {"C": 4, "h": 32, "w": 32, "H": 256, "W": 256}
-GLYPHS = ROOT / "weights" / "glyphs"
-GLYPHS_SOURCE = (
-    *("--predictor", GLYPHS / "predictor.safetensors"),
-    *("--refiner", GLYPHS / "refiner.safetensors", "--vae", GLYPHS / "vae"),
-)
 FORMS = [
     Deployment(engine="python"),
     Deployment(engine="onnxruntime", provider="cpu"),

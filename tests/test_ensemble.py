@@ -1,6 +1,7 @@
 """Ensembles on a real Triton server: a fixed schedule's model answers as the orchestrator does."""
 
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,10 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
-from support import GOLDEN, check_tensors, read_config, run_export
+from support import GLYPHS_EXPORT, GOLDEN, check_tensors, read_config, run_export
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-from export.ensemble import install_ensembles
 from flowturbo import LocalPipeline, contract
 from flowturbo.ensemble import block_steps, ensemble_name
 from flowturbo.program import Program, Variant, compile_program
@@ -30,8 +30,10 @@ Infer = Callable[..., np.ndarray]
 def repository(glyphs_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("ensembles") / "models"
     shutil.copytree(glyphs_repository, copy)
-    install_ensembles(copy, [Schedule.parse("H3"), SCHEDULES[0]])
-    install_ensembles(copy, SCHEDULES)
+    for schedules in (("H3", "H1P5R3"), tuple(map(str, SCHEDULES))):
+        done = run_export(*GLYPHS_EXPORT, "--ensemble", *schedules, "--repository", copy)
+        assert done.returncode == 0, done.stderr
+        assert "PyTorch" not in done.stdout  # the models were there
     return copy
 
 
@@ -141,6 +143,7 @@ def test_images_are_those_of_single_steps(
 def test_the_orchestrator_calls_the_ensemble(infer: Infer, server: ServerAddress) -> None:
     """But where a request wants what an ensemble lacks: a part of the times guided."""
     request = {"label": ids(3), "seed": ids(1), "schedule": text("H1P5R3")}
+    time.sleep(1.1)  # after company, requests are gathered for a while
     before = count_of(server, H1P5R3)
     infer("flowturbo", **request)
     assert count_of(server, H1P5R3) == before + 1
@@ -238,5 +241,7 @@ def test_export_option(tmp_path: Path) -> None:
     assert generated == {contract.FINISHER, *models, *(f"{model}_planner" for model in models)}
     (output,) = read_config(repository / "flowturbo_e2" / "config.pbtxt").output
     assert output.name == "latent"
-    assert run_export(*common).returncode == 0
+    assert "up to date" in run_export(*common).stdout  # and the ensembles are still there
+    assert {path.name for path in repository.glob("flowturbo_*")} == generated
+    assert run_export(*common, "--ensemble").returncode == 0
     assert not list(repository.glob("flowturbo_*"))

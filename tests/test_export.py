@@ -244,7 +244,7 @@ def test_a_failed_installation_brings_the_old_models_back(
 
     monkeypatch.setattr(Path, "rename", failing)
     with pytest.raises(OSError, match="disk full"):
-        install(staged, repository)
+        install(staged, repository, contract.COMPOSED)
     assert not (repository / contract.PREDICTOR / "new").exists()
     for model in (contract.PREDICTOR, contract.REFINER):
         assert installed_fingerprint(repository, model)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flowturbo.guidance import Tensors
-from flowturbo.serving.gather import Gatherer, Outputs
+from flowturbo.serving.gather import MOST_PASSED_OVER, Gatherer, Outputs
 
 CALL_S = 0.02
 
@@ -132,3 +132,72 @@ def test_free_instances_share_the_rows() -> None:
     elapsed = time.monotonic() - started
     assert sum(engine.rows) == 80
     assert len(engine.rows) * CALL_S > 1.4 * elapsed  # they ran side by side
+
+
+def turn_taking(engine: Engine, order: list[str]) -> Gatherer:
+    def call(model: str, tensors: Tensors) -> Outputs:
+        order.append(model)
+        return engine(model, tensors)
+
+    return Gatherer(call, ("first", "second"), max_rows=16, linger_s=0.5, shared=True)
+
+
+def test_models_that_share_a_device_take_turns() -> None:
+    running, most = 0, 0
+    lock = threading.Lock()
+
+    def call(model: str, tensors: Tensors) -> Outputs:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(CALL_S / 4)
+        with lock:
+            running -= 1
+        return (tensors["x"] * 2,)
+
+    gather = Gatherer(call, ("first", "second"), max_rows=16, linger_s=0.01, shared=True)
+
+    def request(start: float) -> np.ndarray:
+        x = np.full((1, 3), start)
+        with gather.request():
+            for k in range(10):
+                (x,) = gather(("first", "second")[k % 3 == 2], {"x": x})
+        return x
+
+    with ThreadPoolExecutor(6) as pool:
+        jobs = [pool.submit(request, k + 1.0) for k in range(6)]
+        for k, job in enumerate(jobs):
+            np.testing.assert_array_equal(job.result(30), np.full((1, 3), (k + 1.0) * 2**10))
+    assert most == 1
+
+
+def test_most_calls_go_first_but_not_for_ever(engine: Engine) -> None:
+    """One caller of the second model among three that never stop calling the first."""
+    order: list[str] = []
+    gather = turn_taking(engine, order)
+    stop = threading.Event()
+    x = {"x": np.ones((1, 3)), "y": np.ones((1, 3))}
+
+    def crowd() -> None:
+        with gather.request():
+            while not stop.is_set():
+                gather("first", x)
+
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(3):
+            pool.submit(crowd)
+        while order.count("first") < 5:
+            time.sleep(CALL_S)
+        before = len(order)
+        try:
+            with gather.request():
+                for _ in range(2):
+                    gather("second", x)
+        finally:
+            stop.set()
+    seconds = [k for k, model in enumerate(order) if model == "second"]
+    gaps = np.diff([before, *seconds])
+    assert len(seconds) == 2
+    assert gaps.max() >= MOST_PASSED_OVER - 1
+    assert gaps.max() <= MOST_PASSED_OVER + 3

@@ -135,7 +135,7 @@ class _Simulation:
         """One model at a time, the one for which most calls wait; of several, the later one."""
         longest = max(reversed(self._queues), key=lambda model: len(self._queues[model]))
         if self._running or not self._queues[longest]:
-            return
+            return  # that a call is passed over too often hardly happens with one schedule
         full = any(len(queue) >= self._fit(model) for model, queue in self._queues.items())
         if self.between and not full and self._waits(""):
             return

@@ -7,18 +7,24 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 Job = TypeVar("Job")
+_LONGEST_WAIT_S = 3600.0  # a caller may name any deadline, a lock no wait of centuries
 
 
 class Deadlines(Generic[Job]):
-    """Calls `expired(job)`, on a thread of its own, for each job that is not done in time."""
+    """Calls `expired(job)`, on a thread of its own, for each job that is not done in time.
+
+    `expired` must not raise.
+    """
 
     def __init__(self, expired: Callable[[Job], None]) -> None:
         self._expired = expired
         self._jobs: dict[int, Job] = {}
         self._due: list[tuple[float, int]] = []  # a heap; of jobs that are done too
         self._count = 0
+        self._closed = False
         self._changed = threading.Condition()
-        threading.Thread(target=self._watch, name="deadlines", daemon=True).start()
+        self._thread = threading.Thread(target=self._watch, name="deadlines", daemon=True)
+        self._thread.start()
 
     def add(self, job: Job, deadline: float) -> int:
         """Watches `job` until `deadline` (time.monotonic(), s); its ticket for `done`."""
@@ -35,17 +41,26 @@ class Deadlines(Generic[Job]):
         with self._changed:
             return self._jobs.pop(ticket, None) is not None
 
+    def close(self) -> None:
+        """Stops watching; a job that expires just now is handed back first."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
     def _watch(self) -> None:
-        while True:
+        while not self._closed:
             with self._changed:
                 job = self._next()
             if job is not None:
                 self._expired(job)
+                del job  # nothing of it is kept until the next one
 
     def _next(self) -> Job | None:
         """Waits for the next deadline; None if nothing is due after all."""
         wait_s = self._due[0][0] - time.monotonic() if self._due else None
         if wait_s is None or wait_s > 0:
-            self._changed.wait(wait_s)
+            if not self._closed:
+                self._changed.wait(None if wait_s is None else min(wait_s, _LONGEST_WAIT_S))
             return None
         return self._jobs.pop(heapq.heappop(self._due)[1], None)

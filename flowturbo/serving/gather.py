@@ -22,6 +22,8 @@ import numpy as np
 from flowturbo.generate import Infer
 from flowturbo.guidance import Tensors
 
+MOST_PASSED_OVER = 8  # about as many turns as a request makes of the predictor
+
 Outputs = tuple[np.ndarray, ...]
 
 
@@ -48,6 +50,7 @@ class _Device:
     free: int
     queues: dict[str, deque[_Pending]] = field(default_factory=dict)
     led: bool = False  # somebody gathers a batch just now
+    passed_over: int = 0  # how often in a row the oldest call was
 
     def oldest(self) -> _Pending | None:
         heads = (queue[0] for queue in self.queues.values() if queue)
@@ -56,9 +59,21 @@ class _Device:
     def most_rows(self) -> int:
         return max(_rows(queue) for queue in self.queues.values())
 
-    def longest(self) -> tuple[str, deque[_Pending]]:
-        """The model for which most calls wait; of several, the later one in a program."""
-        return max(reversed(self.queues.items()), key=lambda item: len(item[1]))
+    def next(self) -> str:
+        """The model for which most calls wait; of several, the later one in a program.
+
+        The oldest call's, once that has been passed over too often.
+        """
+        oldest = self.oldest()
+        longest = max(reversed(self.queues), key=lambda model: len(self.queues[model]))
+        if oldest is self.queues[longest][0]:
+            self.passed_over = 0
+            return longest
+        self.passed_over += 1
+        if self.passed_over <= MOST_PASSED_OVER:
+            return longest
+        self.passed_over = 0
+        return next(model for model, queue in self.queues.items() if queue and queue[0] is oldest)
 
 
 def _rows(calls: Iterable[_Pending]) -> int:
@@ -85,6 +100,7 @@ class Gatherer:
         instances: int = 1,
         shared: bool = False,
     ) -> None:
+        assert not shared or instances == 1  # a leader that evaluates could be asked to lead
         self._call = call
         self._max_rows = max_rows
         self._linger_s = linger_s
@@ -141,8 +157,8 @@ class Gatherer:
         """Gathers a batch and evaluates it; the leader's own call need not be in it."""
         with self._complete:
             self._complete.wait_for(lambda: self._is_complete(device), timeout=self._linger_s)
-            model, queue = device.longest()
-            batch = self._take(queue, device.free)
+            model = device.next()
+            batch = self._take(device.queues[model], device.free)
             device.free -= 1
             device.led = False
             self._appoint(device)

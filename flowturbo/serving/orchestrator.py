@@ -5,6 +5,7 @@ own. Steps of different requests, at different places of different schedules, sh
 """
 
 import json
+import math
 import threading
 import time
 from collections import Counter
@@ -35,6 +36,7 @@ from flowturbo.serving.engines import compute_capabilities
 from flowturbo.serving.gather import Gatherer
 from flowturbo.serving.metrics import CODES, Metrics, outcome_of
 
+ALONE_S = 1.0  # after so long without company, a request need not wait to share its batches
 CANCEL_CHECK_S = 0.02  # asking the server whether a caller is still there costs a round trip
 
 
@@ -98,6 +100,7 @@ class TritonPythonModel:
         )
         self._deadlines = Deadlines(self._expire)
         self._inflight = 0
+        self._crowded = -math.inf  # when requests were last together here (monotonic s)
         self._lock = threading.Lock()
         self._workers = ThreadPoolExecutor(self._settings.max_inflight, "flowturbo")
 
@@ -115,6 +118,7 @@ class TritonPythonModel:
     def finalize(self) -> None:
         """Lets the requests in flight finish."""
         self._workers.shutdown(wait=True)
+        self._deadlines.close()
 
     def _read(self, request: Any) -> GenerationRequest:
         parameters = json.loads(request.parameters() or "{}")
@@ -130,12 +134,13 @@ class TritonPythonModel:
 
     def _start(self, job: Job, request: GenerationRequest) -> None:
         self._admit()
-        ticket = self._deadlines.add(job, job.deadline)
+        ticket = None
         try:
+            ticket = self._deadlines.add(job, job.deadline)
             self._workers.submit(self._work, job, ticket, request)
         except BaseException:
             self._leave()
-            if self._deadlines.done(ticket):
+            if ticket is None or self._deadlines.done(ticket):
                 raise
 
     def _admit(self) -> None:
@@ -147,6 +152,8 @@ class TritonPythonModel:
                     f"{self._settings.max_inflight} are allowed; try again later"
                 )
             self._inflight += 1
+            if self._inflight > 1:
+                self._crowded = time.monotonic()
             self._metrics.inflight(self._inflight)
 
     def _leave(self) -> None:
@@ -156,16 +163,18 @@ class TritonPythonModel:
 
     def _expire(self, job: Job) -> None:
         """Answers at the deadline, whatever the worker waits for; its own answer is dropped."""
-        self._answer(job, job.expired())
+        try:
+            self._answer(job, job.expired())
+        except Exception as error:
+            pb_utils.Logger.log_error(f"flowturbo: at a deadline: {error}")
 
     def _work(self, job: Job, ticket: int, request: GenerationRequest) -> None:
         """Runs one admitted request; whatever happens, its one response is sent."""
         result: dict[str, np.ndarray] | BaseException
         try:
             program = program_for(request.schedule, Variant(self._settings.variant))
-            alone = self._inflight == 1  # others have rows to share batches with
             ensemble = ensemble_for(request, self._ensembles, self._pipeline)
-            if alone and ensemble:
+            if ensemble and time.monotonic() - self._crowded > ALONE_S:
                 result = self._by_ensemble(job, request, program, ensemble)
             else:
                 with self._gather.request():
@@ -174,10 +183,12 @@ class TritonPythonModel:
         except BaseException as error:
             result = error
         in_time = self._deadlines.done(ticket)
-        # The place is free before the answer is out: a caller in a loop must not find it taken.
-        self._leave()
-        if in_time:
-            self._answer(job, result)
+        try:
+            # Free before the answer is out: a caller in a loop must not find its place taken.
+            self._leave()
+        finally:
+            if in_time:
+                self._answer(job, result)
         self._metrics.evaluated(job.evaluated)
 
     def _by_ensemble(
@@ -189,9 +200,8 @@ class TritonPythonModel:
         if not wanted:
             return complete(request, self._pipeline, {})
         made = _call(ensemble, ensemble_inputs(request), wanted)
-        rows = len(request.labels) * (2 if request.guidance.used else 1)
         for network, model in BLOCK_MODELS.items():
-            job.evaluated[model] = program.evaluations(network) * rows
+            job.evaluated[model] = program.evaluations(network) * request.rows
         job.evaluated[contract.DECODER] = len(request.labels) * request.needs_decoder
         return complete(request, self._pipeline, dict(zip(wanted, made, strict=True)))
 
