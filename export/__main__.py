@@ -15,8 +15,9 @@ from typing import Any
 from export.deployment import AUTO, ENGINES, PROVIDERS, Deployment
 from export.engine import CAPABILITIES
 from export.onnx_graph import PRECISIONS
-from export.pipeline import Options, Source, export_pipeline
+from export.pipeline import Options, export_pipeline
 from export.runtime import candidates
+from export.source import Source
 from export.verify import verify_repository
 from flowturbo.errors import FlowTurboError, RequestError
 from flowturbo.onnx_session import RUNTIMES

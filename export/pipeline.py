@@ -1,7 +1,5 @@
 """One pipeline's checkpoints to verified models, installed in a repository together."""
 
-import hashlib
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +7,6 @@ from typing import Any
 from google.protobuf import text_format
 
 from export import install
-from export.blocks import StepBlock
 from export.deployment import AUTO, Deployment, model_config
 from export.engine import Builder, build_engine, find_builder
 from export.ensemble import (
@@ -22,35 +19,12 @@ from export.onnx_graph import Exported, export_onnx, to_precision
 from export.parity import block_outputs, torch_evaluation
 from export.quantize import quantize
 from export.runtime import Execution, Trial, attempt, candidates, choose
+from export.source import Source, modules, sha256, source_digests
 from flowturbo import contract
-from flowturbo.nets.checkpoint import CheckpointError, build_network, load_checkpoint
-from flowturbo.nets.sit import SiT, SiTConfig
-from flowturbo.nets.vae import Decoder, load_vae
+from flowturbo.nets.checkpoint import CheckpointError
+from flowturbo.nets.sit import SiTConfig
 from flowturbo.repository import Settings
 from flowturbo.schedule import Schedule
-
-
-@dataclass(frozen=True)
-class Source:
-    """The checkpoints of a pipeline and how to read them (`python -m export --help`)."""
-
-    predictor: Path
-    refiner: Path | None
-    vae: Path | None
-    weights: str | None
-    refiner_weights: str | None
-    num_heads: int | None
-    refiner_num_heads: int | None
-    guidance_channels: int
-
-    def files(self) -> dict[str, Path]:
-        """The file or folder that each composed model is made from."""
-        given = {
-            contract.PREDICTOR: self.predictor,
-            contract.REFINER: self.refiner,
-            contract.DECODER: self.vae,
-        }
-        return {model: path for model, path in given.items() if path}
 
 
 @dataclass(frozen=True)
@@ -145,26 +119,6 @@ def _fingerprint(options: Options) -> dict[str, Any]:
     }
 
 
-def source_digests(source: Source) -> dict[str, str]:
-    """Digest of what each composed model is made from."""
-    return {model: _sha256(path) for model, path in source.files().items()}
-
-
-def _sha256(path: Path) -> str:
-    """Digest of a file, or of the names and contents of a folder's files."""
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist")
-    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
-    digest = hashlib.sha256()
-    for file in files:
-        if path.is_dir():
-            digest.update(file.name.encode())
-        with file.open("rb") as content:
-            while chunk := content.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _is_installed(repository: Path, fingerprint: dict[str, Any]) -> bool:
     """Whether `repository` has the models of this fingerprint and no others."""
     if not (repository / contract.ORCHESTRATOR / "config.pbtxt").is_file():
@@ -172,35 +126,6 @@ def _is_installed(repository: Path, fingerprint: dict[str, Any]) -> bool:
     present = [model for model in contract.COMPOSED if (repository / model).exists()]
     found = {model: install.installed_fingerprint(repository, model) for model in present}
     return found == dict.fromkeys(fingerprint["sha256"], fingerprint)
-
-
-def modules(source: Source) -> Iterator[Exported]:
-    """What is to be exported, in float32, each checked against the predictor."""
-    predictor = _network(source, source.predictor, reads_velocity=False)
-    config = predictor.config
-    shape = (config.latent_channels, config.latent_size, config.latent_size)
-    channels = source.guidance_channels
-    if channels > config.latent_channels:
-        raise CheckpointError(
-            f"--guidance-channels must be 1 to {config.latent_channels}, got {channels}"
-        )
-    # All checkpoints are read before the first is exported: a wrong one is found at once.
-    found = [Exported(contract.PREDICTOR, StepBlock(predictor, channels), shape, config)]
-    if source.refiner:
-        refiner = _network(source, source.refiner, reads_velocity=True)
-        _check_refiner(refiner.config, config)
-        found.append(Exported(contract.REFINER, StepBlock(refiner, channels), shape, config))
-    if source.vae:
-        found.append(Exported(contract.DECODER, _decoder(source.vae, config), shape, config))
-    yield from found
-
-
-def _network(source: Source, path: Path, *, reads_velocity: bool) -> SiT:
-    heads, weights = source.num_heads, source.weights
-    if reads_velocity:
-        heads, weights = source.refiner_num_heads or heads, source.refiner_weights
-    checkpoint = load_checkpoint(path, weights)
-    return build_network(checkpoint, reads_velocity=reads_velocity, num_heads=heads)
 
 
 def _check_names(options: Options, config: SiTConfig) -> None:
@@ -215,23 +140,6 @@ def _check_names(options: Options, config: SiTConfig) -> None:
         raise CheckpointError(
             f"{options.class_names}: names must be unique, got {twice[0]!r} twice"
         )
-
-
-def _check_refiner(refiner: SiTConfig, predictor: SiTConfig) -> None:
-    for key in ("latent_channels", "latent_size", "num_classes"):
-        got, want = getattr(refiner, key), getattr(predictor, key)
-        if got != want:
-            raise CheckpointError(f"the refiner has {key} {got}, the predictor {want}")
-
-
-def _decoder(folder: Path, config: SiTConfig) -> Decoder:
-    vae = load_vae(folder)
-    channels = vae.config.latent_channels
-    if channels != config.latent_channels:
-        raise CheckpointError(
-            f"the VAE has {channels} latent channels, the predictor {config.latent_channels}"
-        )
-    return Decoder(vae)
 
 
 def _write_models(options: Options, fingerprint: dict[str, Any], staged: Path) -> None:
@@ -290,7 +198,7 @@ def _write(
         "class_names": options.names(),
         "max_rows": options.deployment.max_rows,
         "command": options.command,
-        "onnx_sha256": _sha256(folder / "1"),
+        "onnx_sha256": sha256(folder / "1"),
         "files": sorted(file.name for file in (folder / "1").iterdir()),
         "engines": {},
         "fingerprint": fingerprint,

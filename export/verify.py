@@ -16,7 +16,7 @@ from export.parity import (
     errors,
     torch_evaluation,
 )
-from export.pipeline import Source, modules, source_digests
+from export.source import Source, modules, source_digests
 from flowturbo.errors import RepositoryError
 from flowturbo.generate import generate, program_for
 from flowturbo.guidance import Tensors

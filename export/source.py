@@ -1,0 +1,102 @@
+"""Checkpoints, read and checked, as the modules that are to be exported."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from export.blocks import StepBlock
+from export.onnx_graph import Exported
+from flowturbo import contract
+from flowturbo.nets.checkpoint import CheckpointError, build_network, load_checkpoint
+from flowturbo.nets.sit import SiT, SiTConfig
+from flowturbo.nets.vae import Decoder, load_vae
+
+
+@dataclass(frozen=True)
+class Source:
+    """The checkpoints of a pipeline and how to read them (`python -m export --help`)."""
+
+    predictor: Path
+    refiner: Path | None
+    vae: Path | None
+    weights: str | None
+    refiner_weights: str | None
+    num_heads: int | None
+    refiner_num_heads: int | None
+    guidance_channels: int
+
+    def files(self) -> dict[str, Path]:
+        """The file or folder that each composed model is made from."""
+        given = {
+            contract.PREDICTOR: self.predictor,
+            contract.REFINER: self.refiner,
+            contract.DECODER: self.vae,
+        }
+        return {model: path for model, path in given.items() if path}
+
+
+def source_digests(source: Source) -> dict[str, str]:
+    """Digest of what each composed model is made from."""
+    return {model: sha256(path) for model, path in source.files().items()}
+
+
+def sha256(path: Path) -> str:
+    """Digest of a file, or of the names and contents of a folder's files."""
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist")
+    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        if path.is_dir():
+            digest.update(file.name.encode())
+        with file.open("rb") as content:
+            while chunk := content.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def modules(source: Source) -> Iterator[Exported]:
+    """What is to be exported, in float32, each checked against the predictor."""
+    predictor = _network(source, source.predictor, reads_velocity=False)
+    config = predictor.config
+    shape = (config.latent_channels, config.latent_size, config.latent_size)
+    channels = source.guidance_channels
+    if channels > config.latent_channels:
+        raise CheckpointError(
+            f"--guidance-channels must be 1 to {config.latent_channels}, got {channels}"
+        )
+    # All checkpoints are read before the first is exported: a wrong one is found at once.
+    found = [Exported(contract.PREDICTOR, StepBlock(predictor, channels), shape, config)]
+    if source.refiner:
+        refiner = _network(source, source.refiner, reads_velocity=True)
+        _check_refiner(refiner.config, config)
+        found.append(Exported(contract.REFINER, StepBlock(refiner, channels), shape, config))
+    if source.vae:
+        found.append(Exported(contract.DECODER, _decoder(source.vae, config), shape, config))
+    yield from found
+
+
+def _network(source: Source, path: Path, *, reads_velocity: bool) -> SiT:
+    heads, weights = source.num_heads, source.weights
+    if reads_velocity:
+        heads, weights = source.refiner_num_heads or heads, source.refiner_weights
+    checkpoint = load_checkpoint(path, weights)
+    return build_network(checkpoint, reads_velocity=reads_velocity, num_heads=heads)
+
+
+def _check_refiner(refiner: SiTConfig, predictor: SiTConfig) -> None:
+    for key in ("latent_channels", "latent_size", "num_classes"):
+        got, want = getattr(refiner, key), getattr(predictor, key)
+        if got != want:
+            raise CheckpointError(f"the refiner has {key} {got}, the predictor {want}")
+
+
+def _decoder(folder: Path, config: SiTConfig) -> Decoder:
+    vae = load_vae(folder)
+    channels = vae.config.latent_channels
+    if channels != config.latent_channels:
+        raise CheckpointError(
+            f"the VAE has {channels} latent channels, the predictor {config.latent_channels}"
+        )
+    return Decoder(vae)
