@@ -23,6 +23,9 @@ XL = SiTConfig(
     num_heads=16,
     num_classes=1000,
 )
+GLYPHS = replace(
+    XL, latent_size=16, out_channels=4, width=192, depth=6, num_heads=6, num_classes=36
+)
 SMALL = replace(XL, latent_size=8, width=64, depth=2, num_heads=2, num_classes=10)
 
 

@@ -11,7 +11,7 @@ from support import ROOT
 from bench.networks import SIZES, XL, matrix_flops
 
 
-def run(*arguments: str | Path) -> str:
+def run(*arguments: str | Path | int) -> str:
     command = [sys.executable, "-m", *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
@@ -33,6 +33,14 @@ def test_gpu_check(tmp_path: Path) -> None:
     assert max(b["error"] for b in blocks if b["precision"] != "fp8") < 0.1
     assert ("OnnxRuntime", "fp8") in forms
     assert out.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_latent_size(glyphs_repository: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    run("bench.latent_size", "--repository", glyphs_repository, "--side", 4, 8, "--out", out)
+    report = json.loads(out.read_text())
+    assert [point["tokens"] for point in report["points"]] == [4, 16]
+    assert report["line"]["slope_ms"] > 0  # four times the tokens take longer
 
 
 def test_xl_check_small(tmp_path: Path) -> None:

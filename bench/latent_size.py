@@ -1,0 +1,101 @@
+"""What an image costs against the size of its latents: `python -m bench.latent_size`.
+
+Networks of the glyphs model's width and depth with random weights, in the runtime and precision of
+a repository, evaluated in this process; without the decoder, whose work is linear in the pixels.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.networks import GLYPHS, random_network
+from export.blocks import StepBlock
+from export.onnx_graph import Exported, export_onnx
+from flowturbo import contract
+from flowturbo.generate import generate, program_for
+from flowturbo.guidance import Tensors
+from flowturbo.nets.sit import SiTConfig, refiner_config
+from flowturbo.onnx_session import open_model
+from flowturbo.program import Variant
+from flowturbo.repository import Pipeline, Settings
+from flowturbo.request import parse_request
+
+SIDES = (8, 16, 24, 32)
+REPETITIONS = 9
+
+
+def main() -> None:
+    """Prints and writes the times and the line through them."""
+    parser = argparse.ArgumentParser(prog="python -m bench.latent_size", description=__doc__)
+    parser.add_argument("--repository", type=Path, default=Path("model_repository"))
+    parser.add_argument("--side", type=int, nargs="+", default=SIDES)
+    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/latent_size.json"))
+    args = parser.parse_args()
+    runs = {side: Run(replace(GLYPHS, latent_size=side), args.repository) for side in args.side}
+    times: dict[int, list[float]] = {side: [] for side in runs}
+    for _ in range(REPETITIONS + 1):
+        for side, run in runs.items():  # in turn: the machine's speed drifts
+            times[side].append(run.milliseconds())
+    report = fitted({side: statistics.median(ms[1:]) for side, ms in times.items()})
+    for point in report["points"]:
+        print(f"{point['side']:3} a side, {point['tokens']:4} tokens: {point['ms']:8.1f} ms")
+    line = report["line"]
+    print(
+        f"{line['slope_ms']:.3f} ms a token + {line['intercept_ms']:.1f} ms, off by at most "
+        f"{line['largest_relative_error']:.0%}"
+    )
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+class Run:
+    """One guided image of the default schedule, over and over."""
+
+    def __init__(self, config: SiTConfig, repository: Path) -> None:
+        settings, served = Settings.load(repository), Pipeline.load(repository)
+        shape = (config.latent_channels, config.latent_size, config.latent_size)
+        blocks = {
+            contract.PREDICTOR: StepBlock(random_network(config, 0), 3),
+            contract.REFINER: StepBlock(random_network(refiner_config(config), 1), 3),
+        }
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / "model.onnx"
+            self._models = {}
+            for model, block in blocks.items():
+                export_onnx(Exported(model, block, shape, config), path)
+                opened = open_model(path, served.precision, runtime=served.runtime)
+                self._models[model] = opened
+        self._pipeline = replace(served, latent_shape=shape, has_decoder=False)
+        tensors: Tensors = {"label": np.array([0]), "seed": np.array([0])}
+        self._request = parse_request(tensors, ["latent"], self._pipeline, settings)
+        self._program = program_for(self._request.schedule, Variant(settings.variant))
+
+    def milliseconds(self) -> float:
+        """Of one request."""
+        started = time.perf_counter()
+        generate(self._request, self._pipeline, self._program, lambda m, t: self._models[m](t))
+        return (time.perf_counter() - started) * 1e3
+
+
+def fitted(medians_ms: dict[int, float]) -> dict[str, Any]:
+    """The points (side, tokens, ms) and their least-squares line over tokens."""
+    points = [
+        {"side": side, "tokens": (side // GLYPHS.patch_size) ** 2, "ms": ms}
+        for side, ms in medians_ms.items()
+    ]
+    tokens, ms = (np.array([p[key] for p in points], dtype=float) for key in ("tokens", "ms"))
+    slope, intercept = np.polyfit(tokens, ms, 1)
+    left = np.abs(ms - np.polyval([slope, intercept], tokens)) / ms
+    line = {"slope_ms": slope, "intercept_ms": intercept, "largest_relative_error": left.max()}
+    return {"points": points, "line": {name: float(value) for name, value in line.items()}}
+
+
+if __name__ == "__main__":
+    main()
