@@ -262,8 +262,10 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(report, indent=1) + "\n")
     plot(report, args.out.with_suffix(".png"))
-    print(report["markdown"])
-    print(f"written: {args.out}, {args.out.with_suffix('.png')}")
+    picture = f"![Time of one client, throughput of many]({args.out.stem}.png)"
+    text = f"# Compared with PyTorch and FastAPI\n\n{report['markdown']}\n{picture}\n"
+    args.out.with_suffix(".md").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":
