@@ -229,7 +229,7 @@ def test_largest_requests(infer: Infer) -> None:
 def test_export_option(tmp_path: Path) -> None:
     repository = tmp_path / "models"
     predictor = ("--predictor", GOLDEN / "predictor.pt", "--num-heads", "2")
-    common = (*predictor, "--repository", repository)
+    common = (*predictor, "--precision", "fp16", "--repository", repository)
     for schedule, message in (("H1P5R3", "needs --refiner"), ("H1X2", "unknown step 'X'")):
         done = run_export(*common, "--ensemble", schedule)
         assert done.returncode == 2
