@@ -286,7 +286,12 @@ def _base64_folders(cache: Path) -> list[Path]:
 def _download_base64(folder: Path) -> None:
     remedy = f"run `apt-get install {_BASE64_PACKAGE}`: perf_analyzer needs its {_BASE64}"
     with tempfile.TemporaryDirectory() as scratch:
-        _install_step(["apt-get", "download", _BASE64_PACKAGE], scratch, remedy)
+        # Package lists of its own: the system's may be absent, and need root to be fetched.
+        (Path(scratch) / "lists" / "partial").mkdir(parents=True)
+        apt = ["apt-get", "-q", "-o", f"Dir::State::lists={scratch}/lists"]
+        apt += ["-o", f"Dir::Cache={scratch}", "-o", "APT::Sandbox::User=root"]
+        for command in (["update"], ["download", _BASE64_PACKAGE]):
+            _install_step([*apt, *command], scratch, remedy)
         for package in Path(scratch).glob("*.deb"):
             _install_step(["dpkg", "-x", str(package), str(folder)], scratch, remedy)
 
