@@ -21,6 +21,7 @@ from flowturbo_client import FlowTurboClient
 
 from bench.closed_loop import Measured, Work, closed_loop, torch_process
 from bench.compare_report import SERVICE, markdown, plot
+from bench.observe import hardware
 from bench.web import WebClient, running_web
 from flowturbo.errors import RepositoryError
 from flowturbo.repository import Pipeline, Settings
@@ -233,7 +234,7 @@ def _summary(case: Case, contender: str, figures: Sequence[Figure]) -> dict[str,
 def _settings(plan: Plan) -> dict[str, Any]:
     pipeline = Pipeline.load(plan.repository)
     return {
-        "processor": _processor(),
+        "processor": hardware()["cpu"],
         "threads": plan.threads,
         "torch": torch.__version__,
         "service_precision": pipeline.precision,
@@ -241,12 +242,6 @@ def _settings(plan: Plan) -> dict[str, Any]:
         "rounds": plan.rounds,
         "seconds": plan.seconds,
     }
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else "unknown"
 
 
 def main() -> None:
@@ -260,12 +255,17 @@ def main() -> None:
     args = parser.parse_args()
     report = run(args.repository, args.rounds, weights=args.weights, seconds=args.seconds)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
-    plot(report, args.out.with_suffix(".png"))
-    picture = f"![Time of one client, throughput of many]({args.out.stem}.png)"
+    print(write(report, args.out))
+
+
+def write(report: dict[str, Any], path: Path) -> str:
+    """Writes the report to `path`, JSON, with its text and its plot beside; returns the text."""
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    plot(report, path.with_suffix(".png"))
+    picture = f"![Time of one client, throughput of many]({path.stem}.png)"
     text = f"# Compared with PyTorch and FastAPI\n\n{report['markdown']}\n{picture}\n"
-    args.out.with_suffix(".md").write_text(text)
-    print(text)
+    path.with_suffix(".md").write_text(text)
+    return text
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.load import fitted_line
 from bench.networks import GLYPHS, random_network
 from export.blocks import StepBlock
 from export.onnx_graph import Exported, export_onnx
@@ -86,15 +87,14 @@ class Run:
 
 def fitted(medians_ms: dict[int, float]) -> dict[str, Any]:
     """The points (side, tokens, ms) and their least-squares line over tokens."""
-    points = [
+    points: list[dict[str, Any]] = [
         {"side": side, "tokens": (side // GLYPHS.patch_size) ** 2, "ms": ms}
         for side, ms in medians_ms.items()
     ]
-    tokens, ms = (np.array([p[key] for p in points], dtype=float) for key in ("tokens", "ms"))
-    slope, intercept = np.polyfit(tokens, ms, 1)
-    left = np.abs(ms - np.polyval([slope, intercept], tokens)) / ms
-    line = {"slope_ms": slope, "intercept_ms": intercept, "largest_relative_error": left.max()}
-    return {"points": points, "line": {name: float(value) for name, value in line.items()}}
+    return {
+        "points": points,
+        "line": fitted_line([p["tokens"] for p in points], [p["ms"] for p in points]),
+    }
 
 
 if __name__ == "__main__":

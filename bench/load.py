@@ -105,19 +105,24 @@ class Bench:
 
     def cost(self) -> dict[str, Any]:
         """A lone request's time against its steps, and against its images, with fitted lines."""
-        by_steps = [
+        by_steps: list[Point] = [
             {"schedule": f"P{n}", "steps": n, "images": 1}
             | self._measure(f"P{n}, 1 image", [entry([0], f"P{n}")], concurrency=1)
             for n in self.plan.steps
         ]
-        by_images = [
+        by_images: list[Point] = [
             {"schedule": SCHEDULE, "images": n}
             | self._measure(f"{SCHEDULE}, {n} images", [entry([0] * n, SCHEDULE)], concurrency=1)
             for n in self.plan.images
         ]
         return {
-            "steps": {"points": by_steps, "line": fitted_line(by_steps, "steps")},
-            "images": {"points": by_images, "line": fitted_line(by_images, "images")},
+            variable: {
+                "points": points,
+                "line": fitted_line(
+                    [p[variable] for p in points], [p["latency_ms"]["p50"] for p in points]
+                ),
+            }
+            for variable, points in {"steps": by_steps, "images": by_images}.items()
         }
 
     def overload(self, capacity: float) -> Point:
@@ -167,10 +172,9 @@ def summary(values: np.ndarray) -> dict[str, float]:
     return {name: float(value) for name, value in found.items()}
 
 
-def fitted_line(points: Sequence[Point], variable: str) -> dict[str, float]:
-    """Least squares of the median latency: ms for each one more, and at none."""
-    x = np.array([point[variable] for point in points], dtype=float)
-    y = np.array([point["latency_ms"]["p50"] for point in points])
+def fitted_line(counts: Sequence[float], times_ms: Sequence[float]) -> dict[str, float]:
+    """Least squares: ms for each one more, and at none."""
+    x, y = np.array(counts, dtype=float), np.array(times_ms)
     slope, intercept = np.polyfit(x, y, 1)
     left = np.abs(y - np.polyval([slope, intercept], x)) / y
     return {
@@ -287,6 +291,7 @@ def main() -> None:
             from bench import compare
 
             report["baseline"] = compare.run(args.repository, plan.baseline_rounds)
+            compare.write(report["baseline"], args.out.with_name("compare.json"))
             _write(args.out, report)
     print(load_report.write(json.loads(args.out.read_text()), args.out))
 

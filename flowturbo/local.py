@@ -10,7 +10,7 @@ from flowturbo import contract
 from flowturbo.errors import RequestError
 from flowturbo.generate import generate, program_for
 from flowturbo.guidance import Tensors
-from flowturbo.onnx_session import open_model
+from flowturbo.onnx_session import Model, open_model
 from flowturbo.program import Program, Variant, compile_program
 from flowturbo.repository import Pipeline, Settings
 from flowturbo.request import GenerationRequest, parse_request
@@ -37,18 +37,7 @@ class LocalPipeline:
         repository = Path(model_repository)
         self.pipeline = Pipeline.load(repository)
         self.settings = Settings.load(repository)
-        present = [contract.PREDICTOR]
-        present += [contract.REFINER] * self.pipeline.has_refiner
-        present += [contract.DECODER] * self.pipeline.has_decoder
-        self._models = {
-            name: open_model(
-                repository / name / "1" / "model.onnx",
-                self.pipeline.precision,
-                threads,
-                self.pipeline.runtime,
-            )
-            for name in present
-        }
+        self._models = open_models(repository, self.pipeline, threads)
 
     def generate(
         self,
@@ -101,6 +90,21 @@ class LocalPipeline:
         if times is None:
             return program_for(schedule, chosen)
         return compile_program(schedule, times, chosen)
+
+
+def open_models(
+    repository: Path, pipeline: Pipeline, threads: int | None = None
+) -> dict[str, Model]:
+    """The composed models that `repository` has, by name, in the runtime it was made for."""
+    present = [contract.PREDICTOR]
+    present += [contract.REFINER] * pipeline.has_refiner
+    present += [contract.DECODER] * pipeline.has_decoder
+    return {
+        name: open_model(
+            repository / name / "1" / "model.onnx", pipeline.precision, threads, pipeline.runtime
+        )
+        for name in present
+    }
 
 
 def _integers(name: str, values: int | Sequence[int] | np.ndarray) -> np.ndarray:

@@ -143,7 +143,7 @@ def test_a_load_is_either_closed_or_open(tmp_path: Path) -> None:
 
 def test_fitted_line() -> None:
     points = [{"steps": n, "latency_ms": {"p50": 7 + 3.0 * n}} for n in (4, 8, 16)]
-    line = load.fitted_line(points, "steps")
+    line = load.fitted_line([p["steps"] for p in points], [p["latency_ms"]["p50"] for p in points])
     assert line["slope_ms"] == pytest.approx(3)
     assert line["intercept_ms"] == pytest.approx(7)
     assert line["largest_relative_error"] == pytest.approx(0, abs=1e-9)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from flowturbo import contract
-from flowturbo.onnx_session import open_model
+from flowturbo.local import open_models
 from flowturbo.repository import Pipeline
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
@@ -109,14 +109,7 @@ def measure(
     Of `sizes`, those that the models take.
     """
     pipeline = Pipeline.load(repository)
-    present = [contract.PREDICTOR]
-    present += [contract.REFINER] * pipeline.has_refiner + [contract.DECODER] * pipeline.has_decoder
-    models = {
-        name: open_model(
-            repository / name / "1" / "model.onnx", pipeline.precision, None, pipeline.runtime
-        )
-        for name in present
-    }
+    models = open_models(repository, pipeline)
     taken: dict[tuple[str, int], list[float]] = defaultdict(list)
     for _ in range(repetitions + 1):
         for rows in (n for n in sizes if n <= pipeline.max_rows):
