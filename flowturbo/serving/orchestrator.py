@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,12 +28,18 @@ from flowturbo.errors import (
 from flowturbo.generate import BLOCK_MODELS, Infer, complete, make_images, program_for
 from flowturbo.guidance import Tensors
 from flowturbo.program import Program, Variant
-from flowturbo.repository import Pipeline, Settings, read_ensembles
+from flowturbo.repository import Pipeline, read_ensembles
 from flowturbo.request import GenerationRequest, parse_request
 from flowturbo.serving.deadlines import Deadlines
 from flowturbo.serving.engines import compute_capabilities
 from flowturbo.serving.gather import Gatherer
-from flowturbo.serving.metrics import CODES, Metrics, outcome_of
+from flowturbo.serving.metrics import Metrics, outcome_of
+from flowturbo.serving.triton_io import (
+    error_response,
+    read_settings,
+    read_tensors,
+    repository_of,
+)
 
 ALONE_S = 1.0  # after so long without company, a request need not wait to share its batches
 CANCEL_CHECK_S = 0.02  # asking the server whether a caller is still there costs a round trip
@@ -80,14 +85,9 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Reads settings and the composed models' build records."""
-        parameters = json.loads(args["model_config"])["parameters"]
-        self._settings = Settings.from_parameters(
-            {name: value["string_value"] for name, value in parameters.items()}
-        )
-        self._pipeline = Pipeline.load(Path(args["model_repository"]).parent)
-        self._ensembles = read_ensembles(
-            Path(args["model_repository"]).parent, self._settings.variant
-        )
+        self._settings = read_settings(args)
+        self._pipeline = Pipeline.load(repository_of(args))
+        self._ensembles = read_ensembles(repository_of(args), self._settings.variant)
         self._metrics = Metrics(tuple(contract.COMPOSED))
         self._gather = Gatherer(
             _call_block,
@@ -127,9 +127,8 @@ class TritonPythonModel:
                 f"unknown request parameter {sorted(parameters)[0]!r}, none is allowed: "
                 "settings of a request are input tensors"
             )
-        tensors = {tensor.name(): _array(tensor) for tensor in request.inputs()}
         return parse_request(
-            tensors, request.requested_output_names(), self._pipeline, self._settings
+            read_tensors(request), request.requested_output_names(), self._pipeline, self._settings
         )
 
     def _start(self, job: Job, request: GenerationRequest) -> None:
@@ -223,7 +222,7 @@ class TritonPythonModel:
                 result = error
         outcome = outcome_of(result)
         if isinstance(result, BaseException):
-            response = _error_response(result, outcome)
+            response = error_response("flowturbo", result, outcome)
         # Counted first: whoever has the answer finds it in the metrics.
         self._metrics.finished(outcome, time.monotonic() - job.arrived)
         try:
@@ -237,15 +236,6 @@ class TritonPythonModel:
 
 def _tensors(arrays: Tensors) -> list[Any]:
     return [pb_utils.Tensor(name, value) for name, value in arrays.items()]
-
-
-def _array(tensor: Any) -> np.ndarray:
-    """The input's own copy: Triton's memory is not kept once `execute` has returned."""
-    try:
-        array: np.ndarray = tensor.as_numpy()
-    except Exception as error:
-        raise RequestError(f"{tensor.name()} cannot be read: {error}") from error
-    return array.copy()
 
 
 def _call_block(model: str, tensors: Tensors) -> tuple[np.ndarray, ...]:
@@ -265,13 +255,3 @@ def _call(model: str, tensors: Tensors, names: list[str]) -> tuple[np.ndarray, .
         raise FlowTurboError(f"{model}: {response.error().message()}")
     by_name = {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}
     return tuple(by_name[name] for name in names)
-
-
-def _error_response(error: BaseException, outcome: str) -> Any:
-    message = str(error)
-    if not isinstance(error, FlowTurboError):
-        message = f"internal error, {type(error).__name__}: {error}"
-    if outcome == "error":
-        pb_utils.Logger.log_error(f"flowturbo: {message}")
-    code = getattr(pb_utils.TritonError, CODES[outcome])
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
