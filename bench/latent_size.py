@@ -17,7 +17,7 @@ import numpy as np
 
 from bench.load import fitted_line
 from bench.networks import GLYPHS, random_network
-from export.blocks import StepBlock
+from export.blocks import PredictorBlock, RefinerBlock
 from export.onnx_graph import Exported, export_onnx
 from flowturbo import contract
 from flowturbo.generate import generate, program_for
@@ -63,8 +63,8 @@ class Run:
         settings, served = Settings.load(repository), Pipeline.load(repository)
         shape = (config.latent_channels, config.latent_size, config.latent_size)
         blocks = {
-            contract.PREDICTOR: StepBlock(random_network(config, 0), 3),
-            contract.REFINER: StepBlock(random_network(refiner_config(config), 1), 3),
+            contract.PREDICTOR: PredictorBlock(random_network(config, 0), 3),
+            contract.REFINER: RefinerBlock(random_network(refiner_config(config), 1), 3),
         }
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / "model.onnx"

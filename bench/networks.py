@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from export.blocks import StepBlock
+from export.blocks import PredictorBlock, RefinerBlock
 from export.onnx_graph import Exported
 from flowturbo import contract
 from flowturbo.nets.sit import SiT, SiTConfig, refiner_config
@@ -79,8 +79,8 @@ def pipeline_modules(size: Size) -> list[Exported]:
     config = size.config
     shape = (config.latent_channels, config.latent_size, config.latent_size)
     made: dict[str, nn.Module] = {
-        contract.PREDICTOR: StepBlock(random_network(config, 0), 3),
-        contract.REFINER: StepBlock(random_network(refiner_config(config), 1), 3),
+        contract.PREDICTOR: PredictorBlock(random_network(config, 0), 3),
+        contract.REFINER: RefinerBlock(random_network(refiner_config(config), 1), 3),
         contract.DECODER: Decoder(random_vae(size.vae_channels, config.latent_channels)),
     }
     return [Exported(model, module, shape, config) for model, module in made.items()]

@@ -7,13 +7,12 @@ from flowturbo.nets.sit import SiT
 
 
 class StepBlock(nn.Module):
-    """Network, guidance and solver update for rows that each have their own coefficients.
+    """A network with guidance, for rows that each have their own coefficients.
 
-    Inputs as in `flowturbo.contract`: x, velocity and network_velocity [B, C, h, w], label [B, 1],
-    scalars [B, 5] (t, euler, w_prev, w_next, guidance scale), pair [B, 1]. The equations are those
-    of `flowturbo.program`. Guidance acts on the first `guidance_channels` channels; the others keep
-    the row's own output, as in SiT. The network computes in the type of its parameters, all else in
-    float32.
+    Inputs as in `flowturbo.contract`: x and velocity [B, C, h, w], label [B, 1], scalars [B, 5],
+    pair [B, 1]. The equations and the columns of `scalars` are those of `flowturbo.program`.
+    Guidance acts on the first `guidance_channels` channels; the others keep the row's own output,
+    as in SiT. The network computes in the type of its parameters, all else in float32.
     """
 
     def __init__(self, network: SiT, guidance_channels: int) -> None:
@@ -21,40 +20,61 @@ class StepBlock(nn.Module):
         self.network = network
         self.guidance_channels = guidance_channels
 
-    def forward(
-        self,
-        x: Tensor,
-        velocity: Tensor,
-        label: Tensor,
-        scalars: Tensor,
-        pair: Tensor,
-        network_velocity: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        t = scalars[:, 0]
-        euler, w_prev, w_next, scale = (scalars[:, k, None, None, None] for k in range(1, 5))
-        conditional, unconditional = partners(pair[:, 0])
-        x_in = x + euler * velocity
-        # The unconditional row reads its partner's state: both evaluate the same x.
-        read = x_in[conditional]
-        if network_velocity is not None:
-            read = torch.cat([read, network_velocity], 1)
+    def evaluate(
+        self, read: Tensor, t: Tensor, label: Tensor, pair: Tensor, scale: Tensor
+    ) -> Tensor:
+        """The network's guided output at times t [B], guidance scales `scale` [B, 1, 1, 1]."""
         # A label out of range, or a padding row's, must not fail the rows that share its batch.
         known = label[:, 0].clamp(0, self.network.config.num_classes)
         output = self.network(read, t, known).float()
-        velocity_next = self.guide(output, conditional, unconditional, scale)
-        if network_velocity is not None:
-            velocity_next = velocity_next + velocity  # the refiner regresses the change
-        return x + w_prev * velocity + w_next * velocity_next, velocity_next
-
-    def guide(
-        self, output: Tensor, conditional: Tensor, unconditional: Tensor, scale: Tensor
-    ) -> Tensor:
-        """u + scale * (c - u), which for a row without a partner is its own output."""
+        conditional, unconditional = partners(pair[:, 0])
         guided, rest = output[:, : self.guidance_channels], output[:, self.guidance_channels :]
         c, u = guided[conditional], guided[unconditional]
-        guided = u + scale * (c - u)
+        guided = u + scale * (c - u)  # for a row without a partner its own output
         whole = self.guidance_channels == self.network.config.latent_channels
         return guided if whole else torch.cat([guided, rest], 1)
+
+
+class PredictorBlock(StepBlock):
+    """One evaluation of the predictor and the solver's update."""
+
+    def forward(
+        self, x: Tensor, velocity: Tensor, label: Tensor, scalars: Tensor, pair: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        t, euler, w_prev, w_next, scale = columns(scalars)
+        read = shared(x + euler * velocity, pair)
+        velocity_next = self.evaluate(read, t.flatten(), label, pair, scale)
+        return x + w_prev * velocity + w_next * velocity_next, velocity_next
+
+
+class RefinerBlock(StepBlock):
+    """One refiner step: both evaluations, and the solver's update."""
+
+    def forward(
+        self, x: Tensor, velocity: Tensor, label: Tensor, scalars: Tensor, pair: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        t, end, scale, scale_end, reads_refined = columns(scalars)
+        h = end - t
+
+        def refine(v: Tensor, x: Tensor, read: Tensor, t: Tensor, scale: Tensor) -> Tensor:
+            both = torch.cat([shared(x, pair), read], 1)
+            return v + self.evaluate(both, t.flatten(), label, pair, scale)
+
+        d = refine(velocity, x, velocity, t, scale)
+        read = torch.where(reads_refined > 0.5, d, velocity)
+        d_next = refine(d, x + h * d, read, end, scale_end)
+        return x + h / 2 * (d + d_next), d
+
+
+def columns(scalars: Tensor) -> tuple[Tensor, ...]:
+    """[B, 5] to five tensors [B, 1, 1, 1]."""
+    return scalars[:, :, None, None, None].unbind(1)
+
+
+def shared(x: Tensor, pair: Tensor) -> Tensor:
+    """`x` [B, ...] with each unconditional row its partner's: both evaluate the same state."""
+    conditional, _ = partners(pair[:, 0])
+    return x[conditional]
 
 
 def partners(pair: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,10 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from export.onnx_graph import Exported
+from flowturbo import contract
+from flowturbo.guidance import Guidance, scalar_rows
 from flowturbo.onnx_session import OnnxRuntimeModel
+from flowturbo.program import BlockCall, PredictorCall, RefinerCall
 
 LARGEST = 448.0  # of FLOAT8E4M3FN
 _STEPS, _ROWS, _GUIDANCE = 10, 16, 1.5
@@ -24,7 +27,8 @@ def quantize(exported: Exported, path: Path) -> None:
     large = path.with_suffix(".onnx.data").exists()
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     products = [n for n in model.graph.node if n.op_type == "MatMul" and n.input[1] in weights]
-    products = products[:-1]  # the last one's error would be the velocity's own
+    # The last layer's error would be the velocity's own.
+    products = [node for node in products if node.input[1] != products[-1].input[1]]
     largest = _largest_inputs(exported, path, sorted({node.input[0] for node in products}))
     for node in products:
         largest[node.input[1]] = float(np.abs(numpy_helper.to_array(weights[node.input[1]])).max())
@@ -40,7 +44,7 @@ def quantize(exported: Exported, path: Path) -> None:
 
 
 def _largest_inputs(exported: Exported, path: Path, names: list[str]) -> dict[str, float]:
-    """The largest value of each tensor in `names` over Euler steps from noise to data."""
+    """The largest value of each tensor in `names` over steps from noise to data."""
     watched = onnx.load(path, load_external_data=False)
     watched.graph.output.extend(
         helper.make_tensor_value_info(name, TensorProto.FLOAT16, None) for name in names
@@ -53,8 +57,11 @@ def _largest_inputs(exported: Exported, path: Path, names: list[str]) -> dict[st
     inputs = {k: v.numpy() for k, v in exported.random_inputs(_ROWS, seed=0).items()}
     inputs["x"][1::2] = inputs["x"][::2]
     for step in range(_STEPS):
-        row = [step / _STEPS, 0.0, 0.0, 1 / _STEPS, _GUIDANCE]
-        inputs["scalars"] = np.tile(np.array(row, dtype=np.float32), (_ROWS, 1))
+        start, end = step / _STEPS, (step + 1) / _STEPS
+        call: BlockCall = PredictorCall(step, start, w_next=end - start)
+        if exported.model == contract.REFINER:
+            call = RefinerCall(step, start, end, reads_refined=False)
+        inputs["scalars"] = scalar_rows(call, _ROWS, Guidance(_GUIDANCE))
         x_next, _, *values = block(inputs)
         inputs["x"] = x_next
         for name, value in zip(names, values, strict=True):

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,17 @@ from export.deployment import AUTO, Deployment
 from export.onnx_graph import Exported
 from export.parity import TOLERANCES, VerificationError, block_outputs, check
 from flowturbo import contract
+from flowturbo.generate import models_called
 from flowturbo.guidance import Tensors
 from flowturbo.onnx_session import open_model, runtime_for
+from flowturbo.program import compile_program
+from flowturbo.repository import Settings
+from flowturbo.schedule import Schedule
 
 MEASURE_S = 0.5  # for one batch size
-# Calls that a request makes with the default schedule, H1P5R3.
-_CALLS = {contract.PREDICTOR: 7, contract.REFINER: 6, contract.DECODER: 1}
+# Calls that a request makes with the default schedule.
+_DEFAULT = compile_program(Schedule.parse(Settings.default_schedule))
+_CALLS = Counter([*models_called(_DEFAULT), contract.DECODER])
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.blocks import StepBlock
+from export.blocks import PredictorBlock, RefinerBlock
 from export.onnx_graph import Exported
 from flowturbo import contract
 from flowturbo.nets.checkpoint import CheckpointError, build_network, load_checkpoint
@@ -67,11 +67,11 @@ def modules(source: Source) -> Iterator[Exported]:
             f"--guidance-channels must be 1 to {config.latent_channels}, got {channels}"
         )
     # All checkpoints are read before the first is exported: a wrong one is found at once.
-    found = [Exported(contract.PREDICTOR, StepBlock(predictor, channels), shape, config)]
+    found = [Exported(contract.PREDICTOR, PredictorBlock(predictor, channels), shape, config)]
     if source.refiner:
         refiner = _network(source, source.refiner, reads_velocity=True)
         _check_refiner(refiner.config, config)
-        found.append(Exported(contract.REFINER, StepBlock(refiner, channels), shape, config))
+        found.append(Exported(contract.REFINER, RefinerBlock(refiner, channels), shape, config))
     if source.vae:
         found.append(Exported(contract.DECODER, _decoder(source.vae, config), shape, config))
     yield from found

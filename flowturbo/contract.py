@@ -42,9 +42,10 @@ REQUEST_OUTPUTS = (
     TensorSpec("class_name", np.object_, (-1,)),
 )
 
-# Columns of `scalars`: t, euler, w_prev, w_next, guidance scale (program.BlockCall).
+# Columns of `scalars`, of the predictor: t, euler, w_prev, w_next, guidance scale; of the refiner:
+# t, end, guidance scale at each, whether it reads the refined velocity (program.BlockCall).
 SCALARS = 5
-PREDICTOR_INPUTS = (
+BLOCK_INPUTS = (
     TensorSpec("x", np.float32, ("C", "h", "w")),
     TensorSpec("velocity", np.float32, ("C", "h", "w")),
     TensorSpec("label", np.int64, (1,)),
@@ -52,7 +53,6 @@ PREDICTOR_INPUTS = (
     # Offset of the row's guidance partner: 1, -1, or 0 for none.
     TensorSpec("pair", np.int32, (1,)),
 )
-REFINER_INPUTS = (*PREDICTOR_INPUTS, TensorSpec("network_velocity", np.float32, ("C", "h", "w")))
 BLOCK_OUTPUTS = (
     TensorSpec("x_next", np.float32, ("C", "h", "w")),
     TensorSpec("velocity_next", np.float32, ("C", "h", "w")),
@@ -61,8 +61,8 @@ DECODER_INPUTS = (TensorSpec("latent", np.float32, ("C", "h", "w")),)
 DECODER_OUTPUTS = (TensorSpec("image", np.uint8, ("H", "W", 3)),)
 
 COMPOSED = {
-    PREDICTOR: (PREDICTOR_INPUTS, BLOCK_OUTPUTS),
-    REFINER: (REFINER_INPUTS, BLOCK_OUTPUTS),
+    PREDICTOR: (BLOCK_INPUTS, BLOCK_OUTPUTS),
+    REFINER: (BLOCK_INPUTS, BLOCK_OUTPUTS),
     DECODER: (DECODER_INPUTS, DECODER_OUTPUTS),
 }
 

@@ -14,7 +14,7 @@ from flowturbo import contract
 from flowturbo.errors import RequestError
 from flowturbo.generate import BLOCK_MODELS
 from flowturbo.guidance import Guidance, Tensors, alternate, pair_rows, scalar_rows, spread
-from flowturbo.program import BlockCall, Network, Program
+from flowturbo.program import BlockCall, Program, RefinerCall
 from flowturbo.repository import Pipeline, Settings
 from flowturbo.request import GenerationRequest, parse_request
 from flowturbo.sampler import Array, sample
@@ -44,11 +44,11 @@ def block_steps(program: Program) -> tuple[tuple[Step, ...], str]:
     """
     steps: list[Step] = []
 
-    def block(call: BlockCall, x: Array, v: Array, v_net: Array) -> tuple[Array, Array]:
-        steps.append(_step(len(steps), call, x.item(), v.item(), v_net.item()))
+    def block(call: BlockCall, x: Array, v: Array) -> tuple[Array, Array]:
+        steps.append(_step(len(steps), call, x.item(), v.item()))
         written = steps[-1].outputs
-        x_next = written["x_next"] if call.w_prev or call.w_next else x.item()
-        return _named(x_next), _named(written["velocity_next"])
+        moves = isinstance(call, RefinerCall) or call.w_prev or call.w_next
+        return _named(written["x_next"] if moves else x.item()), _named(written["velocity_next"])
 
     end: str = sample(program, _named(contract.PLAN_NOISE), block).item()
     return _without_unread(steps, end), end
@@ -58,18 +58,15 @@ def _named(name: str) -> Array:
     return np.array(name, dtype=object)
 
 
-def _step(index: int, call: BlockCall, x: str, v: str, v_net: str) -> Step:
-    # The sampler's zero velocity before the first evaluation: any finite tensor does as well.
-    assert v or call.euler == call.w_prev == 0
+def _step(index: int, call: BlockCall, x: str, v: str) -> Step:
     inputs = {
         "x": x,
+        # The sampler's zero velocity before the first evaluation: any finite tensor does as well.
         "velocity": v or x,
         "label": contract.PLAN_LABEL,
         "scalars": contract.plan_scalars(index),
         "pair": contract.PLAN_PAIR,
     }
-    if call.network is Network.REFINER:
-        inputs["network_velocity"] = v_net
     outputs = {"x_next": f"x_{index + 1}", "velocity_next": f"velocity_{index + 1}"}
     return Step(BLOCK_MODELS[call.network], inputs, outputs)
 
@@ -139,7 +136,7 @@ def plan(request: GenerationRequest, pipeline: Pipeline, program: Program) -> Te
         contract.PLAN_PAIR: pair_rows(len(noise), guided=guidance.used),
     }
     for index, call in enumerate(program.calls):
-        scalars = scalar_rows(call, len(noise), guidance.scale)
+        scalars = scalar_rows(call, len(noise), guidance)
         tensors[contract.plan_scalars(index)] = scalars
     return tensors
 

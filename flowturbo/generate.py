@@ -73,6 +73,11 @@ def _latent(
     return gather(sample(program, noise, block), request.guidance)
 
 
+def models_called(program: Program) -> list[str]:
+    """The composed model of each block call, in order."""
+    return [BLOCK_MODELS[call.network] for call in program.calls]
+
+
 @lru_cache(maxsize=256)
 def program_for(schedule: Schedule, variant: Variant) -> Program:
     """The program on the uniform grid, compiled once for all requests that share a schedule."""

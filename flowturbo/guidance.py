@@ -47,6 +47,10 @@ class Guidance:
         # The ends come as float32: compared as such, a time named as an end is within.
         return self.used and self.interval[0] <= float(np.float32(t)) <= self.interval[1]
 
+    def scale_at(self, t: float) -> float:
+        """The scale of an evaluation at time `t`."""
+        return self.scale if self.active(t) else 1.0
+
 
 def spread(images: Array, guidance: Guidance) -> Array:
     """One value an image, [n, ...], to one a row: [2n, ...] with guidance, as it is without."""
@@ -67,16 +71,18 @@ def guided_block(
     """The sampler's block over `run`, for images with `conditioning` (tensors [n, ...]).
 
     `null` holds the unconditional value of each tensor ([1, ...]: null label, empty prompt). State
-    has a row or two an image throughout; an evaluation outside the guidance interval sends only the
-    conditional ones and costs half.
+    has a row or two an image throughout; a call outside the guidance interval sends only the
+    conditional ones and costs half. A refiner step of which one evaluation is inside has both, and
+    scale 1 for the other.
     """
     paired = {name: alternate(value, null[name]) for name, value in conditioning.items()}
 
-    def block(call: BlockCall, x: Array, v: Array, v_net: Array) -> tuple[Array, Array]:
-        if guidance.active(call.t):
-            return run(call.network, block_inputs(call, x, v, v_net, paired, guidance.scale))
-        x, v, v_net = (gather(rows, guidance) for rows in (x, v, v_net))
-        x_next, v_next = run(call.network, block_inputs(call, x, v, v_net, conditioning, None))
+    def block(call: BlockCall, x: Array, v: Array) -> tuple[Array, Array]:
+        if any(guidance.active(t) for t in call.times):
+            return run(call.network, block_inputs(call, x, v, paired, guidance, guided=True))
+        x, v = gather(x, guidance), gather(v, guidance)
+        inputs = block_inputs(call, x, v, conditioning, guidance, guided=False)
+        x_next, v_next = run(call.network, inputs)
         return spread(x_next, guidance), spread(v_next, guidance)
 
     return block
@@ -86,27 +92,25 @@ def block_inputs(
     call: BlockCall,
     x: Array,
     v: Array,
-    v_net: Array,
     conditioning: Mapping[str, Array],
-    scale: float | None,
+    guidance: Guidance,
+    *,
+    guided: bool,
 ) -> Tensors:
-    """The named tensors of one block call; `scale` None means rows stand alone."""
-    tensors = {
+    """The named tensors of one block call; unless `guided`, rows stand alone."""
+    return {
         "x": x,
         "velocity": v,
-        "scalars": scalar_rows(call, len(x), 1.0 if scale is None else scale),
-        "pair": pair_rows(len(x), guided=scale is not None),
+        "scalars": scalar_rows(call, len(x), guidance),
+        "pair": pair_rows(len(x), guided=guided),
         **conditioning,
     }
-    if call.network is Network.REFINER:
-        tensors["network_velocity"] = v_net
-    return tensors
 
 
-def scalar_rows(call: BlockCall, rows: int, scale: float) -> Array:
+def scalar_rows(call: BlockCall, rows: int, guidance: Guidance) -> Array:
     """The block's `scalars` tensor, [rows, 5] float32: every row has the same."""
-    row = [call.t, call.euler, call.w_prev, call.w_next, scale]
-    return np.tile(np.array(row, dtype=np.float32), (rows, 1))
+    row = np.array(call.scalars(guidance.scale_at), dtype=np.float32)
+    return np.tile(row, (rows, 1))
 
 
 def pair_rows(rows: int, *, guided: bool) -> Array:

@@ -1,17 +1,24 @@
 """A schedule compiled to a program: the step-block calls that carry noise to an image.
 
-Every solver step here is the same block with other coefficients (times run from noise at 0 to data
-at 1, h is the step):
+Times run from noise at 0 to data at 1. One block around the predictor serves every step that
+evaluates it, with other coefficients:
 
     x_in   = x + euler * v
-    v_next = guide(network(x_in, t))              predictor
-    v_next = guide(network([x_in, v_net], t)) + v refiner, which regresses the change of v
+    v_next = guide(predictor(x_in, t))
     x_next = x + w_prev * v + w_next * v_next
+
+A refiner step needs nothing in between its two evaluations and is one call of the block around the
+refiner, which regresses the change of the velocity (h = end - t):
+
+    d      = guide(refiner([x, v], t)) + v
+    d_next = guide(refiner([x + h * d, v or d], end)) + d
+    x_next = x + h/2 * (d + d_next),  v_next = d
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import ClassVar
 
 import numpy as np
 
@@ -37,22 +44,54 @@ class Variant(StrEnum):
     PAPER = "paper"
 
 
-@dataclass(frozen=True)
-class BlockCall:
-    """One evaluation of a step block; times and coefficients are dimensionless, t in [0, 1].
+ScaleAt = Callable[[float], float]  # the guidance scale of an evaluation at time t
 
-    `reads_previous`: v_net is the velocity that the call before this one read, not the cached one.
-    `keeps_velocity`: the cached velocity stays as it is instead of becoming v_next.
-    """
+
+@dataclass(frozen=True)
+class PredictorCall:
+    """One evaluation of the predictor; times and coefficients are dimensionless, t in [0, 1]."""
 
     step: int
-    network: Network
     t: float
     euler: float = 0.0
     w_prev: float = 0.0
     w_next: float = 0.0
-    reads_previous: bool = False
-    keeps_velocity: bool = False
+    network: ClassVar[Network] = Network.PREDICTOR
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """When the network is evaluated."""
+        return (self.t,)
+
+    def scalars(self, scale_at: ScaleAt) -> tuple[float, ...]:
+        """A row of the block's `scalars` tensor."""
+        return self.t, self.euler, self.w_prev, self.w_next, scale_at(self.t)
+
+
+@dataclass(frozen=True)
+class RefinerCall:
+    """One refiner step from time `t` to `end`: two evaluations of the refiner (FlowTurbo, Eq. 7).
+
+    `reads_refined`: the second reads the velocity that the first refined (Variant.PAPER).
+    """
+
+    step: int
+    t: float
+    end: float
+    reads_refined: bool
+    network: ClassVar[Network] = Network.REFINER
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """When the network is evaluated."""
+        return self.t, self.end
+
+    def scalars(self, scale_at: ScaleAt) -> tuple[float, ...]:
+        """A row of the block's `scalars` tensor."""
+        return self.t, self.end, scale_at(self.t), scale_at(self.end), float(self.reads_refined)
+
+
+BlockCall = PredictorCall | RefinerCall
 
 
 @dataclass(frozen=True)
@@ -64,11 +103,11 @@ class Program:
 
     def evaluations(self, network: Network) -> int:
         """How often `network` is evaluated: H1P5R3 is 7 predictor and 6 refiner evaluations."""
-        return sum(call.network is network for call in self.calls)
+        return sum(len(call.times) for call in self.calls if call.network is network)
 
     def largest_refiner_step(self) -> float:
         """The longest step that the refiner takes, 0 without any."""
-        sizes = (call.euler for call in self.calls if call.network is Network.REFINER)
+        sizes = (call.end - call.t for call in self.calls if isinstance(call, RefinerCall))
         return max(sizes, default=0.0)
 
 
@@ -88,12 +127,12 @@ class _Step:
 
     def evaluate(self) -> BlockCall:
         """The velocity at the start, moving nothing."""
-        return BlockCall(self.index, Network.PREDICTOR, self.start)
+        return PredictorCall(self.index, self.start)
 
     def correct(self) -> BlockCall:
         """Trapezoidal rule, the end reached by an Euler step with the cached velocity."""
         h = self.size
-        return BlockCall(self.index, Network.PREDICTOR, self.end, h, h / 2, h / 2)
+        return PredictorCall(self.index, self.end, h, h / 2, h / 2)
 
 
 _Calls = tuple[list[BlockCall], float]  # and the time that the velocity cached afterwards is for
@@ -112,24 +151,13 @@ def _pseudo_corrector(step: _Step) -> _Calls:
 
 def _refiner(step: _Step) -> _Calls:
     """Eq. 7: as Heun, but both velocities come from the refiner; keeps the first."""
-    h = step.size
-    first = BlockCall(step.index, Network.REFINER, step.start)
-    second = BlockCall(
-        step.index,
-        Network.REFINER,
-        step.end,
-        h,
-        h / 2,
-        h / 2,
-        reads_previous=step.variant is Variant.REFERENCE,
-        keeps_velocity=True,
-    )
-    return [first, second], step.start
+    reads_refined = step.variant is Variant.PAPER
+    return [RefinerCall(step.index, step.start, step.end, reads_refined)], step.start
 
 
 def _euler(step: _Step) -> _Calls:
     """First order, for comparison."""
-    return [BlockCall(step.index, Network.PREDICTOR, step.start, w_next=step.size)], step.start
+    return [PredictorCall(step.index, step.start, w_next=step.size)], step.start
 
 
 def _adams_bashforth(step: _Step) -> _Calls:
@@ -142,13 +170,7 @@ def _adams_bashforth(step: _Step) -> _Calls:
         return _euler(step)
     h = step.size
     extrapolated = h * h / (2 * (step.start - step.cached_at))
-    call = BlockCall(
-        step.index,
-        Network.PREDICTOR,
-        step.start,
-        w_prev=-extrapolated,
-        w_next=h + extrapolated,
-    )
+    call = PredictorCall(step.index, step.start, w_prev=-extrapolated, w_next=h + extrapolated)
     return [call], step.start
 
 

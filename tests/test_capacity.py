@@ -36,7 +36,7 @@ def one_call(ms: float, max_rows: int, max_inflight: int = 10_000, **settings: A
 
 @pytest.mark.parametrize(
     ("schedule", "scale", "predictor", "refiner", "rows"),
-    [("H1P5R3", 1.5, 7, 6, 2), ("H1P5R3", 1.0, 7, 6, 1), ("H8", 3.0, 16, 0, 2)],
+    [("H1P5R3", 1.5, 7, 3, 2), ("H1P5R3", 1.0, 7, 3, 1), ("H8", 3.0, 16, 0, 2)],
 )
 def test_lone_request(schedule: str, scale: float, predictor: int, refiner: int, rows: int) -> None:
     replica = Replica.of(TIMES, schedule, scale)

@@ -16,10 +16,10 @@ from flowturbo_client import FlowTurboClient
 from bench.observe import Observation, Work, observing, read_work
 from flowturbo import contract
 from flowturbo.contract import DECODER, PREDICTOR, REFINER
-from flowturbo.generate import generate
+from flowturbo.generate import generate, models_called
 from flowturbo.guidance import Tensors
 from flowturbo.local import LocalPipeline
-from flowturbo.program import Network, compile_program
+from flowturbo.program import compile_program
 from flowturbo.request import parse_request
 from flowturbo.schedule import Schedule
 from flowturbo.serving.tritonserver import ServerAddress
@@ -48,17 +48,13 @@ def calls_of(url: str, model: str) -> Work:
 
 @pytest.mark.parametrize("schedule", [ON_STEPS, ON_ENSEMBLE])
 def test_a_lone_image_costs_its_program(glyphs_server: ServerAddress, schedule: str) -> None:
-    """Every network evaluation once, in a call of its own, and one of the decoder."""
+    """Every block call of its program once, and one of the decoder."""
     images = 3
     done = observed(glyphs_server.grpc, (schedule,), clients=1, requests=images).models
-    program = compile_program(Schedule.parse(schedule))
-    for model, network in ((PREDICTOR, Network.PREDICTOR), (REFINER, Network.REFINER)):
-        evaluations = program.evaluations(network) * images
-        work = done[model]
-        assert (work.calls, work.executions, work.rows) == (
-            *(evaluations, evaluations),
-            evaluations * GUIDED,
-        )
+    of_image = models_called(compile_program(Schedule.parse(schedule)))
+    for model in (PREDICTOR, REFINER):
+        calls, work = of_image.count(model) * images, done[model]
+        assert (work.calls, work.executions, work.rows) == (calls, calls, calls * GUIDED)
     assert (done[DECODER].calls, done[DECODER].executions, done[DECODER].rows) == (images,) * 3
 
 
@@ -94,7 +90,7 @@ def test_bytes_that_a_step_moves(glyphs_repository: Path) -> None:
         {"label": np.array([3]), "seed": np.array([1])}, ["latent"], local.pipeline, local.settings
     )
     generate(request, local.pipeline, compile_program(request.schedule), infer)
-    for model, count in ((PREDICTOR, 7), (REFINER, 6), (DECODER, 0)):
+    for model, count in ((PREDICTOR, 7), (REFINER, 3), (DECODER, 0)):
         specs = [spec for side in contract.COMPOSED[model] for spec in side]
         per_row = sum(
             np.dtype(s.dtype).itemsize * int(np.prod([sizes.get(str(d), d) for d in s.dims]))

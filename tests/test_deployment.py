@@ -77,7 +77,7 @@ def test_onnxruntime_tensorrt_has_the_profile() -> None:
             for shape in accelerator.parameters[f"trt_profile_{end}_shapes"].split(",")
         )
         assert shapes["x"] == f"{rows}x4x32x32"
-        assert shapes.keys() == {spec.name for spec in contract.PREDICTOR_INPUTS}
+        assert shapes.keys() == {spec.name for spec in contract.BLOCK_INPUTS}
 
 
 def test_float32_is_not_tf32() -> None:

@@ -16,7 +16,7 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from flowturbo import LocalPipeline, contract
 from flowturbo.ensemble import block_steps, ensemble_name
-from flowturbo.program import Program, Variant, compile_program
+from flowturbo.program import BlockCall, Program, RefinerCall, Variant, compile_program
 from flowturbo.sampler import sample
 from flowturbo.schedule import Schedule
 from flowturbo.serving.tritonserver import ServerAddress, running_server
@@ -87,7 +87,7 @@ def test_repository_has_the_ensembles_asked_for_last(repository: Path) -> None:
     check_tensors(config.output, outputs, {"H": 64, "W": 64, "C": 4, "h": 16, "w": 16})
     models = [step.model_name for step in config.ensemble_scheduling.step]
     assert models.count(contract.PREDICTOR) == 7
-    assert models.count(contract.REFINER) == 6
+    assert models.count(contract.REFINER) == 3
 
 
 @pytest.mark.parametrize("variant", Variant)
@@ -97,11 +97,10 @@ def test_wiring_is_the_samplers(schedule: str, variant: Variant) -> None:
     program = compile_program(Schedule.parse(schedule), variant=variant)
     noise = np.random.default_rng(0).standard_normal((2, 3))
 
-    def block(call: Any, x: Any, v: Any, v_net: Any) -> tuple[Any, Any]:
-        x_in = x + call.euler * v
-        v_next = np.cos(3 * x_in + call.t)
-        if call.network == "refiner":
-            v_next = v_next + np.sin(v_net) + v
+    def block(call: BlockCall, x: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if isinstance(call, RefinerCall):
+            return x + np.sin(v + call.end), v + np.cos(x + call.t) * (1 + call.reads_refined)
+        v_next = np.cos(3 * (x + call.euler * v) + call.t)
         return x + call.w_prev * v + call.w_next * v_next, v_next
 
     expected = sample(program, noise, block)
@@ -113,8 +112,7 @@ def run_steps(program: Program, noise: np.ndarray, block: Callable[..., Any]) ->
     tensors = {contract.PLAN_NOISE: noise}
     for index, (step, call) in enumerate(zip(steps, program.calls, strict=True)):
         assert step.inputs["scalars"] == contract.plan_scalars(index)
-        keys = ("x", "velocity", "network_velocity")
-        arrays = [tensors[step.inputs[key]] if key in step.inputs else None for key in keys]
+        arrays = [tensors[step.inputs[key]] for key in ("x", "velocity")]
         results = dict(zip(("x_next", "velocity_next"), block(call, *arrays), strict=True))
         tensors |= {name: results[key] for key, name in step.outputs.items()}
     return tensors[end]

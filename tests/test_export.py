@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from support import GOLDEN, GOLDEN_EXPORT, run_export
 
-from export.blocks import StepBlock
+from export.blocks import PredictorBlock
 from export.install import install, installed_fingerprint
 from export.onnx_graph import Exported, export_onnx
 from export.parity import (
@@ -140,7 +140,7 @@ def test_a_file_that_computes_something_else_is_refused(tmp_path: Path) -> None:
     network = SiT(replace(SMALL, width=64, num_heads=2))
 
     def exported() -> Exported:
-        return Exported(contract.PREDICTOR, StepBlock(network, 3), (4, 8, 8), network.config)
+        return Exported(contract.PREDICTOR, PredictorBlock(network, 3), (4, 8, 8), network.config)
 
     def verify() -> None:
         expected = block_outputs(exported(), torch_evaluation(exported()))

@@ -6,7 +6,7 @@ import pytest
 from flowturbo import Schedule, compile_program, sample
 from flowturbo.errors import RequestError
 from flowturbo.guidance import Guidance, Tensors, gather, guided_block, spread
-from flowturbo.program import BlockCall, Network
+from flowturbo.program import BlockCall, Network, PredictorCall
 from flowturbo.sampler import Array
 
 LABELS = np.array([[3], [5]], dtype=np.int64)
@@ -35,7 +35,8 @@ def served_block(network: Network, tensors: Tensors) -> tuple[Array, Array]:
 def plain(schedule: str, guidance: Guidance) -> Array:
     """The same samples, guided one image at a time without rows."""
 
-    def block(call: BlockCall, x: Array, v: Array, v_net: Array) -> tuple[Array, Array]:
+    def block(call: BlockCall, x: Array, v: Array) -> tuple[Array, Array]:
+        assert isinstance(call, PredictorCall)
         t = np.full(len(x), call.t, dtype=np.float32)
         x_in = x + np.float32(call.euler) * v
         v_next = velocity(x_in, t, LABELS)

@@ -8,7 +8,7 @@ import pytest
 from flowturbo import Schedule, Variant, compile_program, sample
 from flowturbo.errors import RequestError
 from flowturbo.generate import program_for
-from flowturbo.program import BlockCall, Network
+from flowturbo.program import BlockCall, Network, RefinerCall
 from flowturbo.sampler import Array, Block
 
 Field = Callable[[Array, float], Array]
@@ -17,11 +17,12 @@ Field = Callable[[Array, float], Array]
 def exact_block(field: Field) -> Block:
     """A step block over a closed-form velocity; its refiner knows the exact change of velocity."""
 
-    def block(call: BlockCall, x: Array, v: Array, v_net: Array) -> tuple[Array, Array]:
-        x_in = x + call.euler * v
-        v_next = field(x_in, call.t)
-        if call.network is Network.REFINER:
-            v_next = (v_next - v) + v
+    def block(call: BlockCall, x: Array, v: Array) -> tuple[Array, Array]:
+        if isinstance(call, RefinerCall):
+            h = call.end - call.t
+            d = field(x, call.t)
+            return x + h / 2 * (d + field(x + h * d, call.end)), d
+        v_next = field(x + call.euler * v, call.t)
         return x + call.w_prev * v + call.w_next * v_next, v_next
 
     return block
@@ -86,28 +87,13 @@ def test_network_calls(text: str, predictor: int, refiner: int, variant: Variant
     program = compile_program(Schedule.parse(text), variant=variant)
     seen: list[Network] = []
 
-    def block(call: BlockCall, x: Array, v: Array, v_net: Array) -> tuple[Array, Array]:
-        seen.append(call.network)
+    def block(call: BlockCall, x: Array, v: Array) -> tuple[Array, Array]:
+        seen.extend([call.network] * len(call.times))
         return x, v
 
     sample(program, NOISE, block)
     assert seen.count(Network.PREDICTOR) == program.evaluations(Network.PREDICTOR) == predictor
     assert seen.count(Network.REFINER) == program.evaluations(Network.REFINER) == refiner
-
-
-@pytest.mark.parametrize("variant", list(Variant))
-def test_velocity_that_the_refiner_reads(variant: Variant) -> None:
-    """The cached velocity, then the one before the step (reference) or the refined (paper)."""
-    read: list[float] = []
-
-    def block(call: BlockCall, x: Array, v: Array, v_net: Array) -> tuple[Array, Array]:
-        if call.network is Network.REFINER:
-            read.append(float(v_net.flat[0]))
-        return x, v + 1
-
-    sample(compile_program(Schedule.parse("E1R2"), variant=variant), NOISE, block)
-    # E caches 1; the first R refines it to 2 and keeps that, the second R refines that to 3.
-    assert read == ([1, 1, 2, 2] if variant is Variant.REFERENCE else [1, 2, 2, 3])
 
 
 def test_variable_step_adams_bashforth() -> None:

@@ -263,10 +263,10 @@ def test_metrics_count_what_was_done(
 
     def rows() -> dict[str, float]:
         after = read_metrics(glyphs_server)
-        keys = {m: f'flowturbo_evaluations_total{{model="{m}"}}' for m in contract.COMPOSED}
+        keys = {m: f'flowturbo_rows_total{{model="{m}"}}' for m in contract.COMPOSED}
         return {model: after[key] - before[key] for model, key in keys.items()}
 
-    expected = {"velocity_predictor": 28, "velocity_refiner": 24, "vae_decoder": 3}
+    expected = {"velocity_predictor": 28, "velocity_refiner": 12, "vae_decoder": 3}
     wait_until(lambda: rows() == expected)  # counted once the answers are out
     after = read_metrics(glyphs_server)
     assert after[outcome("ok")] - before[outcome("ok")] == 2

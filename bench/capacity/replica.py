@@ -6,7 +6,8 @@ from typing import Any
 
 from bench.capacity.block_times import OVERHEAD_MS, BlockTimes
 from flowturbo import contract
-from flowturbo.program import Network, compile_program
+from flowturbo.generate import models_called
+from flowturbo.program import compile_program
 from flowturbo.schedule import Schedule
 
 
@@ -40,10 +41,9 @@ class Replica:
         **settings: Any,
     ) -> "Replica":
         """For images of `schedule`; with the decoder where its times are known."""
-        names = {Network.PREDICTOR: contract.PREDICTOR, Network.REFINER: contract.REFINER}
         rows = 1 if guidance_scale == 1.0 else 2
         program = compile_program(Schedule.parse(schedule))
-        calls = [(names[call.network], rows) for call in program.calls]
+        calls = [(model, rows) for model in models_called(program)]
         calls += [(contract.DECODER, 1)] if contract.DECODER in times.times_ms else []
         max_rows = settings.pop("max_rows", 64)
         tables = {model: times.table(model, max_rows) for model in dict(calls)}

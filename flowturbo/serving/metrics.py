@@ -30,7 +30,7 @@ LATENCY_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
 class Metrics:
-    """Requests in flight, their latency and outcome, and the evaluations of each model."""
+    """Requests in flight, their latency and outcome, and the rows of each model."""
 
     def __init__(self, models: tuple[str, ...]) -> None:
         # Updating one metric from two threads at once crashes the server (seen on 24.10).
@@ -40,17 +40,17 @@ class Metrics:
         self._families = [
             family("flowturbo_requests_in_flight", "Requests being worked on", family.GAUGE),
             family("flowturbo_requests_total", "Requests by outcome", counter),
-            family("flowturbo_evaluations_total", "Rows evaluated by model", counter),
+            family("flowturbo_rows_total", "Rows executed by model", counter),
             family(
                 "flowturbo_request_duration_seconds",
                 "Time from arrival to answer of requests that succeeded",
                 family.HISTOGRAM,
             ),
         ]
-        inflight, requests, evaluations, duration = self._families
+        inflight, requests, rows, duration = self._families
         self._inflight = inflight.Metric()
         self._requests = {o: requests.Metric(labels={"outcome": o}) for o in ("ok", *CODES)}
-        self._evaluations = {m: evaluations.Metric(labels={"model": m}) for m in models}
+        self._rows = {m: rows.Metric(labels={"model": m}) for m in models}
         self._duration = duration.Metric(buckets=list(LATENCY_BUCKETS_S))
 
     def inflight(self, count: int) -> None:
@@ -58,11 +58,11 @@ class Metrics:
         with self._lock:
             self._inflight.set(count)
 
-    def evaluated(self, rows: Mapping[str, int]) -> None:
-        """Counts the rows that each composed model evaluated for one request."""
+    def executed(self, rows: Mapping[str, int]) -> None:
+        """Counts the rows that each composed model executed for one request."""
         with self._lock:
             for model, count in rows.items():
-                self._evaluations[model].increment(count)
+                self._rows[model].increment(count)
 
     def finished(self, outcome: str, seconds: float) -> None:
         """Counts one answered request."""

@@ -25,7 +25,7 @@ from flowturbo.errors import (
     FlowTurboError,
     RequestError,
 )
-from flowturbo.generate import BLOCK_MODELS, Infer, complete, make_images, program_for
+from flowturbo.generate import Infer, complete, make_images, models_called, program_for
 from flowturbo.guidance import Tensors
 from flowturbo.program import Program, Variant
 from flowturbo.repository import Pipeline, read_ensembles
@@ -49,14 +49,14 @@ CANCEL_CHECK_S = 0.02  # asking the server whether a caller is still there costs
 class Job:
     """One request on its way: Triton's handle, and when it came and must be done (monotonic s).
 
-    `evaluated` counts the rows that it had evaluated by each model.
+    `executed` counts its rows in each model's calls.
     """
 
     sender: Any
     arrived: float
     deadline: float
     timeout_s: float
-    evaluated: Counter[str] = field(default_factory=Counter)
+    executed: Counter[str] = field(default_factory=Counter)
     lock: threading.Lock = field(default_factory=threading.Lock)
     answered: bool = False
     checked: float = 0.0
@@ -188,7 +188,7 @@ class TritonPythonModel:
         finally:
             if in_time:
                 self._answer(job, result)
-        self._metrics.evaluated(job.evaluated)
+        self._metrics.executed(job.executed)
 
     def _by_ensemble(
         self, job: Job, request: GenerationRequest, program: Program, ensemble: str
@@ -199,16 +199,16 @@ class TritonPythonModel:
         if not wanted:
             return complete(request, self._pipeline, {})
         made = _call(ensemble, ensemble_inputs(request), wanted)
-        for network, model in BLOCK_MODELS.items():
-            job.evaluated[model] = program.evaluations(network) * request.rows
-        job.evaluated[contract.DECODER] = len(request.labels) * request.needs_decoder
+        for model in models_called(program):
+            job.executed[model] += request.rows
+        job.executed[contract.DECODER] = len(request.labels) * request.needs_decoder
         return complete(request, self._pipeline, dict(zip(wanted, made, strict=True)))
 
     def _infer_for(self, job: Job) -> Infer:
         def infer(model: str, tensors: Tensors) -> tuple[np.ndarray, ...]:
             job.check()
             outputs = self._gather(model, tensors)
-            job.evaluated[model] += len(outputs[0])
+            job.executed[model] += len(outputs[0])
             return outputs
 
         return infer
