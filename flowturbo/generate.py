@@ -1,7 +1,7 @@
 """From a checked request to its answer, over whatever evaluates the exported models."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from functools import lru_cache
 
 import numpy as np
@@ -12,11 +12,12 @@ from flowturbo.latents import encode_images
 from flowturbo.program import Network, Program, Variant, compile_program
 from flowturbo.repository import Pipeline
 from flowturbo.request import GenerationRequest
-from flowturbo.sampler import Array, sample
+from flowturbo.sampler import Array, run, sampling
 from flowturbo.schedule import Schedule
 
 # Evaluates a composed model: (its name, its inputs [rows, ...]) to its outputs in contract order.
 Infer = Callable[[str, Tensors], tuple[Array, ...]]
+AwaitedInfer = Callable[[str, Tensors], Awaitable[tuple[Array, ...]]]
 
 LARGEST_TRAINED_STEP = 0.12  # the paper's range is (0, 0.12]
 _logger = logging.getLogger(__name__)
@@ -27,19 +28,23 @@ def generate(
     request: GenerationRequest, pipeline: Pipeline, program: Program, infer: Infer
 ) -> dict[str, Array]:
     """The output tensors that `request` asks for, by name (contract.REQUEST_OUTPUTS)."""
-    return complete(request, pipeline, make_images(request, pipeline, program, infer))
+
+    async def evaluated(model: str, tensors: Tensors) -> tuple[Array, ...]:
+        return infer(model, tensors)
+
+    return complete(request, pipeline, run(make_images(request, pipeline, program, evaluated)))
 
 
-def make_images(
-    request: GenerationRequest, pipeline: Pipeline, program: Program, infer: Infer
+async def make_images(
+    request: GenerationRequest, pipeline: Pipeline, program: Program, infer: AwaitedInfer
 ) -> Tensors:
     """The latent and the image that `request` needs, by these names."""
     infer = in_chunks(infer, pipeline.max_rows)
     made: Tensors = {}
     if request.needs_decoder or "latent" in request.outputs:
-        made["latent"] = _latent(request, pipeline, program, infer)
+        made["latent"] = await _latent(request, pipeline, program, infer)
     if request.needs_decoder:
-        (made["image"],) = infer(contract.DECODER, {"latent": made["latent"]})
+        (made["image"],) = await infer(contract.DECODER, {"latent": made["latent"]})
     return made
 
 
@@ -56,21 +61,21 @@ def complete(
     return {name: answer[name] for name in request.outputs}
 
 
-def _latent(
-    request: GenerationRequest, pipeline: Pipeline, program: Program, infer: Infer
+async def _latent(
+    request: GenerationRequest, pipeline: Pipeline, program: Program, infer: AwaitedInfer
 ) -> Array:
-    def run(network: Network, tensors: Tensors) -> tuple[Array, Array]:
-        x_next, velocity_next = infer(BLOCK_MODELS[network], tensors)
+    async def evaluate(network: Network, tensors: Tensors) -> tuple[Array, Array]:
+        x_next, velocity_next = await infer(BLOCK_MODELS[network], tensors)
         return x_next, velocity_next
 
     block = guided_block(
-        run,
+        evaluate,
         conditioning={"label": request.labels[:, None]},
         null={"label": np.array([[pipeline.null_label]], dtype=np.int64)},
         guidance=request.guidance,
     )
     noise = spread(request.start(pipeline), request.guidance)
-    return gather(sample(program, noise, block), request.guidance)
+    return gather(await sampling(program, noise, block), request.guidance)
 
 
 def models_called(program: Program) -> list[str]:
@@ -92,16 +97,18 @@ def program_for(schedule: Schedule, variant: Variant) -> Program:
     return program
 
 
-def in_chunks(infer: Infer, max_rows: int) -> Infer:
+def in_chunks(infer: AwaitedInfer, max_rows: int) -> AwaitedInfer:
     """`infer` for any number of rows, at most `max_rows` at a time."""
     size = max_rows - max_rows % 2  # even, so that no guidance pair is torn apart
 
-    def chunked(model: str, tensors: Tensors) -> tuple[Array, ...]:
+    async def chunked(model: str, tensors: Tensors) -> tuple[Array, ...]:
         rows = len(next(iter(tensors.values())))
         if rows <= size:
-            return infer(model, tensors)
+            return await infer(model, tensors)
         parts = [
-            infer(model, {name: value[start : start + size] for name, value in tensors.items()})
+            await infer(
+                model, {name: value[start : start + size] for name, value in tensors.items()}
+            )
             for start in range(0, rows, size)
         ]
         return tuple(np.concatenate(of_output) for of_output in zip(*parts, strict=True))

@@ -1,18 +1,18 @@
 """Classifier-free guidance as rows: a guided sample is two rows, conditional then unconditional."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from flowturbo.errors import RequestError
 from flowturbo.program import BlockCall, Network
-from flowturbo.sampler import Array, Block
+from flowturbo.sampler import Array, AwaitedBlock
 
 MAX_SCALE = 100.0
 Tensors = dict[str, Array]
 # Evaluates a step block on its named input tensors (contract.py), answers (x_next, velocity_next).
-RunBlock = Callable[[Network, Tensors], tuple[Array, Array]]
+RunBlock = Callable[[Network, Tensors], Awaitable[tuple[Array, Array]]]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def guided_block(
     conditioning: Mapping[str, Array],
     null: Mapping[str, Array],
     guidance: Guidance,
-) -> Block:
+) -> AwaitedBlock:
     """The sampler's block over `run`, for images with `conditioning` (tensors [n, ...]).
 
     `null` holds the unconditional value of each tensor ([1, ...]: null label, empty prompt). State
@@ -77,12 +77,12 @@ def guided_block(
     """
     paired = {name: alternate(value, null[name]) for name, value in conditioning.items()}
 
-    def block(call: BlockCall, x: Array, v: Array) -> tuple[Array, Array]:
+    async def block(call: BlockCall, x: Array, v: Array) -> tuple[Array, Array]:
         if any(guidance.active(t) for t in call.times):
-            return run(call.network, block_inputs(call, x, v, paired, guidance, guided=True))
+            return await run(call.network, block_inputs(call, x, v, paired, guidance, guided=True))
         x, v = gather(x, guidance), gather(v, guidance)
         inputs = block_inputs(call, x, v, conditioning, guidance, guided=False)
-        x_next, v_next = run(call.network, inputs)
+        x_next, v_next = await run(call.network, inputs)
         return spread(x_next, guidance), spread(v_next, guidance)
 
     return block

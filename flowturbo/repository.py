@@ -125,8 +125,7 @@ class Settings:
 
     `max_inflight` is how many requests are worked on at a time (more are refused at once);
     `max_images` how many images one request may ask for; `default_timeout_s` the deadline of a
-    request that sets none; `gather_ms` how long a batch waits for requests that are between two
-    calls. Raises RepositoryError for a value that is not allowed.
+    request that sets none. Raises RepositoryError for a value that is not allowed.
     """
 
     default_schedule: str = "H1P5R3"
@@ -135,7 +134,6 @@ class Settings:
     max_inflight: int = 64
     max_images: int = 64
     default_timeout_s: float = 120.0
-    gather_ms: float = 2.0
 
     def __post_init__(self) -> None:
         try:
@@ -144,10 +142,6 @@ class Settings:
             Variant(self.variant)
         except (RequestError, ValueError) as error:
             raise RepositoryError(f"orchestrator config: {error}") from error
-        if not self.gather_ms >= 0:
-            raise RepositoryError(
-                f"orchestrator config: gather_ms must be at least 0, got {self.gather_ms}"
-            )
         for name in ("max_inflight", "max_images", "default_timeout_s"):
             if not getattr(self, name) > 0:
                 raise RepositoryError(

@@ -66,7 +66,6 @@ def test_client() -> None:
         ({"max_inflght": "3"}, "unknown parameter 'max_inflght', known are default_schedule"),
         ({"max_inflight": "many"}, "max_inflight must be int, got 'many'"),
         ({"max_inflight": "0"}, "max_inflight must be above 0, got 0"),
-        ({"gather_ms": "-1"}, "gather_ms must be at least 0"),
         ({"default_schedule": "R3"}, "no velocity cached"),
         ({"default_guidance_scale": "nan"}, "guidance_scale must be"),
         ({"variant": "fast"}, "'fast' is not a valid Variant"),

@@ -1,8 +1,10 @@
-"""Calls are joined and split rightly, wait for nobody needlessly, and fail together."""
+"""Calls are joined and split rightly, stay together, and fail together."""
 
+import queue
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,17 +16,62 @@ CALL_S = 0.02
 
 
 class Engine:
-    """Doubles its input, slowly, one call at a time; remembers how many rows each call had."""
+    """Doubles its input, slowly; remembers the models called and how many rows each call had.
 
-    def __init__(self) -> None:
-        self.rows: list[int] = []
+    `gate`, where given, lets calls through.
+    """
+
+    def __init__(self, gate: threading.Event | None = None) -> None:
+        self.calls: list[tuple[str, int]] = []
+        self.gate = gate
+        self.running = self.most_running = 0
+        self._lock = threading.Lock()
+
+    @property
+    def rows(self) -> list[int]:
+        return [rows for _, rows in self.calls]
 
     def __call__(self, model: str, tensors: Tensors) -> Outputs:
         if np.isnan(tensors["x"]).any():
             raise FloatingPointError("NaN")
-        self.rows.append(len(tensors["x"]))
+        with self._lock:
+            self.calls.append((model, len(tensors["x"])))
+            self.running += 1
+            self.most_running = max(self.most_running, self.running)
         time.sleep(CALL_S)
+        if self.gate:
+            self.gate.wait(20)
+        with self._lock:
+            self.running -= 1
         return (tensors["x"] * 2, tensors["y"] + 1)
+
+
+class Crowd:
+    """Requests of a gatherer, and what came of them."""
+
+    def __init__(self, engine: Engine, models: tuple[str, ...], **options: Any) -> None:
+        self.gather = Gatherer(engine, models, **({"max_rows": 16} | options))
+        self._done: queue.Queue[tuple[int, Any]] = queue.Queue()
+        self._started = 0
+
+    def start(self, value: float, rows: int, *models: str) -> None:
+        """A request that calls `models` in turn."""
+
+        async def request() -> np.ndarray:
+            x = np.full((rows, 3), value)
+            for model in models:
+                x, y = await self.gather.infer(model, {"x": x, "y": x})
+                np.testing.assert_array_equal(y, x / 2 + 1)
+            return x
+
+        number = self._started
+        self._started += 1
+        self.gather.start(request(), lambda result: self._done.put((number, result)))
+
+    def results(self) -> list[Any]:
+        """Of all requests, in the order of their start."""
+        found = dict(self._done.get(timeout=20) for _ in range(self._started))
+        return [found[number] for number in range(self._started)]
 
 
 @pytest.fixture
@@ -33,171 +80,98 @@ def engine() -> Engine:
 
 
 @pytest.fixture
-def gather(engine: Engine) -> Gatherer:
-    return Gatherer(engine, ("model",), max_rows=16, linger_s=0.5)
+def crowd(engine: Engine) -> Iterator[Crowd]:
+    made = Crowd(engine, ("model",))
+    yield made
+    made.gather.close()
 
 
-def run_request(gather: Gatherer, start: float, rows: int, calls: int) -> np.ndarray:
-    x = np.full((rows, 3), start)
-    with gather.request():
-        for _ in range(calls):
-            x, y = gather("model", {"x": x, "y": x})
-            np.testing.assert_array_equal(y, x / 2 + 1)
-    return x
-
-
-def test_each_caller_gets_its_own_rows(gather: Gatherer, engine: Engine) -> None:
-    with ThreadPoolExecutor(8) as pool:
-        jobs = [pool.submit(run_request, gather, k + 1.0, k % 3 + 1, 6) for k in range(8)]
-        for k, job in enumerate(jobs):
-            np.testing.assert_array_equal(job.result(), np.full((k % 3 + 1, 3), (k + 1.0) * 64))
+def test_each_request_gets_its_own_rows(crowd: Crowd, engine: Engine) -> None:
+    for k in range(8):
+        crowd.start(k + 1.0, k % 3 + 1, *["model"] * 6)
+    for k, found in enumerate(crowd.results()):
+        np.testing.assert_array_equal(found, np.full((k % 3 + 1, 3), (k + 1.0) * 64))
     assert max(engine.rows) <= 16
 
 
-def test_cohorts_merge(gather: Gatherer, engine: Engine) -> None:
-    """Two requests out of step come into step, and stay in step while both run."""
-    running = threading.Event()
-
-    def late() -> None:
-        running.wait(10)
-        run_request(gather, 1, 2, 5)
-
-    def early() -> None:
-        with gather.request():
-            for call in range(30):
-                x = np.ones((2, 3))
-                gather("model", {"x": x, "y": x})
-                if call == 2:
-                    running.set()
-
-    with ThreadPoolExecutor(2) as pool:
-        for job in [pool.submit(late), pool.submit(early)]:
-            job.result()
+def test_requests_come_into_step_and_stay(crowd: Crowd, engine: Engine) -> None:
+    """One that comes late shares every batch from its first call on."""
+    crowd.start(1, 2, *["model"] * 30)
+    while len(engine.calls) < 3:
+        time.sleep(CALL_S / 10)
+    crowd.start(1, 2, *["model"] * 5)
+    crowd.results()
     assert engine.rows.count(4) == 5
+    assert engine.rows.count(2) == 25
 
 
-def test_a_request_alone_waits_for_nobody(engine: Engine) -> None:
-    gather = Gatherer(engine, ("model",), max_rows=16, linger_s=30)
-    started = time.monotonic()
-    run_request(gather, 1, 2, 5)
-    assert time.monotonic() - started < 20
+def test_a_batch_is_no_larger_than_allowed() -> None:
+    gate = threading.Event()
+    engine = Engine(gate)
+    crowd = Crowd(engine, ("model",), max_rows=4)
+    crowd.start(1, 1, "model")
+    while not engine.calls:
+        time.sleep(CALL_S / 10)
+    for rows in (3, 2, 1, 4):
+        crowd.start(1, rows, "model")
+    gate.set()
+    crowd.results()
+    crowd.gather.close()
+    assert engine.rows == [1, 3, 3, 4]  # 3; 2 and 1; 4
 
 
-def test_a_slow_request_is_not_waited_for_without_end(engine: Engine) -> None:
-    gather = Gatherer(engine, ("model",), max_rows=16, linger_s=0.01)
-    inside, release = threading.Event(), threading.Event()
-
-    def stuck() -> None:
-        with gather.request():
-            inside.set()
-            release.wait(60)
-
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(stuck)
-        inside.wait(10)
-        started = time.monotonic()
-        run_request(gather, 1, 1, 3)
-        assert time.monotonic() - started < 30
-        release.set()
-    assert engine.rows == [1, 1, 1]
+def test_failures_reach_their_requests_and_end_nothing(crowd: Crowd) -> None:
+    crowd.start(float("nan"), 1, "model")
+    assert isinstance(crowd.results()[0], FloatingPointError)
+    crowd.start(1, 1, "model")
+    np.testing.assert_array_equal(crowd._done.get(timeout=20)[1], np.full((1, 3), 2.0))
 
 
-def test_a_full_batch_waits_for_nobody(engine: Engine) -> None:
-    """Nor does what does not fit in it, once the engine is free."""
-    gather = Gatherer(engine, ("model",), max_rows=4, linger_s=30)
-    with gather.request():  # one that never calls, and would be waited for
-        with ThreadPoolExecutor(4) as pool:
-            jobs = [pool.submit(run_request, gather, 1.0, 2, 4) for _ in range(4)]
-            for job in jobs:
-                job.result(20)
-    assert engine.rows == [4] * 8
+def test_a_request_that_never_calls_is_done(crowd: Crowd) -> None:
+    crowd.start(5, 1)
+    np.testing.assert_array_equal(crowd.results()[0], np.full((1, 3), 5.0))
 
 
-def test_failures_reach_the_caller_and_end_nothing(gather: Gatherer) -> None:
-    bad = np.full((1, 3), np.nan)
-    with gather.request(), pytest.raises(FloatingPointError):
-        gather("model", {"x": bad, "y": bad})
-    assert run_request(gather, 1, 1, 1)[0, 0] == 2
-
-
-def test_free_instances_share_the_rows() -> None:
+def test_free_instances_share_the_rows(engine: Engine) -> None:
     """With two engines, two batches run at a time, each with half of what is queued."""
-    engine = Engine()
-    gatherer = Gatherer(engine, ("model",), max_rows=16, linger_s=0.5, instances=2)
+    crowd = Crowd(engine, ("model",), instances=2)
     started = time.monotonic()
-    with ThreadPoolExecutor(8) as pool:
-        jobs = [pool.submit(run_request, gatherer, k + 1.0, 1, 10) for k in range(8)]
-        for k, job in enumerate(jobs):
-            np.testing.assert_array_equal(job.result(), np.full((1, 3), (k + 1.0) * 2**10))
+    for k in range(8):
+        crowd.start(k + 1.0, 1, *["model"] * 10)
+    for k, found in enumerate(crowd.results()):
+        np.testing.assert_array_equal(found, np.full((1, 3), (k + 1.0) * 2**10))
     elapsed = time.monotonic() - started
+    crowd.gather.close()
     assert sum(engine.rows) == 80
+    assert engine.most_running == 2
     assert len(engine.rows) * CALL_S > 1.4 * elapsed  # they ran side by side
 
 
-def turn_taking(engine: Engine, order: list[str]) -> Gatherer:
-    def call(model: str, tensors: Tensors) -> Outputs:
-        order.append(model)
-        return engine(model, tensors)
-
-    return Gatherer(call, ("first", "second"), max_rows=16, linger_s=0.5, shared=True)
-
-
-def test_models_that_share_a_device_take_turns() -> None:
-    running, most = 0, 0
-    lock = threading.Lock()
-
-    def call(model: str, tensors: Tensors) -> Outputs:
-        nonlocal running, most
-        with lock:
-            running += 1
-            most = max(most, running)
-        time.sleep(CALL_S / 4)
-        with lock:
-            running -= 1
-        return (tensors["x"] * 2,)
-
-    gather = Gatherer(call, ("first", "second"), max_rows=16, linger_s=0.01, shared=True)
-
-    def request(start: float) -> np.ndarray:
-        x = np.full((1, 3), start)
-        with gather.request():
-            for k in range(10):
-                (x,) = gather(("first", "second")[k % 3 == 2], {"x": x})
-        return x
-
-    with ThreadPoolExecutor(6) as pool:
-        jobs = [pool.submit(request, k + 1.0) for k in range(6)]
-        for k, job in enumerate(jobs):
-            np.testing.assert_array_equal(job.result(30), np.full((1, 3), (k + 1.0) * 2**10))
-    assert most == 1
+@pytest.mark.parametrize("shared", [False, True])
+def test_models_that_share_a_device_take_turns(engine: Engine, shared: bool) -> None:
+    crowd = Crowd(engine, ("first", "second"), shared=shared)
+    for k in range(6):
+        crowd.start(k + 1.0, 1, *[("first", "second")[(n + k) % 2] for n in range(10)])
+    for k, found in enumerate(crowd.results()):
+        np.testing.assert_array_equal(found, np.full((1, 3), (k + 1.0) * 2**10))
+    crowd.gather.close()
+    assert engine.most_running == (1 if shared else 2)
 
 
-def test_most_calls_go_first_but_not_for_ever(engine: Engine) -> None:
-    """One caller of the second model among three that never stop calling the first."""
-    order: list[str] = []
-    gather = turn_taking(engine, order)
-    stop = threading.Event()
-    x = {"x": np.ones((1, 3)), "y": np.ones((1, 3))}
-
-    def crowd() -> None:
-        with gather.request():
-            while not stop.is_set():
-                gather("first", x)
-
-    with ThreadPoolExecutor(3) as pool:
-        for _ in range(3):
-            pool.submit(crowd)
-        while order.count("first") < 5:
-            time.sleep(CALL_S)
-        before = len(order)
-        try:
-            with gather.request():
-                for _ in range(2):
-                    gather("second", x)
-        finally:
-            stop.set()
-    seconds = [k for k, model in enumerate(order) if model == "second"]
-    gaps = np.diff([before, *seconds])
-    assert len(seconds) == 2
-    assert gaps.max() >= MOST_PASSED_OVER - 1
-    assert gaps.max() <= MOST_PASSED_OVER + 3
+def test_most_calls_go_first_but_not_for_ever() -> None:
+    """One request of the second model among three of the first, all of them there at once."""
+    gate = threading.Event()
+    engine = Engine(gate)
+    crowd = Crowd(engine, ("first", "second"), shared=True)
+    crowd.start(1, 1, "first")
+    while not engine.calls:
+        time.sleep(CALL_S / 10)
+    crowd.start(1, 1, "second", "second")
+    for _ in range(3):
+        crowd.start(0, 1, *["first"] * 30)
+    gate.set()
+    crowd.results()
+    crowd.gather.close()
+    order = [model for model, _ in engine.calls[1:]]
+    turns = [k for k, model in enumerate(order) if model == "second"]
+    assert turns == [MOST_PASSED_OVER, 2 * MOST_PASSED_OVER + 2]

@@ -7,7 +7,7 @@ from flowturbo import Schedule, compile_program, sample
 from flowturbo.errors import RequestError
 from flowturbo.guidance import Guidance, Tensors, gather, guided_block, spread
 from flowturbo.program import BlockCall, Network, PredictorCall
-from flowturbo.sampler import Array
+from flowturbo.sampler import Array, run, sampling
 
 LABELS = np.array([[3], [5]], dtype=np.int64)
 NULL = np.array([[9]], dtype=np.int64)
@@ -18,7 +18,7 @@ def velocity(x: Array, t: Array, label: Array) -> Array:
     return np.sin(x * (1 + label[:, :, None, None]) + t[:, None, None, None])
 
 
-def served_block(network: Network, tensors: Tensors) -> tuple[Array, Array]:
+async def served_block(network: Network, tensors: Tensors) -> tuple[Array, Array]:
     """The step block's contract, all channels guided, in numpy."""
     x, v = tensors["x"], tensors["velocity"]
     t, euler, w_prev, w_next, scale = tensors["scalars"].T
@@ -54,7 +54,8 @@ def plain(schedule: str, guidance: Guidance) -> Array:
 )
 def test_rows_equal_the_formula(schedule: str, guidance: Guidance) -> None:
     block = guided_block(served_block, {"label": LABELS}, {"label": NULL}, guidance)
-    rows = sample(compile_program(Schedule.parse(schedule)), spread(NOISE, guidance), block)
+    program = compile_program(Schedule.parse(schedule))
+    rows = run(sampling(program, spread(NOISE, guidance), block))
     np.testing.assert_allclose(gather(rows, guidance), plain(schedule, guidance), atol=1e-5)
 
 
@@ -69,13 +70,13 @@ def test_rows_equal_the_formula(schedule: str, guidance: Guidance) -> None:
 def test_unguided_evaluations_cost_half(guidance: Guidance, rows: list[int]) -> None:
     seen: list[int] = []
 
-    def run(network: Network, tensors: Tensors) -> tuple[Array, Array]:
+    async def evaluate(network: Network, tensors: Tensors) -> tuple[Array, Array]:
         assert {len(tensor) for tensor in tensors.values()} == {len(tensors["x"])}
         seen.append(len(tensors["x"]))
         return tensors["x"], tensors["velocity"]
 
-    block = guided_block(run, {"label": LABELS}, {"label": NULL}, guidance)
-    sample(compile_program(Schedule.parse("E4")), spread(NOISE, guidance), block)
+    block = guided_block(evaluate, {"label": LABELS}, {"label": NULL}, guidance)
+    run(sampling(compile_program(Schedule.parse("E4")), spread(NOISE, guidance), block))
     assert seen == rows
 
 

@@ -69,7 +69,6 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
         guidance_scale=guidance if args.guidance_scale is None else args.guidance_scale,
         max_rows=args.max_rows or min(times.max_rows, 64),
         max_inflight=settings.max_inflight,
-        gather_ms=settings.gather_ms,
         turns=args.turns or not (args.times or Pipeline.load(args.repository).on_gpu),
     )
     # As --times takes it: a report is the input of the next.

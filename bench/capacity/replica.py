@@ -15,8 +15,8 @@ from flowturbo.schedule import Schedule
 class Replica:
     """One device behind one orchestrator, and the calls (model, rows) that an image makes of it.
 
-    `times_ms` are a model's execution times at 0 to `max_rows` rows; `gather_ms` and `max_inflight`
-    are the settings of that name; with `turns` one model runs at a time, as on a CPU.
+    `times_ms` are a model's execution times at 0 to `max_rows` rows, `overhead_ms` passes before
+    each; `max_inflight` is the setting; with `turns` one model runs at a time, as on a CPU.
     """
 
     calls: tuple[tuple[str, int], ...]
@@ -24,7 +24,6 @@ class Replica:
     overhead_ms: float = OVERHEAD_MS
     max_rows: int = 64
     max_inflight: int = 64
-    gather_ms: float = 2.0
     turns: bool = False
 
     def __post_init__(self) -> None:

@@ -48,16 +48,11 @@ class _Execution:
 
 @dataclass
 class _Simulation:
-    """A replica, moved from event to event; times are milliseconds.
-
-    `between` counts the requests in no call, for which a batch that is not full waits up to
-    gather_ms (flowturbo/serving/gather.py).
-    """
+    """A replica, moved from event to event; times are milliseconds."""
 
     replica: Replica
     on_done: Callable[[], None] = lambda: None
     now: float = 0.0
-    between: int = 0
     inflight: int = 0
     busy_ms: float = 0.0
     refused: list[float] = field(default_factory=list)  # when they arrived
@@ -69,7 +64,7 @@ class _Simulation:
         self._count = 0
         self._running: dict[str, _Execution] = {}
         self._queues: dict[str, deque[_Request]] = {m: deque() for m in self.replica.times_ms}
-        self._patience: dict[str, float] = {}  # when a model stops waiting for more calls
+        self._taken: set[str] = set()  # models whose next batch is on its way or running
         self._rows = dict(self.replica.calls)
 
     def at(self, when: float, event: Callable[[], None]) -> None:
@@ -102,7 +97,7 @@ class _Simulation:
             self.refused.append(self.now)
             return
         self.inflight += 1
-        self._next_calls([_Request(self.now)])
+        self._next_call(_Request(self.now))
 
     def _advance(self, when: float) -> None:
         """Executions share the device: each of k runs at 1/k of its speed."""
@@ -113,61 +108,36 @@ class _Simulation:
             for execution in self._running.values():
                 execution.left_ms -= passed / len(self._running)
 
-    def _next_calls(self, requests: list[_Request]) -> None:
-        self.between += len(requests)
-        self.at(self.now + self.replica.overhead_ms, partial(self._enqueue, requests))
-
-    def _enqueue(self, requests: list[_Request]) -> None:
-        self.between -= len(requests)
-        for request in requests:
-            self._queues[self.replica.calls[request.done][0]].append(request)
-
-    def _start(self, model: str) -> None:
-        queue = self._queues[model]
-        if not queue or model in self._running:
-            return
-        if self.between and len(queue) < self._fit(model) and self._waits(model):
-            return
-        self._patience.pop(model, None)
-        self._launch(model)
+    def _next_call(self, request: _Request) -> None:
+        self._queues[self.replica.calls[request.done][0]].append(request)
 
     def _take_turn(self) -> None:
         """One model at a time, the one for which most calls wait; of several, the later one."""
-        longest = max(reversed(self._queues), key=lambda model: len(self._queues[model]))
-        if self._running or not self._queues[longest]:
-            return  # that a call is passed over too often hardly happens with one schedule
-        full = any(len(queue) >= self._fit(model) for model, queue in self._queues.items())
-        if self.between and not full and self._waits(""):
+        if not self._taken:  # that a call is passed over too often hardly happens with one schedule
+            self._start(max(reversed(self._queues), key=lambda model: len(self._queues[model])))
+
+    def _start(self, model: str) -> None:
+        """Takes what fits of the calls that wait; the device has it after the call's overhead."""
+        queue, fit = self._queues[model], self.replica.max_rows // self._rows[model]
+        if not queue or model in self._taken:
             return
-        self._patience.clear()
-        self._launch(longest)
-
-    def _fit(self, model: str) -> int:
-        return self.replica.max_rows // self._rows[model]
-
-    def _launch(self, model: str) -> None:
-        queue, fit = self._queues[model], self._fit(model)
+        self._taken.add(model)
         batch = [queue.popleft() for _ in range(min(fit, len(queue)))]
+        self.at(self.now + self.replica.overhead_ms, partial(self._execute, model, batch))
+
+    def _execute(self, model: str, batch: list[_Request]) -> None:
         rows = len(batch) * self._rows[model]
         self._running[model] = _Execution(batch, self.replica.times_ms[model][rows])
         self.batches.append((model, self.now, rows))
 
-    def _waits(self, model: str) -> bool:
-        """Whether a batch that is not full waits on, and until when; "" is any model's."""
-        if model not in self._patience:
-            self._patience[model] = self.now + self.replica.gather_ms
-            self.at(self._patience[model], lambda: None)
-        return self.now < self._patience[model]
-
     def _finish(self, model: str) -> None:
-        batch = self._running.pop(model).batch
-        for request in batch:
+        self._taken.remove(model)
+        for request in self._running.pop(model).batch:
             request.done += 1
-        ends = [r for r in batch if r.done == len(self.replica.calls)]
-        if going := [r for r in batch if r.done < len(self.replica.calls)]:
-            self._next_calls(going)
-        self.inflight -= len(ends)
-        for request in ends:
+            if request.done < len(self.replica.calls):
+                self._next_call(request)
+                continue
+            self.inflight -= 1
             self.answered.append((request.arrived, self.now))
             self.on_done()
 

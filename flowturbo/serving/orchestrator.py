@@ -1,7 +1,7 @@
 """Triton Python-backend model `flowturbo`: one request in, one response out.
 
-`execute` checks and admits requests and returns at once; each admitted one runs on a thread of its
-own. Steps of different requests, at different places of different schedules, share batches.
+`execute` checks and admits requests and returns at once; each admitted one is a coroutine. Steps of
+different requests, at different places of different schedules, share batches.
 """
 
 import json
@@ -25,7 +25,7 @@ from flowturbo.errors import (
     FlowTurboError,
     RequestError,
 )
-from flowturbo.generate import Infer, complete, make_images, models_called, program_for
+from flowturbo.generate import AwaitedInfer, complete, make_images, models_called, program_for
 from flowturbo.guidance import Tensors
 from flowturbo.program import Program, Variant
 from flowturbo.repository import Pipeline, read_ensembles
@@ -42,7 +42,7 @@ from flowturbo.serving.triton_io import (
 )
 
 ALONE_S = 1.0  # after so long without company, a request need not wait to share its batches
-CANCEL_CHECK_S = 0.02  # asking the server whether a caller is still there costs a round trip
+CANCEL_CHECK_S = 0.25  # asking the server whether a caller is still there holds up a batch
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Job:
     executed: Counter[str] = field(default_factory=Counter)
     lock: threading.Lock = field(default_factory=threading.Lock)
     answered: bool = False
-    checked: float = 0.0
+    checked: float = field(default_factory=time.monotonic)
 
     def check(self) -> None:
         """Raises once the caller has gone or the deadline has passed."""
@@ -93,7 +93,6 @@ class TritonPythonModel:
             _call_block,
             tuple(contract.COMPOSED),
             self._pipeline.max_rows,
-            self._settings.gather_ms / 1e3,
             # The composed models have an instance on each GPU.
             instances=max(1, len(compute_capabilities())) if self._pipeline.on_gpu else 1,
             shared=not self._pipeline.on_gpu,
@@ -101,7 +100,7 @@ class TritonPythonModel:
         self._deadlines = Deadlines(self._expire)
         self._inflight = 0
         self._crowded = -math.inf  # when requests were last together here (monotonic s)
-        self._lock = threading.Lock()
+        self._left = threading.Condition()  # and the lock of these two
         self._workers = ThreadPoolExecutor(self._settings.max_inflight, "flowturbo")
 
     def execute(self, requests: list[Any]) -> None:
@@ -117,6 +116,9 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         """Lets the requests in flight finish."""
+        with self._left:
+            self._left.wait_for(lambda: self._inflight == 0)
+        self._gather.close()
         self._workers.shutdown(wait=True)
         self._deadlines.close()
 
@@ -144,7 +146,7 @@ class TritonPythonModel:
 
     def _admit(self) -> None:
         """Takes a place in flight, or raises BusyError: no queue, so that refusal comes at once."""
-        with self._lock:
+        with self._left:
             if self._inflight >= self._settings.max_inflight:
                 raise BusyError(
                     f"server is full: {self._inflight} requests in flight, at most "
@@ -156,9 +158,10 @@ class TritonPythonModel:
             self._metrics.inflight(self._inflight)
 
     def _leave(self) -> None:
-        with self._lock:
+        with self._left:
             self._inflight -= 1
             self._metrics.inflight(self._inflight)
+            self._left.notify_all()
 
     def _expire(self, job: Job) -> None:
         """Answers at the deadline, whatever the worker waits for; its own answer is dropped."""
@@ -169,18 +172,60 @@ class TritonPythonModel:
 
     def _work(self, job: Job, ticket: int, request: GenerationRequest) -> None:
         """Runs one admitted request; whatever happens, its one response is sent."""
-        result: dict[str, np.ndarray] | BaseException
+
+        def made(result: "Tensors | BaseException") -> None:
+            # On a thread that has batches to run: what remains is for another.
+            self._workers.submit(self._finish, job, ticket, request, result)
+
         try:
             program = program_for(request.schedule, Variant(self._settings.variant))
             ensemble = ensemble_for(request, self._ensembles, self._pipeline)
             if ensemble and time.monotonic() - self._crowded > ALONE_S:
-                result = self._by_ensemble(job, request, program, ensemble)
+                images = self._by_ensemble(job, request, program, ensemble)
             else:
-                with self._gather.request():
-                    made = make_images(request, self._pipeline, program, self._infer_for(job))
-                result = complete(request, self._pipeline, made)
+                infer = self._infer_for(job)
+                self._gather.start(make_images(request, self._pipeline, program, infer), made)
+                return
         except BaseException as error:
-            result = error
+            self._finish(job, ticket, request, error)
+        else:
+            self._finish(job, ticket, request, images)
+
+    def _by_ensemble(
+        self, job: Job, request: GenerationRequest, program: Program, ensemble: str
+    ) -> Tensors:
+        """One call for all steps: no coming and going between them, and none to stop at."""
+        job.check()
+        wanted = ["image"] * request.needs_decoder + ["latent"] * ("latent" in request.outputs)
+        if not wanted:
+            return {}
+        made = _call(ensemble, ensemble_inputs(request), wanted)
+        for model in models_called(program):
+            job.executed[model] += request.rows
+        job.executed[contract.DECODER] = len(request.labels) * request.needs_decoder
+        return dict(zip(wanted, made, strict=True))
+
+    def _infer_for(self, job: Job) -> AwaitedInfer:
+        async def infer(model: str, tensors: Tensors) -> tuple[np.ndarray, ...]:
+            job.check()
+            outputs = await self._gather.infer(model, tensors)
+            job.executed[model] += len(outputs[0])
+            return outputs
+
+        return infer
+
+    def _finish(
+        self, job: Job, ticket: int, request: GenerationRequest, made: "Tensors | BaseException"
+    ) -> None:
+        """Answers with what was made for the request, or why nothing was."""
+        result: dict[str, np.ndarray] | BaseException
+        if isinstance(made, BaseException):
+            result = made
+        else:
+            try:
+                result = complete(request, self._pipeline, made)
+            except BaseException as error:
+                result = error
         in_time = self._deadlines.done(ticket)
         try:
             # Free before the answer is out: a caller in a loop must not find its place taken.
@@ -189,29 +234,6 @@ class TritonPythonModel:
             if in_time:
                 self._answer(job, result)
         self._metrics.executed(job.executed)
-
-    def _by_ensemble(
-        self, job: Job, request: GenerationRequest, program: Program, ensemble: str
-    ) -> dict[str, np.ndarray]:
-        """One call for all steps: no coming and going between them, and none to stop at."""
-        job.check()
-        wanted = ["image"] * request.needs_decoder + ["latent"] * ("latent" in request.outputs)
-        if not wanted:
-            return complete(request, self._pipeline, {})
-        made = _call(ensemble, ensemble_inputs(request), wanted)
-        for model in models_called(program):
-            job.executed[model] += request.rows
-        job.executed[contract.DECODER] = len(request.labels) * request.needs_decoder
-        return complete(request, self._pipeline, dict(zip(wanted, made, strict=True)))
-
-    def _infer_for(self, job: Job) -> Infer:
-        def infer(model: str, tensors: Tensors) -> tuple[np.ndarray, ...]:
-            job.check()
-            outputs = self._gather(model, tensors)
-            job.executed[model] += len(outputs[0])
-            return outputs
-
-        return infer
 
     def _answer(self, job: Job, result: "dict[str, np.ndarray] | BaseException") -> None:
         """Sends the one final response; the request must not be touched afterwards."""
