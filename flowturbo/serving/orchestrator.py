@@ -218,10 +218,8 @@ class TritonPythonModel:
         self, job: Job, ticket: int, request: GenerationRequest, made: "Tensors | BaseException"
     ) -> None:
         """Answers with what was made for the request, or why nothing was."""
-        result: dict[str, np.ndarray] | BaseException
-        if isinstance(made, BaseException):
-            result = made
-        else:
+        result: dict[str, np.ndarray] | BaseException = made
+        if not isinstance(made, BaseException):
             try:
                 result = complete(request, self._pipeline, made)
             except BaseException as error:
