@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
+from safetensors.torch import save_file
 from support import GOLDEN, ROOT, golden_cases
 from torch import Tensor
 
@@ -50,8 +50,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_shards(folder: Path, label: Tensor, shape: Sequence[int] = (4, 4, 4)) -> None:
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True)
     generator, shards = torch.Generator().manual_seed(1), []
     for k, part in enumerate(label.chunk(2)):
@@ -261,11 +259,6 @@ def test_tiles() -> None:
     assert tile(images)[::2, ::2, 0].tolist() == [[1, 2], [3, 0]]
 
 
-def test_num_heads_is_noted(data: Path) -> None:
-    with safe_open(data / "predictor.safetensors", framework="pt") as file:
-        assert file.metadata()["num_heads"] == "2"
-
-
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -287,6 +280,13 @@ def test_what_is_refused(
     assert main(arguments(data, tmp_path, *more)) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "refiner.state.pt").exists()
+
+
+def test_a_run_is_made_longer(data: Path, tmp_path: Path) -> None:
+    for name, runs in {"whole": (9,), "parts": (4, 9)}.items():
+        for steps in runs:
+            assert main(arguments(data, tmp_path / name, "--steps", str(steps))) == 0
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
 def test_a_state_of_other_settings_is_refused(

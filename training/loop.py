@@ -134,9 +134,9 @@ def fit(
             bar.set_postfix(loss=f"{run.progress['smooth_loss']:.4f}", refresh=False)
             bar.update()
             if writer:
-                run.write(writer, figures, done=run.step == plan.steps)
                 if preview and run.step % preview.every == 0:
                     run.show(writer, preview(average.module.eval()))
+                run.write(writer, figures, done=run.step == plan.steps)
     accelerator.wait_for_everyone()
     averaged: nn.Module = average.module
     return averaged.eval().requires_grad_(False)
@@ -194,7 +194,9 @@ class _Run:
         if not self.path.exists():
             return
         saved = torch.load(self.path, weights_only=True, map_location=device())
-        if saved["plan"] != identity:
+        # At a constant rate, more steps are the same run gone on with.
+        longer = {"steps": identity["steps"]} if identity["decay"] == "constant" else {}
+        if {**saved["plan"], **longer} != identity:
             raise PlanError(
                 f"{self.path} was trained with {saved['plan']}, not {identity}: remove it"
             )

@@ -212,7 +212,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--skip-bad", action="store_true", help="leave out, and count, data that cannot be used")
     add("--out", type=Path, required=True, help="the refiner's safetensors file")
     add("--out-weights", choices=("ema", "model"), default="ema", help="averaged, or the last")
-    add("--runs", type=Path, default=Path("runs/refiner"), help="state, losses, samples")
+    add(
+        "--runs",
+        type=Path,
+        default=Path("runs/refiner"),
+        help="state, losses, samples; shared by all nodes",
+    )
     add("--recipe", choices=tuple(Rule), default=Rule.PAPER, help="of the text, or the public code")
     add(
         "--step-range",
