@@ -161,7 +161,8 @@ def test_a_corrupt_image_stops_the_encoding(
 def test_images_encoded_as_they_are_read(images: Path, vae: AutoencoderKL) -> None:
     pictures = list_pictures(images, 64)
     source = EncodedImages(pictures, vae, MODEL)
-    read = source.read(torch.tensor([11, 2]))
+    with torch.autocast("cpu", torch.bfloat16):  # as in training
+        read = source.read(torch.tensor([11, 2]))
     expected, _ = encode(vae, np.stack([pictures.pictures[k].load(64) for k in (11, 2)]))
     torch.testing.assert_close(read.mean, expected)
     assert read.label.tolist() == [2, 0]
@@ -240,7 +241,7 @@ def test_a_shard_of_another_shape(shards: Path) -> None:
     [
         ("shards", 32, "latents must be (4, 32, 32) for this predictor, got (4, 16, 16)"),
         ("images", 16, "images need --vae"),
-        ("nowhere", 16, "nowhere"),
+        ("nowhere", 16, "nowhere is not a folder"),
     ],
 )
 def test_training_refuses_before_it_starts(

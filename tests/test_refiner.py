@@ -20,9 +20,9 @@ from torch import Tensor
 from flowturbo.nets.checkpoint import build_network, infer_config, load_checkpoint
 from flowturbo.nets.sit import SiT, SiTConfig
 from flowturbo.schedule import Schedule
-from training import loop
 from training.data import InMemory, Latents
-from training.loop import PlanError, save_weights
+from training.loop import save_weights
+from training.plan import Plan, PlanError
 from training.recipe import Recipe, Rule, regression_loss
 from training.refiner import main
 from training.samples import RefinerPreview, sample, tile
@@ -191,10 +191,10 @@ def test_two_processes_agree_with_one(data: Path, tmp_path: Path) -> None:
 
 
 def test_a_batch_that_cannot_be_shared() -> None:
-    plan = loop.Plan(1, 18, 1e-3, seed=0)
+    plan = Plan(1, 18, 1e-3, seed=0)
     with pytest.raises(PlanError, match="multiple of the 4 processes, such as 16, 20; got 18"):
-        loop._check_share(plan, 4)
-    loop._check_share(plan, 3)
+        plan.check_processes(4)
+    plan.check_processes(3)
 
 
 def test_a_refiner_of_another_size(data: Path, tmp_path: Path) -> None:
@@ -263,6 +263,8 @@ def test_tiles() -> None:
     ("more", "said"),
     [
         (("--step-range", "0.2", "0.1"), "0 <= smallest < largest <= 1, got 0.2 to 0.1"),
+        (("--learning-rate", "0"), "learning_rate must be above 0, got 0.0"),
+        (("--ema-decay", "1"), "ema_decay must be from 0 to below 1, got 1.0"),
         (("--width", "30"), "multiple of 4 and of --heads"),
         (("--sample-schedule", "R3"), "refines with no velocity cached"),
         (("--sample-schedule", "E4"), "steps must be H, P or R, got E in E4"),

@@ -14,7 +14,8 @@ from flowturbo import LocalPipeline
 from flowturbo.nets.checkpoint import build_network, load_checkpoint
 from training.fonts import font_paths
 from training.frechet import Statistics, frechet_distance
-from training.loop import Pace, Plan, fit
+from training.loop import fit
+from training.plan import Pace, Plan
 
 WEIGHTS = ROOT / "weights" / "glyphs"
 

@@ -20,7 +20,8 @@ from training.data import InMemory, Shards
 from training.frechet import Statistics
 from training.glyphs import CLASS_NAMES, GlyphImages, load_or_render
 from training.latents import Storage, Writer
-from training.loop import Plan, save_weights
+from training.loop import save_weights
+from training.plan import Plan
 from training.recipe import Recipe
 from training.samples import RefinerPreview
 

@@ -8,7 +8,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from training.data import encode, to_unit
-from training.loop import Plan, fit
+from training.loop import fit
+from training.plan import Plan
 
 KL_WEIGHT = 5e-4  # of the mean over latent values: keeps latents near unit scale, blurs nothing
 BLOCKS = (16, 32, 64)

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from training.data import to_unit
 from training.glyphs import CLASS_NAMES, label_of
-from training.loop import Plan, device, fit
+from training.loop import device, fit
+from training.plan import Plan
 
 
 def build() -> nn.Sequential:

@@ -267,7 +267,9 @@ def encode(vae: AutoencoderKL, images: np.ndarray) -> tuple[Tensor, Tensor]:
     Both float32, on the VAE's device and in the flow model's scale: (z - shift) * scaling factor.
     """
     scale, shift = float(vae.config.scaling_factor), float(vae.config.shift_factor or 0.0)
-    posterior = vae.encode(to_unit(images).to(vae.device)).latent_dist
+    # Also where training's products are bfloat16: latents are encoded once, or as if they were.
+    with torch.autocast(vae.device.type, enabled=False):
+        posterior = vae.encode(to_unit(images).to(vae.device)).latent_dist
     return (posterior.mean - shift) * scale, posterior.std * scale
 
 

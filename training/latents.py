@@ -232,10 +232,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def natural(text: str) -> int:
+    """A whole number, for argparse."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}")
+    return int(text)
+
+
 def positive(text: str) -> int:
     """A whole number from 1, for argparse."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1, got {text!r}")
+    if not natural(text):
+        raise argparse.ArgumentTypeError("must be at least 1, got 0")
     return int(text)
 
 

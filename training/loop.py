@@ -6,10 +6,9 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
-from itertools import pairwise
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,44 +21,8 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from flowturbo.errors import FlowTurboError
 from flowturbo.nets.sit import SiT
-
-
-class PlanError(FlowTurboError, ValueError):
-    """A run cannot be as asked: the message names the value and what is allowed."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How long and how fast to train.
-
-    `batch` is that of all processes together. The learning rate rises over `warmup` steps; with
-    `decay` cosine it falls along one, and starts again from its height at the steps in `restarts`
-    (SGDR, arXiv 1608.03983). `clip` is the largest norm of the gradient, 0 is none. In `precision`
-    bf16 the products are bfloat16 (autocast), weights and optimizer float32.
-    """
-
-    steps: int
-    batch: int
-    learning_rate: float
-    seed: int
-    warmup: int = 100
-    decay: Literal["cosine", "constant"] = "cosine"
-    restarts: tuple[int, ...] = ()
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.99)
-    clip: float = 1.0
-    ema_decay: float = 0.998
-    precision: Literal["bf16", "fp32"] = "bf16"
-
-
-@dataclass(frozen=True)
-class Pace:
-    """How often a run saves its state, in seconds, and notes its loss, in steps."""
-
-    save_every_s: float = 60.0
-    log_every: int = 50
+from training.plan import Pace, Plan, PlanError
 
 
 class Preview(Protocol):
@@ -109,7 +72,7 @@ def fit(
     """
     # Precision is the plan's: what `accelerate launch` may have been told is not asked.
     accelerator = Accelerator(mixed_precision="no")
-    _check_share(plan, accelerator.num_processes)
+    plan.check_processes(accelerator.num_processes)
     folder.mkdir(parents=True, exist_ok=True)
     model.to(accelerator.device).train()
     average = AveragedModel(model, multi_avg_fn=_average(plan.ema_decay))
@@ -151,7 +114,7 @@ def _step(
     step: int,
 ) -> tuple[float, dict[str, float]]:
     """One step of the optimizer: the loss of the whole batch, and figures to note."""
-    rate = plan.learning_rate * _rate(step, plan)
+    rate = plan.rate(step)
     for group in optimizer.param_groups:
         group["lr"] = rate
     seed = plan.seed * 1_000_003 + step
@@ -258,16 +221,6 @@ def save_weights(
     save_file(tensors, path, {**heads, **(notes or {})})
 
 
-def _check_share(plan: Plan, processes: int) -> None:
-    if plan.batch % processes:
-        below = plan.batch - plan.batch % processes
-        allowed = ", ".join(str(n) for n in (below, below + processes) if n)
-        raise PlanError(
-            f"batch must be a multiple of the {processes} processes, such as {allowed}; "
-            f"got {plan.batch}"
-        )
-
-
 def _average(decay: float) -> Callable[..., None]:
     """Moves averaged weights towards the current ones."""
 
@@ -283,13 +236,3 @@ def _average(decay: float) -> Callable[..., None]:
 def _attention() -> AbstractContextManager[None]:
     # On the CPU, fused attention over 64 tokens takes three times as long backwards as plain.
     return sdpa_kernel(SDPBackend.MATH) if device().type == "cpu" else nullcontext()
-
-
-def _rate(step: int, plan: Plan) -> float:
-    warm = min(1.0, (step + 1) / max(plan.warmup, 1))
-    if plan.decay == "constant":
-        return warm
-    starts = (0, *plan.restarts, plan.steps)
-    begin, end = next((a, b) for a, b in pairwise(starts) if a <= step < b)
-    cosine = 0.5 * (1 + math.cos(math.pi * (step - begin) / (end - begin)))
-    return warm * (0.01 + 0.99 * cosine)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from flowturbo.nets.sit import SiT, SiTConfig
 from training.data import Latents
-from training.loop import LossOf, Plan, device, fit
+from training.loop import LossOf, device, fit
+from training.plan import Plan
 
 NULL_LABEL_PROBABILITY = 0.1
 

@@ -5,11 +5,20 @@ from enum import StrEnum
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flowturbo.generate import LARGEST_TRAINED_STEP
 from training.data import Latents, Source
-from training.loop import PlanError, mine
+from training.loop import mine
+from training.plan import PlanError
 from training.predictor import NULL_LABEL_PROBABILITY
+
+ANY_ATTENTION = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 class Rule(StrEnum):
@@ -94,7 +103,8 @@ def regression_loss(
     label = torch.where(draws.dropped, null_label, data.label)
     t, t_next = draws.t, draws.t + draws.step
     at, step = (value[:, None, None, None] for value in (t, draws.step))
-    with torch.no_grad():
+    # The loop's choice of attention is for going backwards, which the predictor does not.
+    with torch.no_grad(), sdpa_kernel(ANY_ATTENTION):
         x = (1 - at) * draws.noise + at * data.sample(draws.posterior)
         first = data.label if rule is Rule.REFERENCE else label
         velocity = predictor(x, t, first).float()

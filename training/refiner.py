@@ -23,8 +23,9 @@ from flowturbo.nets.sit import SiT, SiTConfig, refiner_config
 from flowturbo.nets.vae import load_vae
 from training.data import EncodedImages, Shards, Source, is_sharded
 from training.images import DataError, list_pictures
-from training.latents import positive
-from training.loop import Pace, Plan, PlanError, Preview, device, fit, save_weights
+from training.latents import natural, positive
+from training.loop import Preview, device, fit, save_weights
+from training.plan import Pace, Plan, PlanError
 from training.recipe import Recipe, Rule, regression_loss
 from training.samples import RefinerPreview
 
@@ -102,6 +103,7 @@ def main(argv: Sequence[str]) -> int:
 def _run(args: argparse.Namespace) -> None:
     recipe = Recipe(Rule(args.recipe), *args.step_range)
     plan = replace(PAPER, **{name: getattr(args, name) for name in _PLAN_OPTIONS})
+    plan.check_processes(PartialState().num_processes)
     predictor = build_network(
         load_checkpoint(args.predictor, args.weights),
         reads_velocity=False,
@@ -162,6 +164,8 @@ def _open_data(
 ) -> Shards | EncodedImages:
     """Latents if there is an index of them, else images; says what was skipped."""
     source: Shards | EncodedImages
+    if not args.data.is_dir():
+        raise DataError(f"{args.data} is not a folder")
     if is_sharded(args.data):
         source = Shards(args.data, model, skip_bad=args.skip_bad)
         if vae and abs(vae.config.scaling_factor - source.scaling_factor) > 1e-6:
@@ -190,7 +194,7 @@ def _sha256(path: Path) -> str:
 
 
 _PLAN_OPTIONS = (
-    *("steps", "batch", "learning_rate", "warmup", "seed"),
+    *("steps", "batch", "learning_rate", "decay", "warmup", "seed"),
     *("clip", "ema_decay", "precision"),
 )
 
@@ -230,15 +234,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--depth", type=positive, default=1, help="blocks of the refiner")
     add("--width", type=positive, help="of the refiner (default: the predictor's)")
     add("--heads", type=positive, help="of the refiner, where the width does not tell")
-    add("--steps", type=positive, default=PAPER.steps)
+    add("--steps", type=positive, default=PAPER.steps, help="of the optimizer")
     add("--batch", type=positive, default=PAPER.batch, help="rows, of all processes together")
-    add("--learning-rate", type=float, default=PAPER.learning_rate, help="constant")
-    add("--warmup", type=int, default=PAPER.warmup, help="steps in which the rate rises")
-    add("--seed", type=int, default=PAPER.seed)
+    add("--learning-rate", type=float, default=PAPER.learning_rate, help="at its height")
+    add("--decay", choices=("constant", "cosine"), default=PAPER.decay, help="of the learning rate")
+    add("--warmup", type=natural, default=PAPER.warmup, help="steps in which the rate rises")
+    add("--seed", type=natural, default=PAPER.seed, help="of weights and draws")
     add("--clip", type=float, default=PAPER.clip, help="largest gradient norm, 0 is none")
-    add("--ema-decay", type=float, default=PAPER.ema_decay)
-    add("--precision", choices=("bf16", "fp32"), default=PAPER.precision)
-    add("--sample-every", type=int, default=1000, help="steps between sample grids, 0 is none")
+    add("--ema-decay", type=float, default=PAPER.ema_decay, help="of the averaged weights")
+    add("--precision", choices=("bf16", "fp32"), default=PAPER.precision, help="of products")
+    add("--sample-every", type=natural, default=1000, help="steps between sample grids, 0 is none")
     add("--sample-schedule", default="H1P5R3", help="steps H, P and R")
     add("--guidance-scale", type=float, default=1.5, help="of the samples")
     add("--save-every-s", type=float, default=pace.save_every_s, help="seconds between states")
@@ -247,7 +252,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and the description as it is."""
+    """Shows defaults that there are, and the description as it is."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        unset = action.default is None or action.default is False
+        return action.help if unset else super()._get_help_string(action)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from flowturbo.latents import noise
 from flowturbo.nets.sit import SiT
 from flowturbo.nets.vae import Decoder
 from flowturbo.schedule import Schedule
-from training.loop import PlanError, device
+from training.loop import device
+from training.plan import PlanError
 
 GUIDED_CHANNELS = 3  # of 4, as in SiT
 
