@@ -110,7 +110,7 @@ def test_the_public_code_draws_one_step_for_the_batch() -> None:
 
 @pytest.mark.parametrize(("rule", "first_is_dropped"), [("paper", True), ("reference", False)])
 def test_what_the_networks_see(rule: str, first_is_dropped: bool) -> None:
-    """Eq. 5 and 6, and which of the evaluations have the null label."""
+    """Eq. 6, and which of the evaluations have the null label."""
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
     class Spy(torch.nn.Module):

@@ -183,8 +183,10 @@ def _open_shard(path: Path, shape: tuple[int, int, int], count: int) -> tuple[An
     tensors = {"mean": (count, *shape), "label": (count,)}
     if "std" in stated:
         tensors["std"] = tensors["mean"]
-    if stated != tensors:
-        raise DataError(f"{path} must have the tensors {tensors}, got {stated}")
+    if stated != tensors or label.dtype != torch.int64:
+        raise DataError(
+            f"{path} must have the tensors {tensors}, labels in int64; got {stated}, {label.dtype}"
+        )
     return file, label
 
 

@@ -97,7 +97,7 @@ def regression_loss(
 ) -> Tensor:
     """Mean squared error of the change of the velocity, over rows, channels and places.
 
-    With v = predictor(x_t, t), an Euler step leads to x_next = x_t + step * v (Eq. 5), and the
+    With v = predictor(x_t, t), an Euler step leads to x_next = x_t + step * v, and the
     refiner reads [x_next, v] at t + step and learns predictor(x_next, t + step) - v (Eq. 6).
     """
     label = torch.where(draws.dropped, null_label, data.label)
