@@ -277,5 +277,7 @@ def encode(vae: AutoencoderKL, images: np.ndarray) -> tuple[Tensor, Tensor]:
 
 def to_unit(images: np.ndarray) -> Tensor:
     """[B, H, W, 3] uint8 to [B, 3, H, W] float32 in [-1, 1], on this process's device."""
-    pixels = torch.from_numpy(np.ascontiguousarray(images)).to(device())
+    pixels = torch.from_numpy(np.array(images)).to(
+        device()
+    )  # a copy: what is mapped cannot be written
     return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
