@@ -1,4 +1,4 @@
-"""Training resumes exactly, draws what the paper says, and the committed weights are good."""
+"""Training resumes exactly, and the committed weights are good."""
 
 import json
 from pathlib import Path
@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from bench.quality import measure
 from flowturbo import LocalPipeline
 from flowturbo.nets.checkpoint import build_network, load_checkpoint
-from flowturbo.nets.sit import SiT, SiTConfig
-from training import loop, refiner
 from training.fonts import font_paths
 from training.frechet import Statistics, frechet_distance
-from training.loop import Plan, fit
+from training.loop import fit
+from training.plan import Pace, Plan
 
 WEIGHTS = ROOT / "weights" / "glyphs"
 
@@ -31,12 +30,10 @@ def linear() -> nn.Linear:
     return nn.Linear(4, 1)
 
 
-def test_a_resumed_run_takes_the_same_steps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_run_takes_the_same_steps(tmp_path: Path) -> None:
     plan = Plan(steps=12, batch=8, learning_rate=0.1, seed=3, warmup=2, restarts=(6,))
     whole = fit("whole", linear(), regression, plan, tmp_path)
-    monkeypatch.setattr(loop, "SAVE_EVERY_S", 0.0)
+    pace = Pace(save_every_s=0.0)
     calls = 0
 
     def interrupted(model: nn.Module, generator: torch.Generator) -> Tensor:
@@ -47,7 +44,7 @@ def test_a_resumed_run_takes_the_same_steps(
         return regression(model, generator)
 
     with pytest.raises(KeyboardInterrupt):
-        fit("parts", linear(), interrupted, plan, tmp_path)
+        fit("parts", linear(), interrupted, plan, tmp_path, pace=pace)
     parts = fit("parts", linear(), regression, plan, tmp_path)
     for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=0, rtol=0)
@@ -71,35 +68,6 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
 def test_missing_fonts_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="apt-get install .*fonts-dejavu-core"):
         font_paths(tmp_path)
-
-
-def test_what_the_refiner_is_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps in (0, 0.12], within [0, 1]; the label alike for both networks, null for a tenth."""
-    config = SiTConfig(4, 2, 4, 4, 4, 32, 1, 2, num_classes=3)
-    predictor = SiT(config)
-    predictor.initialize()
-    seen: list[tuple[Tensor, Tensor]] = []
-    forward = SiT.forward
-
-    def spy(self: SiT, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
-        seen.append((t, label))
-        return forward(self, x, t, label)
-
-    monkeypatch.setattr(SiT, "forward", spy)
-    latents, labels = torch.randn(64, 4, 4, 4), torch.zeros(64, dtype=torch.long)
-    refiner.train(latents, labels, predictor, Plan(5, 400, 1e-3, seed=1), tmp_path)
-    for (t, label), (t_next, label_next), (t_refined, label_refined) in zip(
-        seen[::3], seen[1::3], seen[2::3], strict=True
-    ):
-        assert torch.equal(t_next, t_refined)
-        assert torch.equal(label, label_next)
-        assert torch.equal(label, label_refined)
-        assert (t_next - t).min() > 0
-        assert (t_next - t).max() <= 0.12 + 1e-6
-        assert t.min() >= 0
-        assert t_next.max() <= 1
-    share = torch.cat([label for _, label in seen[::3]]).eq(3).float().mean()
-    assert share == pytest.approx(0.1, abs=0.03)
 
 
 def test_the_refiner_beats_the_velocity_kept_as_it_is() -> None:

@@ -10,17 +10,20 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import torch
+from accelerate import PartialState
 from diffusers import AutoencoderKL
-from safetensors.torch import save_file
-from torch import Tensor, nn
 
-from flowturbo.nets.sit import SiT
+from flowturbo.nets.sit import refiner_config
 from training import autoencoder, classifier, predictor, refiner
+from training.data import InMemory, Shards
 from training.frechet import Statistics
-from training.glyphs import CLASS_NAMES, label_of, load_or_render
-from training.loop import Plan
+from training.glyphs import CLASS_NAMES, GlyphImages, load_or_render
+from training.latents import Storage, Writer
+from training.loop import save_weights
+from training.plan import Plan
+from training.recipe import Recipe
+from training.samples import RefinerPreview
 
 IMAGES = 48_000
 REFERENCE_IMAGES = 10_000  # whose features generated images are compared with
@@ -43,46 +46,47 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the data")
     args = parser.parse_args()
     images = load_or_render(args.runs / "data", IMAGES, args.seed)
-    labels = torch.from_numpy(label_of(np.arange(len(images))))
+    if PartialState().num_processes > 1:
+        raise SystemExit(f"one process is needed, got {PartialState().num_processes}")
     args.out.mkdir(parents=True, exist_ok=True)
 
     vae = autoencoder.train(images, PLANS["vae"], args.runs)
     vae.save_pretrained(args.out / "vae")
     judge = classifier.train(images, PLANS["classifier"], args.runs)
-    _save(judge, args.out / "classifier.safetensors", torch.float16)
+    save_weights(judge, args.out / "classifier.safetensors", torch.float16)
     real = classifier.features(judge, images[:REFERENCE_IMAGES])
     Statistics.of(real).save(args.out / "features.npz")
     digest = _digest(args.out / "vae" / "diffusion_pytorch_model.safetensors")
-    cached = args.runs / "data" / f"latents-{len(images)}-{args.seed}-{digest}.pt"
-    latents = _latents(vae, images, cached)
-    velocity = predictor.train(latents, labels, len(CLASS_NAMES), PLANS, args.runs)
-    _save(velocity, args.out / "predictor.safetensors", torch.float16)
-    change = refiner.train(latents, labels, velocity, PLANS["refiner"], args.runs)
-    _save(change, args.out / "refiner.safetensors", torch.float32)
+    folder = args.runs / "data" / f"latents-{len(images)}-{args.seed}-{digest}"
+    source = encode(GlyphImages(images, args.seed), vae, folder)
+    velocity = predictor.train(source.data, len(CLASS_NAMES), PLANS, args.runs)
+    save_weights(velocity, args.out / "predictor.safetensors", torch.float16)
+    change = refiner.train(
+        source,
+        velocity,
+        refiner_config(velocity.config),
+        Recipe(),
+        PLANS["refiner"],
+        args.runs,
+        preview=RefinerPreview(velocity, every=500, vae=vae, guidance_scale=3.0),
+    )
+    save_weights(change.ema, args.out / "refiner.safetensors")
     (args.out / "classes.txt").write_text("\n".join(CLASS_NAMES) + "\n")
     for name in PLANS:
         shutil.copy(args.runs / f"{name}.json", args.out / f"{name}.training.json")
     print(json.dumps({p.name: p.stat().st_size for p in sorted(args.out.iterdir())}, indent=1))
 
 
-def _latents(vae: AutoencoderKL, images: np.ndarray, path: Path) -> Tensor:
-    """The latents of `images`, kept at `path`."""
-    if not path.exists():
-        torch.save(autoencoder.encode(vae, images), path.with_suffix(".partial"))
-        path.with_suffix(".partial").rename(path)
-    latents: Tensor = torch.load(path, weights_only=True)
-    return latents
+def encode(images: GlyphImages, vae: AutoencoderKL, folder: Path) -> InMemory:
+    """The latents of `images`, written to `folder` by the first run."""
+    storage = Storage(dtype="float32", mean_only=True)
+    Writer(images, vae, folder, storage, batch=256).write()
+    shards = Shards(folder)
+    return InMemory(shards.read(torch.arange(len(shards))))
 
 
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-
-
-def _save(model: nn.Module, path: Path, dtype: torch.dtype) -> None:
-    """Writes `model` as safetensors; a SiT's heads cannot be read off its shapes, so they go in."""
-    metadata = {"num_heads": str(model.config.num_heads)} if isinstance(model, SiT) else {}
-    tensors = {key: value.cpu().to(dtype).contiguous() for key, value in model.state_dict().items()}
-    save_file(tensors, path, metadata)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training.autoencoder import to_unit
+from training.data import to_unit
 from training.glyphs import CLASS_NAMES, label_of
-from training.loop import Plan, device, fit
+from training.loop import device, fit
+from training.plan import Plan
 
 
 def build() -> nn.Sequential:
@@ -32,9 +33,7 @@ def train(images: np.ndarray, plan: Plan, folder: Path) -> nn.Sequential:
         # A little noise keeps it from reading anything into the decoder's own texture.
         pixels = pixels + 0.1 * torch.randn(pixels.shape, generator=generator).to(pixels.device)
         target = torch.from_numpy(label_of(rows)).to(pixels.device)
-        with torch.autocast(pixels.device.type, torch.bfloat16):
-            logits = model(pixels)
-        return F.cross_entropy(logits.float(), target)
+        return F.cross_entropy(model(pixels).float(), target)
 
     trained = fit("classifier", build(), loss_of, plan, folder)
     assert isinstance(trained, nn.Sequential)

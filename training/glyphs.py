@@ -1,8 +1,9 @@
 """The glyphs data set: 64 x 64 RGB letters and digits in random fonts, colours and poses."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -55,6 +56,26 @@ def _render_range(start: int, stop: int, seed: int, fonts: Sequence[str]) -> np.
 def label_of(index: np.ndarray) -> np.ndarray:
     """Class id of the image at `index`: the classes take turns."""
     return (index % len(CLASS_NAMES)).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class GlyphImages:
+    """The data set `images` [N, 64, 64, 3] uint8, labelled, for `training.latents`."""
+
+    images: np.ndarray
+    seed: int
+    class_names: tuple[str, ...] = CLASS_NAMES
+    size: int = IMAGE_SIZE
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, rows: Iterable[int]) -> Iterator[tuple[np.ndarray, int]]:
+        order = np.fromiter(rows, np.int64)
+        yield from zip(self.images[order], label_of(order).tolist(), strict=True)
+
+    def identity(self) -> list[str]:
+        return [f"glyphs {len(self.images)} {self.seed}"]
 
 
 def load_or_render(folder: Path, count: int, seed: int) -> np.ndarray:

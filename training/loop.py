@@ -1,133 +1,238 @@
-"""One resumable training loop for every network here."""
+"""One resumable training loop for every network here, on a CPU, a GPU, or several by Accelerate."""
 
 import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
-from itertools import pairwise
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+from accelerate import Accelerator, PartialState
+from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-SAVE_EVERY_S = 60.0
-LOG_EVERY = 50  # steps
+from flowturbo.nets.sit import SiT
+from training.plan import Pace, Plan, PlanError
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How long and how fast to train.
+class Preview(Protocol):
+    """A picture of what the averaged network makes, drawn every `every` steps."""
 
-    The learning rate falls along a cosine, and starts again from its height at the steps in
-    `restarts` (SGDR, arXiv 1608.03983).
-    """
+    every: int
 
-    steps: int
-    batch: int
-    learning_rate: float
-    seed: int
-    warmup: int = 100
-    restarts: tuple[int, ...] = ()
-    weight_decay: float = 0.0
-    ema_decay: float = 0.998
+    def __call__(self, network: nn.Module) -> np.ndarray:
+        """[H, W, 3] uint8."""
 
 
 LossOf = Callable[[Any, torch.Generator], Tensor]
 
 
 def device() -> torch.device:
-    """The GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The device of this process: its GPU where there is one."""
+    found: torch.device = PartialState().device
+    return found
 
 
-def fit(name: str, model: nn.Module, loss_of: LossOf, plan: Plan, folder: Path) -> nn.Module:
-    """Trains `model` and returns its exponential moving average, in evaluation mode.
+def mine(batch: Tensor) -> Tensor:
+    """The rows of this process, of a tensor of the whole batch."""
+    state = PartialState()
+    return batch[state.process_index :: state.num_processes]
 
-    `loss_of(model, generator)` draws its batch from `generator`, which is seeded by (seed, step)
-    alone: a run that was stopped and resumed takes the same steps as one that was not. State is
-    saved in `folder` once a minute and at the end, the loss in `<name>.json`.
+
+def fit(
+    name: str,
+    model: nn.Module,
+    loss_of: LossOf,
+    plan: Plan,
+    folder: Path,
+    *,
+    pace: Pace = Pace(),  # noqa: B008 (it is frozen)
+    identity: Mapping[str, Any] | None = None,
+    preview: Preview | None = None,
+) -> nn.Module:
+    """Trains `model` in place; returns its exponential moving average, in evaluation mode.
+
+    `loss_of(model, generator)` is the mean over this process's rows. It draws those of the whole
+    batch from `generator`, which is seeded by (seed, step) alone, and takes its own (`mine`): a run
+    that was stopped and resumed takes the same steps as one that was not, on any number of
+    processes. State is saved in `folder`, the loss at the end in `<name>.json`; TensorBoard's files
+    are in `<name>/`, and there are the pictures of `preview`. Raises PlanError for a state of
+    another plan or `identity` (what else the steps depend on), FloatingPointError for a loss that
+    is no number.
     """
+    # Precision is the plan's: what `accelerate launch` may have been told is not asked.
+    accelerator = Accelerator(mixed_precision="no")
+    plan.check_processes(accelerator.num_processes)
     folder.mkdir(parents=True, exist_ok=True)
-    model.to(device()).train()
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(plan.ema_decay))
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    model.to(accelerator.device).train()
+    average = AveragedModel(model, multi_avg_fn=_average(plan.ema_decay))
     optimizer = torch.optim.AdamW(
-        trainable, lr=plan.learning_rate, weight_decay=plan.weight_decay, betas=(0.9, 0.99)
+        [p for p in model.parameters() if p.requires_grad],
+        lr=plan.learning_rate,
+        weight_decay=plan.weight_decay,
+        betas=plan.betas,
     )
-    state: dict[str, Any] = {"model": model, "average": average, "optimizer": optimizer}
-    path = folder / f"{name}.state.pt"
-    progress = _restore(path, state, plan)
-    saved_at = started_at = time.monotonic()
-    generator = torch.Generator()
-    with tqdm(total=plan.steps, initial=progress["step"], desc=name, mininterval=5) as bar:
-        while progress["step"] < plan.steps:
-            step = progress["step"]
-            for group in optimizer.param_groups:
-                group["lr"] = plan.learning_rate * _rate(step, plan)
-            seed = plan.seed * 1_000_003 + step
-            torch.manual_seed(seed)  # dropout draws from the global generator
-            optimizer.zero_grad(set_to_none=True)
-            with _attention():
-                loss = loss_of(model, generator.manual_seed(seed))
-                loss.backward()
-            nn.utils.clip_grad_norm_(trainable, 1.0)
-            optimizer.step()
+    run = _Run(folder, name, {"model": model, "average": average, "optimizer": optimizer}, pace)
+    run.restore({**asdict(plan), **(identity or {})})
+    network = accelerator.prepare(model)
+    main = accelerator.is_main_process
+    with (
+        run.writer() if main else nullcontext() as writer,
+        tqdm(total=plan.steps, initial=run.step, desc=name, mininterval=5, disable=not main) as bar,
+    ):
+        while run.step < plan.steps:
+            loss, figures = _step(accelerator, network, optimizer, loss_of, plan, run.step)
             average.update_parameters(model)
-            _record(progress, float(loss.detach()))
-            bar.set_postfix(loss=f"{progress['smooth_loss']:.4f}", refresh=False)
+            run.record(loss)
+            bar.set_postfix(loss=f"{run.progress['smooth_loss']:.4f}", refresh=False)
             bar.update()
-            if time.monotonic() - saved_at > SAVE_EVERY_S or progress["step"] == plan.steps:
-                progress["seconds"] += time.monotonic() - started_at
-                saved_at = started_at = time.monotonic()
-                _save(path, state, progress, plan)
-    (folder / f"{name}.json").write_text(json.dumps({**progress, "plan": asdict(plan)}, indent=1))
+            if writer:
+                if preview and run.step % preview.every == 0:
+                    run.show(writer, preview(average.module.eval()))
+                run.write(writer, figures, done=run.step == plan.steps)
+    accelerator.wait_for_everyone()
     averaged: nn.Module = average.module
     return averaged.eval().requires_grad_(False)
+
+
+def _step(
+    accelerator: Accelerator,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss_of: LossOf,
+    plan: Plan,
+    step: int,
+) -> tuple[float, dict[str, float]]:
+    """One step of the optimizer: the loss of the whole batch, and figures to note."""
+    rate = plan.rate(step)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    seed = plan.seed * 1_000_003 + step
+    torch.manual_seed(seed)  # dropout draws from the global generator
+    optimizer.zero_grad(set_to_none=True)
+    with _attention():
+        with torch.autocast(device().type, torch.bfloat16, enabled=plan.precision == "bf16"):
+            loss = loss_of(network, torch.Generator().manual_seed(seed))
+        accelerator.backward(loss)
+    norm = nn.utils.clip_grad_norm_(network.parameters(), plan.clip or math.inf)
+    whole = float(accelerator.reduce(loss.detach(), "mean"))
+    if not math.isfinite(whole):
+        raise FloatingPointError(f"loss is {whole} at step {step}")
+    optimizer.step()
+    return whole, {"learning_rate": rate, "gradient_norm": float(norm)}
+
+
+class _Run:
+    """The state of a run and its files; only the main process writes."""
+
+    def __init__(self, folder: Path, name: str, holders: dict[str, Any], pace: Pace) -> None:
+        self.folder, self.name, self.holders, self.pace = folder, name, holders, pace
+        self.path = folder / f"{name}.state.pt"
+        self.progress: dict[str, Any] = {
+            "step": 0,
+            "smooth_loss": None,
+            "losses": [],
+            "seconds": 0.0,
+        }
+        self.identity: dict[str, Any] = {}
+        self.saved_at = time.monotonic()
+
+    @property
+    def step(self) -> int:
+        return int(self.progress["step"])
+
+    def restore(self, identity: dict[str, Any]) -> None:
+        # As the file has it: tuples are lists there, and enumerations their text.
+        self.identity = identity = json.loads(json.dumps(identity))
+        if not self.path.exists():
+            return
+        saved = torch.load(self.path, weights_only=True, map_location=device())
+        # At a constant rate, more steps are the same run gone on with.
+        longer = {"steps": identity["steps"]} if identity["decay"] == "constant" else {}
+        if {**saved["plan"], **longer} != identity:
+            raise PlanError(
+                f"{self.path} was trained with {saved['plan']}, not {identity}: remove it"
+            )
+        for key, holder in self.holders.items():
+            holder.load_state_dict(saved[key])
+        self.progress = saved["progress"]
+
+    def record(self, loss: float) -> None:
+        progress = self.progress
+        before = progress["smooth_loss"]
+        progress["smooth_loss"] = loss if before is None else 0.98 * before + 0.02 * loss
+        progress["step"] += 1
+        if progress["step"] % self.pace.log_every == 0:
+            progress["losses"].append([progress["step"], round(progress["smooth_loss"], 5)])
+
+    def writer(self) -> SummaryWriter:
+        # What an interrupted run wrote after its last save is written again.
+        return SummaryWriter(str(self.folder / self.name), purge_step=self.step + 1)
+
+    def write(self, writer: SummaryWriter, figures: Mapping[str, float], *, done: bool) -> None:
+        """Figures to TensorBoard and, where it is time, the state to its file."""
+        if self.step % self.pace.log_every == 0:
+            for tag, value in {"loss": self.progress["smooth_loss"], **figures}.items():
+                writer.add_scalar(tag, value, self.step)
+        if done or time.monotonic() - self.saved_at > self.pace.save_every_s:
+            writer.flush()
+            self.save()
+        if done:
+            text = json.dumps({**self.progress, "plan": self.identity}, indent=1)
+            (self.folder / f"{self.name}.json").write_text(text)
+
+    def show(self, writer: SummaryWriter, picture: np.ndarray) -> None:
+        Image.fromarray(picture).save(self.folder / self.name / f"{self.step:07d}.png")
+        writer.add_image("samples", picture, self.step, dataformats="HWC")
+
+    def save(self) -> None:
+        now = time.monotonic()
+        self.progress["seconds"] += now - self.saved_at
+        self.saved_at = now
+        state = {key: holder.state_dict() for key, holder in self.holders.items()}
+        partial = self.path.with_suffix(".partial")
+        torch.save({**state, "progress": self.progress, "plan": self.identity}, partial)
+        os.replace(partial, self.path)
+
+
+def save_weights(
+    model: nn.Module,
+    path: Path,
+    dtype: torch.dtype = torch.float32,
+    notes: Mapping[str, str] | None = None,
+) -> None:
+    """Writes `model` as safetensors with `notes` as metadata.
+
+    A SiT's heads cannot be read off its shapes, so they are noted too.
+    """
+    heads = {"num_heads": str(model.config.num_heads)} if isinstance(model, SiT) else {}
+    tensors = {key: value.cpu().to(dtype).contiguous() for key, value in model.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path, {**heads, **(notes or {})})
+
+
+def _average(decay: float) -> Callable[..., None]:
+    """Moves averaged weights towards the current ones."""
+
+    @torch.no_grad()
+    def update(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+        # Early on a shorter average: of the first weights, which are no use, nothing is to stay.
+        share = 1 - min(decay, (1 + int(count)) / (10 + int(count)))
+        torch._foreach_lerp_(averaged, current, share)
+
+    return update
 
 
 def _attention() -> AbstractContextManager[None]:
     # On the CPU, fused attention over 64 tokens takes three times as long backwards as plain.
     return sdpa_kernel(SDPBackend.MATH) if device().type == "cpu" else nullcontext()
-
-
-def _rate(step: int, plan: Plan) -> float:
-    starts = (0, *plan.restarts, plan.steps)
-    begin, end = next((a, b) for a, b in pairwise(starts) if a <= step < b)
-    cosine = 0.5 * (1 + math.cos(math.pi * (step - begin) / (end - begin)))
-    return min(1.0, (step + 1) / max(plan.warmup, 1)) * (0.01 + 0.99 * cosine)
-
-
-def _record(progress: dict[str, Any], loss: float) -> None:
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"loss is {loss} at step {progress['step']}")
-    before = progress["smooth_loss"]
-    progress["smooth_loss"] = loss if before is None else 0.98 * before + 0.02 * loss
-    progress["step"] += 1
-    if progress["step"] % LOG_EVERY == 0:
-        progress["losses"].append([progress["step"], round(progress["smooth_loss"], 5)])
-
-
-def _restore(path: Path, state: dict[str, Any], plan: Plan) -> dict[str, Any]:
-    if not path.exists():
-        return {"step": 0, "smooth_loss": None, "losses": [], "seconds": 0.0}
-    saved = torch.load(path, weights_only=True, map_location=device())
-    if saved["plan"] != asdict(plan):
-        raise ValueError(f"{path} was trained with {saved['plan']}, not {asdict(plan)}: remove it")
-    for key, holder in state.items():
-        holder.load_state_dict(saved[key])
-    progress: dict[str, Any] = saved["progress"]
-    return progress
-
-
-def _save(path: Path, state: dict[str, Any], progress: dict[str, Any], plan: Plan) -> None:
-    saved = {key: holder.state_dict() for key, holder in state.items()}
-    partial = path.with_suffix(".partial")
-    torch.save({**saved, "progress": progress, "plan": asdict(plan)}, partial)
-    os.replace(partial, path)

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from flowturbo.nets.sit import SiT, SiTConfig
-from training.loop import LossOf, Plan, device, fit
+from training.data import Latents
+from training.loop import LossOf, device, fit
+from training.plan import Plan
 
 NULL_LABEL_PROBABILITY = 0.1
 
@@ -48,15 +50,13 @@ def uniform(count: int, generator: torch.Generator) -> Tensor:
 PHASES = (("predictor", logit_normal), ("predictor_uniform", uniform))
 
 
-def train(
-    latents: Tensor, labels: Tensor, num_classes: int, plans: dict[str, Plan], folder: Path
-) -> SiT:
-    """Fits a SiT to `latents` [N, C, h, w] with class ids `labels` [N], a phase after the other."""
+def train(data: Latents, num_classes: int, plans: dict[str, Plan], folder: Path) -> SiT:
+    """Fits a SiT to the means of `data`, a phase after the other."""
     torch.manual_seed(plans["predictor"].seed)
     model = SiT(config(num_classes))
     model.initialize()
     for name, draw_times in PHASES:
-        loss_of = _loss(latents, labels, num_classes, plans[name].batch, draw_times)
+        loss_of = _loss(data.mean, data.label, num_classes, plans[name].batch, draw_times)
         trained = fit(name, model, loss_of, plans[name], folder)
         model.load_state_dict(trained.state_dict())
     return model.eval().requires_grad_(False)
@@ -77,8 +77,6 @@ def _loss(
         at = t[:, None, None, None]
         x, velocity = (1 - at) * noise + at * data, data - noise
         x, velocity, t, label = (a.to(device()) for a in (x, velocity, t, label))
-        with torch.autocast(x.device.type, torch.bfloat16):
-            predicted = network(x, t, label)
-        return (predicted.float() - velocity).square().mean()
+        return (network(x, t, label).float() - velocity).square().mean()
 
     return loss_of

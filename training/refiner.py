@@ -1,46 +1,263 @@
-"""The velocity refiner: one transformer block that regresses the change of the velocity."""
+"""Trains a velocity refiner for a SiT: `python -m training.refiner --predictor … --data … --out …`.
 
+The data are latents from `python -m training.latents`, or a folder of images with a subfolder a
+class (which needs --vae, and encodes them again whenever they are read). A run that was stopped
+goes on from its state in --runs. `accelerate launch -m training.refiner` uses several GPUs.
+"""
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from flowturbo.generate import LARGEST_TRAINED_STEP
-from flowturbo.nets.sit import SiT, refiner_config
-from training.loop import Plan, device, fit
-from training.predictor import draw_null
+from flowturbo.errors import FlowTurboError
+from flowturbo.nets.checkpoint import KNOWN_HEADS, build_network, load_checkpoint
+from flowturbo.nets.sit import SiT, SiTConfig, refiner_config
+from flowturbo.nets.vae import load_vae
+from training.data import EncodedImages, Shards, Source, is_sharded
+from training.images import DataError, list_pictures
+from training.latents import natural, positive
+from training.loop import Preview, device, fit, save_weights
+from training.plan import Pace, Plan, PlanError
+from training.recipe import Recipe, Rule, regression_loss
+from training.samples import RefinerPreview
+
+# Section 4.1: AdamW, 5e-5 constant, no decay, batch 18, 30,000 iterations.
+PAPER = Plan(
+    steps=30_000,
+    batch=18,
+    learning_rate=5e-5,
+    seed=0,
+    warmup=0,
+    decay="constant",
+    betas=(0.9, 0.999),
+    ema_decay=0.9999,
+)
 
 
-def train(latents: Tensor, labels: Tensor, predictor: SiT, plan: Plan, folder: Path) -> SiT:
-    """Fits a refiner to `predictor` on `latents` [N, C, h, w] with class ids `labels` [N].
+@dataclass(frozen=True)
+class Trained:
+    """A refiner's averaged weights, and those of its last step."""
 
-    FlowTurbo, section 3.2: with v = predictor(x_t, t), an Euler step of size dt leads to x_{t+dt},
-    and the refiner reads [x_{t+dt}, v] at t + dt and learns predictor(x_{t+dt}, t + dt) - v. Both
-    networks see the same label, null for a tenth of the rows.
+    ema: SiT
+    model: SiT
+
+
+def train(
+    source: Source,
+    predictor: SiT,
+    config: SiTConfig,
+    recipe: Recipe,
+    plan: Plan,
+    folder: Path,
+    *,
+    pace: Pace = Pace(),  # noqa: B008 (it is frozen)
+    identity: dict[str, str] | None = None,
+    preview: Preview | None = None,
+) -> Trained:
+    """Fits a refiner of architecture `config` to `predictor` on the latents of `source`.
+
+    State, losses and pictures go to `folder` (training.loop.fit); `identity` tells predictor and
+    data from others.
     """
     torch.manual_seed(plan.seed)
-    predictor = predictor.to(device()).eval()
-    model = SiT(refiner_config(predictor.config))
+    predictor = predictor.to(device()).eval().requires_grad_(False)
+    model = SiT(config)
     model.initialize()
     null = predictor.config.num_classes
 
     def loss_of(network: nn.Module, generator: torch.Generator) -> Tensor:
-        rows = torch.randint(len(latents), (plan.batch,), generator=generator)
-        data, label = latents[rows], draw_null(labels[rows], null, generator)
-        noise = torch.randn(data.shape, generator=generator)
-        step = LARGEST_TRAINED_STEP * (1 - torch.rand(plan.batch, generator=generator))
-        t = torch.rand(plan.batch, generator=generator) * (1 - step)
-        data, noise, step, t, label = (a.to(device()) for a in (data, noise, step, t, label))
-        at = t[:, None, None, None]
-        x = (1 - at) * noise + at * data
-        with torch.autocast(x.device.type, torch.bfloat16):
-            with torch.no_grad():
-                velocity = predictor(x, t, label).float()
-                x_next = x + step[:, None, None, None] * velocity
-                target = predictor(x_next, t + step, label).float() - velocity
-            change = network(torch.cat([x_next, velocity], 1), t + step, label)
-        return (change.float() - target).square().mean()
+        draws = recipe.draw(plan.batch, source, generator).mine()
+        data = source.read(draws.row).to(device())
+        return regression_loss(recipe.rule, predictor, network, null, data, draws.to(device()))
 
-    refiner = fit("refiner", model, loss_of, plan, folder)
-    assert isinstance(refiner, SiT)
-    return refiner
+    depends_on = {**asdict(recipe), **asdict(config), "rows": len(source), **(identity or {})}
+    ema = fit(
+        "refiner", model, loss_of, plan, folder, pace=pace, identity=depends_on, preview=preview
+    )
+    assert isinstance(ema, SiT)
+    return Trained(ema, model.eval().requires_grad_(False))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit status: 2, and one line on stderr, for what the user can put right."""
+    args = _parser().parse_args(argv)
+    try:
+        _run(args)
+    except (FlowTurboError, OSError) as error:
+        if PartialState().is_main_process:
+            print(f"refiner: {error}", file=sys.stderr)
+        return 2
+    finally:
+        PartialState().destroy_process_group()
+    return 0
+
+
+def _run(args: argparse.Namespace) -> None:
+    recipe = Recipe(Rule(args.recipe), *args.step_range)
+    plan = replace(PAPER, **{name: getattr(args, name) for name in _PLAN_OPTIONS})
+    plan.check_processes(PartialState().num_processes)
+    predictor = build_network(
+        load_checkpoint(args.predictor, args.weights),
+        reads_velocity=False,
+        num_heads=args.num_heads,
+    )
+    config = _architecture(args, predictor.config)
+    vae = _load_vae(args.vae, predictor.config) if args.vae else None
+    source = _open_data(args, predictor.config, vae)
+    preview = RefinerPreview(
+        predictor,
+        args.sample_every,
+        vae=vae,
+        schedule=args.sample_schedule,
+        guidance_scale=args.guidance_scale,
+        precision=plan.precision,
+    )
+    trained = train(
+        source,
+        predictor,
+        config,
+        recipe,
+        plan,
+        args.runs,
+        pace=Pace(args.save_every_s, args.log_every),
+        identity={"predictor": _sha256(args.predictor), "data": source.digest},
+        preview=preview if args.sample_every else None,
+    )
+    if PartialState().is_main_process:
+        names = ("recipe", "step_range", "steps", "out_weights")
+        notes = {name: str(getattr(args, name)) for name in names}
+        save_weights(getattr(trained, args.out_weights), args.out, notes=notes)
+        print(f"{args.out}: {args.out_weights} weights after {plan.steps} steps")
+
+
+def _architecture(args: argparse.Namespace, predictor: SiTConfig) -> SiTConfig:
+    config = refiner_config(predictor)
+    width = args.width or config.width
+    heads = args.heads or (config.num_heads if width == config.width else KNOWN_HEADS.get(width))
+    if not heads or width % heads or width % 4:
+        raise PlanError(
+            f"--width must be a multiple of 4 and of --heads, got width {width}, heads {heads}"
+        )
+    return replace(config, width=width, num_heads=heads, depth=args.depth)
+
+
+def _load_vae(folder: Path, model: SiTConfig) -> AutoencoderKL:
+    vae = load_vae(folder)
+    if vae.config.latent_channels != model.latent_channels:
+        raise DataError(
+            f"{folder} has {vae.config.latent_channels} latent channels, "
+            f"the predictor {model.latent_channels}"
+        )
+    return vae
+
+
+def _open_data(
+    args: argparse.Namespace, model: SiTConfig, vae: AutoencoderKL | None
+) -> Shards | EncodedImages:
+    """Latents if there is an index of them, else images; says what was skipped."""
+    source: Shards | EncodedImages
+    if not args.data.is_dir():
+        raise DataError(f"{args.data} is not a folder")
+    if is_sharded(args.data):
+        source = Shards(args.data, model, skip_bad=args.skip_bad)
+        if vae and abs(vae.config.scaling_factor - source.scaling_factor) > 1e-6:
+            raise DataError(
+                f"{args.data} was encoded with scaling factor {source.scaling_factor}, "
+                f"{args.vae} has {vae.config.scaling_factor}"
+            )
+    elif vae is None:
+        raise DataError(f"{args.data} has no index of latents: images need --vae to encode them")
+    else:
+        size = model.latent_size * 2 ** (len(vae.config.block_out_channels) - 1)
+        pictures = list_pictures(args.data, size, flip=args.flip, skip_bad=args.skip_bad)
+        source = EncodedImages(pictures, vae, model, skip_bad=args.skip_bad)
+    if PartialState().is_main_process:
+        classes = len(source.class_names)
+        print(
+            f"{len(source)} images ({source.skipped} skipped) of {classes} classes, ids 0 to "
+            f"{classes - 1}; the predictor knows {model.num_classes}"
+        )
+    return source
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+_PLAN_OPTIONS = (
+    *("steps", "batch", "learning_rate", "decay", "warmup", "seed"),
+    *("clip", "ema_decay", "precision"),
+)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.refiner",
+        description=__doc__,
+        formatter_class=_HelpFormatter,
+    )
+    pace = Pace()
+    add = parser.add_argument
+    add("--predictor", type=Path, required=True, help="SiT checkpoint, .pt or .safetensors")
+    add("--weights", choices=("model", "ema"), help="of a .pt that holds both")
+    add("--num-heads", type=positive, help="the predictor's, where its width does not tell")
+    add("--data", type=Path, required=True, help="folder of latents, or of images")
+    add("--vae", type=Path, help="AutoencoderKL folder, for images and for pictures of samples")
+    add("--flip", action="store_true", help="images also mirrored (of latents: when encoding)")
+    add("--skip-bad", action="store_true", help="leave out, and count, data that cannot be used")
+    add("--out", type=Path, required=True, help="the refiner's safetensors file")
+    add("--out-weights", choices=("ema", "model"), default="ema", help="averaged, or the last")
+    add(
+        "--runs",
+        type=Path,
+        default=Path("runs/refiner"),
+        help="state, losses, samples; shared by all nodes",
+    )
+    add("--recipe", choices=tuple(Rule), default=Rule.PAPER, help="of the text, or the public code")
+    add(
+        "--step-range",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        default=[Recipe().smallest_step, Recipe().largest_step],
+        help="range of the Euler steps that are refined",
+    )
+    add("--depth", type=positive, default=1, help="blocks of the refiner")
+    add("--width", type=positive, help="of the refiner (default: the predictor's)")
+    add("--heads", type=positive, help="of the refiner, where the width does not tell")
+    add("--steps", type=positive, default=PAPER.steps, help="of the optimizer")
+    add("--batch", type=positive, default=PAPER.batch, help="rows, of all processes together")
+    add("--learning-rate", type=float, default=PAPER.learning_rate, help="at its height")
+    add("--decay", choices=("constant", "cosine"), default=PAPER.decay, help="of the learning rate")
+    add("--warmup", type=natural, default=PAPER.warmup, help="steps in which the rate rises")
+    add("--seed", type=natural, default=PAPER.seed, help="of weights and draws")
+    add("--clip", type=float, default=PAPER.clip, help="largest gradient norm, 0 is none")
+    add("--ema-decay", type=float, default=PAPER.ema_decay, help="of the averaged weights")
+    add("--precision", choices=("bf16", "fp32"), default=PAPER.precision, help="of products")
+    add("--sample-every", type=natural, default=1000, help="steps between sample grids, 0 is none")
+    add("--sample-schedule", default="H1P5R3", help="steps H, P and R")
+    add("--guidance-scale", type=float, default=1.5, help="of the samples")
+    add("--save-every-s", type=float, default=pace.save_every_s, help="seconds between states")
+    add("--log-every", type=positive, default=pace.log_every, help="steps between figures")
+    return parser
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults that there are, and the description as it is."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        unset = action.default is None or action.default is False
+        return action.help if unset else super()._get_help_string(action)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,293 @@
+"""Training's data: images to latents, latents to rows, and what is wrong with either."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from support import GLYPHS, ROOT
+
+from flowturbo.nets.sit import SiT, SiTConfig
+from flowturbo.nets.vae import Decoder, load_vae
+from training.data import EncodedImages, Shards, encode
+from training.glyphs import CLASS_NAMES, GlyphImages
+from training.images import DataError, center_crop, list_pictures
+from training.latents import Storage, Writer, main
+from training.loop import save_weights
+from training.refiner import main as train
+
+MODEL = SiTConfig(16, 2, 4, 4, 4, 32, 1, 2, num_classes=3)
+CLASSES = ("ant", "bee", "cat")
+
+
+@pytest.fixture(scope="module")
+def vae() -> AutoencoderKL:
+    return load_vae(GLYPHS / "vae")
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Four pictures a class, of several sizes and modes."""
+    rng, folder = np.random.default_rng(0), tmp_path / "images"
+    for name in reversed(CLASSES):  # their order on the disk is not their sorted order
+        (folder / name).mkdir(parents=True)
+        for k, size in enumerate([(64, 64), (100, 70), (64, 200), (65, 64)]):
+            pixels = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+            image = Image.fromarray(pixels).convert(("RGB", "L", "RGBA", "RGB")[k])
+            image.save(folder / name / f"{k}.{('png', 'jpg', 'webp', 'bmp')[k]}")
+    (folder / "notes.txt").write_text("not an image")
+    return folder
+
+
+def run(images: Path, out: Path, *more: str) -> int:
+    given = ("--images", images, "--vae", GLYPHS / "vae", "--out", out, *more)
+    return main([str(word) for word in given])
+
+
+def spoil(images: Path) -> Path:
+    bad = images / "bee" / "0.png"
+    bad.write_bytes(bad.read_bytes()[:200])
+    return bad
+
+
+def test_the_crop_is_the_middle_of_the_shorter_side() -> None:
+    """A wide image whose left, middle and right third differ, shrunk and enlarged."""
+    thirds = np.repeat(np.array([10, 120, 240], np.uint8), 200)
+    image = Image.fromarray(np.tile(thirds[None, :, None], (200, 1, 3)))
+    for size in (32, 150, 256):
+        cut = np.asarray(center_crop(image, size))
+        assert cut.shape == (size, size, 3)
+        # Bicubic resampling mixes the edges of the third.
+        assert (cut[:, size // 8 : -size // 8] == 120).all()
+    assert np.array_equal(np.asarray(center_crop(image, 200)), np.full((200, 200, 3), 120))
+
+
+def test_classes_are_the_sorted_folders(images: Path) -> None:
+    pictures = list_pictures(images, 64)
+    assert pictures.class_names == CLASSES
+    assert len(pictures) == 12
+    assert {(p.path.parent.name, p.label) for p in pictures.pictures} == {
+        ("ant", 0),
+        ("bee", 1),
+        ("cat", 2),
+    }
+
+
+def test_images_to_latents(images: Path, tmp_path: Path, vae: AutoencoderKL) -> None:
+    """In the scale of the flow model: the decoder of the service reads them."""
+    assert run(images, tmp_path / "out", "--shard", "5", "--dtype", "float32", "--flip") == 0
+    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    assert index["latent_shape"] == [4, 16, 16]
+    assert index["scaling_factor"] == vae.config.scaling_factor
+    assert (index["num_classes"], index["count"], index["skipped"]) == (3, 24, 0)
+    assert [shard["count"] for shard in index["shards"]] == [5, 5, 5, 5, 4]
+    shards = Shards(tmp_path / "out", MODEL)
+    assert torch.equal(shards.labels(), torch.arange(3).repeat_interleave(8))
+    rows = torch.tensor([23, 0, 8, 4, 5])
+    read = shards.read(rows)
+    pictures = list_pictures(images, 64, flip=True)
+    for row, mean, label in zip(rows, read.mean, read.label, strict=True):
+        picture = pictures.pictures[int(row)]
+        assert picture.mirrored == bool(row % 2)
+        assert int(label) == picture.label
+        pixels = picture.load(64)
+        expected, _ = encode(vae, np.stack([pixels]))
+        torch.testing.assert_close(mean, expected[0], atol=1e-4, rtol=1e-4)
+        unscaled = vae.decode(mean[None] / vae.config.scaling_factor).sample
+        image = ((unscaled * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+        assert torch.equal(Decoder(vae)(mean[None])[0], image[0].permute(1, 2, 0))
+    assert torch.equal(read.std > 0, torch.ones_like(read.mean, dtype=torch.bool))
+
+
+def test_means_alone_in_half_precision(images: Path, tmp_path: Path) -> None:
+    assert run(images, tmp_path / "out", "--mean-only") == 0
+    tensors = load_file(tmp_path / "out" / "shard-00000.safetensors")
+    assert {name: tensor.dtype for name, tensor in tensors.items()} == {
+        "mean": torch.float16,
+        "label": torch.int64,
+    }
+    assert Shards(tmp_path / "out").read(torch.tensor([0])).std is None
+
+
+def test_encoding_goes_on_after_a_kill(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    given = ["--images", images, "--vae", GLYPHS / "vae", "--out", out, "--shard", "1"]
+    command = [sys.executable, "-m", "training.latents", *map(str, given)]
+    process = subprocess.Popen(command, cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while not list(out.glob("*.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    done = {path: path.stat().st_mtime_ns for path in out.glob("*.safetensors")}
+    assert 0 < len(done) < 12
+    with pytest.raises(DataError, match="python -m training.latents writes it when all is encoded"):
+        Shards(out)
+    assert run(images, out, "--shard", "1") == 0
+    assert all(path.stat().st_mtime_ns == then for path, then in done.items())
+    assert len(Shards(out)) == 12
+
+
+def test_encoding_does_not_go_on_with_other_settings(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(images, tmp_path / "out") == 0
+    assert run(images, tmp_path / "out", "--dtype", "float32") == 2
+    assert "begun with dtype 'float16', now it is 'float32'" in capsys.readouterr().err
+
+
+def test_a_corrupt_image_stops_the_encoding(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = spoil(images)
+    assert run(images, tmp_path / "out") == 2
+    assert f"{bad} is not a readable image" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "index.json").exists()
+    assert run(images, tmp_path / "out", "--skip-bad") == 0
+    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    assert (index["count"], index["skipped"]) == (11, 1)
+    assert Shards(tmp_path / "out").labels().bincount().tolist() == [4, 3, 4]
+
+
+def test_images_encoded_as_they_are_read(images: Path, vae: AutoencoderKL) -> None:
+    pictures = list_pictures(images, 64)
+    source = EncodedImages(pictures, vae, MODEL)
+    with torch.autocast("cpu", torch.bfloat16):  # as in training
+        read = source.read(torch.tensor([11, 2]))
+    expected, _ = encode(vae, np.stack([pictures.pictures[k].load(64) for k in (11, 2)]))
+    torch.testing.assert_close(read.mean, expected)
+    assert read.label.tolist() == [2, 0]
+    bad = spoil(images)
+    with pytest.raises(DataError, match=f"{bad} is not a readable image.*--skip-bad"):
+        EncodedImages(list_pictures(images, 64), vae, MODEL)
+    left = EncodedImages(list_pictures(images, 64), vae, MODEL, skip_bad=True)
+    assert (len(left), left.skipped) == (11, 1)
+    assert left.read(torch.tensor([4, 10])).label.tolist() == [1, 2]
+
+
+def test_folders_that_cannot_be_used(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere is not a folder"):
+        list_pictures(tmp_path / "nowhere", 64)
+    with pytest.raises(DataError, match="ant has no subfolders"):
+        list_pictures(images / "ant", 64)
+    (images / "dog").mkdir()
+    with pytest.raises(DataError, match=r"dog has no images \(.bmp, .jpeg"):
+        list_pictures(images, 64)
+    pictures = list_pictures(images, 64, skip_bad=True)
+    assert (len(pictures), pictures.class_names) == (12, (*CLASSES, "dog"))
+
+
+def test_more_classes_than_the_model_has(images: Path, vae: AutoencoderKL) -> None:
+    (images / "dog").mkdir()
+    Image.new("RGB", (64, 64)).save(images / "dog" / "0.png")
+    with pytest.raises(DataError, match="dog: class folder 4 of 4, the predictor has 3 classes"):
+        EncodedImages(list_pictures(images, 64), vae, MODEL)
+    left = EncodedImages(list_pictures(images, 64), vae, MODEL, skip_bad=True)
+    assert (len(left), left.skipped) == (12, 1)
+
+
+@pytest.fixture
+def shards(images: Path, tmp_path: Path) -> Path:
+    assert run(images, tmp_path / "shards", "--shard", "6") == 0
+    return tmp_path / "shards"
+
+
+def test_a_wrong_label(shards: Path) -> None:
+    path = shards / "shard-00001.safetensors"
+    tensors = load_file(path)
+    tensors["label"][2] = 3
+    save_file(tensors, path)
+    with pytest.raises(DataError, match=r"shard-00001.*: labels must be 0 to 2, .*; got 3"):
+        Shards(shards, MODEL)
+    left = Shards(shards, MODEL, skip_bad=True)
+    assert (len(left), left.skipped) == (11, 1)
+    everything = left.read(torch.arange(11))
+    assert everything.label.tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2]
+    kept = [k for k in range(6) if k != 2]
+    torch.testing.assert_close(everything.mean[6:], tensors["mean"][kept].float())
+
+
+def test_a_broken_shard(shards: Path) -> None:
+    path = shards / "shard-00000.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DataError, match="shard-00000.* is not a readable safetensors file"):
+        Shards(shards, MODEL)
+    left = Shards(shards, MODEL, skip_bad=True)
+    assert (len(left), left.skipped) == (6, 6)
+    path.unlink()
+    with pytest.raises(DataError, match="shard-00000"):
+        Shards(shards, MODEL)
+
+
+def test_a_shard_of_another_shape(shards: Path) -> None:
+    path = shards / "shard-00000.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "mean": tensors["mean"][:, :3].contiguous()}, path)
+    with pytest.raises(DataError, match=r"shard-00000.* must have the tensors .*'mean': \(6, 4,"):
+        Shards(shards, MODEL)
+
+
+@pytest.mark.parametrize(
+    ("data", "size", "said"),
+    [
+        ("shards", 32, "latents must be (4, 32, 32) for this predictor, got (4, 16, 16)"),
+        ("images", 16, "images need --vae"),
+        ("nowhere", 16, "nowhere is not a folder"),
+    ],
+)
+def test_training_refuses_before_it_starts(
+    shards: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    data: str,
+    size: int,
+    said: str,
+) -> None:
+    model = SiT(SiTConfig(size, 2, 4, 4, 4, 32, 1, 2, num_classes=3))
+    save_weights(model, tmp_path / "predictor.safetensors")
+    out = ("--out", tmp_path / "refiner.safetensors", "--runs", tmp_path / "runs")
+    given = ("--predictor", tmp_path / "predictor.safetensors", "--data", tmp_path / data, *out)
+    assert train([*map(str, given), "--steps", "1"]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_refiner_from_images(images: Path, tmp_path: Path) -> None:
+    """Encoded on the way, with a picture of samples by the decoder."""
+    model = SiT(MODEL)
+    model.initialize()
+    save_weights(model, tmp_path / "predictor.safetensors")
+    given = {
+        "predictor": tmp_path / "predictor.safetensors",
+        "data": images,
+        "vae": GLYPHS / "vae",
+        "out": tmp_path / "refiner.safetensors",
+        "runs": tmp_path,
+        "steps": 2,
+        "batch": 2,
+        "sample-every": 2,
+    }
+    assert train([word for k, v in given.items() for word in (f"--{k}", str(v))]) == 0
+    with Image.open(tmp_path / "refiner" / "0000002.png") as picture:
+        assert picture.size == (256, 256)
+
+
+def test_glyphs_to_latents(tmp_path: Path, vae: AutoencoderKL) -> None:
+    """The data set's own images, without files between."""
+    images = np.random.default_rng(0).integers(0, 256, (40, 64, 64, 3), dtype=np.uint8)
+    storage = Storage("float32", mean_only=True, shard=16)
+    Writer(GlyphImages(images, seed=0), vae, tmp_path, storage).write()
+    shards = Shards(tmp_path)
+    assert shards.class_names == CLASS_NAMES
+    read = shards.read(torch.arange(40))
+    assert read.label.tolist() == [k % 36 for k in range(40)]
+    torch.testing.assert_close(read.mean, encode(vae, images)[0], atol=1e-4, rtol=1e-4)

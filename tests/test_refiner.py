@@ -1,0 +1,299 @@
+"""A refiner's training: what is drawn, where it is cut short, how it is shared, what is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from support import GOLDEN, ROOT, golden_cases
+from torch import Tensor
+
+from flowturbo.nets.checkpoint import build_network, infer_config, load_checkpoint
+from flowturbo.nets.sit import SiT, SiTConfig
+from flowturbo.schedule import Schedule
+from training.data import InMemory, Latents
+from training.loop import save_weights
+from training.plan import Plan, PlanError
+from training.recipe import Recipe, Rule, regression_loss
+from training.refiner import main
+from training.samples import RefinerPreview, sample, tile
+
+CLASSES = 3
+CONFIG = SiTConfig(4, 2, 4, 4, 4, 32, 2, 2, num_classes=CLASSES)
+SOURCE = InMemory(Latents(torch.randn(64, 4, 4, 4), torch.arange(64) % CLASSES))
+
+
+def predictor() -> SiT:
+    torch.manual_seed(0)
+    model = SiT(CONFIG)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A predictor, and latents in two shards as `training.latents` writes them."""
+    folder = tmp_path_factory.mktemp("refiner")
+    save_weights(predictor(), folder / "predictor.safetensors")
+    write_shards(folder / "latents", torch.arange(48) % CLASSES)
+    return folder
+
+
+def write_shards(folder: Path, label: Tensor, shape: Sequence[int] = (4, 4, 4)) -> None:
+    folder.mkdir(parents=True)
+    generator, shards = torch.Generator().manual_seed(1), []
+    for k, part in enumerate(label.chunk(2)):
+        name = f"shard-{k:05d}.safetensors"
+        mean = torch.randn((len(part), *shape), generator=generator).half()
+        tensors = {"mean": mean, "std": torch.full_like(mean, 0.1), "label": part.clone()}
+        save_file(tensors, folder / name)
+        shards.append({"file": name, "count": len(part)})
+    index = {"latent_shape": list(shape), "scaling_factor": 1.0, "shards": shards}
+    index["class_names"] = [str(k) for k in range(CLASSES)]
+    (folder / "index.json").write_text(json.dumps(index))
+
+
+def arguments(data: Path, out: Path, *more: str, latents: str = "latents") -> list[str]:
+    given = {
+        "predictor": data / "predictor.safetensors",
+        "data": data / latents,
+        "out": out / "refiner.safetensors",
+        "runs": out,
+        "num-heads": 2,
+        "steps": 40,
+        "batch": 6,
+        "log-every": 1,
+        "learning-rate": 1e-3,
+        "sample-every": 0,
+    }
+    return [word for k, v in given.items() for word in (f"--{k}", str(v))] + list(more)
+
+
+def losses(out: Path) -> list[tuple[int, float]]:
+    progress = json.loads((out / "refiner.json").read_text())
+    return [*map(tuple, progress["losses"]), (progress["step"], progress["smooth_loss"])]
+
+
+@pytest.mark.parametrize("low", [0.0, 0.06])
+def test_the_paper_draws_a_step_for_each_row(low: float) -> None:
+    draws = Recipe(Rule.PAPER, low, 0.12).draw(4000, SOURCE, torch.Generator().manual_seed(0))
+    assert draws.step.min() > low
+    assert draws.step.max() <= 0.12
+    assert draws.step.mean() == pytest.approx((low + 0.12) / 2, abs=2e-3)
+    assert draws.t.min() >= 0
+    assert (draws.t + draws.step).max() <= 1
+    assert draws.dropped.float().mean() == pytest.approx(0.1, abs=0.02)
+    assert draws.row.unique().numel() == len(SOURCE)
+
+
+def test_the_public_code_draws_one_step_for_the_batch() -> None:
+    recipe, steps, last = Recipe(Rule.REFERENCE), [], []
+    for seed in range(300):
+        draws = recipe.draw(64, SOURCE, torch.Generator().manual_seed(seed))
+        assert draws.step.unique().numel() == 1
+        steps.append(float(draws.step[0]))
+        last.append(float((draws.t + draws.step).max()))
+    assert 0 <= min(steps) < 0.01
+    assert 0.11 < max(steps) < 0.12
+    assert max(last) > 1
+
+
+@pytest.mark.parametrize(("rule", "first_is_dropped"), [("paper", True), ("reference", False)])
+def test_what_the_networks_see(rule: str, first_is_dropped: bool) -> None:
+    """Eq. 6, and which of the evaluations have the null label."""
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    class Spy(torch.nn.Module):
+        def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+            seen.append((x, t, label))
+            return torch.full_like(x[:, :4], float(len(seen)))
+
+    draws = Recipe(Rule(rule)).draw(200, SOURCE, torch.Generator().manual_seed(0))
+    data = SOURCE.read(draws.row)
+    loss = regression_loss(Rule(rule), Spy(), Spy(), CLASSES, data, draws)
+    (x, t, first), (x_next, t_next, second), (read, t_refined, third) = seen
+    at, step = draws.t[:, None, None, None], draws.step[:, None, None, None]
+    torch.testing.assert_close(x, (1 - at) * draws.noise + at * data.mean)
+    torch.testing.assert_close(x_next, x + step * 1.0)  # the predictor answered 1
+    torch.testing.assert_close(read, torch.cat([x_next, torch.ones_like(x)], 1))
+    assert torch.equal(t, draws.t)
+    assert torch.equal(t_next, draws.t + draws.step)
+    assert torch.equal(t_refined, t_next)
+    assert torch.equal(first.eq(CLASSES), draws.dropped & first_is_dropped)
+    assert torch.equal(second.eq(CLASSES), draws.dropped)
+    assert torch.equal(second, third)
+    assert torch.equal(second[~draws.dropped], data.label[~draws.dropped])
+    assert loss == (3 - (2 - 1)) ** 2
+
+
+def test_latents_are_drawn_from_their_posterior() -> None:
+    mean, std = torch.randn(2, 4, 4, 4), torch.rand(2, 4, 4, 4)
+    noise = torch.randn(2, 4, 4, 4)
+    label = torch.zeros(2, dtype=torch.int64)
+    torch.testing.assert_close(Latents(mean, label, std).sample(noise), mean + std * noise)
+    assert torch.equal(Latents(mean, label).sample(noise), mean)
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(data: Path, tmp_path: Path) -> None:
+    """SIGKILL in the middle, and the same command again."""
+    assert main(arguments(data, tmp_path / "whole", "--flip")) == 0
+    command = arguments(data, tmp_path / "killed", "--flip", "--save-every-s", "0")
+    process = subprocess.Popen([sys.executable, "-m", "training.refiner", *command], cwd=ROOT)
+    state = tmp_path / "killed" / "refiner.state.pt"
+    deadline = time.monotonic() + 60
+    while not state.exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    stopped_at = torch.load(state, weights_only=True)["progress"]["step"]
+    assert 0 < stopped_at < 40
+    assert main(command) == 0
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    whole, killed = (
+        load_checkpoint(tmp_path / name / "refiner.safetensors").tensors
+        for name in ("whole", "killed")
+    )
+    assert all(torch.equal(whole[key], killed[key]) for key in whole)
+
+
+def test_two_processes_agree_with_one(data: Path, tmp_path: Path) -> None:
+    exact = ("--precision", "fp32", "--sample-every", "40")
+    assert main(arguments(data, tmp_path / "one", *exact)) == 0
+    launch = "accelerate.commands.launch --cpu --num_processes 2 --main_process_port 0"
+    command = [sys.executable, "-m", *launch.split(), "-m", "training.refiner"]
+    done = subprocess.run(
+        [*command, *arguments(data, tmp_path / "two", *exact)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = (losses(tmp_path / name) for name in ("one", "two"))
+    np.testing.assert_allclose(two, one, rtol=1e-3)
+    assert one[0][1] != one[-1][1]
+    tensors = [
+        load_checkpoint(tmp_path / name / "refiner.safetensors").tensors for name in ("one", "two")
+    ]
+    for key, value in tensors[0].items():
+        torch.testing.assert_close(tensors[1][key], value, atol=1e-4, rtol=1e-2)
+
+
+def test_a_batch_that_cannot_be_shared() -> None:
+    plan = Plan(1, 18, 1e-3, seed=0)
+    with pytest.raises(PlanError, match="multiple of the 4 processes, such as 16, 20; got 18"):
+        plan.check_processes(4)
+    plan.check_processes(3)
+
+
+def test_a_refiner_of_another_size(data: Path, tmp_path: Path) -> None:
+    size = ("--depth", "2", "--width", "48", "--heads", "3", "--steps", "2")
+    assert main(arguments(data, tmp_path, *size, "--recipe", "reference")) == 0
+    checkpoint = load_checkpoint(tmp_path / "refiner.safetensors")
+    config = infer_config(checkpoint, reads_velocity=True)
+    assert (config.depth, config.width, config.num_heads, config.in_channels) == (2, 48, 3, 8)
+    assert checkpoint.metadata["recipe"] == "reference"
+    build_network(checkpoint, reads_velocity=True)
+
+
+def test_which_weights_are_written(data: Path, tmp_path: Path) -> None:
+    """Twice the command: the second time nothing is left to train."""
+    for weights in ("ema", "model"):
+        assert main(arguments(data, tmp_path, "--out-weights", weights)) == 0
+        tensors = load_checkpoint(tmp_path / "refiner.safetensors").tensors
+        state = torch.load(tmp_path / "refiner.state.pt", weights_only=True)
+        held = {"ema": state["average"], "model": state["model"]}[weights]
+        prefix = "module." if weights == "ema" else ""
+        assert all(torch.equal(tensors[key], held[prefix + key]) for key in tensors)
+    # An average over the last of 40 steps, not one with the first weights, which answer nothing.
+    name = "final_layer.linear.weight"
+    ratio = state["average"][f"module.{name}"].norm() / state["model"][name].norm()
+    assert 0.5 < ratio < 1
+
+
+def test_sampling_is_that_of_the_public_code() -> None:
+    networks = [
+        build_network(load_checkpoint(GOLDEN / f"{name}.pt"), reads_velocity=reads, num_heads=2)
+        for name, reads in (("predictor", False), ("refiner", True))
+    ]
+    for case in golden_cases():
+        steps = Schedule.parse(case.schedule).steps
+        noise, label = torch.from_numpy(case.noise), torch.from_numpy(case.label)
+        with torch.no_grad():
+            latent = sample(*networks, noise, label, steps, case.guidance_scale)
+        np.testing.assert_allclose(latent.numpy(), case.latent, atol=2e-5)
+
+
+def test_pictures_while_training(data: Path, tmp_path: Path) -> None:
+    """Files, and TensorBoard's, of the averaged refiner; the same picture for the same weights."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert main(arguments(data, tmp_path, "--sample-every", "20")) == 0
+    with Image.open(tmp_path / "refiner" / "0000040.png") as file:
+        picture = np.asarray(file)
+    assert picture.shape == (4 * 16, 4 * 16, 3)
+    network = build_network(load_checkpoint(tmp_path / "refiner.safetensors"), reads_velocity=True)
+    preview = RefinerPreview(predictor(), every=20)
+    assert np.array_equal(preview(network), picture)
+    events = EventAccumulator(str(tmp_path / "refiner"))
+    events.Reload()
+    assert [image.step for image in events.Images("samples")] == [20, 40]
+    assert [round(e.value, 5) for e in events.Scalars("loss")] == [
+        pytest.approx(loss, abs=1e-5) for _, loss in losses(tmp_path)[:-1]
+    ]
+
+
+def test_tiles() -> None:
+    images = np.arange(1, 4, dtype=np.uint8)[:, None, None, None] * np.ones((2, 2, 3), np.uint8)
+    assert tile(images)[::2, ::2, 0].tolist() == [[1, 2], [3, 0]]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--step-range", "0.2", "0.1"), "0 <= smallest < largest <= 1, got 0.2 to 0.1"),
+        (("--learning-rate", "0"), "learning_rate must be above 0, got 0.0"),
+        (("--ema-decay", "1"), "ema_decay must be from 0 to below 1, got 1.0"),
+        (("--width", "30"), "multiple of 4 and of --heads"),
+        (("--sample-schedule", "R3"), "refines with no velocity cached"),
+        (("--sample-schedule", "E4"), "steps must be H, P or R, got E in E4"),
+        (("--vae", "nowhere"), "no config.json"),
+        (("--predictor", "nowhere.pt"), "nowhere.pt does not exist"),
+    ],
+)
+def test_what_is_refused(
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    more: tuple[str, ...],
+    said: str,
+) -> None:
+    assert main(arguments(data, tmp_path, *more)) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "refiner.state.pt").exists()
+
+
+def test_a_run_is_made_longer(data: Path, tmp_path: Path) -> None:
+    for name, runs in {"whole": (9,), "parts": (4, 9)}.items():
+        for steps in runs:
+            assert main(arguments(data, tmp_path / name, "--steps", str(steps))) == 0
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_a_state_of_other_settings_is_refused(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(data, tmp_path, "--steps", "2")) == 0
+    assert main(arguments(data, tmp_path, "--steps", "2", "--recipe", "reference")) == 2
+    assert "was trained with" in capsys.readouterr().err

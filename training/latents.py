@@ -1,0 +1,250 @@
+"""Encodes images once, for training: `python -m training.latents --images DIR --vae DIR --out DIR`.
+
+Writes shards of latents (safetensors: `mean`, `std` [n, C, h, w] in the flow model's scale, `label`
+[n] int64) and, when all is encoded, `index.json`. A run that was stopped goes on where it was;
+`accelerate launch -m training.latents` shares the shards among GPUs.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from diffusers import AutoencoderKL
+from safetensors import safe_open
+from safetensors.torch import save
+from tqdm import tqdm
+
+from flowturbo.errors import FlowTurboError
+from flowturbo.nets.vae import load_vae
+from training.data import INDEX, SETTINGS, Latents, encode
+from training.images import DataError, list_pictures
+from training.loop import device
+
+
+class Images(Protocol):
+    """Labelled images of size x size pixels, as `training.images.Pictures`."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, rows: Iterable[int]) -> Iterator[tuple[np.ndarray | DataError, int]]:
+        """Images [size, size, 3] uint8, or what is wrong with each, and class ids."""
+
+    def identity(self) -> list[str]:
+        """What tells these images from others."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How latents are stored: `dtype` float16 or float32, without `std` if `mean_only`."""
+
+    dtype: str = "float16"
+    mean_only: bool = False
+    shard: int = 4096  # images
+
+
+class Writer:
+    """Encodes `images` into the folder `out`, `batch` at a time.
+
+    An image that cannot be read raises DataError, or is left out with `skip_bad`.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        vae: AutoencoderKL,
+        out: Path,
+        storage: Storage,
+        *,
+        batch: int = 32,
+        skip_bad: bool = False,
+    ) -> None:
+        self.images, self.out, self.storage = images, out, storage
+        self.vae, self.batch, self.skip_bad = vae.to(device()).eval(), batch, skip_bad
+        # One black image tells what no latents at all look like.
+        black = np.zeros((1, images.size, images.size, 3), np.uint8)
+        self.none = self._encode([(black[0], 0)])[:0]
+        self.paths = [
+            out / f"shard-{k:05d}.safetensors" for k in range(-(-len(images) // storage.shard))
+        ]
+
+    def write(self) -> None:
+        """Writes the shards that are not there yet, then the index.
+
+        Raises DataError also for a folder that was begun with other images, VAE or storage.
+        """
+        state = PartialState()
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._check_settings(state)
+        todo = [k for k, path in enumerate(self.paths) if not path.exists()]
+        state.wait_for_everyone()  # nobody looks what is to do while another is already at work
+        share = todo[state.process_index :: state.num_processes]
+        with tqdm(total=sum(len(self._rows(k)) for k in share), desc="encode", unit="image") as bar:
+            for shard in share:
+                self._write_shard(shard, bar)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            _replace(self.out / INDEX, json.dumps(self._index(), indent=1).encode())
+
+    def _rows(self, shard: int) -> range:
+        start = shard * self.storage.shard
+        return range(start, min(start + self.storage.shard, len(self.images)))
+
+    def _write_shard(self, shard: int, bar: tqdm) -> None:
+        rows, parts = self._rows(shard), [self.none]
+        for start in range(0, len(rows), self.batch):
+            read = list(self.images.read(rows[start : start + self.batch]))
+            if good := list(self._good(read)):
+                parts.append(self._encode(good))
+            bar.update(len(read))
+        tensors = Latents.cat(parts).tensors(getattr(torch, self.storage.dtype))
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise DataError(f"latents of images {rows[0]} to {rows[-1]} are not all finite")
+        skipped = len(rows) - len(tensors["label"])
+        _replace(self.paths[shard], save(tensors, {"skipped": str(skipped)}))
+
+    def _good(
+        self, read: Iterable[tuple[np.ndarray | DataError, int]]
+    ) -> Iterator[tuple[np.ndarray, int]]:
+        for image, label in read:
+            if not isinstance(image, DataError):
+                yield image, label
+            elif not self.skip_bad:
+                raise DataError(f"{image}; --skip-bad leaves such images out")
+
+    def _encode(self, good: Sequence[tuple[np.ndarray, int]]) -> Latents:
+        mean, std = encode(self.vae, np.stack([image for image, _ in good]))
+        label = torch.tensor([label for _, label in good])
+        return Latents(mean.cpu(), label, None if self.storage.mean_only else std.cpu())
+
+    def _check_settings(self, state: PartialState) -> None:
+        path = self.out / SETTINGS
+        settings = {
+            "images": hashlib.sha256("\n".join(self.images.identity()).encode()).hexdigest(),
+            "count": len(self.images),
+            "image_size": self.images.size,
+            "vae": _digest(self.vae),
+            **asdict(self.storage),
+        }
+        if state.is_main_process and not path.exists():
+            _replace(path, json.dumps(settings, indent=1).encode())
+        state.wait_for_everyone()
+        begun = json.loads(path.read_text())
+        different = [key for key in settings if begun.get(key) != settings[key]]
+        if different:
+            key = different[0]
+            raise DataError(
+                f"{self.out} was begun with {key} {begun.get(key)!r}, now it is {settings[key]!r}: "
+                "take another --out or remove it"
+            )
+
+    def _index(self) -> dict:
+        shards = []
+        for path in self.paths:
+            with safe_open(path, framework="pt") as file:
+                count = file.get_slice("label").get_shape()[0]
+                skipped = int(file.metadata()["skipped"])
+            shards.append({"file": path.name, "count": count, "skipped": skipped})
+        config = self.vae.config
+        return {
+            "latent_shape": list(self.none.mean.shape[1:]),
+            "image_size": self.images.size,
+            "scaling_factor": config.scaling_factor,
+            "shift_factor": config.shift_factor,
+            "posterior": "mean" if self.storage.mean_only else "mean and std",
+            "dtype": self.storage.dtype,
+            "num_classes": len(self.images.class_names),
+            "class_names": list(self.images.class_names),
+            "count": sum(shard["count"] for shard in shards),
+            "skipped": sum(shard["skipped"] for shard in shards),
+            "shards": shards,
+        }
+
+
+def _digest(vae: AutoencoderKL) -> str:
+    """Of everything the latents depend on."""
+    config = vae.config
+    digest = hashlib.sha256(f"{config.scaling_factor} {config.shift_factor}".encode())
+    for name, tensor in sorted(vae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Writes a file that is either whole or not there."""
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit status: 2, and one line on stderr, for what the user can put right."""
+    args = _parser().parse_args(argv)
+    try:
+        vae = load_vae(args.vae)
+        size = args.image_size or vae.config.sample_size
+        images = list_pictures(args.images, size, flip=args.flip, skip_bad=args.skip_bad)
+        storage = Storage(args.dtype, args.mean_only, args.shard)
+        Writer(images, vae, args.out, storage, batch=args.batch, skip_bad=args.skip_bad).write()
+    except (FlowTurboError, OSError) as error:
+        print(f"latents: {error}", file=sys.stderr)
+        return 2
+    if PartialState().is_main_process:
+        index = json.loads((args.out / INDEX).read_text())
+        print(f"{index['count']} latents in {args.out}, {index['skipped']} images skipped")
+    PartialState().destroy_process_group()
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m training.latents",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    default = Storage()
+    add = parser.add_argument
+    add("--images", type=Path, required=True, help="a subfolder a class, sorted order = class ids")
+    add("--vae", type=Path, required=True, help="diffusers AutoencoderKL folder")
+    add("--out", type=Path, required=True, help="folder for shards and index")
+    add("--image-size", type=positive, help="pixels (default: the VAE's sample_size)")
+    add("--flip", action="store_true", help="encode every image twice, once mirrored")
+    add("--dtype", choices=("float16", "float32"), default=default.dtype)
+    add("--mean-only", action="store_true", help="store no standard deviations: train on the means")
+    add("--shard", type=positive, default=default.shard, help="images a shard (default: 4096)")
+    add("--batch", type=positive, default=32, help="images encoded together (default: 32)")
+    add("--skip-bad", action="store_true", help="leave out, and count, what cannot be read")
+    return parser
+
+
+def natural(text: str) -> int:
+    """A whole number, for argparse."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    """A whole number from 1, for argparse."""
+    if not natural(text):
+        raise argparse.ArgumentTypeError("must be at least 1, got 0")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,114 @@
+"""What a refiner learns from (FlowTurbo, section 3.2): a batch's random numbers, and the loss."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from flowturbo.generate import LARGEST_TRAINED_STEP
+from training.data import Latents, Source
+from training.loop import mine
+from training.plan import PlanError
+from training.predictor import NULL_LABEL_PROBABILITY
+
+ANY_ATTENTION = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+class Rule(StrEnum):
+    """`paper`: as the text has it. `reference`: as the public code does.
+
+    They differ in the step (one for each row from (low, high]; one for the whole batch from
+    [low, high)), in the times (t + step within [0, 1]; up to 1 + high), and in the null label (fed
+    alike to all evaluations; not to the predictor's first).
+    """
+
+    PAPER = "paper"
+    REFERENCE = "reference"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A rule, and the range that steps are drawn from, within [0, 1]; raises PlanError."""
+
+    rule: Rule = Rule.PAPER
+    smallest_step: float = 0.0
+    largest_step: float = LARGEST_TRAINED_STEP
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.smallest_step < self.largest_step <= 1:
+            raise PlanError(
+                "the range of steps must be 0 <= smallest < largest <= 1, got "
+                f"{self.smallest_step} to {self.largest_step}"
+            )
+
+    def draw(self, batch: int, source: Source, generator: torch.Generator) -> "Draws":
+        """The random numbers of a whole batch."""
+        row = torch.randint(len(source), (batch,), generator=generator)
+        dropped = torch.rand(batch, generator=generator) < NULL_LABEL_PROBABILITY
+        noise, posterior = torch.randn((2, batch, *source.shape), generator=generator)
+        width = self.largest_step - self.smallest_step
+        if self.rule is Rule.REFERENCE:
+            share = torch.rand(1, generator=generator).expand(batch)
+            t = torch.rand(batch, generator=generator)
+            return Draws(row, dropped, noise, posterior, self.smallest_step + width * share, t)
+        step = self.largest_step - width * torch.rand(batch, generator=generator)
+        t = torch.rand(batch, generator=generator) * (1 - step)
+        return Draws(row, dropped, noise, posterior, step, t)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Random numbers, a row each.
+
+    `row` [B] of the data, whether its label is `dropped` [B], the path's `noise` and that of the
+    latent's `posterior` [B, C, h, w], `step` and time `t` [B].
+    """
+
+    row: Tensor
+    dropped: Tensor
+    noise: Tensor
+    posterior: Tensor
+    step: Tensor
+    t: Tensor
+
+    def mine(self) -> "Draws":
+        """The rows of this process."""
+        return Draws(**{name: mine(value) for name, value in vars(self).items()})
+
+    def to(self, device: torch.device) -> "Draws":
+        """All of it on `device`."""
+        return Draws(**{name: value.to(device) for name, value in vars(self).items()})
+
+
+def regression_loss(
+    rule: Rule,
+    predictor: nn.Module,
+    refiner: nn.Module,
+    null_label: int,
+    data: Latents,
+    draws: Draws,
+) -> Tensor:
+    """Mean squared error of the change of the velocity, over rows, channels and places.
+
+    With v = predictor(x_t, t), an Euler step leads to x_next = x_t + step * v, and the
+    refiner reads [x_next, v] at t + step and learns predictor(x_next, t + step) - v (Eq. 6).
+    """
+    label = torch.where(draws.dropped, null_label, data.label)
+    t, t_next = draws.t, draws.t + draws.step
+    at, step = (value[:, None, None, None] for value in (t, draws.step))
+    # The loop's choice of attention is for going backwards, which the predictor does not.
+    with torch.no_grad(), sdpa_kernel(ANY_ATTENTION):
+        x = (1 - at) * draws.noise + at * data.sample(draws.posterior)
+        first = data.label if rule is Rule.REFERENCE else label
+        velocity = predictor(x, t, first).float()
+        x_next = x + step * velocity
+        target = predictor(x_next, t_next, label).float() - velocity
+    change = refiner(torch.cat([x_next, velocity], 1), t_next, label).float()
+    return (change - target).square().mean()

@@ -1,0 +1,115 @@
+"""Pictures of what a refiner makes while it is trained."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from flowturbo.latents import noise
+from flowturbo.nets.sit import SiT
+from flowturbo.nets.vae import Decoder
+from flowturbo.schedule import Schedule
+from training.loop import device
+from training.plan import PlanError
+
+GUIDED_CHANNELS = 3  # of 4, as in SiT
+
+
+class RefinerPreview:
+    """A grid of images, the same classes from the same noise every time.
+
+    Without a `vae` the latents' first three channels are shown. A `guidance_scale` of 1 is none.
+    Raises RequestError for a schedule that cannot be read, PlanError for one with steps other
+    than H, P and R.
+    """
+
+    def __init__(
+        self,
+        predictor: SiT,
+        every: int,
+        *,
+        vae: AutoencoderKL | None = None,
+        schedule: str = "H1P5R3",
+        guidance_scale: float = 1.5,
+        images: int = 16,
+        precision: str = "bf16",
+    ) -> None:
+        self.every, self.steps = every, Schedule.parse(schedule).steps
+        if other := set(self.steps) - set("HPR"):
+            raise PlanError(f"steps must be H, P or R, got {sorted(other)[0]} in {schedule}")
+        self._predictor, self._scale = predictor, guidance_scale
+        self._decode = Decoder(vae).to(device()) if vae else _as_colours
+        config = predictor.config
+        shape = (config.latent_channels, config.latent_size, config.latent_size)
+        self._noise = torch.from_numpy(noise(np.arange(images), shape))
+        self._label = torch.arange(images) * config.num_classes // images
+        self._bf16 = precision == "bf16"
+
+    @torch.no_grad()
+    def __call__(self, network: nn.Module) -> np.ndarray:
+        """[H, W, 3] uint8: a near square of images that the refiner `network` had a part in."""
+        x, label = self._noise.to(device()), self._label.to(device())
+        with self._autocast():
+            latent = sample(self._predictor, network, x, label, self.steps, self._scale)
+        return tile(self._decode(latent).cpu().numpy())
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        return torch.autocast(device().type, torch.bfloat16, enabled=self._bf16)
+
+
+def sample(
+    predictor: SiT, refiner: nn.Module, x: Tensor, label: Tensor, steps: Sequence[str], scale: float
+) -> Tensor:
+    """Latents [B, C, h, w] from noise `x` of that shape, of class ids `label` [B].
+
+    `steps` H, P and R on the uniform grid as the public code takes them (`flowturbo.program`,
+    variant `reference`). Guided, the batch is doubled, as in SiT: the rows with the null label
+    follow the conditional ones.
+    """
+    guided, count = scale != 1.0, len(x)
+    if guided:
+        x = torch.cat([x, x])
+        label = torch.cat([label, torch.full_like(label, predictor.config.num_classes)])
+
+    def evaluate(network: nn.Module, x: Tensor, t: float, *velocity: Tensor) -> Tensor:
+        half = x[:count]
+        read = torch.cat([torch.cat([half, half]) if guided else half, *velocity], 1)
+        out = network(read, torch.full((len(x),), t, device=x.device), label).float()
+        if not guided:
+            return out
+        c, u = out[:, :GUIDED_CHANNELS].chunk(2)
+        mixed = u + scale * (c - u)
+        return torch.cat([torch.cat([mixed, mixed]), out[:, GUIDED_CHANNELS:]], 1)
+
+    h, v = 1 / len(steps), None
+    for i, step in enumerate(steps):
+        t, t_next = i * h, (i + 1) * h
+        if step == "R" and v is not None:
+            d = v + evaluate(refiner, x, t, v)
+            d_next = d + evaluate(refiner, x + h * d, t_next, v)
+        else:
+            d = v if step == "P" and v is not None else evaluate(predictor, x, t)
+            d_next = evaluate(predictor, x + h * d, t_next)
+        x = x + h / 2 * (d + d_next)
+        v = d if step == "R" else d_next
+    return x[:count]
+
+
+def tile(images: np.ndarray) -> np.ndarray:
+    """[n, H, W, 3] to one near square grid, filled row by row; what is left is black."""
+    count, height, width, channels = images.shape
+    columns = int(np.ceil(np.sqrt(count)))
+    rows = -(-count // columns)
+    padding = np.zeros((rows * columns - count, height, width, channels), images.dtype)
+    cells = np.concatenate([images, padding]).reshape(rows, columns, height, width, channels)
+    return cells.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels)
+
+
+def _as_colours(latent: Tensor) -> Tensor:
+    """[B, C, h, w] of about unit scale to [B, 4h, 4w, 3] uint8, from three channels."""
+    levels = (latent[:, :3] * 0.2 + 0.5).clamp(0, 1) * 255
+    large = levels.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    return large.round().permute(0, 2, 3, 1).to(torch.uint8)
