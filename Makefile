@@ -24,6 +24,8 @@ setup: .venv/.installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
 	  -e client -e '.[serve,export,training,bench,dev]'
+	# Its metadata ask for torchvision, which its Inception does not need.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps torch-fidelity==0.4.0
 	touch $@
 
 export: setup  ## the glyphs model to the model repository; nothing to do if it is there
