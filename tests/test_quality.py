@@ -186,10 +186,9 @@ def test_solvers_approach_the_exact_solution(engine: Engine) -> None:
     solved = exact.latent(LABELS, SEEDS, Guidance(3.0))
     away = {
         name: rms(engine.make(Recipe(name, 3.0), LABELS, SEEDS).latent, solved)
-        for name in ("H4", "H32", "unipc:32", "H1P5R3", "H1P5Z3", "dopri5")
+        for name in ("H4", "H32", "unipc:32", "dopri5:1e-2")
     }
-    assert max(away[name] for name in ("H32", "unipc:32", "dopri5")) < 0.3 * away["H4"]
-    assert away["H1P5R3"] < away["H1P5Z3"]
+    assert max(far for name, far in away.items() if name != "H4") < 0.3 * away["H4"]
 
 
 @pytest.mark.parametrize("sampler", ["H8X", "R3", "unipc:0", "H1 P5"])

@@ -23,6 +23,7 @@ from bench.quality.evaluate import (
     Eyes,
     described,
     exact_distance,
+    exact_latents,
     local,
     served,
 )
@@ -115,7 +116,8 @@ def _rows(repository: Path, images: Path, eyes: Eyes, args: argparse.Namespace) 
             row["predictor"], row["refiner"] = schedule_evaluations(recipe.schedule)
         if engine and exact:
             row["exact_images"] = args.exact
-            row["exact_rms"] = exact_distance(engine, exact, recipe, args.exact)
+            solved = exact_latents(exact, recipe.guidance, args.exact, images)
+            row["exact_rms"] = exact_distance(engine, recipe, solved)
         yield row
 
 

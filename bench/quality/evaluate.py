@@ -16,6 +16,7 @@ from bench.quality.judges import Classifier, Inception, Judge, load_reference
 from bench.quality.metrics import Figures, figures
 from flowturbo import contract
 from flowturbo.errors import RequestError
+from flowturbo.guidance import Guidance
 from flowturbo.repository import BUILD_FILE
 from flowturbo.sampler import Array
 from training.classifier import Seen
@@ -94,12 +95,24 @@ def served(client: FlowTurboClient, recipe: Recipe) -> Make:
     return make
 
 
-def exact_distance(engine: Engine, exact: Exact, recipe: Recipe, count: int) -> float:
-    """RMS over the latents of seeds 0 to `count`, between `recipe`'s and the exact ones."""
-    made, solved = [], []
-    for start in range(0, count, BATCH):
-        seeds = np.arange(start, min(start + BATCH, count))
-        labels = seeds % engine.pipeline.num_classes
-        made.append(engine.make(recipe, labels, seeds).latent)
-        solved.append(exact.latent(labels, seeds, recipe.guidance))
-    return rms(np.concatenate(made), np.concatenate(solved))
+def exact_latents(exact: Exact, guidance: Guidance, count: int, folder: Path) -> Array:
+    """Latents [count, C, h, w] at the end of the flow of seeds 0 to `count`, kept in `folder`."""
+    low, high = guidance.interval
+    path = folder / f"exact_{exact.digest}_g{guidance.scale:g}_{low:g}_{high:g}_{count}.npy"
+    if not path.exists():
+        parts = np.array_split(np.arange(count), -(-count // BATCH))
+        found = [exact.latent(seeds % exact.num_classes, seeds, guidance) for seeds in parts]
+        partial = path.with_suffix(".partial.npy")
+        np.save(partial, np.concatenate(found))
+        partial.rename(path)
+    latents: Array = np.load(path)
+    return latents
+
+
+def exact_distance(engine: Engine, recipe: Recipe, solved: Array) -> float:
+    """RMS over the latents of seeds 0 to len(solved), between `recipe`'s and those `solved`."""
+    made = []
+    for start in range(0, len(solved), BATCH):
+        seeds = np.arange(start, min(start + BATCH, len(solved)))
+        made.append(engine.make(recipe, seeds % engine.pipeline.num_classes, seeds).latent)
+    return rms(np.concatenate(made), solved)

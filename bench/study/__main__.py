@@ -28,7 +28,7 @@ from flowturbo.schedule import Schedule
 STABILITY_IMAGES = 36
 # In an image's evaluations of the predictor, for an estimate of time only: what dopri5 and an exact
 # solution (in float32) take, and an evaluation of the refiner.
-_ADAPTIVE_EVALUATIONS, _EXACT_EVALUATIONS, _REFINER_COST = 60, 300, 0.2
+_ADAPTIVE_EVALUATIONS, _EXACT_EVALUATIONS, _REFINER_COST = 100, 200, 0.2
 
 Study = dict[str, Any]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from bench.quality.engine import Engine, Exact, Made, Recipe, rms
-from bench.quality.evaluate import Eyes, described, local
+from bench.quality.evaluate import Eyes, described, exact_latents, local
 from bench.quality.images import BATCH, ImageFolder
 from bench.study.points import MAIN, Point
 from flowturbo.guidance import Guidance
@@ -74,8 +74,8 @@ class Bench:
             times.append((1e3 * own_s / len(seeds), 1e3 * other_s / len(seeds)))
             latents.append(made.latent)
             folder.write(seeds, made.image)
-        solved = self._solved(recipe.guidance, folder.labels)
         latent = np.concatenate(latents)
+        solved = exact_latents(self.exact, recipe.guidance, len(latent), self.work)
         return {
             "predictor": made.predictor,
             "refiner": made.refiner,
@@ -83,19 +83,6 @@ class Bench:
             "exact_rms": rms(latent, solved),
             "exact_images": len(latent),
         }
-
-    def _solved(self, guidance: Guidance, label_of: Callable[[Array], Array]) -> Array:
-        """Exact latents of the timed images, computed once a guidance."""
-        count = min(self.rounds * BATCH, self.images)
-        low, high = guidance.interval
-        path = self.work / f"exact_g{guidance.scale:g}_{low:g}_{high:g}_{count}.npy"
-        if not path.exists():
-            parts = np.array_split(np.arange(count), -(-count // BATCH))
-            found = [self.exact.latent(label_of(seeds), seeds, guidance) for seeds in parts]
-            partial = path.with_suffix(".partial.npy")
-            np.save(partial, np.concatenate(found))
-            partial.rename(path)
-        return np.load(path)
 
 
 def _timed(engine: Engine, recipe: Recipe, labels: Array, seeds: Array) -> tuple[float, Made]:

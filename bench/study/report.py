@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.quality.engine import EXACT_TOLERANCE
 from bench.quality.metrics import BLOCKS, half_width
 from bench.study import figures
 from bench.study.points import Point, Section, sections
@@ -31,7 +32,7 @@ seeds for every point, judged by {judge}. Made by `python -m bench.study`.
   interval paired by seeds. **Spatial**: the same of spatial features, as sFID.
 - **IS**: Inception Score; **P**, **R**: precision and recall by three nearest neighbours.
 - **From exact**: RMS distance of the first {compared} latents to the solution of the same flow in
-  float32 (dopri5, tolerance 1e-5) from the same noise.
+  float32 (dopri5, tolerance {tolerance:g}) from the same noise.
 """
 
 
@@ -66,6 +67,7 @@ def markdown(study: Study, plots: Sequence[str]) -> str:
             rounds=max((point["rounds"] for point in points), default=0),
             compared=max((point["exact_images"] for point in points), default=0),
             blocks=BLOCKS,
+            tolerance=EXACT_TOLERANCE,
         )
     ]
     parts += [f"![{Path(plot).stem.replace('_', ' ')}]({plot})" for plot in plots]
