@@ -1,5 +1,7 @@
 """Quality: figures against known distributions, images that resume, baselines on the real model."""
 
+import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +12,9 @@ from flowturbo_client import FlowTurboClient
 from support import GLYPHS
 from torch import nn
 
+from bench.quality import __main__ as command
 from bench.quality import judges
-from bench.quality.engine import Engine, Exact, Recipe, rms
+from bench.quality.engine import Engine, Exact, Recipe, rms, velocity
 from bench.quality.evaluate import Eyes, served
 from bench.quality.images import ImageFolder
 from bench.quality.judges import Classifier, Inception, load_reference
@@ -22,8 +25,10 @@ from bench.quality.metrics import (
     leave_one_out,
     precision_recall,
 )
+from bench.quality.samplers import Counted, parse
 from flowturbo.errors import FlowTurboError, RequestError
 from flowturbo.guidance import Guidance
+from flowturbo.latents import noise
 from flowturbo.serving.tritonserver import ServerAddress
 from training.classifier import Seen
 from training.frechet import Reference, Statistics
@@ -169,16 +174,19 @@ def test_other_weights_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("interval", [(0.0, 1.0), (0.3, 0.7)])
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_the_velocity_is_the_programs(
-    engine: Engine, scale: float, interval: tuple[float, float]
+    golden_repository: Path, scale: float, interval: tuple[float, float]
 ) -> None:
     """Heun and pseudo-corrector steps written over the velocity make the service's latents."""
-    schedule = Recipe("H2P4", scale, interval)
-    baseline = Recipe("H2P4T0", scale, interval)
-    assert (schedule.schedule is None, baseline.schedule is None) == (False, True)
-    one, other = (engine.make(recipe, LABELS, SEEDS) for recipe in (schedule, baseline))
-    assert (one.predictor, other.predictor) == (8, 8)
-    assert np.abs(one.latent - other.latent).max() < 1e-4
-    assert np.abs(one.image.astype(int) - other.image.astype(int)).max() <= 1
+    engine, labels = Engine(golden_repository), np.array([0, 1, 2])
+    assert (Recipe("H2P4", scale).schedule is None, Recipe("H2P4T0", scale).schedule) == (
+        False,
+        None,
+    )
+    expected = engine.generate(labels, SEEDS, "H2P4", scale, guidance_interval=interval).latent
+    v = Counted(velocity(engine._infer, engine.pipeline, labels, Guidance(scale, interval)))
+    found = parse("H2P4T0")(v, noise(SEEDS, engine.pipeline.latent_shape))
+    assert v.evaluations == 8
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_solvers_approach_the_exact_solution(engine: Engine) -> None:
@@ -195,6 +203,27 @@ def test_solvers_approach_the_exact_solution(engine: Engine) -> None:
 def test_a_recipe_that_cannot_be_read(sampler: str) -> None:
     with pytest.raises(RequestError):
         Recipe(sampler, 3.0)
+
+
+def test_the_command_goes_on_with_its_images(
+    glyphs_repository: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    words = ["--repository", glyphs_repository, "--weights", GLYPHS, "--schedule", "P4", "P3T1"]
+    words += ["--out", tmp_path / "images", "--npz", "--json", tmp_path / "quality.json"]
+    for count, made in ((24, 24), (36, 12)):
+        monkeypatch.setattr(sys, "argv", ["quality", *map(str, words), "--images", str(count)])
+        command.main()
+        assert f"({count} images each)" in capsys.readouterr().out
+        rows = json.loads((tmp_path / "quality.json").read_text())
+        assert [(row["images"], row["made"]) for row in rows] == [(count, made)] * 2
+    assert [row["schedule"] for row in rows] == ["P4", "P3T1"]
+    assert [row["predictor"] for row in rows] == [5, 4]
+    assert min(row["recognised"] for row in rows) > 0.5
+    for path in (tmp_path / "images").glob("*.npz"):
+        assert np.load(path)["arr_0"].shape == (36, 64, 64, 3)
 
 
 @pytest.fixture

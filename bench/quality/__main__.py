@@ -21,10 +21,10 @@ from bench.quality.evaluate import (
     IN_FLIGHT,
     SERVED_BATCH,
     Eyes,
+    Local,
     described,
     exact_distance,
     exact_latents,
-    local,
     served,
 )
 from bench.quality.images import ImageFolder, Speed
@@ -92,43 +92,58 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _rows(repository: Path, images: Path, eyes: Eyes, args: argparse.Namespace) -> Iterator[Row]:
-    pipeline, settings = Pipeline.load(repository), Settings.load(repository)
+    settings = Settings.load(repository)
     engine = None if args.server else Engine(repository)
     exact = Exact(args.weights / PREDICTOR) if args.exact and engine else None
     scale = args.guidance_scale
     if scale is None:
         scale = settings.default_guidance_scale
+    interval, variant = tuple(args.guidance_interval), args.variant or settings.variant
     for sampler in args.schedule or ["H8", settings.default_schedule]:
-        variant = args.variant or settings.variant
-        recipe = Recipe(sampler, scale, tuple(args.guidance_interval), variant)
-        source = "server" if args.server else "process"
-        said = described(recipe, repository, source)
-        name = f"{recipe}_{pipeline.precision}_{source}_{said['models']}"
-        folder = ImageFolder(images / name, said, pipeline.num_classes)
-        speed = _fill(folder, engine, recipe, args)
-        if args.npz:
-            folder.to_npz(images / f"{name}.npz", args.images)
-        row = {"schedule": sampler, "precision": pipeline.precision, **asdict(recipe)}
-        del row["sampler"]
-        row |= asdict(eyes.figures(folder, args.images))
-        row |= {"made": speed.images, "ms_per_image": speed.ms_per_image}
-        if recipe.schedule is not None:
-            row["predictor"], row["refiner"] = schedule_evaluations(recipe.schedule)
+        recipe = Recipe(sampler, scale, interval, variant)
+        row = _row(repository, images, eyes, engine, recipe, args)
         if engine and exact:
-            row["exact_images"] = args.exact
             solved = exact_latents(exact, recipe.guidance, args.exact, images)
+            row["exact_images"] = args.exact
             row["exact_rms"] = exact_distance(engine, recipe, solved)
         yield row
 
 
+def _row(
+    repository: Path,
+    images: Path,
+    eyes: Eyes,
+    engine: Engine | None,
+    recipe: Recipe,
+    args: argparse.Namespace,
+) -> Row:
+    pipeline, source = Pipeline.load(repository), "process" if engine else "server"
+    said = described(recipe, repository, source)
+    name = f"{recipe}_{pipeline.precision}_{source}_{said['models']}"
+    folder = ImageFolder(images / name, said, pipeline.num_classes)
+    speed, evaluations = _fill(folder, engine, recipe, args)
+    if args.npz:
+        folder.to_npz(images / f"{name}.npz", args.images)
+    row = {"schedule": recipe.sampler, "precision": pipeline.precision, **asdict(recipe)}
+    del row["sampler"]
+    row |= asdict(eyes.figures(folder, args.images))
+    row |= {"made": speed.images, "ms_per_image": speed.ms_per_image}
+    row["predictor"], row["refiner"] = evaluations or (None, None)
+    return row
+
+
 def _fill(
     folder: ImageFolder, engine: Engine | None, recipe: Recipe, args: argparse.Namespace
-) -> Speed:
+) -> tuple[Speed, tuple[int, int] | None]:
+    """Makes the images; also says how often each network was evaluated for one, where known."""
     if engine:
-        return folder.fill(args.images, local(engine, recipe))
+        make = Local(engine, recipe)
+        return folder.fill(args.images, make), make.evaluations
     with FlowTurboClient(args.server) as client:
-        make = served(client, recipe)
-        return folder.fill(args.images, make, batch=SERVED_BATCH, in_flight=args.in_flight)
+        asked = served(client, recipe)
+        speed = folder.fill(args.images, asked, batch=SERVED_BATCH, in_flight=args.in_flight)
+    assert recipe.schedule is not None  # a server runs nothing else
+    return speed, schedule_evaluations(recipe.schedule)
 
 
 def in_words(row: Row) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from flowturbo_client import FlowTurboClient
 
-from bench.quality.engine import Engine, Exact, Make, Recipe, rms
+from bench.quality.engine import Engine, Exact, Make, Recipe, rms, schedule_evaluations
 from bench.quality.images import BATCH, ImageFolder
 from bench.quality.judges import Classifier, Inception, Judge, load_reference
 from bench.quality.metrics import Figures, figures
@@ -63,13 +63,23 @@ def described(recipe: Recipe, repository: Path, source: str) -> dict[str, Any]:
     return {"recipe": str(recipe), "models": models_digest(repository), "source": source}
 
 
-def local(engine: Engine, recipe: Recipe) -> Make:
-    """Makes images in this process."""
+class Local:
+    """Makes images in this process.
 
-    def make(labels: Array, seeds: Array) -> Array:
-        return engine.make(recipe, labels, seeds).image
+    `evaluations` are those of predictor and refiner for an image, of dopri5 in the last batch;
+    None for a baseline that has made none yet.
+    """
 
-    return make
+    def __init__(self, engine: Engine, recipe: Recipe) -> None:
+        self._engine, self._recipe = engine, recipe
+        schedule = recipe.schedule
+        self.evaluations = schedule_evaluations(schedule) if schedule else None
+
+    def __call__(self, labels: Array, seeds: Array) -> Array:
+        """Images [n, H, W, 3] uint8 of the classes `labels` [n] from `seeds` [n]."""
+        made = self._engine.make(self._recipe, labels, seeds)
+        self.evaluations = made.predictor, made.refiner
+        return made.image
 
 
 def served(client: FlowTurboClient, recipe: Recipe) -> Make:

@@ -19,6 +19,7 @@ from flowturbo.errors import FlowTurboError
 from training import classifier
 from training.classifier import SPATIAL_CHANNELS, Seen
 from training.frechet import Reference, Statistics
+from training.loop import device
 
 _BATCH = 50
 _FIDELITY = "torch_fidelity"
@@ -66,6 +67,7 @@ class Inception:
             self._model = extractor("inception", ["2048", "logits_unbiased"], str(weights))
         except Exception as error:  # the unpickler raises whatever the bytes make it do
             raise FlowTurboError(f"{weights} does not load as Inception-v3: {error}") from error
+        self._model.to(device())
         self._spatial: list[Tensor] = []
         self._model.Mixed_6d.branch1x1.register_forward_hook(self._keep)
 
@@ -76,11 +78,11 @@ class Inception:
 
     @torch.no_grad()
     def _look(self, images: np.ndarray) -> Seen:
-        pixels = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)
+        pixels = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).to(device())
         pooled, logits = self._model(pixels)
         spatial = self._spatial.pop()
         found = pooled, spatial.flatten(1), logits.softmax(1)
-        return Seen(*(tensor.numpy() for tensor in found))
+        return Seen(*(tensor.cpu().numpy() for tensor in found))
 
     def _keep(self, _module: Any, _inputs: Any, output: Tensor) -> None:
         # Channels last, as TensorFlow flattens them: published mu_s and sigma_s have that order.

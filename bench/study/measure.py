@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from bench.quality.engine import Engine, Exact, Made, Recipe, rms
-from bench.quality.evaluate import Eyes, described, exact_latents, local
+from bench.quality.evaluate import Eyes, Local, described, exact_latents
 from bench.quality.images import BATCH, ImageFolder
 from bench.study.points import MAIN, Point
 from flowturbo.guidance import Guidance
@@ -46,7 +46,7 @@ class Bench:
         name = f"{point.repository}_{recipe}_{said['models']}"
         folder = ImageFolder(self.work / "images" / name, said, engine.pipeline.num_classes)
         figures = self._beside_baseline(engine, recipe, folder)
-        folder.fill(self.images, local(engine, recipe))
+        folder.fill(self.images, Local(engine, recipe))
         stated = {"repository": point.repository, "models": said["models"], **asdict(recipe)}
         return stated | figures | asdict(self.eyes.figures(folder, self.images))
 
