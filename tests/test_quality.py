@@ -178,10 +178,6 @@ def test_the_velocity_is_the_programs(
 ) -> None:
     """Heun and pseudo-corrector steps written over the velocity make the service's latents."""
     engine, labels = Engine(golden_repository), np.array([0, 1, 2])
-    assert (Recipe("H2P4", scale).schedule is None, Recipe("H2P4T0", scale).schedule) == (
-        False,
-        None,
-    )
     expected = engine.generate(labels, SEEDS, "H2P4", scale, guidance_interval=interval).latent
     v = Counted(velocity(engine._infer, engine.pipeline, labels, Guidance(scale, interval)))
     found = parse("H2P4T0")(v, noise(SEEDS, engine.pipeline.latent_shape))

@@ -70,6 +70,8 @@ def test_stability_of_a_known_flow(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def arguments(glyphs_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list:
     monkeypatch.setattr(study, "STABILITY_IMAGES", 2)
+    for module in (study, measure):
+        monkeypatch.setattr(module, "BATCH", 6)  # images that are timed and solved exactly
     words = ["--repository", glyphs_repository, "--weights", GLYPHS, "--images", 24]
     words += ["--rounds", 1, "--work", tmp_path / "work", "--guidance-scale", 3]
     words += ["--json", tmp_path / "study.json", "--report", tmp_path / "quality.md"]
