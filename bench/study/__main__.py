@@ -73,17 +73,21 @@ def _measure(study: Study, args: argparse.Namespace) -> None:
     scale = args.guidance_scale
     if scale is None:
         scale = Settings.load(args.repository).default_guidance_scale
+    judge = "Inception-v3" if args.inception else "the glyphs' classifier"
+    if study.get("judge", judge) != judge:
+        raise ValueError(f"{args.json} has figures of {study['judge']}, not of {judge}")
     bench = _bench(args)
-    points = unique(sections(scale, [name for name in bench.repositories if name != MAIN]))
+    refiners = [name for name in bench.repositories if name != MAIN]
+    points = unique(sections(scale, refiners))
     wanted = [point for point in points if re.search(args.only, str(point))]
     missing = [point for point in wanted if not _done(study, point, bench)]
     study |= {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "hardware": hardware(),
         "precision": bench.engines[MAIN].pipeline.precision,
-        "judge": "Inception-v3" if args.inception else "the glyphs' classifier",
+        "judge": judge,
         "guidance_scale": scale,
-        "refiners": [name for name in bench.repositories if name != MAIN],
+        "refiners": list(dict.fromkeys([*study.get("refiners", []), *refiners])),
     }
     estimate_h = bench.seconds_an_evaluation(scale) * _evaluations(missing, bench) / 3600
     print(
