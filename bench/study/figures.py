@@ -71,11 +71,15 @@ def _curves(study: Study, axes: Any) -> bool:
                 x, y = ([each[key] for each in ordered] for key in (cost, value))
                 # The best method's points must not be hidden, nor their names.
                 front = name == "FlowTurbo"
-                axis.plot(x, y, style, label=name, ms=12 if front else 6, zorder=3 if front else 2)
+                look = {"ms": 12, "color": "black", "zorder": 3} if front else {"ms": 7}
+                axis.plot(x, y, style, label=name, **look)
                 if front:
                     _name_points(axis, ordered, cost, value)
-            axis.set(xlabel=unit, ylabel=label, xscale="log", yscale="log")
+            axis.set(xlabel=unit, ylabel=label, xscale="log")
+            axis.set_yscale("log" if value == "exact_rms" else "linear")
             axis.xaxis.set_major_formatter("{x:g}")
+            axis.xaxis.set_minor_formatter("{x:g}")
+            axis.tick_params(axis="x", which="minor", labelsize=7)
             axis.grid(alpha=0.3, which="both")
     axes[0][0].legend(fontsize=8)
     return bool(groups)
