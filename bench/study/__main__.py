@@ -89,10 +89,10 @@ def _measure(study: Study, args: argparse.Namespace) -> None:
         "guidance_scale": scale,
         "refiners": list(dict.fromkeys([*study.get("refiners", []), *refiners])),
     }
-    estimate_h = bench.seconds_an_evaluation(scale) * _evaluations(missing, bench) / 3600
+    estimate_s = bench.seconds_an_evaluation(scale) * _evaluations(missing, bench)
     print(
         f"{len(missing)} points to measure, {len(wanted) - len(missing)} done, "
-        f"{args.images} images each: about {estimate_h:.1f} h",
+        f"{args.images} images each: about {datetime.timedelta(minutes=round(estimate_s / 60))}",
         flush=True,
     )
     if "stability" not in study:
