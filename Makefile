@@ -5,7 +5,7 @@ GLYPHS := weights/glyphs
 REPOSITORY := model_repository
 SOURCES := flowturbo export training bench examples client tests
 
-.PHONY: demo test check setup export serve quality train fonts bench gpu-check xl-check clean
+.PHONY: demo test check setup export serve quality study train fonts bench gpu-check xl-check clean
 
 demo: export  ## serve the glyphs model and write picture grids to output/
 	$(BIN)/python examples/demo.py --repository $(REPOSITORY) --output output
@@ -24,6 +24,8 @@ setup: .venv/.installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
 	  -e client -e '.[serve,export,training,bench,dev]'
+	# Its metadata ask for torchvision, which its Inception does not need.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps torch-fidelity==0.4.0
 	touch $@
 
 export: setup  ## the glyphs model to the model repository; nothing to do if it is there
@@ -37,6 +39,9 @@ serve: export  ## until Ctrl-C
 quality: export  ## recognition and Fréchet distance of 1,000 images, H8 and the default schedule
 	$(BIN)/python -m bench.quality --repository $(REPOSITORY) --weights $(GLYPHS) \
 	  --json $(GLYPHS)/quality.json
+
+study: export  ## quality against time, docs/quality.md; resumes, says at its start how long it takes
+	$(BIN)/python -m bench.study --repository $(REPOSITORY) --weights $(GLYPHS)
 
 bench: export  ## load with perf_analyzer, and the service beside PyTorch and FastAPI; 20 minutes
 	$(BIN)/python -m bench.load --repository $(REPOSITORY) --baseline

@@ -9,8 +9,8 @@ import torch
 from support import ROOT
 from torch import Tensor, nn
 
-from bench.quality import measure
-from flowturbo import LocalPipeline
+from bench.quality.engine import Engine, Recipe
+from bench.quality.judges import Classifier
 from flowturbo.nets.checkpoint import build_network, load_checkpoint
 from training.fonts import font_paths
 from training.frechet import Statistics, frechet_distance
@@ -90,9 +90,12 @@ def test_the_refiner_beats_the_velocity_kept_as_it_is() -> None:
 
 def test_glyphs_are_recognised(glyphs_repository: Path) -> None:
     """A small part of what README states for 1,000 images."""
-    pipeline = LocalPipeline(glyphs_repository)
-    schedule, scale = pipeline.settings.default_schedule, pipeline.settings.default_guidance_scale
-    assert measure(pipeline, WEIGHTS, schedule, scale, 72).recognised >= 0.94
+    engine, labels = Engine(glyphs_repository), np.arange(72) % 36
+    settings = engine.settings
+    recipe = Recipe(settings.default_schedule, settings.default_guidance_scale)
+    made = [engine.make(recipe, labels[k : k + 24], np.arange(k, k + 24)) for k in (0, 24, 48)]
+    seen = Classifier(WEIGHTS)(np.concatenate([part.image for part in made]))
+    assert (seen.probability.argmax(1) == labels).mean() >= 0.94
 
 
 def test_frechet_distance() -> None:

@@ -10,14 +10,16 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from diffusers import AutoencoderKL
+from torch import nn
 
 from flowturbo.nets.sit import refiner_config
 from training import autoencoder, classifier, predictor, refiner
 from training.data import InMemory, Shards
-from training.frechet import Statistics
+from training.frechet import Reference, Statistics
 from training.glyphs import CLASS_NAMES, GlyphImages, load_or_render
 from training.latents import Storage, Writer
 from training.loop import save_weights
@@ -27,6 +29,7 @@ from training.samples import RefinerPreview
 
 IMAGES = 48_000
 REFERENCE_IMAGES = 10_000  # whose features generated images are compared with
+REFERENCE_ROWS = 5_000  # of them, whose features are kept as they are
 PLANS = {
     "vae": Plan(1750, batch=32, learning_rate=1.5e-3, seed=1, restarts=(1000,), ema_decay=0.0),
     "classifier": Plan(1500, batch=128, learning_rate=2e-3, seed=2, ema_decay=0.99),
@@ -54,8 +57,7 @@ def main() -> None:
     vae.save_pretrained(args.out / "vae")
     judge = classifier.train(images, PLANS["classifier"], args.runs)
     save_weights(judge, args.out / "classifier.safetensors", torch.float16)
-    real = classifier.features(judge, images[:REFERENCE_IMAGES])
-    Statistics.of(real).save(args.out / "features.npz")
+    reference(judge, images[:REFERENCE_IMAGES]).save(args.out / "features.npz")
     digest = _digest(args.out / "vae" / "diffusion_pytorch_model.safetensors")
     folder = args.runs / "data" / f"latents-{len(images)}-{args.seed}-{digest}"
     source = encode(GlyphImages(images, args.seed), vae, folder)
@@ -75,6 +77,13 @@ def main() -> None:
     for name in PLANS:
         shutil.copy(args.runs / f"{name}.json", args.out / f"{name}.training.json")
     print(json.dumps({p.name: p.stat().st_size for p in sorted(args.out.iterdir())}, indent=1))
+
+
+def reference(judge: nn.Sequential, images: np.ndarray) -> Reference:
+    """What the classifier sees in real `images` [N, 64, 64, 3] uint8."""
+    seen = classifier.look(judge, images)
+    pooled, spatial = Statistics.of(seen.pooled), Statistics.of(seen.spatial)
+    return Reference(pooled, spatial, seen.pooled[:REFERENCE_ROWS])
 
 
 def encode(images: GlyphImages, vae: AutoencoderKL, folder: Path) -> InMemory:

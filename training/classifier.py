@@ -1,5 +1,7 @@
 """A small classifier of glyphs: the judge of whether an image shows the class asked for."""
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,10 @@ from training.data import to_unit
 from training.glyphs import CLASS_NAMES, label_of
 from training.loop import device, fit
 from training.plan import Plan
+
+SPATIAL_CHANNELS = 7  # as ADM's evaluator takes for sFID
+_THIRD, _LAST = 9, 12  # layers up to the third and the last convolution's activation
+_BATCH = 256
 
 
 def build() -> nn.Sequential:
@@ -40,20 +46,36 @@ def train(images: np.ndarray, plan: Plan, folder: Path) -> nn.Sequential:
     return trained
 
 
-def recognise(model: nn.Sequential, images: np.ndarray) -> np.ndarray:
-    """Class ids [N] that the classifier reads in `images` [N, 64, 64, 3] uint8."""
-    return _evaluate(model, images).argmax(1)
+@dataclass(frozen=True)
+class Seen:
+    """What a network sees in N images, float32: as FID, sFID and Inception Score need it.
+
+    `pooled` [N, D]: channels of the last convolution averaged over the image. `spatial` [N, S]:
+    the first SPATIAL_CHANNELS of one in the middle, at every place, channels last. `probability`
+    [N, K]: of the classes.
+    """
+
+    pooled: np.ndarray
+    spatial: np.ndarray
+    probability: np.ndarray
+
+    @classmethod
+    def join(cls, parts: Iterable["Seen"]) -> "Seen":
+        """What was seen in all images of `parts`."""
+        rows = ((part.pooled, part.spatial, part.probability) for part in parts)
+        return cls(*(np.concatenate(of_kind) for of_kind in zip(*rows, strict=True)))
 
 
-def features(model: nn.Sequential, images: np.ndarray) -> np.ndarray:
-    """Channels of the last convolution averaged over the image, [N, 128], as FID takes them."""
-    return _evaluate(model[:-3], images).mean((2, 3))
+def look(model: nn.Sequential, images: np.ndarray) -> Seen:
+    """What the classifier sees in `images` [N, 64, 64, 3] uint8: 128 pooled, 448 spatial."""
+    model = model.to(device()).eval()
+    return Seen.join(_look(model, images[k : k + _BATCH]) for k in range(0, len(images), _BATCH))
 
 
 @torch.no_grad()
-def _evaluate(model: nn.Module, images: np.ndarray) -> np.ndarray:
-    model = model.to(device()).eval()
-    parts = [
-        model(to_unit(images[start : start + 256])).cpu() for start in range(0, len(images), 256)
-    ]
-    return torch.cat(parts).numpy()
+def _look(model: nn.Sequential, images: np.ndarray) -> Seen:
+    maps = model[:_THIRD](to_unit(images))
+    last = model[_THIRD:_LAST](maps)
+    spatial = maps[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+    found = last.mean((2, 3)), spatial, model[_LAST:](last).softmax(1)
+    return Seen(*(tensor.cpu().numpy() for tensor in found))

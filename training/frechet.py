@@ -1,5 +1,7 @@
 """Fréchet distance between sets of features, as in FID (Heusel et al., arXiv 1706.08500)."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,20 +16,43 @@ class Statistics:
     covariance: np.ndarray
 
     @classmethod
-    def of(cls, features: np.ndarray) -> "Statistics":
+    def of(cls, features: np.ndarray) -> Statistics:
         """Statistics of `features` [N, D]."""
         exact = features.astype(np.float64)
         return cls(exact.mean(0), np.cov(exact, rowvar=False))
 
+
+@dataclass(frozen=True)
+class Reference:
+    """What is known of the features of real images.
+
+    `spatial` is for sFID; `features` [N, D], of some of the images, for precision and recall. Each
+    may be missing.
+    """
+
+    pooled: Statistics
+    spatial: Statistics | None = None
+    features: np.ndarray | None = None
+
     def save(self, path: Path) -> None:
-        """Writes an .npz file."""
-        np.savez(path, mean=self.mean, covariance=self.covariance)
+        """Writes an .npz file in the layout of ADM's reference batches, and `features` beside."""
+        arrays = {"mu": self.pooled.mean, "sigma": self.pooled.covariance}
+        if self.spatial is not None:
+            arrays["mu_s"] = self.spatial.mean
+            arrays["sigma_s"] = self.spatial.covariance.astype(np.float32)
+        if self.features is not None:
+            arrays["features"] = self.features.astype(np.float16)
+        np.savez_compressed(path, **arrays)
 
     @classmethod
-    def load(cls, path: Path) -> "Statistics":
-        """Reads what `save` wrote."""
+    def load(cls, path: Path) -> Reference:
+        """Reads what `save` wrote, or statistics of ADM's; raises ValueError without any."""
         with np.load(path) as file:
-            return cls(file["mean"], file["covariance"])
+            if "mu" not in file:
+                raise ValueError(f"{path} must have mu and sigma, it has {', '.join(file)}")
+            spatial = Statistics(file["mu_s"], file["sigma_s"]) if "mu_s" in file else None
+            features = file["features"].astype(np.float32) if "features" in file else None
+            return cls(Statistics(file["mu"], file["sigma"]), spatial, features)
 
 
 def frechet_distance(one: Statistics, other: Statistics) -> float:

@@ -1,0 +1,179 @@
+"""The exported models of a repository, run by any sampler."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bench.baseline import GUIDED_CHANNELS
+from bench.quality import samplers
+from bench.quality.samplers import Counted, Velocity
+from flowturbo import LocalPipeline, contract
+from flowturbo.errors import RequestError
+from flowturbo.generate import Infer, in_chunks
+from flowturbo.guidance import Guidance, alternate, pair_rows
+from flowturbo.latents import noise
+from flowturbo.nets.checkpoint import build_network, load_checkpoint
+from flowturbo.program import Network, Variant, compile_program
+from flowturbo.repository import Pipeline
+from flowturbo.sampler import Array
+from flowturbo.schedule import Schedule
+
+Make = Callable[[Array, Array], Array]  # labels [n] and seeds [n] to images [n, H, W, 3] uint8
+
+EXACT_TOLERANCE = 1e-4  # of a step: the latents are right to 0.001, a tenth of what solvers reach
+_LETTERS = set("EHPAR0123456789")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How images are made: `sampler` is a schedule (H1P5R3) or a baseline (samplers.py).
+
+    `interval` is that of guidance, `variant` how a refiner step is computed. Raises RequestError
+    for what cannot be read.
+    """
+
+    sampler: str
+    guidance_scale: float
+    interval: tuple[float, float] = (0.0, 1.0)
+    variant: str = Variant.REFERENCE.value
+
+    def __post_init__(self) -> None:
+        if self.schedule is None:
+            samplers.parse(self.sampler)
+        Guidance(self.guidance_scale, self.interval)
+        if self.variant not in [*Variant]:
+            allowed = ", ".join(Variant)
+            raise RequestError(f"variant must be one of {allowed}, got {self.variant!r}")
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """The schedule, None for a baseline."""
+        return Schedule.parse(self.sampler) if set(self.sampler) <= _LETTERS else None
+
+    @property
+    def guidance(self) -> Guidance:
+        return Guidance(self.guidance_scale, self.interval)
+
+    def __str__(self) -> str:
+        """All of it in words that can name a file."""
+        text = f"{self.sampler.replace(':', '-')}_g{self.guidance_scale:g}"
+        if self.interval != (0.0, 1.0):
+            text += f"_from{self.interval[0]:g}to{self.interval[1]:g}"
+        return text + f"_{self.variant}" * (self.variant != Variant.REFERENCE)
+
+
+@dataclass(frozen=True)
+class Made:
+    """`latent` [n, C, h, w], `image` [n, H, W, 3] uint8, and each network's evaluations."""
+
+    latent: Array
+    image: Array
+    predictor: int
+    refiner: int
+
+
+class Engine(LocalPipeline):
+    """A repository with a decoder, run in this process by schedules and by baselines alike."""
+
+    def make(self, recipe: Recipe, labels: Array, seeds: Array) -> Made:
+        """Images of the classes `labels` [n] from `seeds` [n]."""
+        schedule = recipe.schedule
+        if schedule is None:
+            return self._baseline(recipe, labels, seeds)
+        result = self.generate(
+            labels,
+            seeds,
+            recipe.sampler,
+            recipe.guidance_scale,
+            guidance_interval=recipe.interval,
+            variant=recipe.variant,
+        )
+        assert result.image is not None
+        return Made(result.latent, result.image, *schedule_evaluations(schedule))
+
+    def _baseline(self, recipe: Recipe, labels: Array, seeds: Array) -> Made:
+        infer = in_chunks(self._infer, self.pipeline.max_rows)
+        counted = Counted(velocity(infer, self.pipeline, labels, recipe.guidance))
+        latent = samplers.parse(recipe.sampler)(counted, noise(seeds, self.pipeline.latent_shape))
+        (image,) = infer(contract.DECODER, {"latent": latent})
+        return Made(latent, image, counted.evaluations, 0)
+
+
+def schedule_evaluations(schedule: Schedule) -> tuple[int, int]:
+    """How often `schedule` evaluates the predictor and the refiner."""
+    program = compile_program(schedule)
+    return program.evaluations(Network.PREDICTOR), program.evaluations(Network.REFINER)
+
+
+def velocity(infer: Infer, pipeline: Pipeline, labels: Array, guidance: Guidance) -> Velocity:
+    """The guided velocity of images of the classes `labels` [n], from the predictor's block.
+
+    The block's coefficients are 0 but for the time, so its update moves nothing. A guided image is
+    two rows, of which the unconditional reads the other's x: its own state is of no account.
+    """
+    alone = labels[:, None].astype(np.int64)
+    paired = alternate(alone, np.array([[pipeline.null_label]]))
+
+    def evaluate(x: Array, t: float) -> Array:
+        guided = guidance.active(t)
+        rows = np.repeat(x, 2, axis=0) if guided else x
+        scalars = np.zeros((len(rows), contract.SCALARS), np.float32)
+        scalars[:, 0], scalars[:, -1] = t, guidance.scale if guided else 1.0
+        tensors = {
+            "x": rows,
+            "velocity": np.zeros_like(rows),
+            "label": paired if guided else alone,
+            "scalars": scalars,
+            "pair": pair_rows(len(rows), guided=guided),
+        }
+        _, found = infer(contract.PREDICTOR, tensors)
+        return found[::2] if guided else found
+
+    return evaluate
+
+
+class Exact:
+    """The flow itself: the predictor of a checkpoint in float32, integrated to EXACT_TOLERANCE.
+
+    Raises CheckpointError.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:12]
+        self._network = build_network(load_checkpoint(checkpoint), reads_velocity=False)
+        config = self._network.config
+        self.num_classes = config.num_classes
+        self.latent_shape = (config.latent_channels, config.latent_size, config.latent_size)
+
+    def velocity(self, labels: Array, guidance: Guidance) -> Velocity:
+        """The guided velocity of images of the classes `labels` [n]."""
+        label = torch.from_numpy(labels)
+        null = torch.full_like(label, self.num_classes)
+
+        @torch.inference_mode()
+        def evaluate(x: Array, t: float) -> Array:
+            rows, times = torch.from_numpy(x), torch.full((len(x),), t)
+            v: torch.Tensor = self._network(rows, times, label)
+            if guidance.active(t):
+                u = self._network(rows, times, null)
+                guided = u + guidance.scale * (v - u)
+                v = torch.cat([guided[:, :GUIDED_CHANNELS], v[:, GUIDED_CHANNELS:]], 1)
+            return v.numpy()
+
+        return evaluate
+
+    def latent(self, labels: Array, seeds: Array, guidance: Guidance) -> Array:
+        """Latents [n, C, h, w] float32 of the classes `labels` [n] from `seeds` [n]."""
+        solve = samplers.dopri5(EXACT_TOLERANCE, EXACT_TOLERANCE)
+        return solve(self.velocity(labels, guidance), noise(seeds, self.latent_shape))
+
+
+def rms(one: Array, other: Array) -> float:
+    """Root mean square of the difference of two arrays of one shape."""
+    return float(np.sqrt(np.square(one.astype(np.float64) - other).mean()))

@@ -1,0 +1,128 @@
+"""The quality of one recipe's images, generated and judged."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flowturbo_client import FlowTurboClient
+
+from bench.quality.engine import Engine, Exact, Make, Recipe, rms, schedule_evaluations
+from bench.quality.images import BATCH, ImageFolder
+from bench.quality.judges import Classifier, Inception, Judge, load_reference
+from bench.quality.metrics import Figures, figures
+from flowturbo import contract
+from flowturbo.errors import RequestError
+from flowturbo.guidance import Guidance
+from flowturbo.repository import BUILD_FILE
+from flowturbo.sampler import Array
+from training.classifier import Seen
+from training.frechet import Reference
+
+SERVED_BATCH, IN_FLIGHT = 8, 8  # images a request, and requests at a time
+_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True)
+class Eyes:
+    """What looks at images, and what it saw in real ones."""
+
+    judge: Judge
+    reference: Reference
+
+    @classmethod
+    def open(cls, weights: Path, inception: Path | None, reference: Path | None) -> Eyes:
+        """The glyphs' classifier and features in `weights`, unless the others are given.
+
+        Raises ValueError for Inception without a reference.
+        """
+        if inception is not None and reference is None:
+            raise ValueError(f"{inception} needs a reference of its own: --reference")
+        judge = Classifier(weights) if inception is None else Inception(inception)
+        return cls(judge, load_reference(reference or weights / "features.npz", judge))
+
+    def figures(self, folder: ImageFolder, count: int) -> Figures:
+        """Of the first `count` images of `folder`."""
+        seen = Seen.join(self.judge(images) for images in folder.batches(count))
+        labels = folder.labels(np.arange(count)) if self.judge.knows_labels else None
+        return figures(seen, self.reference, labels)
+
+
+def models_digest(repository: Path) -> str:
+    """Twelve digits that change with any composed model of `repository`, or with its precision."""
+    builds = (repository / name / BUILD_FILE for name in contract.COMPOSED)
+    stated = b"".join(path.read_bytes() for path in builds if path.exists())
+    return hashlib.sha256(stated).hexdigest()[:12]
+
+
+def described(recipe: Recipe, repository: Path, source: str) -> dict[str, Any]:
+    """What an image folder keeps of how its images came about."""
+    return {"recipe": str(recipe), "models": models_digest(repository), "source": source}
+
+
+class Local:
+    """Makes images in this process.
+
+    `evaluations` are those of predictor and refiner for an image, of dopri5 in the last batch;
+    None for a baseline that has made none yet.
+    """
+
+    def __init__(self, engine: Engine, recipe: Recipe) -> None:
+        self._engine, self._recipe = engine, recipe
+        schedule = recipe.schedule
+        self.evaluations = schedule_evaluations(schedule) if schedule else None
+
+    def __call__(self, labels: Array, seeds: Array) -> Array:
+        """Images [n, H, W, 3] uint8 of the classes `labels` [n] from `seeds` [n]."""
+        made = self._engine.make(self._recipe, labels, seeds)
+        self.evaluations = made.predictor, made.refiner
+        return made.image
+
+
+def served(client: FlowTurboClient, recipe: Recipe) -> Make:
+    """Makes images by a server, in the variant of its settings.
+
+    Raises RequestError for a baseline.
+    """
+    if recipe.schedule is None:
+        raise RequestError(f"a server runs schedules, not {recipe.sampler}")
+
+    def make(labels: Array, seeds: Array) -> Array:
+        answer = client.generate(
+            labels.tolist(),
+            seeds.tolist(),
+            recipe.sampler,
+            recipe.guidance_scale,
+            guidance_interval=recipe.interval,
+            timeout_s=_TIMEOUT_S,
+        )
+        assert answer.images is not None  # they are what is asked for by default
+        return answer.images
+
+    return make
+
+
+def exact_latents(exact: Exact, guidance: Guidance, count: int, folder: Path) -> Array:
+    """Latents [count, C, h, w] at the end of the flow of seeds 0 to `count`, kept in `folder`."""
+    low, high = guidance.interval
+    path = folder / f"exact_{exact.digest}_g{guidance.scale:g}_{low:g}_{high:g}_{count}.npy"
+    if not path.exists():
+        parts = np.array_split(np.arange(count), -(-count // BATCH))
+        found = [exact.latent(seeds % exact.num_classes, seeds, guidance) for seeds in parts]
+        partial = path.with_suffix(".partial.npy")
+        np.save(partial, np.concatenate(found))
+        partial.rename(path)
+    latents: Array = np.load(path)
+    return latents
+
+
+def exact_distance(engine: Engine, recipe: Recipe, solved: Array) -> float:
+    """RMS over the latents of seeds 0 to len(solved), between `recipe`'s and those `solved`."""
+    made = []
+    for start in range(0, len(solved), BATCH):
+        seeds = np.arange(start, min(start + BATCH, len(solved)))
+        made.append(engine.make(recipe, seeds % engine.pipeline.num_classes, seeds).latent)
+    return rms(np.concatenate(made), solved)

@@ -1,0 +1,110 @@
+"""Images of a recipe in a folder, a PNG each: image i has class i mod classes, and seed i.
+
+What is there is not made again, so a run can be stopped, resumed and extended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from bench.quality.engine import Make
+
+BATCH = 25  # images made at once; the models take 32 guided ones
+_RECIPE = "recipe.json"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How many images a run made, and in which time; pictures that were there do not count."""
+
+    images: int
+    seconds: float
+
+    @property
+    def ms_per_image(self) -> float | None:
+        """Milliseconds by the image, writing the file included; None where none was made."""
+        return 1e3 * self.seconds / self.images if self.images else None
+
+
+class ImageFolder:
+    """The folder `path` of images made as `recipe`, any JSON object, says.
+
+    Raises ValueError when the folder's images are of another recipe.
+    """
+
+    def __init__(self, path: Path, recipe: Mapping[str, Any], num_classes: int) -> None:
+        self.path, self.num_classes = path, num_classes
+        path.mkdir(parents=True, exist_ok=True)
+        stated = json.dumps({**recipe, "num_classes": num_classes}, indent=1, sort_keys=True) + "\n"
+        written = path / _RECIPE
+        if not written.exists():
+            written.write_text(stated)
+        if written.read_text() != stated:
+            raise ValueError(f"{path} has images of {written.read_text()}, not of {stated}")
+
+    def labels(self, seeds: np.ndarray) -> np.ndarray:
+        """Class ids [n] of the images of `seeds` [n]."""
+        return seeds % self.num_classes
+
+    def missing(self, count: int) -> np.ndarray:
+        """Seeds below `count` without an image, rising."""
+        there = {entry.name for entry in os.scandir(self.path)}
+        return np.array([k for k in range(count) if self._file(k).name not in there], np.int64)
+
+    def write(self, seeds: np.ndarray, images: np.ndarray) -> None:
+        """Keeps `images` [n, H, W, 3] uint8 of `seeds` [n]; a file is whole or is not there."""
+        for seed, image in zip(seeds, images, strict=True):
+            partial = self._file(int(seed)).with_suffix(".partial")
+            Image.fromarray(image).save(partial, "png")
+            partial.rename(self._file(int(seed)))
+
+    def read(self, seeds: Iterable[int]) -> np.ndarray:
+        """Images [n, H, W, 3] uint8 of `seeds`."""
+        return np.stack([np.asarray(Image.open(self._file(int(seed)))) for seed in seeds])
+
+    def batches(self, count: int, size: int = 500) -> Iterator[np.ndarray]:
+        """Images of the seeds below `count`, in order, `size` at a time."""
+        for start in range(0, count, size):
+            yield self.read(range(start, min(start + size, count)))
+
+    def fill(self, count: int, make: Make, *, batch: int = BATCH, in_flight: int = 1) -> Speed:
+        """Makes what is missing of `count` images, `in_flight` batches at a time.
+
+        Raises what `make` raises; what was made until then is kept.
+        """
+        missing = self.missing(count)
+        parts = [missing[k : k + batch] for k in range(0, len(missing), batch)]
+
+        def work(seeds: np.ndarray) -> None:
+            self.write(seeds, make(self.labels(seeds), seeds))
+
+        started_s = time.perf_counter()
+        pool = ThreadPoolExecutor(in_flight)
+        try:
+            for _ in tqdm(pool.map(work, parts), self.path.name, len(parts), disable=not parts):
+                pass
+        finally:
+            pool.shutdown(cancel_futures=True)  # a failure, or Ctrl-C, does not wait for the rest
+        return Speed(len(missing), time.perf_counter() - started_s)
+
+    def to_npz(self, path: Path, count: int) -> None:
+        """Writes the first `count` images as ADM's sampling script does, for its evaluator.
+
+        `arr_0` is uint8 [N, H, W, 3], `arr_1` int64 [N] the classes.
+        """
+        images = np.concatenate(list(self.batches(count)))
+        np.savez(path, images, self.labels(np.arange(count)))
+
+    def _file(self, seed: int) -> Path:
+        return self.path / f"{seed:06d}.png"

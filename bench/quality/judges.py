@@ -1,0 +1,134 @@
+"""Networks that look at images: the glyphs' classifier, or Inception from a weights file."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from flowturbo.errors import FlowTurboError
+from training import classifier
+from training.classifier import SPATIAL_CHANNELS, Seen
+from training.frechet import Reference, Statistics
+from training.loop import device
+
+_BATCH = 50
+_FIDELITY = "torch_fidelity"
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+class Judge(Protocol):
+    """Looks at images [N, H, W, 3] uint8. `knows_labels`: its classes are those of the request."""
+
+    knows_labels: bool
+
+    def __call__(self, images: np.ndarray) -> Seen: ...
+
+
+class Classifier:
+    """The classifier of glyphs; `weights` is the folder of the glyphs model."""
+
+    knows_labels = True
+
+    def __init__(self, weights: Path) -> None:
+        self._model = classifier.build()
+        self._model.load_state_dict(load_file(weights / "classifier.safetensors"))
+
+    def __call__(self, images: np.ndarray) -> Seen:
+        """What it sees in `images` [N, 64, 64, 3] uint8."""
+        return classifier.look(self._model, images)
+
+
+class Inception:
+    """Inception-v3 as FID takes it, with TensorFlow's resizing, from torch-fidelity.
+
+    `weights` is `pt_inception-2015-12-05-6726825d.pth`, the TensorFlow graph's weights. Spatial
+    features are 7 channels of `mixed_6/conv`, 17 x 17, and class probabilities leave the bias out,
+    both as in ADM's evaluator. Raises FlowTurboError without torch-fidelity or for other weights.
+    """
+
+    knows_labels = False  # its 1008 classes are numbered otherwise than ImageNet's
+
+    def __init__(self, weights: Path) -> None:
+        extractor = _fidelity().FeatureExtractorInceptionV3
+        try:
+            torch.load(
+                weights, weights_only=True
+            )  # plain tensors: the extractor unpickles anything
+            self._model = extractor("inception", ["2048", "logits_unbiased"], str(weights))
+        except Exception as error:  # the unpickler raises whatever the bytes make it do
+            raise FlowTurboError(f"{weights} does not load as Inception-v3: {error}") from error
+        self._model.to(device())
+        self._spatial: list[Tensor] = []
+        self._model.Mixed_6d.branch1x1.register_forward_hook(self._keep)
+
+    def __call__(self, images: np.ndarray) -> Seen:
+        """What it sees in `images` [N, H, W, 3] uint8: 2048 pooled, 2023 spatial, 1008 classes."""
+        starts = range(0, len(images), _BATCH)
+        return Seen.join(self._look(images[start : start + _BATCH]) for start in starts)
+
+    @torch.no_grad()
+    def _look(self, images: np.ndarray) -> Seen:
+        pixels = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).to(device())
+        pooled, logits = self._model(pixels)
+        spatial = self._spatial.pop()
+        found = pooled, spatial.flatten(1), logits.softmax(1)
+        return Seen(*(tensor.cpu().numpy() for tensor in found))
+
+    def _keep(self, _module: Any, _inputs: Any, output: Tensor) -> None:
+        # Channels last, as TensorFlow flattens them: published mu_s and sigma_s have that order.
+        self._spatial.append(output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1))
+
+
+def _fidelity() -> Any:
+    """The module of torch-fidelity that has Inception.
+
+    Its package imports torchvision for other extractors, of which there is no build beside this
+    torch; a bare package in its place lets the one module, which needs none, be imported.
+    """
+    if _FIDELITY not in sys.modules:
+        spec = importlib.util.find_spec(_FIDELITY)
+        if spec is None or spec.submodule_search_locations is None:
+            raise FlowTurboError("Inception needs: pip install --no-deps torch-fidelity==0.4.0")
+        package = ModuleType(_FIDELITY)
+        package.__path__ = list(spec.submodule_search_locations)
+        sys.modules[_FIDELITY] = package
+    return importlib.import_module(f"{_FIDELITY}.feature_extractor_inceptionv3")
+
+
+def load_reference(path: Path, judge: Judge) -> Reference:
+    """Real images as `judge` sees them: a folder, images [N, H, W, 3] in an .npz, or statistics.
+
+    An .npz has ADM's layout: mu and sigma (mu_s and sigma_s), else arr_0; with both, precision and
+    recall come from the images. Raises ValueError for a file with neither.
+    """
+    if path.is_dir():
+        return _reference_of(judge(_pictures(path)))
+    with np.load(path) as file:
+        if "arr_0" not in file:
+            return Reference.load(path)
+        seen, has_statistics = judge(file["arr_0"]), "mu" in file
+    if not has_statistics:
+        return _reference_of(seen)
+    known = Reference.load(path)
+    return Reference(known.pooled, known.spatial, seen.pooled)
+
+
+def _reference_of(seen: Seen) -> Reference:
+    return Reference(Statistics.of(seen.pooled), Statistics.of(seen.spatial), seen.pooled)
+
+
+def _pictures(folder: Path) -> np.ndarray:
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _PICTURES)
+    if len(paths) < 2:
+        raise ValueError(f"{folder} must have 2 images or more, it has {len(paths)}")
+    return np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])

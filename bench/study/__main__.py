@@ -1,0 +1,159 @@
+"""Quality against time: `python -m bench.study`.
+
+Measures every point of bench/study/points.py: images are made, looked at, timed in turns with H8,
+and compared with the exact solution of the flow. Each point is written to a JSON file as it is
+done, and not done again while that file and the models are the same; images already made are kept.
+Ends with a report, which `--report-only` writes from the file alone.
+"""
+
+import argparse
+import datetime
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.observe import hardware
+from bench.quality.engine import Engine, Exact, schedule_evaluations
+from bench.quality.evaluate import Eyes, models_digest
+from bench.quality.images import BATCH
+from bench.study import report
+from bench.study.measure import BASELINE, Bench, stability
+from bench.study.points import MAIN, Point, sections, unique
+from flowturbo.guidance import Guidance
+from flowturbo.repository import Settings
+from flowturbo.schedule import Schedule
+
+STABILITY_IMAGES = 36
+# In an image's evaluations of the predictor, for an estimate of time only: what dopri5 and an exact
+# solution (in float32) take, and an evaluation of the refiner.
+_ADAPTIVE_EVALUATIONS, _EXACT_EVALUATIONS, _REFINER_COST = 100, 200, 0.2
+
+Study = dict[str, Any]
+
+
+def main() -> None:
+    """Measures what is missing and writes the report."""
+    args = _parser().parse_args()
+    study: Study = json.loads(args.json.read_text()) if args.json.exists() else {"points": {}}
+    if not args.report_only:
+        _measure(study, args)
+    print(report.write(study, args.json, args.report))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.study", description=__doc__)
+    parser.add_argument("--repository", type=Path, default=Path("model_repository"))
+    parser.add_argument(
+        "--refiner",
+        nargs="+",
+        default=[],
+        metavar="NAME=REPOSITORY",
+        help="repositories of the same predictor with other refiners",
+    )
+    parser.add_argument("--weights", type=Path, default=Path("weights/glyphs"))
+    parser.add_argument(
+        "--predictor", type=Path, help="its checkpoint; default: that in the weights' folder"
+    )
+    parser.add_argument("--guidance-scale", type=float, help="default: the service's")
+    parser.add_argument("--inception", type=Path, help="pt_inception-2015-12-05-6726825d.pth")
+    parser.add_argument("--reference", type=Path, help="real images: .npz as ADM's, or a folder")
+    parser.add_argument("--images", type=int, default=10_000, help="a point")
+    parser.add_argument("--rounds", type=int, default=8, help=f"of {BATCH} images each, timed")
+    parser.add_argument("--only", default="", metavar="REGEX", help="points whose name matches")
+    parser.add_argument("--work", type=Path, default=Path("runs/study"), help="images")
+    parser.add_argument("--json", type=Path, default=Path("docs/benchmarks/study.json"))
+    parser.add_argument("--report", type=Path, default=Path("docs/quality.md"))
+    parser.add_argument("--report-only", action="store_true", help="measures nothing")
+    return parser
+
+
+def _measure(study: Study, args: argparse.Namespace) -> None:
+    scale = args.guidance_scale
+    if scale is None:
+        scale = Settings.load(args.repository).default_guidance_scale
+    judge = "Inception-v3" if args.inception else "the glyphs' classifier"
+    if study.get("judge", judge) != judge:
+        raise ValueError(f"{args.json} has figures of {study['judge']}, not of {judge}")
+    bench = _bench(args)
+    refiners = [name for name in bench.repositories if name != MAIN]
+    points = unique(sections(scale, refiners))
+    wanted = [point for point in points if re.search(args.only, str(point))]
+    missing = [point for point in wanted if not _done(study, point, bench)]
+    study |= {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "hardware": hardware(),
+        "precision": bench.engines[MAIN].pipeline.precision,
+        "judge": judge,
+        "guidance_scale": scale,
+        "refiners": list(dict.fromkeys([*study.get("refiners", []), *refiners])),
+    }
+    estimate_s = bench.seconds_an_evaluation(scale) * _evaluations(missing, bench)
+    print(
+        f"{len(missing)} points to measure, {len(wanted) - len(missing)} done, "
+        f"{args.images} images each: about {datetime.timedelta(minutes=round(estimate_s / 60))}",
+        flush=True,
+    )
+    if "stability" not in study:
+        study["stability"] = {
+            f"{each:g}": stability(bench.exact, Guidance(each), STABILITY_IMAGES)
+            for each in sorted({1.0, scale, 2 * scale})
+        }
+    for number, point in enumerate(missing, 1):
+        study["points"][str(point)] = found = bench.point(point)
+        _write(study, args.json)
+        print(f"{number}/{len(missing)} {point}: {report.in_words(found)}", flush=True)
+    _write(study, args.json)
+
+
+def _bench(args: argparse.Namespace) -> Bench:
+    others = dict(text.split("=", 1) for text in args.refiner)
+    repositories = {MAIN: args.repository, **{name: Path(path) for name, path in others.items()}}
+    args.work.mkdir(parents=True, exist_ok=True)
+    return Bench(
+        {name: Engine(path) for name, path in repositories.items()},
+        repositories,
+        Exact(args.predictor or args.weights / "predictor.safetensors"),
+        Eyes.open(args.weights, args.inception, args.reference),
+        args.work,
+        args.images,
+        min(args.rounds, -(-args.images // BATCH)),
+    )
+
+
+def _done(study: Study, point: Point, bench: Bench) -> bool:
+    known = study["points"].get(str(point), {})
+    models = models_digest(bench.repositories[point.repository])
+    return (known.get("images"), known.get("models")) == (bench.images, models)
+
+
+def _evaluations(points: Sequence[Point], bench: Bench) -> float:
+    """How many of an image's predictor evaluations the points take, their turns with H8 included.
+
+    One is guided; a point that is not costs half, which is left out of account.
+    """
+    timed = bench.rounds * BATCH
+    beside = timed * schedule_evaluations(Schedule.parse(BASELINE))[0]
+    total = float(len({p.recipe.guidance for p in points}) * timed * _EXACT_EVALUATIONS)
+    for point in points:
+        schedule, steps = point.recipe.schedule, re.findall("[0-9]+", point.recipe.sampler)
+        each = float(_ADAPTIVE_EVALUATIONS)
+        if schedule is not None:
+            predictor, refiner = schedule_evaluations(schedule)
+            each = predictor + _REFINER_COST * refiner
+        elif not point.recipe.sampler.startswith("dopri5"):
+            each = sum(map(int, steps))
+        total += bench.images * each + beside
+    return total
+
+
+def _write(study: Study, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(study, indent=1) + "\n")
+    partial.rename(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""The study's figures, from its JSON."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench.study.points import GUIDANCE, REFINER_STEPS, sections
+
+Study = dict[str, Any]
+Found = dict[str, Any]
+
+# A family's name by the form of its samplers; the first that fits is taken.
+_FAMILIES = (
+    ("UniPC", r"unipc.*", "s-"),
+    ("DPM-Solver++", r"dpm.*", "D-"),
+    ("dopri5", r"dopri5.*", "X"),
+    ("Heun", r"H\d+", "o-"),
+    ("Euler", r"E\d+", "v-"),
+    ("Adams-Bashforth 2", r"A\d+", "^-"),
+    ("pseudo corrector", r"P\d+", "<-"),
+    ("velocity extrapolated", r"[HPT\d]*T\d+", "x"),
+    ("velocity kept", r"[HPZ\d]*Z\d+", "+"),
+    ("FlowTurbo", r"H\d+(P\d+)?R\d+", "*"),
+)
+
+
+def draw(study: Study, json_path: Path) -> list[Path]:
+    """Writes every figure that the points are there for beside the JSON; returns their paths."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    written = []
+    for name, size, panels, fill in (
+        ("curves", (13, 9), (2, 2), _curves),
+        ("stability", (7, 4.2), (1, 1), _stability),
+        ("ablations", (13, 4.2), (1, 2), _ablations),
+    ):
+        figure, axes = pyplot.subplots(*panels, figsize=size, layout="constrained", squeeze=False)
+        if fill(study, axes):
+            written.append(json_path.with_name(f"{json_path.stem}_{name}.png"))
+            figure.savefig(written[-1], dpi=120)
+        pyplot.close(figure)
+    return written
+
+
+def family(sampler: str) -> tuple[str, str] | None:
+    """The name and matplotlib format of `sampler`'s family, None for other mixtures."""
+    for name, form, style in _FAMILIES:
+        if re.fullmatch(form, sampler):
+            return name, style
+    return None
+
+
+def _curves(study: Study, axes: Any) -> bool:
+    """Fréchet distance and distance to the exact solution, against time and evaluations."""
+    groups = _groups(study)
+    for row, (value, label) in enumerate(
+        (("frechet_distance", "Fréchet distance"), ("exact_rms", "RMS distance to exact solution"))
+    ):
+        for column, (cost, unit) in enumerate(
+            (("ms_per_image", "ms an image"), ("predictor", "predictor evaluations an image"))
+        ):
+            axis = axes[row][column]
+            for (name, style), found in groups.items():
+                ordered = sorted(found, key=lambda each: each[cost])
+                x, y = ([each[key] for each in ordered] for key in (cost, value))
+                # The best method's points must not be hidden, nor their names.
+                front = name == "FlowTurbo"
+                look = {"ms": 12, "color": "black", "zorder": 3} if front else {"ms": 7}
+                axis.plot(x, y, style, label=name, **look)
+                if front:
+                    _name_points(axis, ordered, cost, value)
+            axis.set(xlabel=unit, ylabel=label, xscale="log")
+            axis.set_yscale("log" if value == "exact_rms" else "linear")
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.xaxis.set_minor_formatter("{x:g}")
+            axis.tick_params(axis="x", which="minor", labelsize=7)
+            axis.grid(alpha=0.3, which="both")
+    axes[0][0].legend(fontsize=8)
+    return bool(groups)
+
+
+def _groups(study: Study) -> dict[tuple[str, str], list[Found]]:
+    """Points of the first repository as the study's own guidance makes them, by family."""
+    groups: dict[tuple[str, str], list[Found]] = {}
+    for key, found in study["points"].items():
+        plain = f"main/{found['sampler'].replace(':', '-')}_g{study['guidance_scale']:g}"
+        kind = family(found["sampler"])
+        if key == plain and kind is not None:
+            groups.setdefault(kind, []).append(found)
+    return groups
+
+
+def _name_points(axis: Any, found: list[Found], cost: str, value: str) -> None:
+    for each in found:
+        place = each[cost], each[value]
+        axis.annotate(each["sampler"], place, (4, 6), textcoords="offset points", fontsize=7)
+
+
+def _stability(study: Study, axes: Any) -> bool:
+    axis = axes[0][0]
+    for scale, s in study["stability"].items():
+        axis.plot(s["t"], s["median"], label=f"guidance {scale}")
+        axis.fill_between(s["t"], s["low"], s["high"], alpha=0.2)
+    axis.set(
+        xlabel="t (noise at 0, data at 1)", ylabel="|v(t + 1/32) − v(t)| / |v(t)|", yscale="log"
+    )
+    axis.grid(alpha=0.3, which="both")
+    axis.legend()
+    return bool(study["stability"])
+
+
+def _ablations(study: Study, axes: Any) -> bool:
+    """The number of refiner steps, and the guidance scale."""
+    by_title = {s.title: s for s in sections(study["guidance_scale"], study["refiners"])}
+
+    def found(title: str) -> list[Found]:
+        keys = map(str, by_title[title].points)
+        return [study["points"][key] for key in keys if key in study["points"]]
+
+    steps, scales = found(REFINER_STEPS), found(GUIDANCE)
+
+    def refiner_steps(each: Found) -> float:
+        return each["refiner"] / 2  # a step evaluates twice
+
+    _with_intervals(axes[0][0], steps, refiner_steps, "H1P5R…")
+    axes[0][0].set(xlabel="refiner steps after H1P5", ylabel="Fréchet distance")
+    for sampler in dict.fromkeys(each["sampler"] for each in scales):
+        of_one = [each for each in scales if each["sampler"] == sampler]
+        _with_intervals(axes[0][1], of_one, lambda each: each["guidance_scale"], sampler)
+    axes[0][1].set(xlabel="guidance scale", ylabel="Fréchet distance")
+    for axis in axes[0]:
+        axis.grid(alpha=0.3)
+        if axis.has_data():
+            axis.legend()
+    return bool(steps or scales)
+
+
+def _with_intervals(axis: Any, found: list[Found], x: Callable[[Found], float], name: str) -> None:
+    if found:
+        places = [x(each) for each in found]
+        heights = [each["frechet_distance"] for each in found]
+        widths = [each["frechet_interval"] or 0.0 for each in found]
+        axis.errorbar(places, heights, widths, fmt="o-", capsize=3, label=name)

@@ -1,0 +1,242 @@
+"""Quality: figures against known distributions, images that resume, baselines on the real model."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from flowturbo_client import FlowTurboClient
+from support import GLYPHS
+from torch import nn
+
+from bench.quality import __main__ as command
+from bench.quality import judges
+from bench.quality.engine import Engine, Exact, Recipe, rms, velocity
+from bench.quality.evaluate import Eyes, served
+from bench.quality.images import ImageFolder
+from bench.quality.judges import Classifier, Inception, load_reference
+from bench.quality.metrics import (
+    figures,
+    half_width,
+    inception_score,
+    leave_one_out,
+    precision_recall,
+)
+from bench.quality.samplers import Counted, parse
+from flowturbo.errors import FlowTurboError, RequestError
+from flowturbo.guidance import Guidance
+from flowturbo.latents import noise
+from flowturbo.serving.tritonserver import ServerAddress
+from training.classifier import Seen
+from training.frechet import Reference, Statistics
+
+RNG = np.random.default_rng(0)
+PICTURES = RNG.integers(0, 256, (6, 64, 64, 3), np.uint8)
+LABELS, SEEDS = np.array([0, 35, 7]), np.array([3, 2**40, 9])
+
+
+@pytest.fixture(scope="module")
+def engine(glyphs_repository: Path) -> Engine:
+    return Engine(glyphs_repository)
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory: pytest.TempPathFactory) -> Inception:
+    """With random weights, which a file has to hold like the published ones."""
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    extractor = judges._fidelity().FeatureExtractorInceptionV3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extractor, "load_state_dict", lambda *_: None)
+        patch.setattr(torch, "load", lambda *_, **__: None)
+        blank = extractor("inception", ["2048"], "nothing")
+    torch.manual_seed(0)
+    for module in blank.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+    torch.save(blank.state_dict(), path)
+    return Inception(path)
+
+
+def test_inception_score_counts_the_classes_seen() -> None:
+    assert inception_score(np.eye(7)[np.arange(70) % 7]) == pytest.approx(7)
+    assert inception_score(np.full((70, 7), 1 / 7)) == pytest.approx(1)
+
+
+def test_precision_and_recall_of_parts() -> None:
+    """Images of one of two far apart kinds: all are real, half of the real ones is covered."""
+    one = RNG.standard_normal((1500, 2))
+    real, found = np.concatenate([one, one + 100]), RNG.standard_normal((1400, 2))
+    precision, recall = precision_recall(real, found)
+    assert precision > 0.97
+    assert recall == pytest.approx(0.5, abs=0.02)
+    assert precision_recall(found, real) == (recall, precision)
+
+
+def test_the_interval_is_as_wide_as_the_figure_varies() -> None:
+    """95% of a mean's squared distance to its truth, against its spread over many repetitions."""
+    real = Statistics(np.zeros(2), np.eye(2))
+
+    def draw() -> tuple[float, ...]:
+        return leave_one_out(1.0 + RNG.standard_normal((500, 2)), real)
+
+    draws = [draw() for _ in range(200)]
+    spread = np.std([np.mean(each) for each in draws])
+    widths = [half_width(each) for each in draws]
+    assert np.mean(widths) / 2.262 == pytest.approx(spread, rel=0.2)
+
+
+def test_what_is_not_known_is_left_out() -> None:
+    seen = Seen(*(RNG.random((30, k)).astype(np.float32) for k in (4, 5, 6)))
+    known = figures(seen, Reference(Statistics.of(seen.pooled)), None)
+    assert known.frechet_distance == pytest.approx(0, abs=1e-9)
+    assert (known.recognised, known.spatial_frechet_distance, known.knn_recall) == (None,) * 3
+
+
+def test_the_committed_reference_is_of_real_images() -> None:
+    """Its statistics are of 10,000 images, its rows those of the first 5,000."""
+    eyes = Eyes.open(GLYPHS, None, None)
+    assert eyes.reference.features is not None
+    assert eyes.reference.spatial is not None
+    part = Statistics.of(eyes.reference.features)
+    assert np.abs(part.mean - eyes.reference.pooled.mean).max() < 0.01
+    assert eyes.reference.spatial.mean.shape == (448,)
+
+
+def test_references_of_images_agree(tmp_path: Path) -> None:
+    """A folder, ADM's sample batch and ADM's reference batch of the same images."""
+    judge = Classifier(GLYPHS)
+    folder = ImageFolder(tmp_path / "images", {}, num_classes=4)
+    folder.fill(6, lambda labels, seeds: PICTURES[seeds], batch=4)
+    folder.to_npz(tmp_path / "samples.npz", 6)
+    with np.load(tmp_path / "samples.npz") as file:
+        assert np.array_equal(file["arr_0"], PICTURES)
+        assert file["arr_1"].tolist() == [0, 1, 2, 3, 0, 1]
+    one = load_reference(folder.path, judge)
+    batch = {"mu": one.pooled.mean, "sigma": one.pooled.covariance}
+    np.savez(tmp_path / "batch.npz", PICTURES, **batch)
+    for path in ("samples.npz", "batch.npz"):
+        other = load_reference(tmp_path / path, judge)
+        np.testing.assert_array_equal(one.pooled.covariance, other.pooled.covariance)
+        np.testing.assert_array_equal(one.features, other.features)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="2 images"):
+        load_reference(tmp_path / "empty", judge)
+
+
+def test_images_resume_and_extend(tmp_path: Path) -> None:
+    made: list[int] = []
+
+    def make(labels: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+        if 4 in seeds and not made.count(4):
+            made.append(4)
+            raise ConnectionError
+        made.extend(seeds.tolist())
+        return PICTURES[seeds]
+
+    folder = ImageFolder(tmp_path, {"recipe": "H8"}, num_classes=3)
+    with pytest.raises(ConnectionError):
+        folder.fill(6, make, batch=2)
+    assert folder.missing(6).tolist() == [4, 5]
+    speed = ImageFolder(tmp_path, {"recipe": "H8"}, num_classes=3).fill(6, make, batch=2)
+    assert (speed.images, made) == (2, [0, 1, 2, 3, 4, 4, 5])
+    assert np.array_equal(np.concatenate(list(folder.batches(6, size=4))), PICTURES)
+    assert folder.fill(6, make).ms_per_image is None
+    with pytest.raises(ValueError, match="not of"):
+        ImageFolder(tmp_path, {"recipe": "H7"}, num_classes=3)
+
+
+def test_inception_sees_what_adm_takes(inception: Inception) -> None:
+    seen = inception(PICTURES[:2])
+    shapes = seen.pooled.shape, seen.spatial.shape, seen.probability.shape
+    assert shapes == ((2, 2048), (2, 7 * 17 * 17), (2, 1008))
+    np.testing.assert_allclose(seen.probability.sum(1), 1, rtol=1e-5)
+    assert np.abs(seen.pooled[0] - seen.pooled[1]).max() > 0
+    hidden: list[torch.Tensor] = []
+    branch = inception._model.Mixed_6d.branch1x1
+    handle = branch.register_forward_hook(lambda _, __, output: hidden.append(output))
+    inception(PICTURES[:1])
+    handle.remove()
+    place = seen.spatial[0].reshape(17, 17, 7)[3, 11]
+    np.testing.assert_allclose(place, hidden[0][0, :7, 3, 11], rtol=1e-4, atol=1e-6)
+
+
+def test_other_weights_are_refused(tmp_path: Path) -> None:
+    torch.save({"conv.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(FlowTurboError, match="does not load as Inception"):
+        Inception(tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="--reference"):
+        Eyes.open(GLYPHS, tmp_path / "other.pth", None)
+
+
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.3, 0.7)])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_the_velocity_is_the_programs(
+    golden_repository: Path, scale: float, interval: tuple[float, float]
+) -> None:
+    """Heun and pseudo-corrector steps written over the velocity make the service's latents."""
+    engine, labels = Engine(golden_repository), np.array([0, 1, 2])
+    expected = engine.generate(labels, SEEDS, "H2P4", scale, guidance_interval=interval).latent
+    v = Counted(velocity(engine._infer, engine.pipeline, labels, Guidance(scale, interval)))
+    found = parse("H2P4T0")(v, noise(SEEDS, engine.pipeline.latent_shape))
+    assert v.evaluations == 8
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_solvers_approach_the_exact_solution(engine: Engine) -> None:
+    exact = Exact(GLYPHS / "predictor.safetensors")
+    solved = exact.latent(LABELS, SEEDS, Guidance(3.0))
+    away = {
+        name: rms(engine.make(Recipe(name, 3.0), LABELS, SEEDS).latent, solved)
+        for name in ("H4", "H32", "unipc:32", "dopri5:1e-2")
+    }
+    assert max(far for name, far in away.items() if name != "H4") < 0.3 * away["H4"]
+
+
+@pytest.mark.parametrize("sampler", ["H8X", "R3", "unipc:0", "H1 P5"])
+def test_a_recipe_that_cannot_be_read(sampler: str) -> None:
+    with pytest.raises(RequestError):
+        Recipe(sampler, 3.0)
+
+
+def test_the_command_goes_on_with_its_images(
+    glyphs_repository: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    words = ["--repository", glyphs_repository, "--weights", GLYPHS, "--schedule", "P4", "P3T1"]
+    words += ["--out", tmp_path / "images", "--npz", "--json", tmp_path / "quality.json"]
+    for count, made in ((24, 24), (36, 12)):
+        monkeypatch.setattr(sys, "argv", ["quality", *map(str, words), "--images", str(count)])
+        command.main()
+        assert f"({count} images each)" in capsys.readouterr().out
+        rows = json.loads((tmp_path / "quality.json").read_text())
+        assert [(row["images"], row["made"]) for row in rows] == [(count, made)] * 2
+    assert [row["schedule"] for row in rows] == ["P4", "P3T1"]
+    assert [row["predictor"] for row in rows] == [5, 4]
+    assert min(row["recognised"] for row in rows) > 0.5
+    for path in (tmp_path / "images").glob("*.npz"):
+        assert np.load(path)["arr_0"].shape == (36, 64, 64, 3)
+
+
+@pytest.fixture
+def client(glyphs_server: ServerAddress) -> Iterator[FlowTurboClient]:
+    with FlowTurboClient(glyphs_server.grpc) as client:
+        yield client
+
+
+def test_the_service_makes_the_same_images(
+    client: FlowTurboClient, engine: Engine, tmp_path: Path
+) -> None:
+    recipe = Recipe("H1P2", 3.0)
+    folder = ImageFolder(tmp_path, {}, num_classes=36)
+    assert folder.fill(12, served(client, recipe), batch=2, in_flight=4).images == 12
+    seeds = np.arange(12)
+    expected = engine.make(recipe, folder.labels(seeds), seeds).image
+    # Its batches are of other sizes, for which bfloat16 rounds otherwise.
+    assert np.abs(folder.read(seeds).astype(int) - expected.astype(int)).mean() < 1
+    with pytest.raises(RequestError, match="runs schedules"):
+        served(client, Recipe("unipc:4", 3.0))

@@ -1,0 +1,101 @@
+"""The study: its list, its figures on the real model, resuming, and the report."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import GLYPHS
+
+from bench.quality.engine import Exact
+from bench.study import __main__ as study
+from bench.study import measure
+from bench.study.figures import family
+from bench.study.measure import stability, summary
+from bench.study.points import CURVES, sections, unique
+from bench.study.report import difference
+from flowturbo.guidance import Guidance
+from flowturbo.sampler import Array
+
+
+def test_every_point_of_the_paper_is_there_once() -> None:
+    listed = sections(3.0, ["wide"])
+    points = unique(listed)
+    assert len({str(point) for point in points}) == len(points)
+    names = {point.recipe.sampler for point in points}
+    assert {"H8", "H7R1", "H2P8R2", "H1P5R3", "P5R7H3", "H8P9R5", "unipc:8", "H1P5T3"} <= names
+    curves = next(section for section in listed if section.title == CURVES)
+    assert all(family(point.recipe.sampler) for point in curves.points)
+    assert {point.repository for point in listed[-1].points} == {"main", "wide"}
+
+
+def test_times_are_compared_within_a_round() -> None:
+    found = summary([(10.0, 20.0), (30.0, 40.0), (12.0, 20.0)])
+    assert (found["ms_per_image"], found["baseline_ms_per_image"]) == (12.0, 20.0)
+    assert found["ratio"] == {"median": 0.6, "min": 0.5, "max": 0.75}
+
+
+def test_differences_are_paired_by_seeds() -> None:
+    """Two samplers whose figures move together differ by the same everywhere: no uncertainty."""
+    blocks = np.random.default_rng(0).random(10)
+
+    def point(offset: float) -> measure.Figures:
+        return {
+            "images": 500,
+            "guidance_scale": 3.0,
+            "frechet_distance": 1 + offset,
+            "frechet_without_block": list(blocks + offset),
+        }
+
+    points = {"main/H8_g3": point(0.0), "main/H4_g3": point(0.25)}
+    assert difference({"points": points}, points["main/H4_g3"]) == pytest.approx((0.25, 0))
+    assert difference({"points": points}, points["main/H8_g3"]) is None
+    points["main/H8_g3"]["images"] = 400
+    assert difference({"points": points}, points["main/H4_g3"]) is None
+
+
+def test_stability_of_a_known_flow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """v = x grows as exp(t): its relative change over h is exp(h) - 1 at all times."""
+    exact = Exact(GLYPHS / "predictor.safetensors")
+
+    def velocity(labels: Array, guidance: Guidance):  # type: ignore[no-untyped-def]
+        return lambda x, t: x
+
+    monkeypatch.setattr(exact, "velocity", velocity)
+    found = stability(exact, Guidance(1.0), images=3)
+    assert found["median"] == pytest.approx([np.expm1(1 / 32)] * 31, rel=0.01)
+
+
+@pytest.fixture
+def arguments(glyphs_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list:
+    monkeypatch.setattr(study, "STABILITY_IMAGES", 2)
+    for module in (study, measure):
+        monkeypatch.setattr(module, "BATCH", 6)  # images that are timed and solved exactly
+    words = ["--repository", glyphs_repository, "--weights", GLYPHS, "--images", 24]
+    words += ["--rounds", 1, "--work", tmp_path / "work", "--guidance-scale", 3]
+    words += ["--json", tmp_path / "study.json", "--report", tmp_path / "quality.md"]
+    return ["study", *map(str, words)]
+
+
+def test_a_small_study(
+    arguments: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for only, said in (
+        ("/H8_g3$", "1 points to measure, 0 done"),
+        ("/(H8|H1P5R3|H1P5T3|unipc-6)_g3$", "3 points to measure, 1 done"),
+    ):
+        monkeypatch.setattr(sys, "argv", [*arguments, "--only", only])
+        study.main()
+        assert said in capsys.readouterr().out
+    points = json.loads((tmp_path / "study.json").read_text())["points"]
+    ours = points["main/H1P5R3_g3"]
+    assert (ours["predictor"], ours["refiner"], ours["images"]) == (7, 6, 24)
+    assert points["main/unipc-6_g3"]["predictor"] == 6
+    assert ours["ms_per_image"] < ours["baseline_ms_per_image"]
+    assert all(0.01 < point["exact_rms"] < 1 for point in points.values())
+    text = (tmp_path / "quality.md").read_text()
+    assert text.count("`H1P5R3`") == 7  # in the tables of all sections but that of other refiners
+    for picture in ("curves", "stability", "ablations"):
+        assert f"(study_{picture}.png)" in text
+        assert (tmp_path / f"study_{picture}.png").stat().st_size > 5000
