@@ -1,8 +1,9 @@
 """From a checked request to its answer, over whatever evaluates the exported models."""
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from flowturbo.schedule import Schedule
 
 # Evaluates a composed model: (its name, its inputs [rows, ...]) to its outputs in contract order.
 Infer = Callable[[str, Tensors], tuple[Array, ...]]
-AwaitedInfer = Callable[[str, Tensors], Awaitable[tuple[Array, ...]]]
+AwaitedInfer = Callable[[str, Tensors], Coroutine[Any, Any, tuple[Array, ...]]]
 
 LARGEST_TRAINED_STEP = 0.12  # the paper's range is (0, 0.12]
 _logger = logging.getLogger(__name__)
@@ -28,11 +29,17 @@ def generate(
     request: GenerationRequest, pipeline: Pipeline, program: Program, infer: Infer
 ) -> dict[str, Array]:
     """The output tensors that `request` asks for, by name (contract.REQUEST_OUTPUTS)."""
+    made = run(make_images(request, pipeline, program, awaited(infer)))
+    return complete(request, pipeline, made)
+
+
+def awaited(infer: Infer) -> AwaitedInfer:
+    """`infer` for a coroutine, which it keeps waiting for nothing."""
 
     async def evaluated(model: str, tensors: Tensors) -> tuple[Array, ...]:
         return infer(model, tensors)
 
-    return complete(request, pipeline, run(make_images(request, pipeline, program, evaluated)))
+    return evaluated
 
 
 async def make_images(

@@ -15,13 +15,13 @@ from bench.quality import samplers
 from bench.quality.samplers import Counted, Velocity
 from flowturbo import LocalPipeline, contract
 from flowturbo.errors import RequestError
-from flowturbo.generate import Infer, in_chunks
-from flowturbo.guidance import Guidance, alternate, pair_rows
+from flowturbo.generate import Infer, awaited, in_chunks
+from flowturbo.guidance import Guidance, Tensors, alternate, pair_rows
 from flowturbo.latents import noise
 from flowturbo.nets.checkpoint import build_network, load_checkpoint
 from flowturbo.program import Network, Variant, compile_program
 from flowturbo.repository import Pipeline
-from flowturbo.sampler import Array
+from flowturbo.sampler import Array, run
 from flowturbo.schedule import Schedule
 
 Make = Callable[[Array, Array], Array]  # labels [n] and seeds [n] to images [n, H, W, 3] uint8
@@ -98,7 +98,11 @@ class Engine(LocalPipeline):
         return Made(result.latent, result.image, *schedule_evaluations(schedule))
 
     def _baseline(self, recipe: Recipe, labels: Array, seeds: Array) -> Made:
-        infer = in_chunks(self._infer, self.pipeline.max_rows)
+        chunked = in_chunks(awaited(self._infer), self.pipeline.max_rows)
+
+        def infer(model: str, tensors: Tensors) -> tuple[Array, ...]:
+            return run(chunked(model, tensors))
+
         counted = Counted(velocity(infer, self.pipeline, labels, recipe.guidance))
         latent = samplers.parse(recipe.sampler)(counted, noise(seeds, self.pipeline.latent_shape))
         (image,) = infer(contract.DECODER, {"latent": latent})
