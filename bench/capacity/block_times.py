@@ -18,7 +18,7 @@ from flowturbo.repository import Pipeline
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 REPETITIONS = 7
-OVERHEAD_MS = 0.5  # from one batch to the next, through orchestrator and server
+OVERHEAD_MS = 0.75  # from one batch to the next, through orchestrator and server
 
 
 @dataclass(frozen=True)
