@@ -8,7 +8,7 @@ from pathlib import Path
 from export.blocks import PredictorBlock, RefinerBlock
 from export.onnx_graph import Exported
 from flowturbo import contract
-from flowturbo.nets.checkpoint import CheckpointError, build_network, load_checkpoint
+from flowturbo.nets.checkpoint import CheckpointError, build_network, check_refiner, load_checkpoint
 from flowturbo.nets.sit import SiT, SiTConfig
 from flowturbo.nets.vae import Decoder, load_vae
 
@@ -70,7 +70,7 @@ def modules(source: Source) -> Iterator[Exported]:
     found = [Exported(contract.PREDICTOR, PredictorBlock(predictor, channels), shape, config)]
     if source.refiner:
         refiner = _network(source, source.refiner, reads_velocity=True)
-        _check_refiner(refiner.config, config)
+        check_refiner(refiner.config, config)
         found.append(Exported(contract.REFINER, RefinerBlock(refiner, channels), shape, config))
     if source.vae:
         found.append(Exported(contract.DECODER, _decoder(source.vae, config), shape, config))
@@ -83,13 +83,6 @@ def _network(source: Source, path: Path, *, reads_velocity: bool) -> SiT:
         heads, weights = source.refiner_num_heads or heads, source.refiner_weights
     checkpoint = load_checkpoint(path, weights)
     return build_network(checkpoint, reads_velocity=reads_velocity, num_heads=heads)
-
-
-def _check_refiner(refiner: SiTConfig, predictor: SiTConfig) -> None:
-    for key in ("latent_channels", "latent_size", "num_classes"):
-        got, want = getattr(refiner, key), getattr(predictor, key)
-        if got != want:
-            raise CheckpointError(f"the refiner has {key} {got}, the predictor {want}")
 
 
 def _decoder(folder: Path, config: SiTConfig) -> Decoder:

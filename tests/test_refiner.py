@@ -108,6 +108,35 @@ def test_the_public_code_draws_one_step_for_the_batch() -> None:
     assert max(last) > 1
 
 
+def test_a_guided_step_is_what_sampling_takes() -> None:
+    """Guided on three channels of four; the state moves with the conditional row's velocity."""
+    seen: list[Tensor] = []
+
+    def network(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        """1 without a label, 2 with one, at first; then 5, whatever the label."""
+        seen.append(x)
+        return torch.ones_like(x) * (
+            1.0 + (label != CLASSES).float()[:, None, None, None] if len(seen) < 3 else 5.0
+        )
+
+    def refiner(read: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        seen.append(read)
+        return torch.zeros_like(read[:, :4])
+
+    recipe = Recipe(smallest_scale=3.0, largest_scale=3.0)
+    draws = recipe.draw(200, SOURCE, torch.Generator().manual_seed(0))
+    data = SOURCE.read(draws.row)
+    loss = regression_loss(Rule.PAPER, network, refiner, CLASSES, data, draws)  # type: ignore[arg-type]
+    x, _, x_next, read = seen
+    moved = ((x_next - x) / draws.step[:, None, None, None]).mean((0, 2, 3))
+    torch.testing.assert_close(moved, torch.tensor([4.0, 4.0, 4.0, 2.0]), atol=1e-3, rtol=0)
+    dropped = draws.dropped
+    assert (read[:, 4:7] == 4.0).all()  # 1 + 3 * (2 - 1)
+    assert (read[dropped, 7] == 1.0).all() and (read[~dropped, 7] == 2.0).all()
+    share = dropped.float().mean()
+    assert loss == pytest.approx(float(share * (5 - 1) ** 2 + (1 - share) * (5 - 2) ** 2))
+
+
 @pytest.mark.parametrize(("rule", "first_is_dropped"), [("paper", True), ("reference", False)])
 def test_what_the_networks_see(rule: str, first_is_dropped: bool) -> None:
     """Eq. 6, and which of the evaluations have the null label."""
@@ -297,3 +326,25 @@ def test_a_state_of_other_settings_is_refused(
     assert main(arguments(data, tmp_path, "--steps", "2")) == 0
     assert main(arguments(data, tmp_path, "--steps", "2", "--recipe", "reference")) == 2
     assert "was trained with" in capsys.readouterr().err
+
+
+def test_training_goes_on_from_a_refiner(data: Path, tmp_path: Path) -> None:
+    """With no step worth speaking of, it comes out as it went in; a misfit is refused."""
+    assert main(arguments(data, tmp_path / "first", "--steps", "3")) == 0
+    first = tmp_path / "first" / "refiner.safetensors"
+    more = ("--start", str(first), "--steps", "1", "--learning-rate", "1e-12", "--heads", "2")
+    assert main(arguments(data, tmp_path / "second", *more)) == 0
+    one, other = (
+        load_checkpoint(tmp_path / name / "refiner.safetensors").tensors
+        for name in ("first", "second")
+    )
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name])
+
+
+def test_a_start_that_does_not_fit_is_refused(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--start", str(GOLDEN / "refiner.pt"), "--heads", "2")
+    assert main(arguments(data, tmp_path, *more)) == 2
+    assert "the refiner has latent_size 8, the predictor 4" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from accelerate import PartialState
 from diffusers import AutoencoderKL
 from torch import nn
 
-from flowturbo.nets.sit import refiner_config
+from flowturbo.nets.sit import SiT, refiner_config
 from training import autoencoder, classifier, predictor, refiner
 from training.data import InMemory, Shards
 from training.frechet import Reference, Statistics
@@ -63,10 +63,13 @@ def main() -> None:
     source = encode(GlyphImages(images, args.seed), vae, folder)
     velocity = predictor.train(source.data, len(CLASS_NAMES), PLANS, args.runs)
     save_weights(velocity, args.out / "predictor.safetensors", torch.float16)
+    torch.manual_seed(PLANS["refiner"].seed)
+    untrained = SiT(refiner_config(velocity.config))
+    untrained.initialize()
     change = refiner.train(
         source,
         velocity,
-        refiner_config(velocity.config),
+        untrained,
         Recipe(),
         PLANS["refiner"],
         args.runs,

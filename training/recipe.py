@@ -8,11 +8,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flowturbo.generate import LARGEST_TRAINED_STEP
+from flowturbo.guidance import MAX_SCALE
 from training.data import Latents, Source
 from training.loop import mine
 from training.plan import PlanError
 from training.predictor import NULL_LABEL_PROBABILITY
 
+GUIDED_CHANNELS = 3  # of 4, as in SiT
 ANY_ATTENTION = [
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
@@ -35,13 +37,23 @@ class Rule(StrEnum):
 
 @dataclass(frozen=True)
 class Recipe:
-    """A rule, and the range that steps are drawn from, within [0, 1]; raises PlanError."""
+    """A rule, the range that steps are drawn from, within [0, 1], and that of the guidance scale.
+
+    A scale of 1 is the paper's: velocities without guidance. Raises PlanError.
+    """
 
     rule: Rule = Rule.PAPER
     smallest_step: float = 0.0
     largest_step: float = LARGEST_TRAINED_STEP
+    smallest_scale: float = 1.0
+    largest_scale: float = 1.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.smallest_scale <= self.largest_scale <= MAX_SCALE:
+            raise PlanError(
+                f"the range of guidance scales must be 0 <= smallest <= largest <= {MAX_SCALE:g}, "
+                f"got {self.smallest_scale} to {self.largest_scale}"
+            )
         if not 0 <= self.smallest_step < self.largest_step <= 1:
             raise PlanError(
                 "the range of steps must be 0 <= smallest < largest <= 1, got "
@@ -56,11 +68,14 @@ class Recipe:
         width = self.largest_step - self.smallest_step
         if self.rule is Rule.REFERENCE:
             share = torch.rand(1, generator=generator).expand(batch)
+            step = self.smallest_step + width * share
             t = torch.rand(batch, generator=generator)
-            return Draws(row, dropped, noise, posterior, self.smallest_step + width * share, t)
-        step = self.largest_step - width * torch.rand(batch, generator=generator)
-        t = torch.rand(batch, generator=generator) * (1 - step)
-        return Draws(row, dropped, noise, posterior, step, t)
+        else:
+            step = self.largest_step - width * torch.rand(batch, generator=generator)
+            t = torch.rand(batch, generator=generator) * (1 - step)
+        scales = self.largest_scale - self.smallest_scale
+        scale = self.smallest_scale + scales * torch.rand(batch, generator=generator)
+        return Draws(row, dropped, noise, posterior, step, t, scale)
 
 
 @dataclass(frozen=True)
@@ -68,7 +83,7 @@ class Draws:
     """Random numbers, a row each.
 
     `row` [B] of the data, whether its label is `dropped` [B], the path's `noise` and that of the
-    latent's `posterior` [B, C, h, w], `step` and time `t` [B].
+    latent's `posterior` [B, C, h, w], `step`, time `t` and guidance `scale` [B].
     """
 
     row: Tensor
@@ -77,6 +92,7 @@ class Draws:
     posterior: Tensor
     step: Tensor
     t: Tensor
+    scale: Tensor
 
     def mine(self) -> "Draws":
         """The rows of this process."""
@@ -99,6 +115,10 @@ def regression_loss(
 
     With v = predictor(x_t, t), an Euler step leads to x_next = x_t + step * v, and the
     refiner reads [x_next, v] at t + step and learns predictor(x_next, t + step) - v (Eq. 6).
+
+    With a guidance scale other than 1 the step is taken with the guided velocity and the refiner
+    reads it, as in sampling; it learns the change of the row's own. Guided in turn, what it learned
+    is the change of the guided velocity.
     """
     label = torch.where(draws.dropped, null_label, data.label)
     t, t_next = draws.t, draws.t + draws.step
@@ -107,8 +127,17 @@ def regression_loss(
     with torch.no_grad(), sdpa_kernel(ANY_ATTENTION):
         x = (1 - at) * draws.noise + at * data.sample(draws.posterior)
         first = data.label if rule is Rule.REFERENCE else label
-        velocity = predictor(x, t, first).float()
-        x_next = x + step * velocity
-        target = predictor(x_next, t_next, label).float() - velocity
+        if (draws.scale == 1).all():
+            own = velocity = moved = predictor(x, t, first).float()
+        else:
+            null = torch.full_like(label, null_label)
+            c, u = (predictor(x, t, y).float() for y in (data.label, null))
+            own = torch.where((first == null_label)[:, None, None, None], u, c)
+            mixed = u + draws.scale[:, None, None, None] * (c - u)
+            velocity, moved = (
+                torch.cat([mixed[:, :GUIDED_CHANNELS], v[:, GUIDED_CHANNELS:]], 1) for v in (own, c)
+            )
+        x_next = x + step * moved
+        target = predictor(x_next, t_next, label).float() - own
     change = refiner(torch.cat([x_next, velocity], 1), t_next, label).float()
     return (change - target).square().mean()

@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from flowturbo.errors import FlowTurboError
-from flowturbo.nets.checkpoint import KNOWN_HEADS, build_network, load_checkpoint
+from flowturbo.nets.checkpoint import KNOWN_HEADS, build_network, check_refiner, load_checkpoint
 from flowturbo.nets.sit import SiT, SiTConfig, refiner_config
 from flowturbo.nets.vae import load_vae
 from training.data import EncodedImages, Shards, Source, is_sharded
@@ -53,7 +53,7 @@ class Trained:
 def train(
     source: Source,
     predictor: SiT,
-    config: SiTConfig,
+    model: SiT,
     recipe: Recipe,
     plan: Plan,
     folder: Path,
@@ -62,15 +62,12 @@ def train(
     identity: dict[str, str] | None = None,
     preview: Preview | None = None,
 ) -> Trained:
-    """Fits a refiner of architecture `config` to `predictor` on the latents of `source`.
+    """Fits the refiner `model` to `predictor` on the latents of `source`.
 
     State, losses and pictures go to `folder` (training.loop.fit); `identity` tells predictor and
     data from others.
     """
-    torch.manual_seed(plan.seed)
     predictor = predictor.to(device()).eval().requires_grad_(False)
-    model = SiT(config)
-    model.initialize()
     null = predictor.config.num_classes
 
     def loss_of(network: nn.Module, generator: torch.Generator) -> Tensor:
@@ -78,7 +75,7 @@ def train(
         data = source.read(draws.row).to(device())
         return regression_loss(recipe.rule, predictor, network, null, data, draws.to(device()))
 
-    depends_on = {**asdict(recipe), **asdict(config), "rows": len(source), **(identity or {})}
+    depends_on = {**asdict(recipe), **asdict(model.config), "rows": len(source), **(identity or {})}
     ema = fit(
         "refiner", model, loss_of, plan, folder, pace=pace, identity=depends_on, preview=preview
     )
@@ -101,7 +98,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    recipe = Recipe(Rule(args.recipe), *args.step_range)
+    recipe = Recipe(Rule(args.recipe), *args.step_range, *args.train_guidance)
     plan = replace(PAPER, **{name: getattr(args, name) for name in _PLAN_OPTIONS})
     plan.check_processes(PartialState().num_processes)
     predictor = build_network(
@@ -109,7 +106,7 @@ def _run(args: argparse.Namespace) -> None:
         reads_velocity=False,
         num_heads=args.num_heads,
     )
-    config = _architecture(args, predictor.config)
+    model = _model(args, predictor.config)
     vae = _load_vae(args.vae, predictor.config) if args.vae else None
     source = _open_data(args, predictor.config, vae)
     preview = RefinerPreview(
@@ -123,7 +120,7 @@ def _run(args: argparse.Namespace) -> None:
     trained = train(
         source,
         predictor,
-        config,
+        model,
         recipe,
         plan,
         args.runs,
@@ -136,6 +133,19 @@ def _run(args: argparse.Namespace) -> None:
         notes = {name: str(getattr(args, name)) for name in names}
         save_weights(getattr(trained, args.out_weights), args.out, notes=notes)
         print(f"{args.out}: {args.out_weights} weights after {plan.steps} steps")
+
+
+def _model(args: argparse.Namespace, predictor: SiTConfig) -> SiT:
+    """The refiner to train: that of --start, or one with random weights."""
+    if args.start:
+        checkpoint = load_checkpoint(args.start, args.weights)
+        model = build_network(checkpoint, reads_velocity=True, num_heads=args.heads)
+        check_refiner(model.config, predictor)
+        return model.requires_grad_(True)
+    torch.manual_seed(args.seed)
+    model = SiT(_architecture(args, predictor))
+    model.initialize()
+    return model
 
 
 def _architecture(args: argparse.Namespace, predictor: SiTConfig) -> SiTConfig:
@@ -231,6 +241,15 @@ def _parser() -> argparse.ArgumentParser:
         default=[Recipe().smallest_step, Recipe().largest_step],
         help="range of the Euler steps that are refined",
     )
+    add(
+        "--train-guidance",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        default=[Recipe().smallest_scale, Recipe().largest_scale],
+        help="range of the guidance scales at which velocities are refined",
+    )
+    add("--start", type=Path, help="refiner checkpoint to start from, not random weights")
     add("--depth", type=positive, default=1, help="blocks of the refiner")
     add("--width", type=positive, help="of the refiner (default: the predictor's)")
     add("--heads", type=positive, help="of the refiner, where the width does not tell")

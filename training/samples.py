@@ -14,8 +14,7 @@ from flowturbo.nets.vae import Decoder
 from flowturbo.schedule import Schedule
 from training.loop import device
 from training.plan import PlanError
-
-GUIDED_CHANNELS = 3  # of 4, as in SiT
+from training.recipe import GUIDED_CHANNELS
 
 
 class RefinerPreview:

@@ -200,3 +200,11 @@ def build_network(
     network = SiT(config)
     network.load_state_dict(weights)
     return network.eval().requires_grad_(False)
+
+
+def check_refiner(refiner: SiTConfig, predictor: SiTConfig) -> None:
+    """Raises CheckpointError for a refiner of another latent size or other classes."""
+    for key in ("latent_channels", "latent_size", "num_classes"):
+        got, want = getattr(refiner, key), getattr(predictor, key)
+        if got != want:
+            raise CheckpointError(f"the refiner has {key} {got}, the predictor {want}")
