@@ -234,7 +234,8 @@ def _blocks(
 ) -> Iterator[BlockTime]:
     flops = {
         contract.PREDICTOR: lambda rows: matrix_flops(size.config, rows),
-        contract.REFINER: lambda rows: matrix_flops(refiner_config(size.config), rows),
+        # Two evaluations a step.
+        contract.REFINER: lambda rows: 2 * matrix_flops(refiner_config(size.config), rows),
     }
     for exported in exports:
         for rows in size.rows:

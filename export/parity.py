@@ -23,7 +23,7 @@ class VerificationError(FlowTurboError):
 class Tolerance:
     """Largest errors allowed.
 
-    `block` after one evaluation and `trajectory` after a whole schedule, both relative to the
+    `block` after one block call and `trajectory` after a whole schedule, both relative to the
     largest value of the output; `levels` of an image's 255, where one is a rounding at .5.
     """
 

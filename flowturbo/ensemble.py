@@ -25,7 +25,7 @@ _MOST_ROWS = 8  # that the orchestrator gives to an ensemble
 
 @dataclass(frozen=True)
 class Step:
-    """One evaluation of `model`: the tensor that each of its inputs reads and its outputs write."""
+    """One execution of `model`: the tensor that each of its inputs reads and its outputs write."""
 
     model: str
     inputs: Mapping[str, str]

@@ -127,6 +127,21 @@ def test_failures_reach_their_requests_and_end_nothing(crowd: Crowd) -> None:
     np.testing.assert_array_equal(crowd._done.get(timeout=20)[1], np.full((1, 3), 2.0))
 
 
+def test_a_request_whose_end_cannot_be_told_ends_no_other(
+    crowd: Crowd, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def request() -> None:
+        await crowd.gather.infer("model", {"x": np.ones((1, 3)), "y": np.ones((1, 3))})
+
+    def done(result: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    crowd.gather.start(request(), done)
+    crowd.start(1, 1, "model", "model")
+    np.testing.assert_array_equal(crowd.results()[0], np.full((1, 3), 4.0))
+    assert "could not be told" in caplog.text
+
+
 def test_a_request_that_never_calls_is_done(crowd: Crowd) -> None:
     crowd.start(5, 1)
     np.testing.assert_array_equal(crowd.results()[0], np.full((1, 3), 5.0))

@@ -348,3 +348,16 @@ def test_a_start_that_does_not_fit_is_refused(
     more = ("--start", str(GOLDEN / "refiner.pt"), "--heads", "2")
     assert main(arguments(data, tmp_path, *more)) == 2
     assert "the refiner has latent_size 8, the predictor 4" in capsys.readouterr().err
+
+
+def test_a_run_is_not_taken_for_another(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of fewer steps than it has made, from another start, or from one with a depth of its own."""
+    assert main(arguments(data, tmp_path, "--steps", "4")) == 0
+    start = ("--start", str(tmp_path / "refiner.safetensors"))
+    for more in (("--steps", "3"), (*start, "--steps", "4")):
+        assert main(arguments(data, tmp_path, *more)) == 2
+        assert "was trained with" in capsys.readouterr().err
+    assert main(arguments(data, tmp_path / "other", *start, "--depth", "2")) == 2
+    assert "leave --depth and --width out" in capsys.readouterr().err

@@ -106,7 +106,9 @@ class Shards:
         self.class_names: tuple[str, ...] = tuple(index["class_names"])
         if model:
             check_shape(folder / INDEX, self.shape, model)
-        self.digest = hashlib.sha256((folder / INDEX).read_bytes()).hexdigest()
+        stated = (folder / name for name in (INDEX, SETTINGS))
+        text = b"".join(path.read_bytes() for path in stated if path.exists())
+        self.digest = hashlib.sha256(text).hexdigest()
         self.skipped = 0
         self._files, self._starts, self._labels, rows = [], [], [], []
         start = 0
@@ -232,7 +234,8 @@ class EncodedImages:
         bad = sorted({*beyond, *_bad_rows(pictures, skip_bad=skip_bad)})
         self._rows = np.delete(np.arange(len(pictures)), bad)
         self.class_names = pictures.class_names
-        self.digest = hashlib.sha256("\n".join(pictures.identity()).encode()).hexdigest()
+        text = "\n".join([*pictures.identity(), digest_of(vae)])
+        self.digest = hashlib.sha256(text.encode()).hexdigest()
         self.skipped = len(bad)
         if not len(self._rows):
             raise DataError("none of the images is usable, at least 1 is needed")
@@ -281,3 +284,13 @@ def to_unit(images: np.ndarray) -> Tensor:
         device()
     )  # a copy: what is mapped cannot be written
     return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def digest_of(vae: AutoencoderKL) -> str:
+    """Of everything the latents depend on."""
+    config = vae.config
+    digest = hashlib.sha256(f"{config.scaling_factor} {config.shift_factor}".encode())
+    for name, tensor in sorted(vae.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().numpy().data)
+    return digest.hexdigest()

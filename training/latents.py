@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from flowturbo.errors import FlowTurboError
 from flowturbo.nets.vae import load_vae
-from training.data import INDEX, SETTINGS, Latents, encode
+from training.data import INDEX, SETTINGS, Latents, digest_of, encode
 from training.images import DataError, list_pictures
 from training.loop import device
 
@@ -137,7 +137,7 @@ class Writer:
             "images": hashlib.sha256("\n".join(self.images.identity()).encode()).hexdigest(),
             "count": len(self.images),
             "image_size": self.images.size,
-            "vae": _digest(self.vae),
+            "vae": digest_of(self.vae),
             **asdict(self.storage),
         }
         if state.is_main_process and not path.exists():
@@ -173,16 +173,6 @@ class Writer:
             "skipped": sum(shard["skipped"] for shard in shards),
             "shards": shards,
         }
-
-
-def _digest(vae: AutoencoderKL) -> str:
-    """Of everything the latents depend on."""
-    config = vae.config
-    digest = hashlib.sha256(f"{config.scaling_factor} {config.shift_factor}".encode())
-    for name, tensor in sorted(vae.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().numpy().data)
-    return digest.hexdigest()
 
 
 def _replace(path: Path, content: bytes) -> None:

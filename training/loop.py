@@ -126,8 +126,8 @@ def _step(
         accelerator.backward(loss)
     norm = nn.utils.clip_grad_norm_(network.parameters(), plan.clip or math.inf)
     whole = float(accelerator.reduce(loss.detach(), "mean"))
-    if not math.isfinite(whole):
-        raise FloatingPointError(f"loss is {whole} at step {step}")
+    if not math.isfinite(whole + float(norm)):
+        raise FloatingPointError(f"loss is {whole}, gradient norm {float(norm)} at step {step}")
     optimizer.step()
     return whole, {"learning_rate": rate, "gradient_norm": float(norm)}
 
@@ -159,7 +159,7 @@ class _Run:
         saved = torch.load(self.path, weights_only=True, map_location=device())
         # At a constant rate, more steps are the same run gone on with.
         longer = {"steps": identity["steps"]} if identity["decay"] == "constant" else {}
-        if {**saved["plan"], **longer} != identity:
+        if {**saved["plan"], **longer} != identity or saved["progress"]["step"] > identity["steps"]:
             raise PlanError(
                 f"{self.path} was trained with {saved['plan']}, not {identity}: remove it"
             )

@@ -125,18 +125,30 @@ def _run(args: argparse.Namespace) -> None:
         plan,
         args.runs,
         pace=Pace(args.save_every_s, args.log_every),
-        identity={"predictor": _sha256(args.predictor), "data": source.digest},
+        identity=_identity(args, source),
         preview=preview if args.sample_every else None,
     )
     if PartialState().is_main_process:
-        names = ("recipe", "step_range", "steps", "out_weights")
+        names = ("recipe", "step_range", "train_guidance", "start", "steps", "out_weights")
         notes = {name: str(getattr(args, name)) for name in names}
         save_weights(getattr(trained, args.out_weights), args.out, notes=notes)
         print(f"{args.out}: {args.out_weights} weights after {plan.steps} steps")
 
 
+def _identity(args: argparse.Namespace, source: Shards | EncodedImages) -> dict[str, str]:
+    """What a run's steps depend on, beside its plan and recipe."""
+    files = {name: getattr(args, name) for name in ("predictor", "start")}
+    return {
+        **{name: _sha256(path) if path else "" for name, path in files.items()},
+        **{name: str(getattr(args, name)) for name in ("weights", "num_heads")},
+        "data": source.digest,
+    }
+
+
 def _model(args: argparse.Namespace, predictor: SiTConfig) -> SiT:
     """The refiner to train: that of --start, or one with random weights."""
+    if args.start and (args.width or args.depth != 1):
+        raise PlanError("--start has a depth and a width of its own: leave --depth and --width out")
     if args.start:
         checkpoint = load_checkpoint(args.start, args.weights)
         model = build_network(checkpoint, reads_velocity=True, num_heads=args.heads)

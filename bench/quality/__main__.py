@@ -44,7 +44,10 @@ _ALSO = (
 
 def main() -> None:
     """Prints and writes the quality of each recipe in each repository."""
-    args = _parser().parse_args()
+    parser = _parser()
+    args = parser.parse_args()
+    if args.server and args.variant:
+        parser.error("--variant is the server's own: leave it out with --server")
     eyes = Eyes.open(args.weights, args.inception, args.reference)
     with contextlib.ExitStack() as stack:
         images = args.out or Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -16,10 +16,10 @@ from bench.quality.samplers import Counted, Velocity
 from flowturbo import LocalPipeline, contract
 from flowturbo.errors import RequestError
 from flowturbo.generate import Infer, awaited, in_chunks
-from flowturbo.guidance import Guidance, Tensors, alternate, pair_rows
+from flowturbo.guidance import Guidance, Tensors, gather, guided_block, spread
 from flowturbo.latents import noise
 from flowturbo.nets.checkpoint import build_network, load_checkpoint
-from flowturbo.program import Network, Variant, compile_program
+from flowturbo.program import Network, PredictorCall, Variant, compile_program
 from flowturbo.repository import Pipeline
 from flowturbo.sampler import Array, run
 from flowturbo.schedule import Schedule
@@ -116,30 +116,25 @@ def schedule_evaluations(schedule: Schedule) -> tuple[int, int]:
 
 
 def velocity(infer: Infer, pipeline: Pipeline, labels: Array, guidance: Guidance) -> Velocity:
-    """The guided velocity of images of the classes `labels` [n], from the predictor's block.
+    """The guided velocity of images of the classes `labels` [n], by calls that move nothing."""
 
-    The block's coefficients are 0 but for the time, so its update moves nothing. A guided image is
-    two rows, of which the unconditional reads the other's x: its own state is of no account.
-    """
-    alone = labels[:, None].astype(np.int64)
-    paired = alternate(alone, np.array([[pipeline.null_label]]))
+    async def network(network: Network, tensors: Tensors) -> tuple[Array, Array]:
+        x_next, velocity_next = infer(contract.PREDICTOR, tensors)
+        return x_next, velocity_next
 
-    def evaluate(x: Array, t: float) -> Array:
-        guided = guidance.active(t)
-        rows = np.repeat(x, 2, axis=0) if guided else x
-        scalars = np.zeros((len(rows), contract.SCALARS), np.float32)
-        scalars[:, 0], scalars[:, -1] = t, guidance.scale if guided else 1.0
-        tensors = {
-            "x": rows,
-            "velocity": np.zeros_like(rows),
-            "label": paired if guided else alone,
-            "scalars": scalars,
-            "pair": pair_rows(len(rows), guided=guided),
-        }
-        _, found = infer(contract.PREDICTOR, tensors)
-        return found[::2] if guided else found
+    block = guided_block(
+        network,
+        conditioning={"label": labels[:, None].astype(np.int64)},
+        null={"label": np.array([[pipeline.null_label]])},
+        guidance=guidance,
+    )
 
-    return evaluate
+    async def evaluate(x: Array, t: float) -> Array:
+        rows = spread(x, guidance)
+        _, found = await block(PredictorCall(0, t), rows, np.zeros_like(rows))
+        return gather(found, guidance)
+
+    return lambda x, t: run(evaluate(x, t))
 
 
 class Exact:

@@ -7,6 +7,7 @@ together, and no thread is woken between two calls of a request. On a device tha
 calls of which most wait go first: a few ahead wait for the many behind, and cohorts merge.
 """
 
+import logging
 import math
 import threading
 from collections import deque
@@ -19,6 +20,7 @@ import numpy as np
 from flowturbo.generate import Infer
 from flowturbo.guidance import Tensors
 
+_logger = logging.getLogger(__name__)
 MOST_PASSED_OVER = 8  # about as many turns as a request makes of the predictor
 
 Outputs = tuple[np.ndarray, ...]
@@ -32,12 +34,23 @@ class _Call:
 
     model: str
     tensors: Tensors
-    rows: int
-    number: int = 0
-    resume: Callable[[Outputs | BaseException], "_Call | None"] = lambda outputs: None
 
     def __await__(self) -> Generator["_Call", Outputs, Outputs]:
         return (yield self)
+
+
+@dataclass(eq=False)
+class _Waiting:
+    """A request at a call, the `number`th of all."""
+
+    number: int
+    call: _Call
+    request: Request
+    done: Done
+
+    @property
+    def rows(self) -> int:
+        return len(next(iter(self.call.tensors.values())))
 
 
 @dataclass(eq=False)
@@ -46,7 +59,7 @@ class _Device:
 
     threads: int
     free: int = 0
-    queues: dict[str, deque[_Call]] = field(default_factory=dict)
+    queues: dict[str, deque[_Waiting]] = field(default_factory=dict)
     passed_over: int = 0  # how often in a row the oldest call was
 
     def next(self) -> str:
@@ -55,18 +68,19 @@ class _Device:
         The oldest call's, once that has been passed over too often.
         """
         longest = max(reversed(self.queues), key=lambda model: len(self.queues[model]))
-        oldest = min((q[0] for q in self.queues.values() if q), key=lambda call: call.number)
-        if oldest.model != longest and self.passed_over < MOST_PASSED_OVER:
+        waiting = [model for model, queue in self.queues.items() if queue]
+        oldest = min(waiting, key=lambda model: self.queues[model][0].number)
+        if oldest != longest and self.passed_over < MOST_PASSED_OVER:
             self.passed_over += 1
             return longest
         self.passed_over = 0
-        return oldest.model
+        return oldest
 
-    def take(self, max_rows: int) -> tuple[str, list[_Call]]:
+    def take(self, max_rows: int) -> tuple[str, list[_Waiting]]:
         """A model and one of `free` equal shares of its calls, in order, up to `max_rows` rows."""
         model = self.next()
         queue = self.queues[model]
-        share = min(max_rows, math.ceil(sum(call.rows for call in queue) / self.free))
+        share = min(max_rows, math.ceil(sum(waiting.rows for waiting in queue) / self.free))
         batch = [queue.popleft()]
         rows = batch[0].rows
         while queue and rows + queue[0].rows <= share:
@@ -112,7 +126,7 @@ class Gatherer:
 
     async def infer(self, model: str, tensors: Tensors) -> Outputs:
         """The outputs for `tensors` [rows, ...]; for coroutines given to `start` alone."""
-        return await _Call(model, tensors, len(next(iter(tensors.values()))))
+        return await _Call(model, tensors)
 
     def start(self, request: Request, done: Done) -> None:
         """Runs `request` up to its first call here, then in turn with others.
@@ -120,37 +134,37 @@ class Gatherer:
         `done` is called with its result, or with the exception that ended it, on whatever thread
         that happens; it must not raise and should not take long.
         """
-        self._enqueue([_resume(request, done, None)])
+        self._go_on([(request, done, None)])
 
     def close(self) -> None:
-        """Ends the threads, once no call waits; nothing may be started any more."""
+        """Ends the threads; every request must have ended."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
 
-    def _enqueue(self, calls: Iterable[_Call | None]) -> None:
-        """All at once: an idle thread would take the first of them alone."""
+    def _go_on(self, requests: Iterable[tuple[Request, Done, Any]]) -> None:
+        """Gives each of `requests` what it waited for, and has their next calls wait.
+
+        All at once: an idle thread would take the first of them alone.
+        """
+        calls = [(_resume(*request), *request[:2]) for request in requests]
         with self._changed:
-            for call in calls:
+            for call, request, done in calls:
                 if call is not None:
                     self._count += 1
-                    call.number = self._count
-                    self._devices[call.model].queues[call.model].append(call)
+                    waiting = _Waiting(self._count, call, request, done)
+                    self._devices[call.model].queues[call.model].append(waiting)
             self._changed.notify_all()
 
     def _serve(self, device: _Device) -> None:
         while taken := self._next_batch(device):
             model, batch = taken
-            results: list[Any]
-            try:
-                results = self._evaluate(model, batch)
-            except BaseException as error:
-                results = [error] * len(batch)
-            self._enqueue([call.resume(r) for call, r in zip(batch, results, strict=True)])
+            results = self._evaluate(model, [waiting.call.tensors for waiting in batch])
+            self._go_on((w.request, w.done, r) for w, r in zip(batch, results, strict=True))
 
-    def _next_batch(self, device: _Device) -> tuple[str, list[_Call]] | None:
+    def _next_batch(self, device: _Device) -> tuple[str, list[_Waiting]] | None:
         with self._changed:
             device.free += 1
             try:
@@ -159,28 +173,31 @@ class Gatherer:
             finally:
                 device.free -= 1
 
-    def _evaluate(self, model: str, batch: list[_Call]) -> list[Outputs]:
-        if len(batch) == 1:
-            return [self._call(model, batch[0].tensors)]
-        joined = {
-            name: np.concatenate([call.tensors[name] for call in batch])
-            for name in batch[0].tensors
-        }
-        ends = np.cumsum([call.rows for call in batch])[:-1]
-        split = [np.split(output, ends) for output in self._call(model, joined)]
-        return list(zip(*split, strict=True))
+    def _evaluate(self, model: str, parts: list[Tensors]) -> list[Outputs] | list[BaseException]:
+        """The outputs for each of `parts`, evaluated together, or for each the error."""
+        try:
+            if len(parts) == 1:
+                return [self._call(model, parts[0])]
+            joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            ends = np.cumsum([len(next(iter(part.values()))) for part in parts])[:-1]
+            split = [np.split(output, ends) for output in self._call(model, joined)]
+            return list(zip(*split, strict=True))
+        except BaseException as error:
+            return [error] * len(parts)
 
 
 def _resume(request: Request, done: Done, outputs: Any) -> _Call | None:
     """Gives a request what it waited for; its next call, or None once it has ended."""
     try:
-        failed = isinstance(outputs, BaseException)
-        call = request.throw(outputs) if failed else request.send(outputs)
+        if isinstance(outputs, BaseException):
+            return request.throw(outputs)
+        return request.send(outputs)
     except StopIteration as end:
-        done(end.value)
+        result = end.value
     except BaseException as error:
-        done(error)
-    else:
-        call.resume = lambda outputs: _resume(request, done, outputs)
-        return call
+        result = error
+    try:
+        done(result)
+    except BaseException:  # the thread has others to serve
+        _logger.exception("the end of a request could not be told")
     return None

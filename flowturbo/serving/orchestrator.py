@@ -1,7 +1,8 @@
 """Triton Python-backend model `flowturbo`: one request in, one response out.
 
-`execute` checks and admits requests and returns at once; each admitted one is a coroutine. Steps of
-different requests, at different places of different schedules, share batches.
+`execute` checks and admits requests and returns at once; each admitted one is a coroutine, or if it
+is alone a call of an ensemble. Steps of different requests, at different places of different
+schedules, share batches.
 """
 
 import json
@@ -100,8 +101,8 @@ class TritonPythonModel:
         self._deadlines = Deadlines(self._expire)
         self._inflight = 0
         self._crowded = -math.inf  # when requests were last together here (monotonic s)
-        self._left = threading.Condition()  # and the lock of these two
-        self._workers = ThreadPoolExecutor(self._settings.max_inflight, "flowturbo")
+        self._left = threading.Condition()  # and their lock
+        self._workers = _all_threads(self._settings.max_inflight)
 
     def execute(self, requests: list[Any]) -> None:
         """Takes requests over; each is answered exactly once, by its sender."""
@@ -252,6 +253,15 @@ class TritonPythonModel:
         except Exception as error:
             # The sender is closed by now: nothing more can be sent.
             pb_utils.Logger.log_error(f"flowturbo: an answer could not be sent: {error}")
+
+
+def _all_threads(count: int) -> ThreadPoolExecutor:
+    """A pool whose threads all run: no request can fail for want of one."""
+    pool, started = ThreadPoolExecutor(count, "flowturbo"), threading.Barrier(count + 1)
+    for _ in range(count):
+        pool.submit(started.wait)
+    started.wait()
+    return pool
 
 
 def _tensors(arrays: Tensors) -> list[Any]:
