@@ -1,0 +1,186 @@
+"""Finds the schedules that are worth having on a deployed model: `python -m bench.tune`.
+
+Times are those of a lone request, from its blocks' measured times. The figure is the distance to
+the exact solution of the flow, RMS over latents; with `--metric frechet` the schedules that remain
+are judged by the Fréchet distance of their images. Writes presets for `python -m export --presets`.
+"""
+
+import argparse
+import datetime
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.capacity.block_times import OVERHEAD_MS
+from bench.observe import hardware
+from bench.quality.engine import Engine, Recipe
+from bench.quality.evaluate import Eyes, Local, described, models_digest
+from bench.quality.images import ImageFolder
+from bench.quality.metrics import BLOCKS
+from bench.tune import choice, report
+from bench.tune.candidates import Cost, candidates
+from bench.tune.choice import Rated
+from bench.tune.scores import Distances, Score, solve
+from bench.tune.search import nearest, search
+from flowturbo import LocalPipeline
+from flowturbo.errors import FlowTurboError
+from flowturbo.guidance import Guidance
+from flowturbo.request import default_schedule
+from flowturbo.schedule import Schedule
+
+CAP = 3  # times the default schedule's time, where no latency is asked for
+FEWEST = 5 * BLOCKS  # latents: a fifth of them makes the first stage
+_ROUNDS = 5  # in which the front's schedules are timed in turns
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit status: 2, and one line on stderr, for what the user can put right."""
+    args = _parser().parse_args(argv)
+    try:
+        print(_tune(args))
+    except (FlowTurboError, OSError, ValueError) as error:
+        print(f"tune: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__)
+    add = parser.add_argument
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--latency-ms", type=float, help="the most that a request may take")
+    target.add_argument("--quality", type=float, help="the figure to reach, lower is better")
+    add("--repository", type=Path, default=Path("model_repository"))
+    add("--images", type=int, default=1, help="of the request that is timed (default: 1)")
+    add("--guidance-scale", type=float, help="default: the service's")
+    add("--overhead-ms", type=float, default=OVERHEAD_MS, help=f"of a call ({OVERHEAD_MS:g})")
+    add("--metric", choices=("rms", "frechet"), default="rms")
+    add("--latents", type=int, default=60, help=f"for the distance, {FEWEST} or more (default: 60)")
+    add("--predictor", type=Path, help="checkpoint to solve exactly (default: the deployed one)")
+    add("--judged", type=int, default=1000, help="images for a Fréchet distance (default: 1000)")
+    add("--finalists", type=int, default=12, help="schedules judged by it (default: 12)")
+    add("--weights", type=Path, default=Path("weights/glyphs"), help="the judge's folder")
+    add("--inception", type=Path, help="pt_inception-2015-12-05-6726825d.pth")
+    add("--reference", type=Path, help="real images: .npz as ADM's, or a folder")
+    add("--cache", type=Path, default=Path("runs/tune"), help="exact solutions and images")
+    add("--out", type=Path, default=Path("output/presets.json"), help="and a .png beside it")
+    return parser
+
+
+def _tune(args: argparse.Namespace) -> str:
+    """Searches and writes; what to tell the user."""
+    if args.latents < FEWEST:
+        raise ValueError(f"--latents must be at least {FEWEST}, got {args.latents}")
+    pipeline = LocalPipeline(args.repository)
+    scale, settings = args.guidance_scale, pipeline.settings
+    guidance = Guidance(settings.default_guidance_scale if scale is None else scale)
+    cost = Cost.measured(args.repository, args.images, guidance, args.overhead_ms)
+    default = Schedule.parse(default_schedule(pipeline.pipeline, settings))
+    cap_ms = args.latency_ms or CAP * cost.ms(default)
+    cost_ms = {s: cost.ms(s) for s in candidates(has_refiner=pipeline.pipeline.has_refiner)}
+    cost_ms = {s: ms for s, ms in cost_ms.items() if ms <= cap_ms}
+    if not cost_ms:
+        raise ValueError(f"no schedule takes {cap_ms:g} ms or less")
+    cost_ms[default] = cost.ms(default)
+    whose, solved = solve(
+        pipeline, args.repository, args.predictor, guidance, args.latents, args.cache
+    )
+    distances = Distances(pipeline, guidance, solved)
+    stages = search(cost_ms, distances.score, args.latents, [default])
+    tried, metric = stages[-1], f"RMS distance to {whose}"
+    if args.metric == "frechet":
+        tried, metric = _judged(args, tried, default, guidance), "Fréchet distance"
+    of_default = next(each for each in tried if each.schedule == default)
+    front = choice.front(each for each in tried if each.ms <= cap_ms)
+    names = choice.presets(front, of_default, cap_ms)
+    wanted = (
+        choice.best_within(front, cap_ms)
+        if args.quality is None
+        else choice.fastest_as_good(front, args.quality)
+    )
+    document = {
+        "presets": {name: each.stated() for name, each in names.items()},
+        "definitions": choice.DEFINITIONS,
+        "recommended": wanted and wanted.stated(),
+        "target": {"latency_ms": args.latency_ms, "quality": args.quality, "cap_ms": cap_ms},
+        "default": of_default.stated(),
+        "front": [each.stated() for each in front],
+        "metric": metric,
+        "latents": args.latents,
+        "images": args.images,
+        "guidance_scale": guidance.scale,
+        "variant": settings.variant,
+        **_circumstances(args.repository, pipeline, cost),
+    }
+    report.write(document, args.out)
+    latest = {each.schedule: each for stage in stages for each in stage}
+    shown = tried if args.metric == "frechet" else [*latest.values()]
+    labels = f"ms, a lone request, images: {args.images}", metric
+    report.draw(shown, front, names, labels, args.out.with_suffix(".png"))
+    clocked = in_process_ms(pipeline, [each.schedule for each in front], guidance, args.images)
+    lines = [
+        f"{metric}; a request of {args.images}, guidance {guidance.scale:g}, up to {cap_ms:.1f} ms",
+        report.table(front, names, clocked),
+        f"default: {of_default.schedule}, {of_default.ms:.1f} ms, {of_default.score.value:.4g}",
+        f"recommended: {wanted.schedule if wanted else 'nothing reaches ' + str(args.quality)}",
+        f"written: {args.out}, {args.out.with_suffix('.png')}",
+    ]
+    return "\n".join(lines)
+
+
+def _judged(
+    args: argparse.Namespace, tried: Sequence[Rated], default: Schedule, guidance: Guidance
+) -> list[Rated]:
+    """The nearest of `tried`, and the default, by the Fréchet distance of their images."""
+    engine = Engine(args.repository)
+    eyes = Eyes.open(args.weights, args.inception, args.reference)
+    finalists = nearest(tried, args.finalists)[: args.finalists]
+    chosen = dict.fromkeys([*finalists, *(r for r in tried if r.schedule == default)])
+    found = []
+    for each in chosen:
+        recipe = Recipe(str(each.schedule), guidance.scale, variant=engine.settings.variant)
+        said = described(recipe, args.repository, "process")
+        path = args.cache / f"{recipe}_{said['models']}"
+        folder = ImageFolder(path, said, engine.pipeline.num_classes)
+        folder.fill(args.judged, Local(engine, recipe))
+        figures = eyes.figures(folder, args.judged)
+        score = Score(figures.frechet_distance, figures.frechet_without_block)
+        found.append(Rated(each.schedule, each.ms, score))
+    return found
+
+
+def in_process_ms(
+    pipeline: LocalPipeline, schedules: Sequence[Schedule], guidance: Guidance, images: int
+) -> list[float]:
+    """Median milliseconds of a request to `pipeline` with each schedule, which take turns."""
+    seeds = np.arange(images)
+    labels = seeds % pipeline.pipeline.num_classes
+    taken: list[list[float]] = []
+    for _ in range(_ROUNDS):
+        taken.append([])
+        for schedule in schedules:
+            started = time.perf_counter()
+            pipeline.generate(labels, seeds, str(schedule), guidance.scale)
+            taken[-1].append(1e3 * (time.perf_counter() - started))
+    return [statistics.median(of_schedule) for of_schedule in zip(*taken, strict=True)]
+
+
+def _circumstances(repository: Path, pipeline: LocalPipeline, cost: Cost) -> dict[str, Any]:
+    return {
+        "block_ms": cost.block_ms,
+        "overhead_ms": cost.overhead_ms,
+        "hardware": hardware(),
+        "precision": pipeline.pipeline.precision,
+        "runtime": pipeline.pipeline.runtime,
+        "models": models_digest(repository),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,76 @@
+"""From rated schedules to the few that are worth having, and to presets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bench.tune.scores import Score
+from flowturbo.schedule import Schedule
+
+DEFINITIONS = {
+    "fast": "the fastest whose figure is no higher than the default schedule's, or else `best`",
+    "balanced": "between the two, the farthest below the line through them, both axes logarithmic",
+    "best": "the lowest figure within the cap, or the fastest that is not surely worse",
+}
+
+
+@dataclass(frozen=True)
+class Rated:
+    """A schedule, the milliseconds of a request, and its figure of merit."""
+
+    schedule: Schedule
+    ms: float
+    score: Score
+
+    def stated(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {
+            "schedule": str(self.schedule),
+            "ms": round(self.ms, 3),
+            "metric": self.score.value,
+            "interval": self.score.interval,
+        }
+
+
+def front(rated: Iterable[Rated]) -> list[Rated]:
+    """Those with no other as fast and as good, from the fastest to the best."""
+    found: list[Rated] = []
+    for each in sorted(rated, key=lambda r: (r.ms, r.score.value)):
+        if not found or each.score.value < found[-1].score.value:
+            found.append(each)
+    return found
+
+
+def best_within(of_front: Sequence[Rated], cap_ms: float) -> Rated | None:
+    """DEFINITIONS["best"]; None where nothing is as fast as `cap_ms`."""
+    within = [each for each in of_front if each.ms <= cap_ms]
+    return next((r for r in within if not r.score.surely_above(within[-1].score)), None)
+
+
+def fastest_as_good(of_front: Sequence[Rated], figure: float) -> Rated | None:
+    """The fastest whose figure is `figure` at most, if there is one."""
+    return next((each for each in of_front if each.score.value <= figure), None)
+
+
+def presets(of_front: Sequence[Rated], default: Rated, cap_ms: float) -> dict[str, Rated]:
+    """The presets of DEFINITIONS within `cap_ms`; none where nothing is as fast."""
+    best = best_within(of_front, cap_ms)
+    if best is None:
+        return {}
+    fast = fastest_as_good(of_front, default.score.value)
+    if fast is None or fast.ms > best.ms:
+        fast = best
+    between = of_front[of_front.index(fast) : of_front.index(best) + 1]
+    return {"fast": fast, "balanced": knee(between), "best": best}
+
+
+def knee(of_front: Sequence[Rated]) -> Rated:
+    """The one farthest below the line from the first to the last, both axes logarithmic."""
+    points = [(math.log(each.ms), math.log(each.score.value)) for each in of_front]
+    (x0, y0), (x1, y1) = points[0], points[-1]
+    slope = (y1 - y0) / (x1 - x0) if x1 > x0 else 0.0
+    below = [y0 + slope * (x - x0) - y for x, y in points]
+    return of_front[below.index(max(below))]
