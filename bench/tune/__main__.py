@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from bench.capacity.block_times import OVERHEAD_MS
+from bench.capacity.block_times import BlockTimes
 from bench.observe import hardware
 from bench.quality.engine import Engine, Recipe
 from bench.quality.evaluate import Eyes, Local, described, models_digest
 from bench.quality.images import ImageFolder
 from bench.quality.metrics import BLOCKS
 from bench.tune import choice, report
-from bench.tune.candidates import Cost, candidates
+from bench.tune.candidates import Cost, candidates, measured
 from bench.tune.choice import Rated
 from bench.tune.scores import Distances, Score, solve
 from bench.tune.search import nearest, search
@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--repository", type=Path, default=Path("model_repository"))
     add("--images", type=int, default=1, help="of the request that is timed (default: 1)")
     add("--guidance-scale", type=float, help="default: the service's")
-    add("--overhead-ms", type=float, default=OVERHEAD_MS, help=f"of a call ({OVERHEAD_MS:g})")
+    add("--times", type=Path, help="block times, as bench.capacity takes (default: measured here)")
     add("--metric", choices=("rms", "frechet"), default="rms")
     add("--latents", type=int, default=60, help=f"for the distance, {FEWEST} or more (default: 60)")
     add("--predictor", type=Path, help="checkpoint to solve exactly (default: the deployed one)")
@@ -77,60 +77,66 @@ def _tune(args: argparse.Namespace) -> str:
     if args.latents < FEWEST:
         raise ValueError(f"--latents must be at least {FEWEST}, got {args.latents}")
     pipeline = LocalPipeline(args.repository)
-    scale, settings = args.guidance_scale, pipeline.settings
-    guidance = Guidance(settings.default_guidance_scale if scale is None else scale)
-    cost = Cost.measured(args.repository, args.images, guidance, args.overhead_ms)
-    default = Schedule.parse(default_schedule(pipeline.pipeline, settings))
+    scale = args.guidance_scale
+    guidance = Guidance(pipeline.settings.default_guidance_scale if scale is None else scale)
+    times = (
+        BlockTimes.read(args.times)
+        if args.times
+        else measured(args.repository, args.images, guidance)
+    )
+    cost = Cost.of(times, args.images, guidance)
+    default = Schedule.parse(default_schedule(pipeline.pipeline, pipeline.settings))
     cap_ms = args.latency_ms or CAP * cost.ms(default)
-    cost_ms = {s: cost.ms(s) for s in candidates(has_refiner=pipeline.pipeline.has_refiner)}
-    cost_ms = {s: ms for s, ms in cost_ms.items() if ms <= cap_ms}
-    if not cost_ms:
-        raise ValueError(f"no schedule takes {cap_ms:g} ms or less")
-    cost_ms[default] = cost.ms(default)
+    stages, metric = _search(args, pipeline, guidance, cost, default, cap_ms)
+    latest = {each.schedule: each for stage in stages for each in stage}
+    tried = stages[-1]
+    if args.metric == "frechet":
+        tried, metric = _judged(args, tried, default, guidance), "Fréchet distance"
+        latest = {each.schedule: each for each in tried}
+    found = choice.choose(tried, default, cap_ms, args.quality)
+    stated = {
+        **found.stated(),
+        "target": {"latency_ms": args.latency_ms, "quality": args.quality, "cap_ms": cap_ms},
+        "metric": metric,
+        "latents": args.latents,
+        "judged": args.judged if args.metric == "frechet" else None,
+        "images": args.images,
+        "guidance_scale": guidance.scale,
+        **_circumstances(args.repository, pipeline, cost),
+    }
+    report.write(stated, args.out)
+    labels = f"ms, a lone request, images: {args.images}", metric
+    report.draw([*latest.values()], found, labels, args.out.with_suffix(".png"))
+    clocked = in_process_ms(pipeline, [r.schedule for r in found.front], guidance, args.images)
+    head = f"{metric}; images: {args.images}, guidance {guidance.scale:g}, up to {cap_ms:.1f} ms"
+    return "\n".join([head, report.table(found, clocked), f"written: {args.out} and a .png"])
+
+
+def _search(
+    args: argparse.Namespace,
+    pipeline: LocalPipeline,
+    guidance: Guidance,
+    cost: Cost,
+    default: Schedule,
+    cap_ms: float,
+) -> tuple[list[list[Rated]], str]:
+    """The stages of the search up to `cap_ms`, the default schedule always in it; and its metric.
+
+    Raises ValueError where nothing is as fast.
+    """
+    every = {s: cost.ms(s) for s in candidates(has_refiner=pipeline.pipeline.has_refiner)}
+    fastest = min(every, key=lambda schedule: every[schedule])
+    if every[fastest] > cap_ms:
+        raise ValueError(
+            f"no schedule takes {cap_ms:g} ms or less, {fastest} takes {every[fastest]:.1f}"
+        )
+    within = {schedule: ms for schedule, ms in every.items() if ms <= cap_ms}
     whose, solved = solve(
         pipeline, args.repository, args.predictor, guidance, args.latents, args.cache
     )
-    distances = Distances(pipeline, guidance, solved)
-    stages = search(cost_ms, distances.score, args.latents, [default])
-    tried, metric = stages[-1], f"RMS distance to {whose}"
-    if args.metric == "frechet":
-        tried, metric = _judged(args, tried, default, guidance), "Fréchet distance"
-    of_default = next(each for each in tried if each.schedule == default)
-    front = choice.front(each for each in tried if each.ms <= cap_ms)
-    names = choice.presets(front, of_default, cap_ms)
-    wanted = (
-        choice.best_within(front, cap_ms)
-        if args.quality is None
-        else choice.fastest_as_good(front, args.quality)
-    )
-    document = {
-        "presets": {name: each.stated() for name, each in names.items()},
-        "definitions": choice.DEFINITIONS,
-        "recommended": wanted and wanted.stated(),
-        "target": {"latency_ms": args.latency_ms, "quality": args.quality, "cap_ms": cap_ms},
-        "default": of_default.stated(),
-        "front": [each.stated() for each in front],
-        "metric": metric,
-        "latents": args.latents,
-        "images": args.images,
-        "guidance_scale": guidance.scale,
-        "variant": settings.variant,
-        **_circumstances(args.repository, pipeline, cost),
-    }
-    report.write(document, args.out)
-    latest = {each.schedule: each for stage in stages for each in stage}
-    shown = tried if args.metric == "frechet" else [*latest.values()]
-    labels = f"ms, a lone request, images: {args.images}", metric
-    report.draw(shown, front, names, labels, args.out.with_suffix(".png"))
-    clocked = in_process_ms(pipeline, [each.schedule for each in front], guidance, args.images)
-    lines = [
-        f"{metric}; a request of {args.images}, guidance {guidance.scale:g}, up to {cap_ms:.1f} ms",
-        report.table(front, names, clocked),
-        f"default: {of_default.schedule}, {of_default.ms:.1f} ms, {of_default.score.value:.4g}",
-        f"recommended: {wanted.schedule if wanted else 'nothing reaches ' + str(args.quality)}",
-        f"written: {args.out}, {args.out.with_suffix('.png')}",
-    ]
-    return "\n".join(lines)
+    score = Distances(pipeline, guidance, solved).score
+    stages = search(within | {default: cost.ms(default)}, score, args.latents, [default])
+    return stages, f"RMS distance to {whose}"
 
 
 def _judged(
@@ -177,6 +183,7 @@ def _circumstances(repository: Path, pipeline: LocalPipeline, cost: Cost) -> dic
         "hardware": hardware(),
         "precision": pipeline.pipeline.precision,
         "runtime": pipeline.pipeline.runtime,
+        "variant": pipeline.settings.variant,
         "models": models_digest(repository),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.capacity.block_times import OVERHEAD_MS, BlockTimes, measure
+from bench.capacity.block_times import BlockTimes, measure
 from flowturbo import contract
 from flowturbo.generate import models_called
 from flowturbo.guidance import Guidance
@@ -28,26 +28,26 @@ class Cost:
     overhead_ms: float
 
     @classmethod
-    def measured(
-        cls,
-        repository: Path,
-        images: int,
-        guidance: Guidance,
-        overhead_ms: float = OVERHEAD_MS,
-    ) -> Cost:
-        """Of `images` images, measured here; raises ValueError for more than one batch holds."""
-        rows, most = images * (2 if guidance.used else 1), Pipeline.load(repository).max_rows
-        if not 1 <= rows <= most:
-            raise ValueError(f"{images} images are {rows} rows, a batch has 1 to {most}")
-        times = BlockTimes(measure(repository, sizes=(images, rows)), overhead_ms)
+    def of(cls, times: BlockTimes, images: int, guidance: Guidance) -> Cost:
+        """Of `images` images, which are one batch; raises ValueError for more than is measured."""
+        rows = images * (2 if guidance.used else 1)
         of_rows = {model: images if model == contract.DECODER else rows for model in times.times_ms}
-        return cls({model: times.table(model, n)[n] for model, n in of_rows.items()}, overhead_ms)
+        block_ms = {model: times.table(model, n)[n] for model, n in of_rows.items()}
+        return cls(block_ms, times.overhead_ms)
 
     def ms(self, schedule: Schedule) -> float:
         """Milliseconds of a request, all its images together."""
         models = models_called(compile_program(schedule))
         models += [contract.DECODER] * (contract.DECODER in self.block_ms)
         return sum(self.block_ms[model] + self.overhead_ms for model in models)
+
+
+def measured(repository: Path, images: int, guidance: Guidance) -> BlockTimes:
+    """What Cost needs of `repository`, measured here; raises ValueError for too many images."""
+    rows, most = images * (2 if guidance.used else 1), Pipeline.load(repository).max_rows
+    if not 1 <= rows <= most:
+        raise ValueError(f"--images {images} is {rows} rows, a batch has 1 to {most}")
+    return BlockTimes(measure(repository, sizes=(images, rows)))
 
 
 def candidates(*, has_refiner: bool) -> list[Schedule]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,44 @@ class Rated:
         }
 
 
+@dataclass(frozen=True)
+class Choice:
+    """The front from the fastest to the best, the presets on it, and what fits the target."""
+
+    front: Sequence[Rated]
+    presets: Mapping[str, Rated]
+    default: Rated
+    recommended: Rated | None
+
+    def stated(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {
+            "presets": {name: each.stated() for name, each in self.presets.items()},
+            "definitions": DEFINITIONS,
+            "recommended": self.recommended and self.recommended.stated(),
+            "default": self.default.stated(),
+            "front": [each.stated() for each in self.front],
+        }
+
+
+def choose(
+    tried: Sequence[Rated], default: Schedule, cap_ms: float, quality: float | None
+) -> Choice:
+    """From `tried`, at least one of them within `cap_ms`, and `default` among them.
+
+    What is recommended is the best within the cap, or the fastest that reaches `quality`.
+    """
+    of_front = front(each for each in tried if each.ms <= cap_ms)
+    of_default = next(each for each in tried if each.schedule == default)
+    best = best_of(of_front)
+    return Choice(
+        of_front,
+        presets(of_front, of_default.score.value),
+        of_default,
+        best if quality is None else fastest_as_good(of_front, quality),
+    )
+
+
 def front(rated: Iterable[Rated]) -> list[Rated]:
     """Those with no other as fast and as good, from the fastest to the best."""
     found: list[Rated] = []
@@ -44,10 +82,9 @@ def front(rated: Iterable[Rated]) -> list[Rated]:
     return found
 
 
-def best_within(of_front: Sequence[Rated], cap_ms: float) -> Rated | None:
-    """DEFINITIONS["best"]; None where nothing is as fast as `cap_ms`."""
-    within = [each for each in of_front if each.ms <= cap_ms]
-    return next((r for r in within if not r.score.surely_above(within[-1].score)), None)
+def best_of(of_front: Sequence[Rated]) -> Rated:
+    """DEFINITIONS["best"]."""
+    return next(each for each in of_front if not each.score.surely_above(of_front[-1].score))
 
 
 def fastest_as_good(of_front: Sequence[Rated], figure: float) -> Rated | None:
@@ -55,14 +92,11 @@ def fastest_as_good(of_front: Sequence[Rated], figure: float) -> Rated | None:
     return next((each for each in of_front if each.score.value <= figure), None)
 
 
-def presets(of_front: Sequence[Rated], default: Rated, cap_ms: float) -> dict[str, Rated]:
-    """The presets of DEFINITIONS within `cap_ms`; none where nothing is as fast."""
-    best = best_within(of_front, cap_ms)
-    if best is None:
-        return {}
-    fast = fastest_as_good(of_front, default.score.value)
-    if fast is None or fast.ms > best.ms:
-        fast = best
+def presets(of_front: Sequence[Rated], of_default: float) -> dict[str, Rated]:
+    """The presets of DEFINITIONS; `of_default` is the figure of the default schedule."""
+    best = best_of(of_front)
+    fast = fastest_as_good(of_front, of_default) or best
+    fast = min(fast, best, key=lambda each: each.ms)
     between = of_front[of_front.index(fast) : of_front.index(best) + 1]
     return {"fast": fast, "balanced": knee(between), "best": best}
 

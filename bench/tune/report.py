@@ -7,24 +7,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.tune.choice import Rated
+from bench.tune.choice import Choice, Rated
 
 
-def table(
-    front: Sequence[Rated], names: Mapping[str, Rated], in_process_ms: Sequence[float]
-) -> str:
+def table(found: Choice, in_process_ms: Sequence[float]) -> str:
     """The front, a schedule a line; `surely` where it is better than the line before, 95%."""
     lines = [f"{'schedule':<10} {'ms':>8} {'in process':>11}  {'figure':<20} better"]
-    for k, each in enumerate(front):
-        surely = k > 0 and front[k - 1].score.surely_above(each.score)
-        said = "" if k == 0 else "surely" if surely else "perhaps"
-        figure = f"{each.score.value:.4g} ± {each.score.interval:.2g}"
-        of_preset = ", ".join(name for name, preset in names.items() if preset is each)
-        lines.append(
-            f"{each.schedule!s:<10} {each.ms:8.1f} {in_process_ms[k]:11.1f}  {figure:<20} "
-            f"{said:<8} {of_preset}".rstrip()
-        )
+    for k, each in enumerate(found.front):
+        surely = k > 0 and found.front[k - 1].score.surely_above(each.score)
+        better = "" if k == 0 else "surely" if surely else "perhaps"
+        names = ", ".join(name for name, preset in found.presets.items() if preset is each)
+        measured = f"{in_process_ms[k]:11.1f}"
+        lines.append(f"{_words(each, measured)}  {better:<8} {names}".rstrip())
+    fits = found.recommended
+    lines.append(f"{_words(found.default, ' ' * 11)}  (default)")
+    lines.append(f"recommended: {fits.schedule if fits else 'nothing here reaches the target'}")
     return "\n".join(lines)
+
+
+def _words(rated: Rated, measured: str) -> str:
+    figure = f"{rated.score.value:.4g} ± {rated.score.interval:.2g}"
+    return f"{rated.schedule!s:<10} {rated.ms:8.1f} {measured}  {figure:<20}"
 
 
 def write(document: Mapping[str, Any], path: Path) -> None:
@@ -37,8 +40,7 @@ def write(document: Mapping[str, Any], path: Path) -> None:
 
 def draw(
     tried: Sequence[Rated],
-    front: Sequence[Rated],
-    names: Mapping[str, Rated],
+    found: Choice,
     labels: tuple[str, str],
     path: Path,
 ) -> None:
@@ -54,10 +56,14 @@ def draw(
     figure, axis = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
     axis.plot(*_points(tried), ".", color="0.7", label="tried")
     axis.errorbar(
-        *_points(front), yerr=[r.score.interval for r in front], fmt="o-", ms=4, label="front"
+        *_points(found.front),
+        yerr=[r.score.interval for r in found.front],
+        fmt="o-",
+        ms=4,
+        label="front",
     )
     by_schedule: dict[Rated, list[str]] = {}
-    for name, rated in names.items():
+    for name, rated in found.presets.items():
         by_schedule.setdefault(rated, []).append(name)
     for rated, of_it in by_schedule.items():
         axis.plot(rated.ms, rated.score.value, "o", ms=10, mfc="none", color="black")
