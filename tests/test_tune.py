@@ -8,6 +8,7 @@ import pytest
 from support import GLYPHS
 
 from bench.capacity.block_times import BlockTimes
+from bench.tune import scores
 from bench.tune.__main__ import main
 from bench.tune.candidates import MOST_EVALUATIONS, Cost, candidates, evaluations, measured
 from bench.tune.choice import Rated, best_of, choose, fastest_as_good, front, knee
@@ -58,7 +59,7 @@ def test_cost_is_that_of_every_call() -> None:
 
 
 def test_a_difference_is_paired() -> None:
-    """Seeds differ far more than schedules do; true differences are found, others as often as 5%."""
+    """Seeds differ far more than schedules do, and yet a true difference is found, no other."""
     numbers = np.random.default_rng(0)
     found, mistaken = 0, 0
     for _ in range(200):
@@ -125,7 +126,7 @@ def test_halving_finds_the_front_with_less_work() -> None:
     assert sum(asked) < 0.5 * 60 * len(cost_ms)
     assert kept in [each.schedule for each in stages[-1]]
     true = front(Rated(each, ms, score(each, 60)) for each, ms in cost_ms.items())
-    assert [r.schedule for r in front(stages[-1])] == [r.schedule for r in true]
+    assert [(r.ms, r.score) for r in front(stages[-1])] == [(r.ms, r.score) for r in true]
 
 
 @pytest.fixture(scope="module")
@@ -173,8 +174,13 @@ def test_command(
 
 
 def test_frechet_distance(
-    glyphs_repository: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    glyphs_repository: Path,
+    file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(scores, "HEUN_STEPS", 4)  # exact or not, images are judged
     out = tmp_path / "presets.json"
     options = ["--metric", "frechet", "--judged", "36", "--finalists", "2", "--latents", "50"]
     paths = ["--weights", str(GLYPHS), "--cache", str(tmp_path), "--out", str(out)]
@@ -185,5 +191,5 @@ def test_frechet_distance(
     assert stated["judged"] == 36
     assert len(stated["front"]) <= 2
     folders = [path for path in tmp_path.iterdir() if path.is_dir()]
-    assert len(folders) == 3  # the default's as well
+    assert {"A2", "H1P5R3"} <= {folder.name.split("_")[0] for folder in folders}  # the default's
     assert all(len(list(folder.glob("*.png"))) == 36 for folder in folders)

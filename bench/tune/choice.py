@@ -13,7 +13,7 @@ from flowturbo.schedule import Schedule
 DEFINITIONS = {
     "fast": "the fastest whose figure is no higher than the default schedule's, or else `best`",
     "balanced": "between the two, the farthest below the line through them, both axes logarithmic",
-    "best": "the lowest figure within the cap, or the fastest that is not surely worse",
+    "best": "the fastest within the cap that is not surely worse than another",
 }
 
 
@@ -84,7 +84,11 @@ def front(rated: Iterable[Rated]) -> list[Rated]:
 
 def best_of(of_front: Sequence[Rated]) -> Rated:
     """DEFINITIONS["best"]."""
-    return next(each for each in of_front if not each.score.surely_above(of_front[-1].score))
+    return next(
+        each
+        for each in of_front
+        if not any(each.score.surely_above(other.score) for other in of_front)
+    )
 
 
 def fastest_as_good(of_front: Sequence[Rated], figure: float) -> Rated | None:

@@ -70,8 +70,9 @@ def draw(
         axis.annotate(
             f"{', '.join(of_it)}: {rated.schedule}",
             (rated.ms, rated.score.value),
-            xytext=(8, 8),
+            xytext=(-8, -12),  # below the front, where no points are
             textcoords="offset points",
+            ha="right",
         )
     axis.set(xlabel=labels[0], ylabel=labels[1], xscale="log", yscale="log")
     axis.xaxis.set_major_formatter("{x:g}")
