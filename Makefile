@@ -61,5 +61,5 @@ train: setup  ## the glyphs model from nothing, about two and a half hours on tw
 
 clean:  ## all that is made here but the training runs
 	rm -rf .venv output $(REPOSITORY)/velocity_predictor $(REPOSITORY)/velocity_refiner \
-	  $(REPOSITORY)/vae_decoder \
+	  $(REPOSITORY)/vae_decoder $(REPOSITORY)/flowturbo/presets.json \
 	  $(REPOSITORY)/flowturbo_finisher $(REPOSITORY)/flowturbo_h*

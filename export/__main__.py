@@ -151,6 +151,13 @@ def _export_parser() -> argparse.ArgumentParser:
         help="schedules, such as H1P5R3, that get a model of their own, a Triton ensemble "
         "(default: those that the repository has)",
     )
+    add(
+        "--presets",
+        type=Path,
+        metavar="FILE",
+        help="schedules that requests may ask for by name, from bench.tune "
+        "(default: those that the repository has, or the paper's)",
+    )
     add("--force", action="store_true", help="export again although nothing has changed")
     return parser
 

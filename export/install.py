@@ -13,6 +13,7 @@ from typing import Any
 
 from flowturbo import contract
 from flowturbo.errors import FlowTurboError
+from flowturbo.presets import PRESETS_FILE, presets_path
 from flowturbo.repository import BUILD_FILE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,7 +113,7 @@ def install(staged: Path, repository: Path, replaced: Iterable[str]) -> None:
     repository.mkdir(parents=True, exist_ok=True)
     finished = sorted(path.name for path in staged.iterdir())
     if not (repository / contract.ORCHESTRATOR).exists():
-        ignored = shutil.ignore_patterns("__pycache__")
+        ignored = shutil.ignore_patterns("__pycache__", PRESETS_FILE)
         shutil.copytree(COMMITTED, staged / contract.ORCHESTRATOR, ignore=ignored)
         (staged / contract.ORCHESTRATOR).rename(repository / contract.ORCHESTRATOR)
     old = staged / ".old"
@@ -130,6 +131,14 @@ def install(staged: Path, repository: Path, replaced: Iterable[str]) -> None:
         for saved in old.iterdir():
             saved.rename(repository / saved.name)
         raise
+
+
+def install_presets(file: Path, repository: Path) -> None:
+    """Puts a checked `file` of presets in the place of those in `repository`, at once."""
+    path = presets_path(repository)
+    partial = path.with_suffix(".partial")
+    shutil.copyfile(file, partial)
+    partial.replace(path)
 
 
 def installed_fingerprint(repository: Path, model: str) -> Any:

@@ -23,6 +23,7 @@ from export.source import Source, modules, sha256, source_digests
 from flowturbo import contract
 from flowturbo.nets.checkpoint import CheckpointError
 from flowturbo.nets.sit import SiTConfig
+from flowturbo.presets import Presets, load_presets, read_presets
 from flowturbo.repository import Settings
 from flowturbo.schedule import Schedule
 
@@ -39,6 +40,7 @@ class Options:
     timing_cache: Path
     force: bool
     ensemble: tuple[Schedule, ...] | None
+    presets: Path | None
     command: str
 
     def names(self) -> list[str]:
@@ -54,9 +56,26 @@ class Options:
 def export_pipeline(options: Options) -> None:
     """Exports, verifies and installs; does nothing if this very pipeline is installed.
 
-    Raises CheckpointError, VerificationError or EngineError, and then leaves the repository as it
-    was.
+    Raises CheckpointError, VerificationError or EngineError, or RepositoryError for presets that
+    the models cannot serve, and then leaves the repository as it was.
     """
+    presets = _presets(options)  # found wanting before minutes of export
+    _export_models(options)
+    if options.presets:
+        install.install_presets(options.presets, options.repository)
+        shown = ", ".join(f"{name} {schedule}" for name, schedule in presets.items())
+        print(f"export: presets in {options.repository}: {shown or 'none'}")
+
+
+def _presets(options: Options) -> Presets:
+    """Those given, or those that the repository has or gets."""
+    has_refiner = options.source.refiner is not None
+    if options.presets:
+        return read_presets(options.presets, has_refiner=has_refiner)
+    return load_presets(options.repository, has_refiner=has_refiner)
+
+
+def _export_models(options: Options) -> None:
     repository, builder = options.repository, None
     if options.deployment.engine == "tensorrt":  # found missing before minutes of export
         builder = find_builder(options.compute_capability)

@@ -53,6 +53,7 @@ class LocalPipeline:
     ) -> LocalResult:
         """Images of the classes `label` [n]; what is None is the service's default.
 
+        `schedule` may be a preset's name.
         `initial_noise` [n, C, h, w] float32 stands instead of `seed` [n]; `times` is a time grid of
         one time more than the schedule's steps. Raises RequestError as the server does.
         """

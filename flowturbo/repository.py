@@ -1,14 +1,15 @@
-"""What a model repository says of itself: the pipeline's shape and the service's settings."""
+"""What a model repository says of itself: the pipeline's shape, presets, the service's settings."""
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from flowturbo import contract
 from flowturbo.errors import RepositoryError, RequestError
 from flowturbo.guidance import Guidance
+from flowturbo.presets import Presets, built_in, load_presets
 from flowturbo.program import Variant
 from flowturbo.schedule import Schedule
 
@@ -33,7 +34,7 @@ class Pipeline:
     `latent_shape` is (C, h, w); `max_rows` is the most rows that one execution of a composed model
     takes; `precision` is what the networks compute in and `runtime` what runs their ONNX files on
     a CPU (onnx_session.RUNTIMES); `on_gpu` says whether the service runs them on GPUs; `null_label`
-    is the class id of the unconditional rows.
+    is the class id of the unconditional rows; `presets` are the schedules that have a name.
     """
 
     latent_shape: tuple[int, int, int]
@@ -45,6 +46,7 @@ class Pipeline:
     precision: str = "fp32"
     runtime: str = "onnxruntime"
     on_gpu: bool = False
+    presets: Presets = field(default_factory=built_in)
 
     @property
     def null_label(self) -> int:
@@ -62,6 +64,7 @@ class Pipeline:
         for name, build in builds.items():
             _check_fit(name, build or predictor, predictor)
         channels, height, width = predictor["latent_shape"]
+        has_refiner = builds[contract.REFINER] is not None
         return cls(
             latent_shape=(channels, height, width),
             num_classes=predictor["num_classes"],
@@ -70,8 +73,9 @@ class Pipeline:
             precision=predictor["precision"],
             runtime=predictor["runtime"],
             on_gpu=predictor["on_gpu"],
-            has_refiner=builds[contract.REFINER] is not None,
+            has_refiner=has_refiner,
             has_decoder=builds[contract.DECODER] is not None,
+            presets=load_presets(repository, has_refiner=has_refiner),
         )
 
     def name_of(self, label: int) -> str:

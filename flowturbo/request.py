@@ -62,7 +62,7 @@ def parse_request(
     for name, tensor in tensors.items():
         _check_tensor(name, tensor, pipeline)
     labels = _labels(tensors, pipeline, settings)
-    schedule = Schedule.parse(_text(tensors, "schedule", default_schedule(pipeline, settings)))
+    schedule = _schedule(_text(tensors, "schedule", default_schedule(pipeline, settings)), pipeline)
     if schedule.refines and not pipeline.has_refiner:
         raise RequestError(
             f"schedule {schedule} has refiner steps, and this server has no {contract.REFINER}: "
@@ -89,6 +89,17 @@ def default_schedule(pipeline: Pipeline, settings: Settings) -> str:
     """The setting; without its refiner steps where there is no refiner."""
     schedule = Schedule.parse(settings.default_schedule)
     return str(schedule) if pipeline.has_refiner else schedule.steps.replace("R", "")
+
+
+def _schedule(text: str, pipeline: Pipeline) -> Schedule:
+    """A preset's, or the one that `text` is."""
+    if preset := pipeline.presets.get(text):
+        return preset
+    try:
+        return Schedule.parse(text)
+    except RequestError as error:
+        known = ", ".join(pipeline.presets)
+        raise RequestError(f"{error}; the presets here are {known or 'none'}") from None
 
 
 def _check_tensor(name: str, tensor: np.ndarray, pipeline: Pipeline) -> None:

@@ -1,5 +1,6 @@
 """Ensembles on a real Triton server: a fixed schedule's model answers as the orchestrator does."""
 
+import json
 import shutil
 import time
 from collections import Counter
@@ -30,8 +31,11 @@ Infer = Callable[..., np.ndarray]
 def repository(glyphs_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("ensembles") / "models"
     shutil.copytree(glyphs_repository, copy)
+    presets = copy.with_name("presets.json")
+    presets.write_text(json.dumps({"presets": {"own": {"schedule": "H1P5R3"}}}))
     for schedules in (("H3", "H1P5R3"), tuple(map(str, SCHEDULES))):
-        done = run_export(*GLYPHS_EXPORT, "--ensemble", *schedules, "--repository", copy)
+        options = ("--ensemble", *schedules, "--presets", presets)
+        done = run_export(*GLYPHS_EXPORT, *options, "--repository", copy)
         assert done.returncode == 0, done.stderr
         assert "PyTorch" not in done.stdout  # the models were there
     return copy
@@ -144,6 +148,9 @@ def test_the_orchestrator_calls_the_ensemble(infer: Infer, server: ServerAddress
     time.sleep(1.1)  # after company, requests are gathered for a while
     before = count_of(server, H1P5R3)
     infer("flowturbo", **request)
+    assert count_of(server, H1P5R3) == before + 1
+    infer("flowturbo", **request | {"schedule": text("own")})  # a preset, which is H1P5R3
+    before += 1
     assert count_of(server, H1P5R3) == before + 1
     infer("flowturbo", guidance_interval=np.array([0.1, 0.8], np.float32), **request)
     assert count_of(server, H1P5R3) == before + 1

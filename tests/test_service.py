@@ -62,6 +62,15 @@ def test_names_and_images(client: FlowTurboClient) -> None:
     np.testing.assert_array_equal(client.generate([0, 33], seeds=[1, 2]).images, result.images)
 
 
+def test_presets(client: FlowTurboClient) -> None:
+    """The paper's, as long as none are installed; and an unknown name is told them."""
+    named = client.generate("A", 1, "best", outputs=("latent",)).latents
+    plain = client.generate("A", 1, "H8P9R5", outputs=("latent",)).latents
+    np.testing.assert_allclose(named, plain, atol=1e-4)
+    with pytest.raises(InvalidRequestError, match="the presets here are fast, balanced, best"):
+        client.generate("A", 1, "better")
+
+
 @pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])
 def test_encoded_images(client: FlowTurboClient, output_format: str) -> None:
     raw = client.generate("G", seeds=5).images

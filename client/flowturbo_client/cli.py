@@ -50,7 +50,8 @@ def _generate_parser(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         metavar="H1P5R3",
-        help="one or more; the grid has a row for each (default: the server's)",
+        help="one or more, or presets such as fast; the grid has a row for each "
+        "(default: the server's)",
     )
     parser.add_argument(
         "--seed", type=int, metavar="N", help="image i has seed N + i (default: a random choice)"

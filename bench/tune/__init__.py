@@ -1,0 +1,1 @@
+"""Choosing a schedule for a deployed model: time against quality."""

@@ -1,0 +1,193 @@
+"""Finds the schedules that are worth having on a deployed model: `python -m bench.tune`.
+
+Times are those of a lone request, from its blocks' measured times. The figure is the distance to
+the exact solution of the flow, RMS over latents; with `--metric frechet` the schedules that remain
+are judged by the Fréchet distance of their images. Writes presets for `python -m export --presets`.
+"""
+
+import argparse
+import datetime
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.capacity.block_times import BlockTimes
+from bench.observe import hardware
+from bench.quality.engine import Engine, Recipe
+from bench.quality.evaluate import Eyes, Local, described, models_digest
+from bench.quality.images import ImageFolder
+from bench.quality.metrics import BLOCKS
+from bench.tune import choice, report
+from bench.tune.candidates import Cost, candidates, measured
+from bench.tune.choice import Rated
+from bench.tune.scores import Distances, Score, solve
+from bench.tune.search import nearest, search
+from flowturbo import LocalPipeline
+from flowturbo.errors import FlowTurboError
+from flowturbo.guidance import Guidance
+from flowturbo.request import default_schedule
+from flowturbo.schedule import Schedule
+
+CAP = 3  # times the default schedule's time, where no latency is asked for
+FEWEST = 5 * BLOCKS  # latents: a fifth of them makes the first stage
+_ROUNDS = 5  # in which the front's schedules are timed in turns
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit status: 2, and one line on stderr, for what the user can put right."""
+    args = _parser().parse_args(argv)
+    try:
+        print(_tune(args))
+    except (FlowTurboError, OSError, ValueError) as error:
+        print(f"tune: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__)
+    add = parser.add_argument
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--latency-ms", type=float, help="the most that a request may take")
+    target.add_argument("--quality", type=float, help="the figure to reach, lower is better")
+    add("--repository", type=Path, default=Path("model_repository"))
+    add("--images", type=int, default=1, help="of the request that is timed (default: 1)")
+    add("--guidance-scale", type=float, help="default: the service's")
+    add("--times", type=Path, help="block times, as bench.capacity takes (default: measured here)")
+    add("--metric", choices=("rms", "frechet"), default="rms")
+    add("--latents", type=int, default=60, help=f"for the distance, {FEWEST} or more (default: 60)")
+    add("--predictor", type=Path, help="checkpoint to solve exactly (default: the deployed one)")
+    add("--judged", type=int, default=1000, help="images for a Fréchet distance (default: 1000)")
+    add("--finalists", type=int, default=12, help="schedules judged by it (default: 12)")
+    add("--weights", type=Path, default=Path("weights/glyphs"), help="the judge's folder")
+    add("--inception", type=Path, help="pt_inception-2015-12-05-6726825d.pth")
+    add("--reference", type=Path, help="real images: .npz as ADM's, or a folder")
+    add("--cache", type=Path, default=Path("runs/tune"), help="exact solutions and images")
+    add("--out", type=Path, default=Path("output/presets.json"), help="and a .png beside it")
+    return parser
+
+
+def _tune(args: argparse.Namespace) -> str:
+    """Searches and writes; what to tell the user."""
+    if args.latents < FEWEST:
+        raise ValueError(f"--latents must be at least {FEWEST}, got {args.latents}")
+    pipeline = LocalPipeline(args.repository)
+    scale = args.guidance_scale
+    guidance = Guidance(pipeline.settings.default_guidance_scale if scale is None else scale)
+    times = (
+        BlockTimes.read(args.times)
+        if args.times
+        else measured(args.repository, args.images, guidance)
+    )
+    cost = Cost.of(times, args.images, guidance)
+    default = Schedule.parse(default_schedule(pipeline.pipeline, pipeline.settings))
+    cap_ms = args.latency_ms or CAP * cost.ms(default)
+    stages, metric = _search(args, pipeline, guidance, cost, default, cap_ms)
+    latest = {each.schedule: each for stage in stages for each in stage}
+    tried = stages[-1]
+    if args.metric == "frechet":
+        tried, metric = _judged(args, tried, default, guidance), "Fréchet distance"
+        latest = {each.schedule: each for each in tried}
+    found = choice.choose(tried, default, cap_ms, args.quality)
+    stated = {
+        **found.stated(),
+        "target": {"latency_ms": args.latency_ms, "quality": args.quality, "cap_ms": cap_ms},
+        "metric": metric,
+        "latents": args.latents,
+        "judged": args.judged if args.metric == "frechet" else None,
+        "images": args.images,
+        "guidance_scale": guidance.scale,
+        **_circumstances(args.repository, pipeline, cost),
+    }
+    report.write(stated, args.out)
+    labels = f"ms, a lone request, images: {args.images}", metric
+    report.draw([*latest.values()], found, labels, args.out.with_suffix(".png"))
+    clocked = in_process_ms(pipeline, [r.schedule for r in found.front], guidance, args.images)
+    head = f"{metric}; images: {args.images}, guidance {guidance.scale:g}, up to {cap_ms:.1f} ms"
+    return "\n".join([head, report.table(found, clocked), f"written: {args.out} and a .png"])
+
+
+def _search(
+    args: argparse.Namespace,
+    pipeline: LocalPipeline,
+    guidance: Guidance,
+    cost: Cost,
+    default: Schedule,
+    cap_ms: float,
+) -> tuple[list[list[Rated]], str]:
+    """The stages of the search up to `cap_ms`, the default schedule always in it; and its metric.
+
+    Raises ValueError where nothing is as fast.
+    """
+    every = {s: cost.ms(s) for s in candidates(has_refiner=pipeline.pipeline.has_refiner)}
+    fastest = min(every, key=lambda schedule: every[schedule])
+    if every[fastest] > cap_ms:
+        raise ValueError(
+            f"no schedule takes {cap_ms:g} ms or less, {fastest} takes {every[fastest]:.1f}"
+        )
+    within = {schedule: ms for schedule, ms in every.items() if ms <= cap_ms}
+    whose, solved = solve(
+        pipeline, args.repository, args.predictor, guidance, args.latents, args.cache
+    )
+    score = Distances(pipeline, guidance, solved).score
+    stages = search(within | {default: cost.ms(default)}, score, args.latents, [default])
+    return stages, f"RMS distance to {whose}"
+
+
+def _judged(
+    args: argparse.Namespace, tried: Sequence[Rated], default: Schedule, guidance: Guidance
+) -> list[Rated]:
+    """The nearest of `tried`, and the default, by the Fréchet distance of their images."""
+    engine = Engine(args.repository)
+    eyes = Eyes.open(args.weights, args.inception, args.reference)
+    finalists = nearest(tried, args.finalists)[: args.finalists]
+    chosen = dict.fromkeys([*finalists, *(r for r in tried if r.schedule == default)])
+    found = []
+    for each in chosen:
+        recipe = Recipe(str(each.schedule), guidance.scale, variant=engine.settings.variant)
+        said = described(recipe, args.repository, "process")
+        path = args.cache / f"{recipe}_{said['models']}"
+        folder = ImageFolder(path, said, engine.pipeline.num_classes)
+        folder.fill(args.judged, Local(engine, recipe))
+        figures = eyes.figures(folder, args.judged)
+        score = Score(figures.frechet_distance, figures.frechet_without_block)
+        found.append(Rated(each.schedule, each.ms, score))
+    return found
+
+
+def in_process_ms(
+    pipeline: LocalPipeline, schedules: Sequence[Schedule], guidance: Guidance, images: int
+) -> list[float]:
+    """Median milliseconds of a request to `pipeline` with each schedule, which take turns."""
+    seeds = np.arange(images)
+    labels = seeds % pipeline.pipeline.num_classes
+    taken: list[list[float]] = []
+    for _ in range(_ROUNDS):
+        taken.append([])
+        for schedule in schedules:
+            started = time.perf_counter()
+            pipeline.generate(labels, seeds, str(schedule), guidance.scale)
+            taken[-1].append(1e3 * (time.perf_counter() - started))
+    return [statistics.median(of_schedule) for of_schedule in zip(*taken, strict=True)]
+
+
+def _circumstances(repository: Path, pipeline: LocalPipeline, cost: Cost) -> dict[str, Any]:
+    return {
+        "block_ms": cost.block_ms,
+        "overhead_ms": cost.overhead_ms,
+        "hardware": hardware(),
+        "precision": pipeline.pipeline.precision,
+        "runtime": pipeline.pipeline.runtime,
+        "variant": pipeline.settings.variant,
+        "models": models_digest(repository),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

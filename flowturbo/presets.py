@@ -1,0 +1,75 @@
+"""Presets: names that a request may give in place of a schedule.
+
+A repository keeps its own in the orchestrator's folder, as `bench.tune` chooses them on the
+deployed models and `export --presets` installs them: {"presets": {"fast": {"schedule": "H1P5R3"}}}.
+What else stands there is for people to read.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from flowturbo import contract
+from flowturbo.errors import RepositoryError, RequestError
+from flowturbo.schedule import Schedule
+
+PRESETS_FILE = "presets.json"
+# Until a repository has its own: three of the schedules that the paper publishes figures of, for
+# SiT-XL/2 (Table 1): FID 3.93 at 38 ms an image, 2.22 at 73 ms and 2.12 at 100 ms.
+BUILT_IN = {"fast": "H1P5R3", "balanced": "H5P7R3", "best": "H8P9R5"}
+# No schedule starts with a small letter, so none is ever taken for a preset.
+_NAME = re.compile(r"[a-z][a-z0-9_-]{0,39}")
+
+Presets = Mapping[str, Schedule]
+
+
+def built_in(*, has_refiner: bool = True) -> Presets:
+    """The schedules of BUILT_IN, without their refiner steps where there is no refiner."""
+    parsed = {name: Schedule.parse(text) for name, text in BUILT_IN.items()}
+    if has_refiner:
+        return parsed
+    return {name: Schedule(schedule.steps.replace("R", "")) for name, schedule in parsed.items()}
+
+
+def presets_path(repository: Path) -> Path:
+    """Where `repository` keeps its presets, if it has any of its own."""
+    return repository / contract.ORCHESTRATOR / PRESETS_FILE
+
+
+def load_presets(repository: Path, *, has_refiner: bool) -> Presets:
+    """Those of `repository`, or the built-in ones; raises RepositoryError as `read_presets`."""
+    path = presets_path(repository)
+    if not path.exists():
+        return built_in(has_refiner=has_refiner)
+    return read_presets(path, has_refiner=has_refiner)
+
+
+def read_presets(path: Path, *, has_refiner: bool) -> Presets:
+    """The presets in a file; raises RepositoryError for what cannot be read or served."""
+    try:
+        stated = json.loads(path.read_text("utf-8"))["presets"]
+        texts = {name: str(preset["schedule"]) for name, preset in stated.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RepositoryError(
+            f'{path} must be JSON as {{"presets": {{"fast": {{"schedule": "H1P5R3"}}}}}}, it is '
+            f"not: {type(error).__name__}: {error}"
+        ) from error
+    return {name: _checked(path, name, text, has_refiner) for name, text in texts.items()}
+
+
+def _checked(path: Path, name: str, text: str, has_refiner: bool) -> Schedule:
+    if not re.fullmatch(_NAME, name):
+        raise RepositoryError(
+            f"{path}: a preset's name is small letters, digits, - and _, a letter first and 40 at "
+            f"most, got {name[:60]!r}"
+        )
+    try:
+        schedule = Schedule.parse(text)
+    except RequestError as error:
+        raise RepositoryError(f"{path}: preset {name}: {error}") from error
+    if schedule.refines and not has_refiner:
+        raise RepositoryError(
+            f"{path}: preset {name} is {schedule}, whose refiner steps need a {contract.REFINER}"
+        )
+    return schedule

@@ -1,0 +1,195 @@
+"""The search for schedules finds the front that is there, and its presets can be installed."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import GLYPHS
+
+from bench.capacity.block_times import BlockTimes
+from bench.tune import scores
+from bench.tune.__main__ import main
+from bench.tune.candidates import MOST_EVALUATIONS, Cost, candidates, evaluations, measured
+from bench.tune.choice import Rated, best_of, choose, fastest_as_good, front, knee
+from bench.tune.scores import Distances, Score, solve
+from bench.tune.search import search
+from flowturbo import LocalPipeline, contract
+from flowturbo.guidance import Guidance
+from flowturbo.presets import read_presets
+from flowturbo.schedule import Schedule
+
+BLOCKS = 10
+# A device on which the predictor takes 4 ms, a refiner step 1 ms and the decoder 2 ms at any size.
+TIMES = {contract.PREDICTOR: 4.0, contract.REFINER: 1.0, contract.DECODER: 2.0}
+
+
+def schedule(text: str) -> Schedule:
+    return Schedule.parse(text)
+
+
+def exactly(value: float) -> Score:
+    return Score(value, (value,) * BLOCKS)
+
+
+def rated(text: str, ms: float, value: float) -> Rated:
+    return Rated(schedule(text), ms, exactly(value))
+
+
+def times() -> BlockTimes:
+    return BlockTimes({model: {1: ms, 64: ms} for model, ms in TIMES.items()}, overhead_ms=0.5)
+
+
+def test_candidates() -> None:
+    found = candidates(has_refiner=True)
+    assert len(set(found)) == len(found) > 500
+    assert {schedule(text) for text in ("H1P5R3", "H8P9R5", "H4", "A12", "P7")} <= set(found)
+    assert max(map(evaluations, found)) == MOST_EVALUATIONS
+    assert not any(each.refines for each in candidates(has_refiner=False))
+
+
+def test_cost_is_that_of_every_call() -> None:
+    cost = Cost.of(times(), images=4, guidance=Guidance(3.0))
+    assert cost.ms(schedule("H1P5R3")) == pytest.approx(7 * 4 + 3 * 1 + 2 + 11 * 0.5)
+    slope = BlockTimes({contract.PREDICTOR: {1: 1.0, 64: 64.0}}, overhead_ms=0.0)
+    assert Cost.of(slope, 4, Guidance(3.0)).ms(schedule("A2")) == pytest.approx(2 * 8)
+    assert Cost.of(slope, 4, Guidance(1.0)).ms(schedule("A2")) == pytest.approx(2 * 4)
+    with pytest.raises(ValueError, match="only up to 64 rows, 66 rows are needed"):
+        Cost.of(slope, 33, Guidance(3.0))
+
+
+def test_a_difference_is_paired() -> None:
+    """Seeds differ far more than schedules do, and yet a true difference is found, no other."""
+    numbers = np.random.default_rng(0)
+    found, mistaken = 0, 0
+    for _ in range(200):
+        hard = numbers.gamma(2.0, size=60)  # how hard a seed is, for any schedule
+        one, same = (hard * numbers.normal(1.0, 0.05, 60) for _ in range(2))
+        worse = 1.1 * hard * numbers.normal(1.0, 0.05, 60)
+        score = Score.of_squares(one)
+        found += Score.of_squares(worse).surely_above(score)
+        mistaken += Score.of_squares(same).surely_above(score)
+    assert score.value == pytest.approx(np.sqrt(one.mean()))
+    assert score.interval > 0.05 * score.value  # alone, 10% in the square would not show
+    assert found >= 190
+    assert mistaken <= 15  # one-sided, 2.5% of 200 are 5
+
+
+def test_the_front() -> None:
+    points = [
+        rated("H2", 2.0, 1.0),
+        rated("P1", 1.0, 3.0),
+        rated("H3", 3.0, 1.0),  # no better than H2
+        rated("H4", 4.0, 0.5),
+        rated("H5", 4.0, 0.6),
+    ]
+    found = front(points)
+    assert [str(each.schedule) for each in found] == ["P1", "H2", "H4"]
+    assert best_of(found) is found[2]
+    assert fastest_as_good(found, 0.9) is found[2]
+    assert fastest_as_good(found, 0.4) is None
+    noisy = Rated(schedule("H6"), 6.0, Score(0.49, (0.2, 0.8) * 5))
+    assert best_of([*found, noisy]) is found[2]  # 0.49 for certain is not below 0.5
+    assert knee([rated("P1", 1, 100), rated("P2", 2, 10), rated("P3", 4, 9)]).ms == 2
+
+
+def test_choice() -> None:
+    tried = [rated(f"P{n}", n, 1 / n) for n in (4, 5, 7, 9)] + [rated("H3", 6, 0.1)]
+    default = rated("H8", 12, 0.2)
+    found = choose([*tried, default], default.schedule, cap_ms=10.0, quality=None)
+    names = {name: str(each.schedule) for name, each in found.presets.items()}
+    assert names == {"fast": "P5", "balanced": "P5", "best": "H3"}
+    assert found.recommended is found.presets["best"]
+    found = choose([*tried, default], default.schedule, cap_ms=10.0, quality=0.25)
+    assert found.recommended is tried[0]
+    # Nothing within the cap is as good as the default: the nearest to it is all there is.
+    found = choose([*tried, default], default.schedule, cap_ms=4.5, quality=0.01)
+    assert {str(each.schedule) for each in found.presets.values()} == {"P4"}
+    assert found.recommended is None
+
+
+def test_halving_finds_the_front_with_less_work() -> None:
+    cost = Cost.of(times(), 1, Guidance(3.0))
+    cost_ms = {each: cost.ms(each) for each in candidates(has_refiner=True)}
+    asked = []
+
+    def score(each: Schedule, count: int) -> Score:
+        """Falls with the evaluations, the more so the fewer steps are Heun's; few latents err."""
+        asked.append(count)
+        wrong = np.random.default_rng([*each.steps.encode()]).normal(0, 0.05 / count**0.5)
+        heun = each.steps.count("H") / len(each)
+        return exactly(evaluations(each) ** -2.0 * (1 + heun) * (1 + wrong * (count < 60)))
+
+    kept = schedule("H8")
+    stages = search(cost_ms, score, 60, [kept])
+    assert [len(stage) for stage in stages][0] == len(cost_ms)
+    assert sum(asked) < 0.5 * 60 * len(cost_ms)
+    assert kept in [each.schedule for each in stages[-1]]
+    true = front(Rated(each, ms, score(each, 60)) for each, ms in cost_ms.items())
+    assert [(r.ms, r.score) for r in front(stages[-1])] == [(r.ms, r.score) for r in true]
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tune") / "times.json"
+    stated = {m: {str(rows): ms for rows in (1, 64)} for m, ms in TIMES.items()}
+    path.write_text(json.dumps({"times_ms": stated, "overhead_ms": 0.5}))
+    return path
+
+
+def test_distances_fall_as_the_order_says(golden_repository: Path, tmp_path: Path) -> None:
+    pipeline, guidance = LocalPipeline(golden_repository), Guidance(1.5)
+    arguments = (pipeline, golden_repository, None, guidance, 50, tmp_path)
+    whose, solved = solve(*arguments)
+    assert "Heun, 64 steps" in whose
+    np.testing.assert_array_equal(solve(*arguments)[1], solved)  # kept
+    distances = Distances(pipeline, guidance, solved)
+    values = [distances.score(schedule(f"H{n}"), 50).value for n in (8, 16)]
+    assert 3.0 < values[0] / values[1] < 6.0  # 4 for order 2, and H64's own error
+    first = Distances(pipeline, guidance, solved[:20]).score(schedule("H8"), 20)
+    assert distances.score(schedule("H8"), 20).value == pytest.approx(first.value, rel=1e-4)
+    assert measured(golden_repository, 2, guidance).max_rows == 4
+    with pytest.raises(ValueError, match="--images 33 is 66 rows, a batch has 1 to 64"):
+        measured(golden_repository, 33, guidance)
+
+
+def test_command(
+    golden_repository: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--repository", str(golden_repository), "--times", str(file)]
+    common += ["--latents", "50", "--cache", str(tmp_path)]
+    out = tmp_path / "out" / "presets.json"
+    assert main([*common, "--latency-ms", "26", "--out", str(out)]) == 0
+    assert "recommended: " in capsys.readouterr().out
+    stated = json.loads(out.read_text())
+    assert [each["ms"] <= 26 for each in stated["front"]] == [True] * len(stated["front"])
+    assert stated["recommended"] == stated["presets"]["best"]
+    assert stated["default"]["schedule"] == "H1P5R3"
+    assert set(read_presets(out, has_refiner=True)) == {"fast", "balanced", "best"}
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert main([*common, "--latency-ms", "5"]) == 2
+    assert "no schedule takes 5 ms or less, H1 takes 11.5" in capsys.readouterr().err
+    assert main([*common[:4], "--latency-ms", "30", "--latents", "9"]) == 2
+    assert "--latents must be at least 50, got 9" in capsys.readouterr().err
+
+
+def test_frechet_distance(
+    glyphs_repository: Path,
+    file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(scores, "HEUN_STEPS", 4)  # exact or not, images are judged
+    out = tmp_path / "presets.json"
+    options = ["--metric", "frechet", "--judged", "36", "--finalists", "2", "--latents", "50"]
+    paths = ["--weights", str(GLYPHS), "--cache", str(tmp_path), "--out", str(out)]
+    repository = ["--repository", str(glyphs_repository), "--times", str(file)]
+    assert main([*repository, "--latency-ms", "13", *options, *paths]) == 0
+    assert "Fréchet distance; images: 1" in capsys.readouterr().out
+    stated = json.loads(out.read_text())
+    assert stated["judged"] == 36
+    assert len(stated["front"]) <= 2
+    folders = [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert {"A2", "H1P5R3"} <= {folder.name.split("_")[0] for folder in folders}  # the default's
+    assert all(len(list(folder.glob("*.png"))) == 36 for folder in folders)
