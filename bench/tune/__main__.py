@@ -88,11 +88,9 @@ def _tune(args: argparse.Namespace) -> str:
     default = Schedule.parse(default_schedule(pipeline.pipeline, pipeline.settings))
     cap_ms = args.latency_ms or CAP * cost.ms(default)
     stages, metric = _search(args, pipeline, guidance, cost, default, cap_ms)
-    latest = {each.schedule: each for stage in stages for each in stage}
     tried = stages[-1]
     if args.metric == "frechet":
         tried, metric = _judged(args, tried, default, guidance), "Fréchet distance"
-        latest = {each.schedule: each for each in tried}
     found = choice.choose(tried, default, cap_ms, args.quality)
     stated = {
         **found.stated(),
@@ -106,7 +104,7 @@ def _tune(args: argparse.Namespace) -> str:
     }
     report.write(stated, args.out)
     labels = f"ms, a lone request, images: {args.images}", metric
-    report.draw([*latest.values()], found, labels, args.out.with_suffix(".png"))
+    report.draw(tried, found, labels, args.out.with_suffix(".png"))
     clocked = in_process_ms(pipeline, [r.schedule for r in found.front], guidance, args.images)
     head = f"{metric}; images: {args.images}, guidance {guidance.scale:g}, up to {cap_ms:.1f} ms"
     return "\n".join([head, report.table(found, clocked), f"written: {args.out} and a .png"])

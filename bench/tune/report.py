@@ -44,7 +44,7 @@ def draw(
     labels: tuple[str, str],
     path: Path,
 ) -> None:
-    """Writes a PNG: all that were tried, the front as a line, and the presets by name.
+    """Writes a PNG: those of the last stage, the front as a line, and the presets by name.
 
     `labels` are those of the two axes.
     """
@@ -54,7 +54,7 @@ def draw(
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
-    axis.plot(*_points(tried), ".", color="0.7", label="tried")
+    axis.plot(*_points(tried), ".", color="0.7", label="others on as many seeds")
     axis.errorbar(
         *_points(found.front),
         yerr=[r.score.interval for r in found.front],
