@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from flowturbo.errors import RequestError
 from flowturbo.latents import noise
 from flowturbo.nets.checkpoint import build_network, load_checkpoint
-from flowturbo.nets.sit import SiT
+from flowturbo.nets.sit import GUIDED_CHANNELS, SiT
 from flowturbo.nets.vae import Decoder, load_vae
 from flowturbo.schedule import Schedule
 
-GUIDED_CHANNELS = 3  # of 4, as in SiT
 PRECISIONS = ("fp32", "bf16")
 
 Network = Callable[..., Tensor]

@@ -5,6 +5,8 @@ from torch import Tensor, nn
 
 from flowturbo.nets.sit import SiT
 
+Members = tuple[Tensor, Tensor]  # of each row's pair, the conditional and the unconditional row
+
 
 class StepBlock(nn.Module):
     """A network with guidance, for rows that each have their own coefficients.
@@ -21,13 +23,13 @@ class StepBlock(nn.Module):
         self.guidance_channels = guidance_channels
 
     def evaluate(
-        self, read: Tensor, t: Tensor, label: Tensor, pair: Tensor, scale: Tensor
+        self, read: Tensor, t: Tensor, label: Tensor, members: Members, scale: Tensor
     ) -> Tensor:
-        """The network's guided output at times t [B], guidance scales `scale` [B, 1, 1, 1]."""
+        """The network's guided output at times `t`, with guidance scales `scale` [B, 1, 1, 1]."""
         # A label out of range, or a padding row's, must not fail the rows that share its batch.
         known = label[:, 0].clamp(0, self.network.config.num_classes)
-        output = self.network(read, t, known).float()
-        conditional, unconditional = partners(pair[:, 0])
+        output = self.network(read, t.flatten(), known).float()
+        conditional, unconditional = members
         guided, rest = output[:, : self.guidance_channels], output[:, self.guidance_channels :]
         c, u = guided[conditional], guided[unconditional]
         guided = u + scale * (c - u)  # for a row without a partner its own output
@@ -42,8 +44,9 @@ class PredictorBlock(StepBlock):
         self, x: Tensor, velocity: Tensor, label: Tensor, scalars: Tensor, pair: Tensor
     ) -> tuple[Tensor, Tensor]:
         t, euler, w_prev, w_next, scale = columns(scalars)
-        read = shared(x + euler * velocity, pair)
-        velocity_next = self.evaluate(read, t.flatten(), label, pair, scale)
+        members = partners(pair[:, 0])
+        read = shared(x + euler * velocity, members)
+        velocity_next = self.evaluate(read, t, label, members, scale)
         return x + w_prev * velocity + w_next * velocity_next, velocity_next
 
 
@@ -54,11 +57,11 @@ class RefinerBlock(StepBlock):
         self, x: Tensor, velocity: Tensor, label: Tensor, scalars: Tensor, pair: Tensor
     ) -> tuple[Tensor, Tensor]:
         t, end, scale, scale_end, reads_refined = columns(scalars)
-        h = end - t
+        members, h = partners(pair[:, 0]), end - t
 
         def refine(v: Tensor, x: Tensor, read: Tensor, t: Tensor, scale: Tensor) -> Tensor:
-            both = torch.cat([shared(x, pair), read], 1)
-            return v + self.evaluate(both, t.flatten(), label, pair, scale)
+            both = torch.cat([shared(x, members), read], 1)
+            return v + self.evaluate(both, t, label, members, scale)
 
         d = refine(velocity, x, velocity, t, scale)
         read = torch.where(reads_refined > 0.5, d, velocity)
@@ -71,13 +74,13 @@ def columns(scalars: Tensor) -> tuple[Tensor, ...]:
     return scalars[:, :, None, None, None].unbind(1)
 
 
-def shared(x: Tensor, pair: Tensor) -> Tensor:
+def shared(x: Tensor, members: Members) -> Tensor:
     """`x` [B, ...] with each unconditional row its partner's: both evaluate the same state."""
-    conditional, _ = partners(pair[:, 0])
+    conditional, _ = members
     return x[conditional]
 
 
-def partners(pair: Tensor) -> tuple[Tensor, Tensor]:
+def partners(pair: Tensor) -> Members:
     """Row indices [B] of each row's conditional and unconditional member.
 
     `pair` [B] is the offset of a row's partner: 1 in a conditional row, -1 in an unconditional one,

@@ -19,9 +19,9 @@ from export.onnx_graph import Exported, export_onnx, to_precision
 from export.parity import block_outputs, torch_evaluation
 from export.quantize import quantize
 from export.runtime import Execution, Trial, attempt, candidates, choose
-from export.source import Source, modules, sha256, source_digests
+from export.source import Source, modules, source_digests
 from flowturbo import contract
-from flowturbo.nets.checkpoint import CheckpointError
+from flowturbo.nets.checkpoint import CheckpointError, sha256
 from flowturbo.nets.sit import SiTConfig
 from flowturbo.presets import Presets, load_presets, read_presets
 from flowturbo.repository import Settings

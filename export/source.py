@@ -1,6 +1,5 @@
 """Checkpoints, read and checked, as the modules that are to be exported."""
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,13 @@ from pathlib import Path
 from export.blocks import PredictorBlock, RefinerBlock
 from export.onnx_graph import Exported
 from flowturbo import contract
-from flowturbo.nets.checkpoint import CheckpointError, build_network, check_refiner, load_checkpoint
+from flowturbo.nets.checkpoint import (
+    CheckpointError,
+    build_network,
+    check_refiner,
+    load_checkpoint,
+    sha256,
+)
 from flowturbo.nets.sit import SiT, SiTConfig
 from flowturbo.nets.vae import Decoder, load_vae
 
@@ -39,21 +44,6 @@ class Source:
 def source_digests(source: Source) -> dict[str, str]:
     """Digest of what each composed model is made from."""
     return {model: sha256(path) for model, path in source.files().items()}
-
-
-def sha256(path: Path) -> str:
-    """Digest of a file, or of the names and contents of a folder's files."""
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist")
-    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
-    digest = hashlib.sha256()
-    for file in files:
-        if path.is_dir():
-            digest.update(file.name.encode())
-        with file.open("rb") as content:
-            while chunk := content.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()
 
 
 def modules(source: Source) -> Iterator[Exported]:

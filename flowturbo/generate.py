@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from flowturbo import contract
-from flowturbo.guidance import Tensors, gather, guided_block, spread
+from flowturbo.guidance import Guidance, Tensors, gather, guided_block, spread
 from flowturbo.latents import encode_images
 from flowturbo.program import Network, Program, Variant, compile_program
 from flowturbo.repository import Pipeline
 from flowturbo.request import GenerationRequest
-from flowturbo.sampler import Array, run, sampling
+from flowturbo.sampler import Array, AwaitedBlock, run, sampling
 from flowturbo.schedule import Schedule
 
 # Evaluates a composed model: (its name, its inputs [rows, ...]) to its outputs in contract order.
@@ -71,18 +71,26 @@ def complete(
 async def _latent(
     request: GenerationRequest, pipeline: Pipeline, program: Program, infer: AwaitedInfer
 ) -> Array:
+    block = image_block(infer, pipeline, request.labels, request.guidance)
+    noise = spread(request.start(pipeline), request.guidance)
+    return gather(await sampling(program, noise, block), request.guidance)
+
+
+def image_block(
+    infer: AwaitedInfer, pipeline: Pipeline, labels: Array, guidance: Guidance
+) -> AwaitedBlock:
+    """The sampler's block for images of the classes `labels` [n]."""
+
     async def evaluate(network: Network, tensors: Tensors) -> tuple[Array, Array]:
         x_next, velocity_next = await infer(BLOCK_MODELS[network], tensors)
         return x_next, velocity_next
 
-    block = guided_block(
+    return guided_block(
         evaluate,
-        conditioning={"label": request.labels[:, None]},
+        conditioning={"label": labels[:, None]},
         null={"label": np.array([[pipeline.null_label]], dtype=np.int64)},
-        guidance=request.guidance,
+        guidance=guidance,
     )
-    noise = spread(request.start(pipeline), request.guidance)
-    return gather(await sampling(program, noise, block), request.guidance)
 
 
 def models_called(program: Program) -> list[str]:

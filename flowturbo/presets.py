@@ -29,7 +29,7 @@ def built_in(*, has_refiner: bool = True) -> Presets:
     parsed = {name: Schedule.parse(text) for name, text in BUILT_IN.items()}
     if has_refiner:
         return parsed
-    return {name: Schedule(schedule.steps.replace("R", "")) for name, schedule in parsed.items()}
+    return {name: schedule.without_refiner() for name, schedule in parsed.items()}
 
 
 def presets_path(repository: Path) -> Path:

@@ -88,7 +88,7 @@ def parse_request(
 def default_schedule(pipeline: Pipeline, settings: Settings) -> str:
     """The setting; without its refiner steps where there is no refiner."""
     schedule = Schedule.parse(settings.default_schedule)
-    return str(schedule) if pipeline.has_refiner else schedule.steps.replace("R", "")
+    return str(schedule if pipeline.has_refiner else schedule.without_refiner())
 
 
 def _schedule(text: str, pipeline: Pipeline) -> Schedule:

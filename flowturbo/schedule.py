@@ -72,3 +72,7 @@ class Schedule:
     def refines(self) -> bool:
         """Whether any step needs the refiner."""
         return "R" in self.steps
+
+    def without_refiner(self) -> "Schedule":
+        """The other steps, for a pipeline that has no refiner."""
+        return Schedule(self.steps.replace("R", ""))

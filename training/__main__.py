@@ -5,7 +5,6 @@ Each resumes where it was stopped; a stage already written is not done again.
 """
 
 import argparse
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -16,6 +15,7 @@ from accelerate import PartialState
 from diffusers import AutoencoderKL
 from torch import nn
 
+from flowturbo.nets.checkpoint import sha256
 from flowturbo.nets.sit import SiT, refiner_config
 from training import autoencoder, classifier, predictor, refiner
 from training.data import InMemory, Shards
@@ -58,7 +58,7 @@ def main() -> None:
     judge = classifier.train(images, PLANS["classifier"], args.runs)
     save_weights(judge, args.out / "classifier.safetensors", torch.float16)
     reference(judge, images[:REFERENCE_IMAGES]).save(args.out / "features.npz")
-    digest = _digest(args.out / "vae" / "diffusion_pytorch_model.safetensors")
+    digest = sha256(args.out / "vae" / "diffusion_pytorch_model.safetensors")[:12]
     folder = args.runs / "data" / f"latents-{len(images)}-{args.seed}-{digest}"
     source = encode(GlyphImages(images, args.seed), vae, folder)
     velocity = predictor.train(source.data, len(CLASS_NAMES), PLANS, args.runs)
@@ -95,10 +95,6 @@ def encode(images: GlyphImages, vae: AutoencoderKL, folder: Path) -> InMemory:
     Writer(images, vae, folder, storage, batch=256).write()
     shards = Shards(folder)
     return InMemory(shards.read(torch.arange(len(shards))))
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
 if __name__ == "__main__":

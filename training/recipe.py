@@ -9,12 +9,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flowturbo.generate import LARGEST_TRAINED_STEP
 from flowturbo.guidance import MAX_SCALE
+from flowturbo.nets.sit import GUIDED_CHANNELS
 from training.data import Latents, Source
 from training.loop import mine
 from training.plan import PlanError
 from training.predictor import NULL_LABEL_PROBABILITY
 
-GUIDED_CHANNELS = 3  # of 4, as in SiT
 ANY_ATTENTION = [
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,

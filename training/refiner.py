@@ -6,7 +6,6 @@ goes on from its state in --runs. `accelerate launch -m training.refiner` uses s
 """
 
 import argparse
-import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +17,13 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from flowturbo.errors import FlowTurboError
-from flowturbo.nets.checkpoint import KNOWN_HEADS, build_network, check_refiner, load_checkpoint
+from flowturbo.nets.checkpoint import (
+    KNOWN_HEADS,
+    build_network,
+    check_refiner,
+    load_checkpoint,
+    sha256,
+)
 from flowturbo.nets.sit import SiT, SiTConfig, refiner_config
 from flowturbo.nets.vae import load_vae
 from training.data import EncodedImages, Shards, Source, is_sharded
@@ -139,7 +144,7 @@ def _identity(args: argparse.Namespace, source: Shards | EncodedImages) -> dict[
     """What a run's steps depend on, beside its plan and recipe."""
     files = {name: getattr(args, name) for name in ("predictor", "start")}
     return {
-        **{name: _sha256(path) if path else "" for name, path in files.items()},
+        **{name: sha256(path) if path else "" for name, path in files.items()},
         **{name: str(getattr(args, name)) for name in ("weights", "num_heads")},
         "data": source.digest,
     }
@@ -208,11 +213,6 @@ def _open_data(
             f"{classes - 1}; the predictor knows {model.num_classes}"
         )
     return source
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 _PLAN_OPTIONS = (

@@ -9,12 +9,11 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from flowturbo.latents import noise
-from flowturbo.nets.sit import SiT
+from flowturbo.nets.sit import GUIDED_CHANNELS, SiT
 from flowturbo.nets.vae import Decoder
 from flowturbo.schedule import Schedule
 from training.loop import device
 from training.plan import PlanError
-from training.recipe import GUIDED_CHANNELS
 
 
 class RefinerPreview:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.baseline import GUIDED_CHANNELS
 from bench.quality import samplers
 from bench.quality.samplers import Counted, Velocity
 from flowturbo import LocalPipeline, contract
 from flowturbo.errors import RequestError
-from flowturbo.generate import Infer, awaited, in_chunks
-from flowturbo.guidance import Guidance, Tensors, gather, guided_block, spread
+from flowturbo.generate import Infer, awaited, image_block, in_chunks
+from flowturbo.guidance import Guidance, Tensors, gather, spread
 from flowturbo.latents import noise
-from flowturbo.nets.checkpoint import build_network, load_checkpoint
+from flowturbo.nets.checkpoint import build_network, load_checkpoint, sha256
+from flowturbo.nets.sit import GUIDED_CHANNELS
 from flowturbo.program import Network, PredictorCall, Variant, compile_program
 from flowturbo.repository import Pipeline
 from flowturbo.sampler import Array, run
@@ -118,16 +117,7 @@ def schedule_evaluations(schedule: Schedule) -> tuple[int, int]:
 def velocity(infer: Infer, pipeline: Pipeline, labels: Array, guidance: Guidance) -> Velocity:
     """The guided velocity of images of the classes `labels` [n], by calls that move nothing."""
 
-    async def network(network: Network, tensors: Tensors) -> tuple[Array, Array]:
-        x_next, velocity_next = infer(contract.PREDICTOR, tensors)
-        return x_next, velocity_next
-
-    block = guided_block(
-        network,
-        conditioning={"label": labels[:, None].astype(np.int64)},
-        null={"label": np.array([[pipeline.null_label]])},
-        guidance=guidance,
-    )
+    block = image_block(awaited(infer), pipeline, labels, guidance)
 
     async def evaluate(x: Array, t: float) -> Array:
         rows = spread(x, guidance)
@@ -144,7 +134,7 @@ class Exact:
     """
 
     def __init__(self, checkpoint: Path) -> None:
-        self.digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:12]
+        self.digest = sha256(checkpoint)[:12]
         self._network = build_network(load_checkpoint(checkpoint), reads_velocity=False)
         config = self._network.config
         self.num_classes = config.num_classes

@@ -1,6 +1,7 @@
 """Checkpoints to networks: the architecture is read off the tensor shapes."""
 
 import argparse
+import hashlib
 import math
 import re
 import zipfile
@@ -208,3 +209,18 @@ def check_refiner(refiner: SiTConfig, predictor: SiTConfig) -> None:
         got, want = getattr(refiner, key), getattr(predictor, key)
         if got != want:
             raise CheckpointError(f"the refiner has {key} {got}, the predictor {want}")
+
+
+def sha256(path: Path) -> str:
+    """Digest of a file, or of the names and contents of a folder's files."""
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist")
+    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        if path.is_dir():
+            digest.update(file.name.encode())
+        with file.open("rb") as content:
+            while chunk := content.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()

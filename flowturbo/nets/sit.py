@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 FREQUENCY_CHANNELS = 256  # sinusoidal features of t
 NORM_EPS = 1e-6
+GUIDED_CHANNELS = 3  # of 4, in the public code and figures
 
 
 @dataclass(frozen=True)
