@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,14 +110,23 @@ def exact_latents(exact: Exact, guidance: Guidance, count: int, folder: Path) ->
     """Latents [count, C, h, w] at the end of the flow of seeds 0 to `count`, kept in `folder`."""
     low, high = guidance.interval
     path = folder / f"exact_{exact.digest}_g{guidance.scale:g}_{low:g}_{high:g}_{count}.npy"
-    if not path.exists():
+
+    def solve() -> Array:
         parts = np.array_split(np.arange(count), -(-count // BATCH))
         found = [exact.latent(seeds % exact.num_classes, seeds, guidance) for seeds in parts]
+        return np.concatenate(found)
+
+    return kept(path, solve)
+
+
+def kept(path: Path, make: Callable[[], Array]) -> Array:
+    """The array in the file `path` (.npy), made and written if it is not there yet."""
+    if not path.exists():
         partial = path.with_suffix(".partial.npy")
-        np.save(partial, np.concatenate(found))
+        np.save(partial, make())
         partial.rename(path)
-    latents: Array = np.load(path)
-    return latents
+    array: Array = np.load(path)
+    return array
 
 
 def exact_distance(engine: Engine, recipe: Recipe, solved: Array) -> float:

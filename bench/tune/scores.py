@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.quality.engine import Exact
-from bench.quality.evaluate import exact_latents, models_digest
+from bench.quality.evaluate import exact_latents, kept, models_digest
 from bench.quality.images import BATCH
 from bench.quality.metrics import BLOCKS, half_width
 from flowturbo import LocalPipeline
@@ -109,10 +109,7 @@ def solve(
     if predictor is not None:
         exact = Exact(predictor)
         return f"{predictor.name} in float32", exact_latents(exact, guidance, count, cache)
-    kept = cache / f"heun{HEUN_STEPS}_{models_digest(repository)}_g{guidance.scale:g}_{count}.npy"
-    if not kept.exists():
-        partial = kept.with_suffix(".partial.npy")
-        schedule = Schedule("H" * HEUN_STEPS)
-        np.save(partial, latents(pipeline, schedule, guidance, range(count)))
-        partial.rename(kept)
-    return f"the deployed predictor, Heun, {HEUN_STEPS} steps", np.load(kept)
+    path = cache / f"heun{HEUN_STEPS}_{models_digest(repository)}_g{guidance.scale:g}_{count}.npy"
+    schedule = Schedule("H" * HEUN_STEPS)
+    solved = kept(path, lambda: latents(pipeline, schedule, guidance, range(count)))
+    return f"the deployed predictor, Heun, {HEUN_STEPS} steps", solved
