@@ -33,8 +33,9 @@ class Step:
 
 
 def ensemble_name(schedule: Schedule) -> str:
-    """The model that serves `schedule` alone: `flowturbo_h1p5r3`."""
-    return f"{contract.ORCHESTRATOR}_{str(schedule).lower()}"
+    """The model that serves `schedule` alone: `flowturbo_h1p5r3`, or `flowturbo_a8_shift3`."""
+    text = str(schedule).lower().replace("@", "_shift").replace(".", "_")
+    return f"{contract.ORCHESTRATOR}_{text}"
 
 
 def block_steps(program: Program) -> tuple[tuple[Step, ...], str]:

@@ -188,11 +188,13 @@ def compile_program(
     times: Sequence[float] | None = None,
     variant: Variant = Variant.REFERENCE,
 ) -> Program:
-    """The block calls of `schedule` on the grid `times` (a time more than steps, default uniform).
+    """The block calls of `schedule` on the grid `times` (a time more than steps).
 
-    Raises RequestError for a grid of another length, or one that does not rise within [0, 1].
+    Without `times` it is the grid of the schedule's shift. Raises RequestError for a grid of
+    another length, or one that does not rise within [0, 1].
     """
-    grid = time_grid(len(schedule), times)
+    steps = len(schedule)
+    grid = time_grid(steps, schedule.shift) if times is None else checked_grid(steps, times)
     calls: list[BlockCall] = []
     cached_at: float | None = None
     for index, letter in enumerate(schedule.steps):
@@ -202,10 +204,18 @@ def compile_program(
     return Program(schedule, tuple(calls))
 
 
-def time_grid(steps: int, times: Sequence[float] | None = None) -> tuple[float, ...]:
-    """A checked time grid of `steps` + 1 times; uniform on [0, 1] when `times` is None."""
-    if times is None:
-        return tuple(float(t) for t in np.linspace(0.0, 1.0, steps + 1))
+def time_grid(steps: int, shift: float = 1.0) -> tuple[float, ...]:
+    """`steps` + 1 times on [0, 1], uniform or shifted towards the noise.
+
+    With the share of noise s = 1 - t, uniform in the steps, a grid shifted by a has
+    a s / (1 + (a - 1) s) of it (Esser et al., arXiv 2403.03206, Eq. 23).
+    """
+    t = np.linspace(0.0, 1.0, steps + 1)
+    return tuple(float(shifted) for shifted in t / (t + shift * (1 - t)))
+
+
+def checked_grid(steps: int, times: Sequence[float]) -> tuple[float, ...]:
+    """`times`, which must be `steps` + 1 that rise within [0, 1]; raises RequestError."""
     grid = np.asarray(times, dtype=np.float64)
     if grid.shape != (steps + 1,):
         raise RequestError(

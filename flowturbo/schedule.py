@@ -1,4 +1,4 @@
-"""Schedules: which solver step is taken when, written `H1P5R3` or a letter a step."""
+"""Schedules: which solver step is taken when, written `H1P5R3`, or `A8@3` on a shifted grid."""
 
 import re
 from dataclasses import dataclass
@@ -14,22 +14,28 @@ STEP_NAMES = {
     "A": "Adams-Bashforth 2",
 }
 MAX_STEPS = 250
+LEAST_SHIFT, MOST_SHIFT = 0.1, 20.0
 _RUN = re.compile(r"([A-Z])([0-9]{0,4})")
+_SHIFT = re.compile(r"[0-9]{1,2}(\.[0-9]{1,2})?")
+_SHIFT_HELP = f"a shift is a number from {LEAST_SHIFT:g} to {MOST_SHIFT:g}, as in A8@3"
 _HELP = (
     "a schedule is letters of H (Heun), P (pseudo corrector), R (refiner), E (Euler) and "
-    "A (Adams-Bashforth 2), each with an optional count, such as H1P5R3 or HPPPPPRRR"
+    "A (Adams-Bashforth 2), each with an optional count, such as H1P5R3 or HPPPPPRRR, and may end "
+    "with the shift of its time grid, such as A8@3"
 )
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Solver steps in order, one letter each; prints as `H1P5R3`.
+    """Solver steps in order, one letter each; prints as `H1P5R3`, or `H1P5R3@2`.
 
-    Raises RequestError for an unknown step, no step at all, more than MAX_STEPS, or a refiner step
-    with no velocity cached before it.
+    `shift` above 1 takes shorter steps near the noise and longer ones near the data, 1 is the
+    uniform grid (`time_grid`). Raises RequestError for an unknown step, no step at all, more than
+    MAX_STEPS, or a refiner step with no velocity cached before it.
     """
 
     steps: str
+    shift: float = 1.0
 
     def __post_init__(self) -> None:
         unknown = set(self.steps) - STEP_NAMES.keys()
@@ -46,12 +52,16 @@ class Schedule:
 
     @classmethod
     def parse(cls, text: str) -> "Schedule":
-        """Reads `H1P5R3`, `HPPPPPRRR` or a mix of both; a count of zero drops the letter."""
+        """Reads `H1P5R3`, `HPPPPPRRR` or a mix of both; a count of zero drops the letter.
+
+        Behind an @ stands the shift, of two decimals at most.
+        """
         shown = text if len(text) <= 40 else text[:40] + "..."
         if len(text) > 5 * MAX_STEPS:  # a letter and four digits for each step
             raise RequestError(
                 f"schedule {shown!r} has {len(text)} characters, allowed are {MAX_STEPS} steps"
             )
+        text, shift = read_shift(text)
         if not text or re.sub(_RUN, "", text):
             raise RequestError(f"schedule {shown!r} cannot be read: {_HELP}")
         runs = [(letter, int(count or 1)) for letter, count in _RUN.findall(text)]
@@ -60,10 +70,11 @@ class Schedule:
             raise RequestError(
                 f"schedule {shown!r} has {total} steps, allowed are 1 to {MAX_STEPS}: {_HELP}"
             )
-        return cls("".join(letter * count for letter, count in runs))
+        return cls("".join(letter * count for letter, count in runs), shift)
 
     def __str__(self) -> str:
-        return "".join(f"{letter}{len(list(run))}" for letter, run in groupby(self.steps))
+        runs = "".join(f"{letter}{len(list(run))}" for letter, run in groupby(self.steps))
+        return runs if self.shift == 1 else f"{runs}@{self.shift:g}"
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -75,4 +86,20 @@ class Schedule:
 
     def without_refiner(self) -> "Schedule":
         """The other steps, for a pipeline that has no refiner."""
-        return Schedule(self.steps.replace("R", ""))
+        return Schedule(self.steps.replace("R", ""), self.shift)
+
+
+def read_shift(text: str) -> tuple[str, float]:
+    """What stands before the @ in `text`, and the shift behind it, 1 where there is none.
+
+    Raises RequestError for a shift out of range, or with more than two decimals.
+    """
+    steps, at, shown = text.partition("@")
+    if not at:
+        return steps, 1.0
+    if not re.fullmatch(_SHIFT, shown):
+        raise RequestError(f"shift {shown[:20]!r} cannot be read: {_SHIFT_HELP}")
+    shift = float(shown)
+    if not LEAST_SHIFT <= shift <= MOST_SHIFT:
+        raise RequestError(f"shift {shown} is out of range: {_SHIFT_HELP}")
+    return steps, shift

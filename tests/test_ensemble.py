@@ -22,7 +22,7 @@ from flowturbo.sampler import sample
 from flowturbo.schedule import Schedule
 from flowturbo.serving.tritonserver import ServerAddress, running_server
 
-SCHEDULES = tuple(map(Schedule.parse, ("H1P5R3", "E2A2")))
+SCHEDULES = tuple(map(Schedule.parse, ("H1P5R3", "E2A2@2.5")))
 H1P5R3 = "flowturbo_h1p5r3"
 Infer = Callable[..., np.ndarray]
 

@@ -8,8 +8,9 @@ import pytest
 from flowturbo import Schedule, Variant, compile_program, sample
 from flowturbo.errors import RequestError
 from flowturbo.generate import program_for
-from flowturbo.program import BlockCall, Network, RefinerCall
+from flowturbo.program import BlockCall, Network, RefinerCall, time_grid
 from flowturbo.sampler import Array, Block
+from flowturbo.schedule import MAX_STEPS
 
 Field = Callable[[Array, float], Array]
 
@@ -105,6 +106,16 @@ def test_variable_step_adams_bashforth() -> None:
     euler = 0.35 * 3 * 0.1
     exact = 1.5 * (0.1**2 + 1 - 0.45**2) + euler
     assert sample(program, np.zeros((1, 1, 1, 1)), block) == pytest.approx(exact)
+
+
+def test_a_shifted_grid() -> None:
+    """Shares of noise 1, 0.75, 0.5, 0.25 become 1, 0.9, 0.75, 0.5; without a shift none changes."""
+    assert time_grid(4, 3.0) == pytest.approx((0, 0.1, 0.25, 0.5, 1))
+    for steps in range(1, MAX_STEPS + 1):
+        assert time_grid(steps) == tuple(np.linspace(0, 1, steps + 1))
+    program = compile_program(Schedule.parse("H1E3@3"))
+    times = [call.t for call in program.calls]
+    assert times == pytest.approx([0, 0.1, 0.1, 0.25, 0.5])
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ def error(text: str) -> float:
         ("unipc:64", "unipc:128", 2),
         # Its grid in log signal-to-noise ratio is far from uniform: the order shows late.
         ("dpm:128", "dpm:256", 2),
+        ("unipc:64@3", "unipc:128@3", 2),
     ],
 )
 def test_order_of_convergence(coarse: str, fine: str, order: int) -> None:
@@ -55,7 +56,7 @@ def test_evaluations(text: str, evaluations: int) -> None:
     assert counted.evaluations == evaluations
 
 
-@pytest.mark.parametrize("text", ["H8", "H2P5", "P7"])
+@pytest.mark.parametrize("text", ["H8", "H2P5", "P7", "H2P5@3"])
 def test_heun_and_pseudo_corrector_are_the_programs(text: str) -> None:
     def block(call, x, v, *_):  # type: ignore[no-untyped-def]
         v_next = velocity(x + call.euler * v, call.t)
@@ -71,7 +72,8 @@ def test_a_line_is_extrapolated_exactly_and_a_constant_kept() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "T3", "Z1P2", "H2R1", "unipc", "unipc:1", "dpm:x", "dopri5:0", "euler:3"]
+    "text",
+    ["", "T3", "Z1P2", "H2R1", "unipc", "unipc:1", "dpm:x", "dopri5:0", "euler:3", "dopri5@2"],
 )
 def test_what_cannot_be_read_is_refused(text: str) -> None:
     with pytest.raises(RequestError, match="a baseline is"):

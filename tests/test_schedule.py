@@ -19,6 +19,9 @@ from flowturbo.schedule import MAX_STEPS, Schedule
         ("E8", "E" * 8, "E8"),
         ("A4R2", "AAAARR", "A4R2"),
         (f"H{MAX_STEPS}", "H" * MAX_STEPS, f"H{MAX_STEPS}"),
+        ("A8@3", "A" * 8, "A8@3"),
+        ("H1P1R1@2.50", "HPR", "H1P1R1@2.5"),
+        ("H8@1", "H" * 8, "H8"),
     ],
 )
 def test_reads_and_prints(text: str, steps: str, printed: str) -> None:
@@ -45,6 +48,13 @@ def test_reads_and_prints(text: str, steps: str, printed: str) -> None:
         ("H99999999", "cannot be read"),
         (f"H{MAX_STEPS + 1}", f"{MAX_STEPS + 1} steps"),
         ("H9999" * 2000, "steps"),
+        ("@2", "cannot be read"),
+        ("A8@", "shift '' cannot be read: a shift is a number from 0.1 to 20"),
+        ("A8@x", "shift 'x' cannot be read"),
+        ("A8@2@2", "shift '2@2' cannot be read"),
+        ("A8@1.234", "shift '1.234' cannot be read"),
+        ("A8@0.05", "shift 0.05 is out of range: a shift is a number from 0.1 to 20"),
+        ("A8@21", "shift 21 is out of range"),
     ],
 )
 def test_refuses(text: str, said: str) -> None:

@@ -11,22 +11,23 @@ from support import GLYPHS
 from bench.quality.engine import Exact
 from bench.study import __main__ as study
 from bench.study import measure
+from bench.study.equal import exact, frechet, rivals
 from bench.study.figures import family
 from bench.study.measure import stability, summary
-from bench.study.points import CURVES, sections, unique
-from bench.study.report import difference
+from bench.study.points import CURVES, Size, sections, unique
 from flowturbo.guidance import Guidance
 from flowturbo.sampler import Array
 
 
 def test_every_point_of_the_paper_is_there_once() -> None:
-    listed = sections(3.0, ["wide"])
+    listed = sections(1.0, 3.0, Size(), ["wide"])
     points = unique(listed)
     assert len({str(point) for point in points}) == len(points)
     names = {point.recipe.sampler for point in points}
     assert {"H8", "H7R1", "H2P8R2", "H1P5R3", "P5R7H3", "H8P9R5", "unipc:8", "H1P5T3"} <= names
     curves = next(section for section in listed if section.title == CURVES)
     assert all(family(point.recipe.sampler) for point in curves.points)
+    assert {point.images for point in curves.points} == {10_000}
     assert {point.repository for point in listed[-1].points} == {"main", "wide"}
 
 
@@ -36,23 +37,44 @@ def test_times_are_compared_within_a_round() -> None:
     assert found["ratio"] == {"median": 0.6, "min": 0.5, "max": 0.75}
 
 
+def point(sampler: str, share: float, offset: float) -> measure.Figures:
+    """Seeds are as hard for one sampler as for another."""
+    blocks = np.random.default_rng(0).random(10)
+    return {
+        "sampler": sampler,
+        "images": 500,
+        "ratio": {"median": share},
+        "exact_rms": 0.1 + offset,
+        "frechet_distance": 1 + offset,
+        "frechet_without_block": list(blocks + offset),
+    }
+
+
 def test_differences_are_paired_by_seeds() -> None:
     """Two samplers whose figures move together differ by the same everywhere: no uncertainty."""
-    blocks = np.random.default_rng(0).random(10)
+    one, other = point("H8", 1.0, 0.0), point("H4", 0.5, 0.25)
+    assert frechet(other, one) == pytest.approx((0.25, 0))
+    assert exact(other, one) == (pytest.approx(0.25), None)
+    other["images"] = 400
+    assert frechet(other, one) is None
 
-    def point(offset: float) -> measure.Figures:
-        return {
-            "images": 500,
-            "guidance_scale": 3.0,
-            "frechet_distance": 1 + offset,
-            "frechet_without_block": list(blocks + offset),
-        }
 
-    points = {"main/H8_g3": point(0.0), "main/H4_g3": point(0.25)}
-    assert difference({"points": points}, points["main/H4_g3"]) == pytest.approx((0.25, 0))
-    assert difference({"points": points}, points["main/H8_g3"]) is None
-    points["main/H8_g3"]["images"] = 400
-    assert difference({"points": points}, points["main/H4_g3"]) is None
+def test_the_fastest_as_good() -> None:
+    heun = point("H8", 1.0, 0.0)
+    others = [
+        point("A6@3", 0.4, 0.01),  # not as good
+        point("A8@3", 0.5, 0.0),
+        point("A12@3", 0.6, -0.2),
+        point("H1P5R3", 0.3, -0.1),
+        point("P7", 0.1, -0.1),  # of no kind
+    ]
+    found = rivals([heun, *others], point("H12", 1.5, 0.0), frechet)
+    assert {name: rival.sampler for name, rival in found.items()} == {
+        "FlowTurbo": "H1P5R3",
+        "Adams-Bashforth 2, shifted": "A8@3",
+    }
+    assert found["FlowTurbo"].share == pytest.approx(0.2)
+    assert found["FlowTurbo"].difference == pytest.approx(-0.1)
 
 
 def test_stability_of_a_known_flow(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +95,7 @@ def arguments(glyphs_repository: Path, tmp_path: Path, monkeypatch: pytest.Monke
     for module in (study, measure):
         monkeypatch.setattr(module, "BATCH", 6)  # images that are timed and solved exactly
     words = ["--repository", glyphs_repository, "--weights", GLYPHS, "--images", 24]
-    words += ["--rounds", 1, "--work", tmp_path / "work", "--guidance-scale", 3]
+    words += ["--other-images", 20, "--rounds", 1, "--work", tmp_path / "work"]
     words += ["--json", tmp_path / "study.json", "--report", tmp_path / "quality.md"]
     return ["study", *map(str, words)]
 
@@ -82,20 +104,23 @@ def test_a_small_study(
     arguments: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     for only, said in (
-        ("/H8_g3$", "1 points to measure, 0 done"),
-        ("/(H8|H1P5R3|H1P5T3|unipc-6)_g3$", "3 points to measure, 1 done"),
+        ("/H8_g1 ", "2 points to measure, 0 done"),
+        ("/(H8|H1P5R3|unipc-6@2|H1P5T3|H1P5R2)_g1 ", "5 points to measure, 2 done"),
     ):
         monkeypatch.setattr(sys, "argv", [*arguments, "--only", only])
         study.main()
         assert said in capsys.readouterr().out
     points = json.loads((tmp_path / "study.json").read_text())["points"]
-    ours = points["main/H1P5R3_g3"]
+    ours = points["main/H1P5R3_g1 24"]
     assert (ours["predictor"], ours["refiner"], ours["images"]) == (7, 6, 24)
-    assert points["main/unipc-6_g3"]["predictor"] == 6
+    assert points["main/unipc-6@2_g1 24"]["predictor"] == 6
     assert ours["ms_per_image"] < ours["baseline_ms_per_image"]
     assert all(0.01 < point["exact_rms"] < 1 for point in points.values())
     text = (tmp_path / "quality.md").read_text()
-    assert text.count("`H1P5R3`") == 7  # in the tables of all sections but that of other refiners
+    assert text.count("`H1P5T3`") == 1  # its section has it, of fewer images
+    assert "## Solvers" in text
+    assert "## Order of blocks" not in text
+    assert "| `H8` | none here |" in text or "| `H8` | `H" in text
     for picture in ("curves", "stability", "ablations"):
         assert f"(study_{picture}.png)" in text
         assert (tmp_path / f"study_{picture}.png").stat().st_size > 5000

@@ -145,7 +145,8 @@ def _identity(args: argparse.Namespace, source: Shards | EncodedImages) -> dict[
     files = {name: getattr(args, name) for name in ("predictor", "start")}
     return {
         **{name: sha256(path) if path else "" for name, path in files.items()},
-        **{name: str(getattr(args, name)) for name in ("weights", "num_heads")},
+        "weights": str(args.weights),
+        "predictor_heads": str(args.num_heads),
         "data": source.digest,
     }
 

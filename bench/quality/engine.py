@@ -26,7 +26,7 @@ from flowturbo.schedule import Schedule
 Make = Callable[[Array, Array], Array]  # labels [n] and seeds [n] to images [n, H, W, 3] uint8
 
 EXACT_TOLERANCE = 1e-4  # of a step: the latents are right to 0.001, a tenth of what solvers reach
-_LETTERS = set("EHPAR0123456789")
+_LETTERS = set("EHPAR0123456789@.")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,10 +54,17 @@ class Eyes:
 
 
 def models_digest(repository: Path) -> str:
-    """Twelve digits that change with any composed model of `repository`, or with its precision."""
-    builds = (repository / name / BUILD_FILE for name in contract.COMPOSED)
-    stated = b"".join(path.read_bytes() for path in builds if path.exists())
-    return hashlib.sha256(stated).hexdigest()[:12]
+    """Twelve digits that change with any network of `repository`, or with how it is computed.
+
+    Not with what another export of the same leaves in an ONNX file, such as paths.
+    """
+    stated = []
+    for path in (repository / name / BUILD_FILE for name in contract.COMPOSED):
+        build = json.loads(path.read_text()) if path.exists() else {}
+        made_from = build.get("fingerprint", {})
+        stated.append([build.get(key) for key in ("engine", "runtime", "precision")])
+        stated.append([made_from.get("sha256"), made_from.get("options")])
+    return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def described(recipe: Recipe, repository: Path, source: str) -> dict[str, Any]:

@@ -11,7 +11,8 @@ They are written on a command line as
     dpm:8      DPM-Solver++(2M) (arXiv 2211.01095), 8 evaluations
     dopri5     Dormand-Prince 5(4) at SiT's tolerances; `dopri5:1e-5` sets the relative one
 
-T and Z steps evaluate no network at all: they stand where a schedule has R.
+T and Z steps evaluate no network at all: they stand where a schedule has R. All but dopri5 may end
+with the shift of their time grid, as a schedule may: H1P5T3@2, unipc:8@2.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from scipy.integrate import solve_ivp
 from flowturbo.errors import RequestError
 from flowturbo.program import time_grid
 from flowturbo.sampler import Array
+from flowturbo.schedule import read_shift
 
 Velocity = Callable[[Array, float], Array]
 Sampler = Callable[[Velocity, Array], Array]  # noise at t = 0 to data at t = 1
@@ -37,25 +39,29 @@ _NOTHING: Known = ()
 SIT_RTOL, SIT_ATOL = 1e-3, 1e-6  # of SiT's own dopri5, as in the paper's Table 1
 _RUN = re.compile(r"([HPTZ])([0-9]{0,3})")
 _FIRST_SIGMA = 1 - 1e-6  # at sigma 1 the solvers' log signal-to-noise ratio is infinite
-_HELP = "a baseline is unipc:STEPS, dpm:STEPS, dopri5, dopri5:RTOL, or H and P, then T or Z: H1P5T3"
+_HELP = (
+    "a baseline is unipc:STEPS, dpm:STEPS, dopri5, dopri5:RTOL, or H and P, then T or Z, as "
+    "H1P5T3; all but dopri5 may end with a shift, as unipc:8@2"
+)
 
 
 def parse(text: str) -> Sampler:
     """The baseline written `text`; raises RequestError with what is allowed."""
-    name, _, argument = text.partition(":")
+    plain, shift = read_shift(text)
+    name, _, argument = plain.partition(":")
     try:
-        if name == "dopri5":
+        if name == "dopri5" and plain == text:
             return dopri5(float(argument or SIT_RTOL))
         if name in _SCHEDULERS:
-            return _scheduled(name, int(argument))
+            return _scheduled(name, int(argument), shift)
     except ValueError as error:
         raise RequestError(f"baseline {text!r} cannot be read ({error}): {_HELP}") from None
-    if not text or re.sub(_RUN, "", text):
+    if not plain or re.sub(_RUN, "", plain):
         raise RequestError(f"baseline {text!r} cannot be read: {_HELP}")
-    steps = "".join(letter * int(count or 1) for letter, count in _RUN.findall(text))
+    steps = "".join(letter * int(count or 1) for letter, count in _RUN.findall(plain))
     if steps[:1] not in ("H", "P"):
         raise RequestError(f"baseline {text!r} has no velocity to go on with: {_HELP}")
-    return _stepwise(steps)
+    return _stepwise(steps, shift)
 
 
 class Counted:
@@ -91,9 +97,9 @@ def dopri5(rtol: float = SIT_RTOL, atol: float = SIT_ATOL) -> Sampler:
     return sample
 
 
-def _stepwise(steps: str) -> Sampler:
+def _stepwise(steps: str, shift: float) -> Sampler:
     def sample(velocity: Velocity, noise: Array) -> Array:
-        grid = time_grid(len(steps))
+        grid = time_grid(len(steps), shift)
         x, known = noise, _NOTHING
         for letter, start, end in zip(steps, grid, grid[1:], strict=False):
             x, known = _STEPS[letter](velocity, x, known, start, end)
@@ -149,8 +155,8 @@ def _dpm() -> DPMSolverMultistepScheduler:
 _SCHEDULERS = {"unipc": _unipc, "dpm": _dpm}
 
 
-def _scheduled(name: str, steps: int) -> Sampler:
-    """A diffusers scheduler on the uniform grid: its sigma is 1 - t and its output is -v."""
+def _scheduled(name: str, steps: int, shift: float) -> Sampler:
+    """A diffusers scheduler on the same grid: its sigma is 1 - t and its output is -v."""
     if not 2 <= steps <= 1000:
         raise ValueError(f"steps must be 2 to 1000, got {steps}")
 
@@ -158,7 +164,8 @@ def _scheduled(name: str, steps: int) -> Sampler:
         scheduler = _SCHEDULERS[name]()
         scheduler.set_timesteps(steps)
         # Its own grid ends, or starts, a thousandth off; times are read from here alone.
-        scheduler.sigmas = torch.linspace(1, 0, steps + 1).clamp(max=_FIRST_SIGMA)
+        sigmas = 1 - torch.tensor(time_grid(steps, shift))
+        scheduler.sigmas = sigmas.float().clamp(max=_FIRST_SIGMA)
         scheduler.set_begin_index(0)
         x = torch.from_numpy(noise)
         for sigma, step in zip(scheduler.sigmas.tolist(), scheduler.timesteps, strict=False):

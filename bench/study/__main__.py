@@ -3,6 +3,7 @@
 Measures every point of bench/study/points.py: images are made, looked at, timed in turns with H8,
 and compared with the exact solution of the flow. Each point is written to a JSON file as it is
 done, and not done again while that file and the models are the same; images already made are kept.
+The points of the curves come first and have more images than those of the other sections.
 Ends with a report, which `--report-only` writes from the file alone.
 """
 
@@ -11,6 +12,7 @@ import datetime
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from bench.quality.evaluate import Eyes, models_digest
 from bench.quality.images import BATCH
 from bench.study import report
 from bench.study.measure import BASELINE, Bench, stability
-from bench.study.points import MAIN, Point, sections, unique
+from bench.study.points import MAIN, Point, Size, sections_of, unique
 from flowturbo.guidance import Guidance
 from flowturbo.repository import Settings
 from flowturbo.schedule import Schedule
@@ -56,10 +58,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--predictor", type=Path, help="its checkpoint; default: that in the weights' folder"
     )
-    parser.add_argument("--guidance-scale", type=float, help="default: the service's")
+    parser.add_argument(
+        "--guidance-scale",
+        type=float,
+        default=1.0,
+        help="where nothing else is said (default: 1, no guidance)",
+    )
+    parser.add_argument(
+        "--guided-scale",
+        type=float,
+        help="where guidance itself is looked at (default: the service's)",
+    )
     parser.add_argument("--inception", type=Path, help="pt_inception-2015-12-05-6726825d.pth")
     parser.add_argument("--reference", type=Path, help="real images: .npz as ADM's, or a folder")
-    parser.add_argument("--images", type=int, default=10_000, help="a point")
+    parser.add_argument("--images", type=int, default=Size.curves, help="a point of the curves")
+    parser.add_argument("--other-images", type=int, default=Size.others, help="another point")
     parser.add_argument("--rounds", type=int, default=8, help=f"of {BATCH} images each, timed")
     parser.add_argument("--only", default="", metavar="REGEX", help="points whose name matches")
     parser.add_argument("--work", type=Path, default=Path("runs/study"), help="images")
@@ -70,35 +83,37 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _measure(study: Study, args: argparse.Namespace) -> None:
-    scale = args.guidance_scale
-    if scale is None:
-        scale = Settings.load(args.repository).default_guidance_scale
+    guided = args.guided_scale
+    if guided is None:
+        guided = Settings.load(args.repository).default_guidance_scale
     judge = "Inception-v3" if args.inception else "the glyphs' classifier"
     if study.get("judge", judge) != judge:
         raise ValueError(f"{args.json} has figures of {study['judge']}, not of {judge}")
     bench = _bench(args)
     refiners = [name for name in bench.repositories if name != MAIN]
-    points = unique(sections(scale, refiners))
-    wanted = [point for point in points if re.search(args.only, str(point))]
-    missing = [point for point in wanted if not _done(study, point, bench)]
     study |= {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "hardware": hardware(),
         "precision": bench.engines[MAIN].pipeline.precision,
         "judge": judge,
-        "guidance_scale": scale,
+        "guidance_scale": args.guidance_scale,
+        "guided_scale": guided,
+        "size": asdict(Size(args.images, args.other_images)),
         "refiners": list(dict.fromkeys([*study.get("refiners", []), *refiners])),
     }
-    estimate_s = bench.seconds_an_evaluation(scale) * _evaluations(missing, bench)
+    points = [p for p in unique(sections_of(study)) if p.repository in bench.repositories]
+    wanted = [point for point in points if re.search(args.only, str(point))]
+    missing = [point for point in wanted if not _done(study, point, bench)]
+    estimate_s = bench.seconds_an_evaluation() * _evaluations(missing, bench)
     print(
-        f"{len(missing)} points to measure, {len(wanted) - len(missing)} done, "
-        f"{args.images} images each: about {datetime.timedelta(minutes=round(estimate_s / 60))}",
+        f"{len(missing)} points to measure, {len(wanted) - len(missing)} done: "
+        f"about {datetime.timedelta(minutes=round(estimate_s / 60))}",
         flush=True,
     )
     if "stability" not in study:
         study["stability"] = {
             f"{each:g}": stability(bench.exact, Guidance(each), STABILITY_IMAGES)
-            for each in sorted({1.0, scale, 2 * scale})
+            for each in sorted({1.0, guided, 2 * guided})
         }
     for number, point in enumerate(missing, 1):
         study["points"][str(point)] = found = bench.point(point)
@@ -117,25 +132,25 @@ def _bench(args: argparse.Namespace) -> Bench:
         Exact(args.predictor or args.weights / "predictor.safetensors"),
         Eyes.open(args.weights, args.inception, args.reference),
         args.work,
-        args.images,
-        min(args.rounds, -(-args.images // BATCH)),
+        args.rounds,
     )
 
 
 def _done(study: Study, point: Point, bench: Bench) -> bool:
     known = study["points"].get(str(point), {})
-    models = models_digest(bench.repositories[point.repository])
-    return (known.get("images"), known.get("models")) == (bench.images, models)
+    return known.get("models") == models_digest(bench.repositories[point.repository])
 
 
 def _evaluations(points: Sequence[Point], bench: Bench) -> float:
-    """How many of an image's predictor evaluations the points take, their turns with H8 included.
+    """How many evaluations of the predictor at one row an image the points take, all together.
 
-    One is guided; a point that is not costs half, which is left out of account.
+    Turns with H8 and exact solutions are included, images that are there already are not left out.
     """
     timed = bench.rounds * BATCH
-    beside = timed * schedule_evaluations(Schedule.parse(BASELINE))[0]
-    total = float(len({p.recipe.guidance for p in points}) * timed * _EXACT_EVALUATIONS)
+    beside = schedule_evaluations(Schedule.parse(BASELINE))[0]
+    total = 0.0
+    for guidance in {point.recipe.guidance for point in points}:
+        total += timed * _EXACT_EVALUATIONS * (2 if guidance.used else 1)
     for point in points:
         schedule, steps = point.recipe.schedule, re.findall("[0-9]+", point.recipe.sampler)
         each = float(_ADAPTIVE_EVALUATIONS)
@@ -144,7 +159,8 @@ def _evaluations(points: Sequence[Point], bench: Bench) -> float:
             each = predictor + _REFINER_COST * refiner
         elif not point.recipe.sampler.startswith("dopri5"):
             each = sum(map(int, steps))
-        total += bench.images * each + beside
+        rows = 2 if point.recipe.guidance.used else 1
+        total += rows * (point.images * each + timed * beside)
     return total
 
 

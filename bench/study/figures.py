@@ -7,23 +7,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.study.points import GUIDANCE, REFINER_STEPS, sections
+from bench.study.points import CURVES, GRIDS, GUIDANCE, REFINER_STEPS, sections_of
+from flowturbo.schedule import read_shift
 
 Study = dict[str, Any]
 Found = dict[str, Any]
 
 # A family's name by the form of its samplers; the first that fits is taken.
 _FAMILIES = (
+    ("UniPC, shifted", r"unipc.*@.*", "s:"),
     ("UniPC", r"unipc.*", "s-"),
     ("DPM-Solver++", r"dpm.*", "D-"),
-    ("dopri5", r"dopri5.*", "X"),
     ("Heun", r"H\d+", "o-"),
+    ("Heun, shifted", r"H\d+@.*", "o:"),
     ("Euler", r"E\d+", "v-"),
     ("Adams-Bashforth 2", r"A\d+", "^-"),
+    ("Adams-Bashforth 2, shifted", r"A\d+@.*", "^:"),
     ("pseudo corrector", r"P\d+", "<-"),
-    ("velocity extrapolated", r"[HPT\d]*T\d+", "x"),
-    ("velocity kept", r"[HPZ\d]*Z\d+", "+"),
     ("FlowTurbo", r"H\d+(P\d+)?R\d+", "*"),
+    ("FlowTurbo, shifted", r"H\d+(P\d+)?R\d+@.*", "P"),
 )
 
 
@@ -38,7 +40,7 @@ def draw(study: Study, json_path: Path) -> list[Path]:
     for name, size, panels, fill in (
         ("curves", (13, 9), (2, 2), _curves),
         ("stability", (7, 4.2), (1, 1), _stability),
-        ("ablations", (13, 4.2), (1, 2), _ablations),
+        ("ablations", (14, 4.2), (1, 3), _ablations),
     ):
         figure, axes = pyplot.subplots(*panels, figsize=size, layout="constrained", squeeze=False)
         if fill(study, axes):
@@ -69,8 +71,8 @@ def _curves(study: Study, axes: Any) -> bool:
             for (name, style), found in groups.items():
                 ordered = sorted(found, key=lambda each: each[cost])
                 x, y = ([each[key] for each in ordered] for key in (cost, value))
-                # The best method's points must not be hidden, nor their names.
-                front = name == "FlowTurbo"
+                # FlowTurbo's points must not be hidden, nor their names.
+                front = name.startswith("FlowTurbo")
                 look = {"ms": 12, "color": "black", "zorder": 3} if front else {"ms": 7}
                 axis.plot(x, y, style, label=name, **look)
                 if front:
@@ -86,14 +88,19 @@ def _curves(study: Study, axes: Any) -> bool:
 
 
 def _groups(study: Study) -> dict[tuple[str, str], list[Found]]:
-    """Points of the first repository as the study's own guidance makes them, by family."""
+    """The points of the curves, by family."""
     groups: dict[tuple[str, str], list[Found]] = {}
-    for key, found in study["points"].items():
-        plain = f"main/{found['sampler'].replace(':', '-')}_g{study['guidance_scale']:g}"
+    for found in _points(study, CURVES):
         kind = family(found["sampler"])
-        if key == plain and kind is not None:
+        if kind is not None:
             groups.setdefault(kind, []).append(found)
     return groups
+
+
+def _points(study: Study, title: str) -> list[Found]:
+    """The measured points of a section."""
+    keys = (str(p) for s in sections_of(study) if s.title == title for p in s.points)
+    return [study["points"][key] for key in keys if key in study["points"]]
 
 
 def _name_points(axis: Any, found: list[Found], cost: str, value: str) -> None:
@@ -116,14 +123,8 @@ def _stability(study: Study, axes: Any) -> bool:
 
 
 def _ablations(study: Study, axes: Any) -> bool:
-    """The number of refiner steps, and the guidance scale."""
-    by_title = {s.title: s for s in sections(study["guidance_scale"], study["refiners"])}
-
-    def found(title: str) -> list[Found]:
-        keys = map(str, by_title[title].points)
-        return [study["points"][key] for key in keys if key in study["points"]]
-
-    steps, scales = found(REFINER_STEPS), found(GUIDANCE)
+    """The number of refiner steps, the guidance scale, and the time grid."""
+    steps, scales, grids = (_points(study, s) for s in (REFINER_STEPS, GUIDANCE, GRIDS))
 
     def refiner_steps(each: Found) -> float:
         return each["refiner"] / 2  # a step evaluates twice
@@ -134,11 +135,20 @@ def _ablations(study: Study, axes: Any) -> bool:
         of_one = [each for each in scales if each["sampler"] == sampler]
         _with_intervals(axes[0][1], of_one, lambda each: each["guidance_scale"], sampler)
     axes[0][1].set(xlabel="guidance scale", ylabel="Fréchet distance")
+    by_steps: dict[str, list[tuple[float, float]]] = {}
+    for each in grids:
+        sampler, shift = read_shift(each["sampler"])
+        by_steps.setdefault(sampler, []).append((shift, each["exact_rms"]))
+    for sampler, places in by_steps.items():
+        axes[0][2].plot(*zip(*sorted(places), strict=True), "o-", label=sampler)
+    axes[0][2].set(
+        xlabel="shift of the time grid", ylabel="RMS distance to exact solution", yscale="log"
+    )
     for axis in axes[0]:
         axis.grid(alpha=0.3)
         if axis.has_data():
             axis.legend()
-    return bool(steps or scales)
+    return bool(steps or scales or grids)
 
 
 def _with_intervals(axis: Any, found: list[Found], x: Callable[[Found], float], name: str) -> None:

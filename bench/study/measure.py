@@ -36,7 +36,6 @@ class Bench:
     exact: Exact
     eyes: Eyes
     work: Path
-    images: int
     rounds: int
 
     def point(self, point: Point) -> Figures:
@@ -45,28 +44,30 @@ class Bench:
         said = described(recipe, self.repositories[point.repository], "process")
         name = f"{point.repository}_{recipe}_{said['models']}"
         folder = ImageFolder(self.work / "images" / name, said, engine.pipeline.num_classes)
-        figures = self._beside_baseline(engine, recipe, folder)
-        folder.fill(self.images, Local(engine, recipe))
+        figures = self._beside_baseline(engine, point, folder)
+        folder.fill(point.images, Local(engine, recipe))
         stated = {"repository": point.repository, "models": said["models"], **asdict(recipe)}
-        return stated | figures | asdict(self.eyes.figures(folder, self.images))
+        return stated | figures | asdict(self.eyes.figures(folder, point.images))
 
-    def seconds_an_evaluation(self, scale: float) -> float:
-        """Of one image's predictor, with a share of the decoder: for an estimate."""
+    def seconds_an_evaluation(self) -> float:
+        """Of one row of the predictor, with a share of the decoder: for an estimate."""
         engine, seeds = self.engines[MAIN], np.arange(BATCH)
         labels = seeds % engine.pipeline.num_classes
-        engine.make(Recipe(BASELINE, scale), labels, seeds)  # the first is slower
-        seconds, made = _timed(engine, Recipe(BASELINE, scale), labels, seeds)
+        recipe = Recipe(BASELINE, 1.0)
+        engine.make(recipe, labels, seeds)  # the first is slower
+        seconds, made = _timed(engine, recipe, labels, seeds)
         return seconds / BATCH / made.predictor
 
-    def _beside_baseline(self, engine: Engine, recipe: Recipe, folder: ImageFolder) -> Figures:
+    def _beside_baseline(self, engine: Engine, point: Point, folder: ImageFolder) -> Figures:
         """Takes turns with the baseline at the same scale, first one first, then the other."""
+        recipe, images = point.recipe, point.images
         baseline, main = Recipe(BASELINE, recipe.guidance_scale), self.engines[MAIN]
         times: list[tuple[float, float]] = []
         latents: list[Array] = []
-        seeds = np.arange(min(BATCH, self.images))
+        seeds = np.arange(min(BATCH, images))
         engine.make(recipe, folder.labels(seeds), seeds)  # a runtime's first call is slower
-        for k in range(self.rounds):
-            seeds = np.arange(k * BATCH, min((k + 1) * BATCH, self.images))
+        for k in range(min(self.rounds, -(-images // BATCH))):
+            seeds = np.arange(k * BATCH, min((k + 1) * BATCH, images))
             labels = folder.labels(seeds)
             turns = [(engine, recipe), (main, baseline)]
             done = [_timed(*turn, labels, seeds) for turn in (turns if k % 2 else turns[::-1])]

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from bench.quality.engine import Recipe
 from flowturbo.program import Variant
 
 MAIN = "main"  # the name of the first repository, whose refiner all sections but the last use
-CURVES, REFINER_STEPS, GUIDANCE = "Solvers", "Number of refiner steps", "Guidance scale"
+CURVES, REFINER_STEPS = "Solvers", "Number of refiner steps"
+GRIDS, GUIDANCE = "Time grid", "Guidance scale"
+
+
+@dataclass(frozen=True)
+class Size:
+    """How many images a point of the curves has, and one of the other sections."""
+
+    curves: int = 10_000
+    others: int = 2_000
 
 
 @dataclass(frozen=True)
 class Point:
-    """One recipe in one repository, by its name."""
+    """One recipe in one repository and a number of images, by its name."""
 
     recipe: Recipe
+    images: int
     repository: str = MAIN
 
     def __str__(self) -> str:
-        return f"{self.repository}/{self.recipe}"
+        return f"{self.repository}/{self.recipe} {self.images}"
 
 
 @dataclass(frozen=True)
@@ -32,19 +43,43 @@ class Section:
     points: tuple[Point, ...]
 
 
-def sections(scale: float, refiners: Sequence[str] = ()) -> tuple[Section, ...]:
-    """The study at guidance `scale`; `refiners` names repositories with other refiners."""
+def sections(
+    scale: float, guided: float, size: Size, refiners: Sequence[str] = ()
+) -> tuple[Section, ...]:
+    """The study at guidance `scale`, and at scale `guided` where guidance itself is looked at.
 
-    def of(samplers: str, **recipe: object) -> tuple[Point, ...]:
-        return tuple(Point(Recipe(s, scale, **recipe)) for s in samplers.split())  # type: ignore[arg-type]
+    `refiners` names repositories with other refiners.
+    """
+
+    def of(samplers: str, scale: float = scale, **recipe: object) -> tuple[Point, ...]:
+        return tuple(
+            Point(Recipe(s, scale, **recipe), size.others)  # type: ignore[arg-type]
+            for s in samplers.split()
+        )
 
     found = [
-        Section(CURVES, "Solvers that evaluate the predictor alone, then FlowTurbo.", of(_SOLVERS)),
+        Section(
+            CURVES,
+            "Solvers that evaluate the predictor alone, then FlowTurbo. Behind an @ stands the "
+            "shift of the time grid, where it is not uniform.",
+            tuple(Point(Recipe(sampler, scale), size.curves) for sampler in _SOLVERS.split()),
+        ),
+        Section(
+            GRIDS,
+            "Shifts above 1 take shorter steps near the noise and longer ones near the data.",
+            of(" ".join(f"{s}{shift}" for s in _ON_GRIDS.split() for shift in _SHIFTS)),
+        ),
         Section(
             "In place of the refiner",
             "T extrapolates the velocity along a line, Z keeps it as it is, both without any "
-            "evaluation. The last of each group leaves these steps out and takes longer ones.",
-            of("H1P5R3 H1P5T3 H1P5Z3 H1P5 H2P4R2 H2P4T2 H2P4Z2 H2P4 H5P7R3 H5P7T3 H5P7Z3 H5P7"),
+            "evaluation. The others of each group leave these steps out and take longer ones, or "
+            "spend their time on evaluations of the predictor.",
+            of(_RIVALS),
+        ),
+        Section(
+            "Refiner steps after Adams-Bashforth",
+            "On the uniform grid they also shorten the steps before them, as a shift does.",
+            of("A6 A6R2 A7 A7R1 A8 A6@2 A6R2@2 A7@2 A7R1@2 A8@2"),
         ),
         Section("Components", "The schedules of the paper's ablation.", of(_COMPONENTS)),
         Section(
@@ -69,22 +104,29 @@ def sections(scale: float, refiners: Sequence[str] = ()) -> tuple[Section, ...]:
             ),
         ),
         Section(
+            "Nearly exact",
+            "Many steps, and a solver that chooses its own.",
+            # SiT's own tolerance of dopri5, 1e-3, is below the rounding of bfloat16: its steps
+            # shrink to nothing.
+            of("H8 H16 H32 dopri5:1e-2"),
+        ),
+        Section(
+            GUIDANCE,
+            "The same schedules at other scales.",
+            tuple(
+                point
+                for other in sorted({1.0, 1.5, 2.0, guided, scale})
+                for point in of("H4 H8 H16 H1P5R3 A8@3", scale=other)
+            ),
+        ),
+        Section(
             "Guidance interval",
             "Guidance acts between two times only; an evaluation outside costs half. The exact "
             "solution is that of the flow so guided.",
             tuple(
                 point
-                for interval in ((0.0, 1.0), (0.0, 0.5), (0.0, 0.8), (0.1, 0.8), (0.2, 1.0))
-                for point in of("H8 H1P5R3", interval=interval)
-            ),
-        ),
-        Section(
-            GUIDANCE,
-            "The same two schedules at other scales.",
-            tuple(
-                Point(Recipe(sampler, other))
-                for other in sorted({1.0, 1.5, 2.0, 3.0, 4.0, 6.0, scale})
-                for sampler in ("H8", "H1P5R3")
+                for interval in ((0.0, 1.0), (0.0, 0.8), (0.1, 0.8), (0.2, 1.0))
+                for point in of("H8 H1P5R3", scale=guided, interval=interval)
             ),
         ),
     ]
@@ -94,8 +136,9 @@ def sections(scale: float, refiners: Sequence[str] = ()) -> tuple[Section, ...]:
                 "Refiners",
                 "The same predictor with other refiners.",
                 tuple(
-                    Point(Recipe(sampler, scale), name)
-                    for sampler in ("H1P5R3", "H2P4R2", "H5P7R3")
+                    Point(Recipe(sampler, each), size.others, name)
+                    for each in sorted({scale, guided})
+                    for sampler in ("H1P5R3", "H1P5R3@2", "H2P4R2", "H5P7R3")
                     for name in (MAIN, *refiners)
                 ),
             )
@@ -103,12 +146,23 @@ def sections(scale: float, refiners: Sequence[str] = ()) -> tuple[Section, ...]:
     return tuple(found)
 
 
-# SiT's own tolerance of dopri5, 1e-3, is below the rounding of bfloat16: steps shrink to nothing.
 _SOLVERS = (
-    "H4 H6 H8 H12 H16 E8 E12 E16 A8 A12 A16 P5 P7 P11 P15 unipc:6 unipc:8 unipc:12 unipc:16 "
-    "dpm:6 dpm:8 dpm:12 dpm:16 dopri5:1e-2 H1P2R1 H1P5R3 H2P4R2 H2P8R2 H5P7R3 H8P9R5"
+    "H4 H8 H12 A4@3 A5@3 A6@3 A8@3 H1P2R1 H1P2R1@2 H1P3R2@2 H1P5R3 H1P5R3@2 H2P4R2 "
+    "H4@1.5 H8@1.5 H12@1.5 H16 A8 A12 A12@3 E8 E16 P5 P7 P11 unipc:6 unipc:8 unipc:12 unipc:6@2 "
+    "unipc:8@2 dpm:8 dpm:12 H2P8R2 H5P7R3 H8P9R5"
+)
+_ON_GRIDS, _SHIFTS = "H4 H8 A6 A8 P7 H1P5R3", ("", "@1.5", "@2", "@3", "@4")
+_RIVALS = (
+    "H1P5R3 H1P5T3 H1P5Z3 H1P5 H1P6 H2P4R2 H2P4T2 H2P4Z2 H2P4 H2P5 H5P7R3 H5P7T3 H5P7Z3 H5P7 H5P8 "
+    "H1P5R3@2 H1P5T3@2 H1P5Z3@2 H1P5@2 H1P6@2"
 )
 _COMPONENTS = "H8 H7R1 H6R2 H5R3 H7R2 H5P2R2 H3P4R2 H3P3R2 H2P8R2 H2P4R2 H1P6R2 H1P5R3"
+
+
+def sections_of(study: Mapping[str, Any]) -> tuple[Section, ...]:
+    """Those that the file `study` is of."""
+    size = Size(**study["size"])
+    return sections(study["guidance_scale"], study["guided_scale"], size, study["refiners"])
 
 
 def unique(of: Iterable[Section]) -> tuple[Point, ...]:

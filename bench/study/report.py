@@ -6,12 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from bench.quality.engine import EXACT_TOLERANCE
-from bench.quality.metrics import BLOCKS, half_width
-from bench.study import figures
-from bench.study.points import Point, Section, sections
+from bench.quality.engine import EXACT_TOLERANCE, Recipe
+from bench.quality.metrics import BLOCKS
+from bench.study import equal, figures
+from bench.study.points import CURVES, MAIN, Point, Section, sections_of
 
 Study = dict[str, Any]
 Found = dict[str, Any]  # one point's figures
@@ -20,8 +18,9 @@ _INTRODUCTION = """\
 # Quality against time
 
 {date}, {cpu}, {cores} cores, networks in {precision}, guidance {scale:g} where nothing else is
-said, in process, batches of 25 images, decoder included. {images}, the same classes and
-seeds for every point, judged by {judge}. Made by `python -m bench.study`.
+said, in process, batches of 25 images, decoder included. {curves:,} images a point of the curves,
+{others:,} a point of the other sections, the same classes and seeds for every point, judged by
+{judge}. Made by `python -m bench.study`.
 
 - **Evaluations** of predictor + refiner an image. A guided one is of two rows.
 - **ms/image**: the median of {rounds} batches; **of H8's**: the ratio to H8 at the same guidance,
@@ -54,7 +53,6 @@ def _relative(plot: Path, folder: Path) -> str:
 def markdown(study: Study, plots: Sequence[str]) -> str:
     """The whole text; `plots` are the paths of the figures from it."""
     points = list(study["points"].values())
-    counts = sorted({point["images"] for point in points})
     parts = [
         _INTRODUCTION.format(
             date=study["date"][:10],
@@ -62,7 +60,7 @@ def markdown(study: Study, plots: Sequence[str]) -> str:
             cores=study["hardware"]["cores"],
             precision=study["precision"],
             scale=study["guidance_scale"],
-            images=f"{' or '.join(f'{count:,}' for count in counts)} images a point",
+            **study["size"],
             judge=study["judge"],
             rounds=max((point["rounds"] for point in points), default=0),
             compared=max((point["exact_images"] for point in points), default=0),
@@ -70,12 +68,50 @@ def markdown(study: Study, plots: Sequence[str]) -> str:
             tolerance=EXACT_TOLERANCE,
         )
     ]
+    parts.append(_equal(study))
     parts += [f"![{Path(plot).stem.replace('_', ' ')}]({plot})" for plot in plots]
     parts.append(_stable(study["stability"]))
-    for section in sections(study["guidance_scale"], study["refiners"]):
+    for section in sections_of(study):
         if table := _table(study, section):
             parts.append(f"## {section.title}\n\n{section.text}\n\n{table}")
-    return "\n\n".join(part.strip() for part in parts) + "\n"
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
+
+
+def _equal(study: Study) -> str:
+    """What is as good as Heun: nothing without points of the curves."""
+    curves = next(section for section in sections_of(study) if section.title == CURVES)
+    known = [study["points"][str(p)] for p in curves.points if str(p) in study["points"]]
+    parts = []
+    for figure, apart, text in (
+        ("Fréchet distance", equal.frechet, "its Fréchet distance no higher than Heun's"),
+        ("distance to the exact solution", equal.exact, "as near the exact solution"),
+    ):
+        rows = [
+            _rivals(heun, equal.rivals(known, heun, apart))
+            for heun in (p for p in known if p["sampler"] in equal.HEUN)
+        ]
+        if rows:
+            head = ["", *(name for name, _ in equal.KINDS)]
+            lines = [head, ["---"] * len(head), *rows]
+            table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            parts.append(
+                f"## At Heun's {figure}\n\nThe fastest of each kind with {text}: its share of "
+                f"Heun's time, decoder included, and its {figure} less Heun's.\n\n{table}"
+            )
+    return "\n\n".join(parts)
+
+
+def _rivals(heun: Found, found: dict[str, equal.Rival]) -> list[str]:
+    cells = []
+    for name, _ in equal.KINDS:
+        if rival := found.get(name):
+            apart = f"{rival.difference:+.4f}" + (
+                f" ± {rival.interval:.4f}" if rival.interval is not None else ""
+            )
+            cells.append(f"`{rival.sampler}` {rival.share:.0%} ({apart})")
+        else:
+            cells.append("none here")
+    return [f"`{heun['sampler']}`", *cells]
 
 
 def _stable(stability: dict[str, Found]) -> str:
@@ -124,22 +160,13 @@ def _frechet(study: Study, point: Point, found: Found) -> str:
     return f"{found['frechet_distance']:.4f}" + (f" ± {interval:.4f}" if interval else "")
 
 
-def difference(study: Study, found: Found) -> tuple[float, float] | None:
-    """Fréchet distance less H8's at the same guidance scale, and half its 95% interval.
-
-    None without a measured H8 of as many images.
-    """
-    baseline = study["points"].get(f"main/H8_g{found['guidance_scale']:g}")
-    if not baseline or baseline["images"] != found["images"] or baseline is found:
-        return None
-    ours, theirs = (np.array(each["frechet_without_block"]) for each in (found, baseline))
-    if not len(ours):
-        return None
-    return found["frechet_distance"] - baseline["frechet_distance"], half_width(ours - theirs)
-
-
 def _less(study: Study, point: Point, found: Found) -> str:
-    known = difference(study, found)
+    """Fréchet distance less H8's at the same guidance scale, of as many images."""
+    baseline = Point(Recipe("H8", point.recipe.guidance_scale), point.images, MAIN)
+    other = study["points"].get(str(baseline))
+    if not other or other is found:
+        return ""
+    known = equal.frechet(found, other)
     return f"{known[0]:+.4f} ± {known[1]:.4f}" if known else ""
 
 

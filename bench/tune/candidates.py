@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench.capacity.block_times import BlockTimes, measure
@@ -14,7 +14,8 @@ from flowturbo.repository import Pipeline
 from flowturbo.schedule import Schedule
 
 MOST_EVALUATIONS = 32  # of the predictor: the paper's longest schedule has 25
-_HEUN, _PSEUDO, _REFINER = range(1, 9), range(10), range(7)
+_HEUN, _PSEUDO, _REFINER = (1, 2, 3, 5, 8), (0, 1, 2, 3, 5, 7, 9), (0, 1, 2, 3, 5)
+_SHIFTS = (1.0, 2.0, 3.0)  # of the time grid
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,17 @@ def measured(repository: Path, images: int, guidance: Guidance) -> BlockTimes:
 
 
 def candidates(*, has_refiner: bool) -> list[Schedule]:
-    """H a P b R c in the paper's order, and H, P and A alone, up to MOST_EVALUATIONS."""
-    texts = [
-        f"H{a}P{b}R{c}" for a in _HEUN for b in _PSEUDO for c in (_REFINER if has_refiner else (0,))
-    ]
+    """H a P b R c in the paper's order, A and R in place of them, and H, P and A alone.
+
+    All on every grid of _SHIFTS, and up to MOST_EVALUATIONS.
+    """
+    refiner = _REFINER if has_refiner else (0,)
+    texts = [f"H{a}P{b}R{c}" for a in _HEUN for b in _PSEUDO for c in refiner]
+    texts += [f"A{n}R{c}" for n in range(4, 13) for c in refiner]
     texts += [f"{letter}{n}" for letter in "HPA" for n in range(2, MOST_EVALUATIONS + 1)]
-    schedules = dict.fromkeys(map(Schedule.parse, texts))
-    return [s for s in schedules if evaluations(s) <= MOST_EVALUATIONS]
+    plain = dict.fromkeys(map(Schedule.parse, texts))
+    short = [s for s in plain if evaluations(s) <= MOST_EVALUATIONS]
+    return [replace(schedule, shift=shift) for schedule in short for shift in _SHIFTS]
 
 
 def evaluations(schedule: Schedule) -> int:
