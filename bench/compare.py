@@ -25,6 +25,7 @@ from bench.observe import hardware
 from bench.web import WebClient, running_web
 from flowturbo.errors import RepositoryError
 from flowturbo.repository import Pipeline, Settings
+from flowturbo.request import default_schedule
 from flowturbo.serving.tritonserver import running_server
 
 LONE_SHARE = 0.5  # of the window of concurrent clients: one client's requests vary less
@@ -115,7 +116,7 @@ class Plan:
                 f"{repository} must have a refiner and a decoder, and run on a CPU, as PyTorch does"
             )
         settings = Settings.load(repository)
-        default, scale = settings.default_schedule, settings.default_guidance_scale
+        default, scale = str(default_schedule(pipeline, settings)), settings.default_guidance_scale
         precisions = ["fp32"] + ["bf16"] * (pipeline.precision == "bf16")
         usual = [
             Form(compiled, precision) for precision in precisions for compiled in (False, True)

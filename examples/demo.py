@@ -13,7 +13,7 @@ from pathlib import Path
 from flowturbo.serving.installation import ServerError
 from flowturbo.serving.tritonserver import running_server
 
-SCHEDULES = ("H8", "H2P4R2", "H1P5R3")
+SCHEDULES = ("H8", "H1P5R3", "fast")
 
 
 def main() -> int:

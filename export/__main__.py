@@ -19,9 +19,8 @@ from export.pipeline import Options, export_pipeline
 from export.runtime import candidates
 from export.source import Source
 from export.verify import verify_repository
-from flowturbo.errors import FlowTurboError, RequestError
+from flowturbo.errors import FlowTurboError
 from flowturbo.onnx_session import RUNTIMES
-from flowturbo.schedule import Schedule
 from flowturbo.serving.installation import cache_folder
 
 
@@ -55,7 +54,7 @@ def _options(argv: Sequence[str]) -> Options:
         parser.error("--precision fp8 goes with --engine tensorrt (or python, slowly, on a CPU)")
     values["source"] = _take(Source, values)
     if values["ensemble"] is not None:
-        values["ensemble"] = tuple(dict.fromkeys(values["ensemble"]))
+        values["ensemble"] = tuple(values["ensemble"])
     values["deployment"] = _take(Deployment, values)
     if not candidates(values["deployment"]):
         parser.error(
@@ -145,11 +144,10 @@ def _export_parser() -> argparse.ArgumentParser:
     )
     add(
         "--ensemble",
-        type=_schedule,
         nargs="*",
         metavar="SCHEDULE",
-        help="schedules, such as H1P5R3, that get a model of their own, a Triton ensemble "
-        "(default: those that the repository has)",
+        help="schedules, such as H1P5R3, or presets, that get a model of their own, a Triton "
+        "ensemble (default: those that the repository has)",
     )
     add(
         "--presets",
@@ -170,13 +168,6 @@ def _verify_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--schedule", help="of the trajectory (default: H1P5R3, or H1P5)")
     return parser
-
-
-def _schedule(text: str) -> Schedule:
-    try:
-        return Schedule.parse(text)
-    except RequestError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _natural(text: str) -> int:

@@ -23,7 +23,7 @@ from export.source import Source, modules, source_digests
 from flowturbo import contract
 from flowturbo.nets.checkpoint import CheckpointError, sha256
 from flowturbo.nets.sit import SiTConfig
-from flowturbo.presets import Presets, load_presets, read_presets
+from flowturbo.presets import Presets, find_schedule, load_presets, read_presets
 from flowturbo.repository import Settings
 from flowturbo.schedule import Schedule
 
@@ -39,7 +39,7 @@ class Options:
     compute_capability: str | None
     timing_cache: Path
     force: bool
-    ensemble: tuple[Schedule, ...] | None
+    ensemble: tuple[str, ...] | None
     presets: Path | None
     command: str
 
@@ -60,7 +60,7 @@ def export_pipeline(options: Options) -> None:
     the models cannot serve, and then leaves the repository as it was.
     """
     presets = _presets(options)  # found wanting before minutes of export
-    _export_models(options)
+    _export_models(options, presets)
     if options.presets:
         install.install_presets(options.presets, options.repository)
         shown = ", ".join(f"{name} {schedule}" for name, schedule in presets.items())
@@ -75,11 +75,11 @@ def _presets(options: Options) -> Presets:
     return load_presets(options.repository, has_refiner=has_refiner)
 
 
-def _export_models(options: Options) -> None:
+def _export_models(options: Options, presets: Presets) -> None:
     repository, builder = options.repository, None
     if options.deployment.engine == "tensorrt":  # found missing before minutes of export
         builder = find_builder(options.compute_capability)
-    settings, schedules = _settings(repository), _ensembles(options)
+    settings, schedules = _settings(repository), _ensembles(options, presets)
     fingerprint = _fingerprint(options)
     installed = not options.force and _is_installed(repository, fingerprint)
     lacking = installed and builder and _lacking(repository, builder)
@@ -109,15 +109,16 @@ def _settings(repository: Path) -> Settings:
     return Settings.load(repository if has_one else install.COMMITTED.parent)
 
 
-def _ensembles(options: Options) -> tuple[Schedule, ...]:
+def _ensembles(options: Options, presets: Presets) -> tuple[Schedule, ...]:
     """The schedules asked for, or those that the repository has and the new models can serve."""
     if options.ensemble is None:
         found = installed_ensembles(options.repository)
         return tuple(s for s in found if options.source.refiner or not s.refines)
-    for schedule in options.ensemble:
+    schedules = tuple(dict.fromkeys(find_schedule(text, presets) for text in options.ensemble))
+    for schedule in schedules:
         if schedule.refines and not options.source.refiner:
             raise CheckpointError(f"--ensemble {schedule} has refiner steps: it needs --refiner")
-    return options.ensemble
+    return schedules
 
 
 def _fingerprint(options: Options) -> dict[str, Any]:

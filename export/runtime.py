@@ -16,13 +16,12 @@ from flowturbo import contract
 from flowturbo.generate import models_called
 from flowturbo.guidance import Tensors
 from flowturbo.onnx_session import open_model, runtime_for
+from flowturbo.presets import DEFAULT, built_in
 from flowturbo.program import compile_program
-from flowturbo.repository import Settings
-from flowturbo.schedule import Schedule
 
 MEASURE_S = 0.5  # for one batch size
 # Calls that a request makes with the default schedule.
-_DEFAULT = compile_program(Schedule.parse(Settings.default_schedule))
+_DEFAULT = compile_program(built_in()[DEFAULT])
 _CALLS = Counter([*models_called(_DEFAULT), contract.DECODER])
 
 

@@ -13,7 +13,7 @@ from flowturbo.guidance import Tensors
 from flowturbo.onnx_session import Model, open_model
 from flowturbo.program import Program, Variant, compile_program
 from flowturbo.repository import Pipeline, Settings
-from flowturbo.request import GenerationRequest, parse_request
+from flowturbo.request import GenerationRequest, default_schedule, parse_request
 from flowturbo.schedule import Schedule
 
 
@@ -37,6 +37,7 @@ class LocalPipeline:
         repository = Path(model_repository)
         self.pipeline = Pipeline.load(repository)
         self.settings = Settings.load(repository)
+        self.default_schedule = default_schedule(self.pipeline, self.settings)
         self._models = open_models(repository, self.pipeline, threads)
 
     def generate(

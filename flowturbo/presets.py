@@ -21,6 +21,8 @@ BUILT_IN = {"fast": "H1P5R3", "balanced": "H5P7R3", "best": "H8P9R5"}
 # No schedule starts with a small letter, so none is ever taken for a preset.
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,39}")
 
+DEFAULT = "fast"  # what a request gets that names no schedule, where no setting says otherwise
+
 Presets = Mapping[str, Schedule]
 
 
@@ -32,17 +34,32 @@ def built_in(*, has_refiner: bool = True) -> Presets:
     return {name: schedule.without_refiner() for name, schedule in parsed.items()}
 
 
+def may_be_preset(text: str) -> bool:
+    """Whether `text` can only be a preset's name."""
+    return bool(re.fullmatch(_NAME, text))
+
+
+def find_schedule(text: str, presets: Presets) -> Schedule:
+    """The preset's of that name, or the one that `text` is; raises RequestError."""
+    if preset := presets.get(text):
+        return preset
+    try:
+        return Schedule.parse(text)
+    except RequestError as error:
+        known = ", ".join(presets)
+        raise RequestError(f"{error}; the presets here are {known or 'none'}") from None
+
+
 def presets_path(repository: Path) -> Path:
     """Where `repository` keeps its presets, if it has any of its own."""
     return repository / contract.ORCHESTRATOR / PRESETS_FILE
 
 
 def load_presets(repository: Path, *, has_refiner: bool) -> Presets:
-    """Those of `repository`, or the built-in ones; raises RepositoryError as `read_presets`."""
+    """Those of `repository`, and the built-in ones of other names; raises as `read_presets`."""
     path = presets_path(repository)
-    if not path.exists():
-        return built_in(has_refiner=has_refiner)
-    return read_presets(path, has_refiner=has_refiner)
+    own = read_presets(path, has_refiner=has_refiner) if path.exists() else {}
+    return {**built_in(has_refiner=has_refiner), **own}
 
 
 def read_presets(path: Path, *, has_refiner: bool) -> Presets:
@@ -59,7 +76,7 @@ def read_presets(path: Path, *, has_refiner: bool) -> Presets:
 
 
 def _checked(path: Path, name: str, text: str, has_refiner: bool) -> Schedule:
-    if not re.fullmatch(_NAME, name):
+    if not may_be_preset(name):
         raise RepositoryError(
             f"{path}: a preset's name is small letters, digits, - and _, a letter first and 40 at "
             f"most, got {name[:60]!r}"

@@ -9,7 +9,7 @@ from typing import Any
 from flowturbo import contract
 from flowturbo.errors import RepositoryError, RequestError
 from flowturbo.guidance import Guidance
-from flowturbo.presets import Presets, built_in, load_presets
+from flowturbo.presets import DEFAULT, Presets, built_in, load_presets, may_be_preset
 from flowturbo.program import Variant
 from flowturbo.schedule import Schedule
 
@@ -127,12 +127,13 @@ def read_ensembles(repository: Path, variant: str) -> dict[str, str]:
 class Settings:
     """The service's settings, each a `parameters` entry of the orchestrator's config.pbtxt.
 
-    `max_inflight` is how many requests are worked on at a time (more are refused at once);
-    `max_images` how many images one request may ask for; `default_timeout_s` the deadline of a
-    request that sets none. Raises RepositoryError for a value that is not allowed.
+    `default_schedule` may be a preset's name; `max_inflight` is how many requests are worked on at
+    a time (more are refused at once); `max_images` how many images one request may ask for;
+    `default_timeout_s` the deadline of a request that sets none. Raises RepositoryError for a value
+    that is not allowed.
     """
 
-    default_schedule: str = "H1P5R3"
+    default_schedule: str = DEFAULT
     default_guidance_scale: float = 1.5
     variant: str = Variant.REFERENCE.value
     max_inflight: int = 64
@@ -141,7 +142,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         try:
-            Schedule.parse(self.default_schedule)
+            if not may_be_preset(self.default_schedule):
+                Schedule.parse(self.default_schedule)
             Guidance(self.default_guidance_scale)
             Variant(self.variant)
         except (RequestError, ValueError) as error:

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from flowturbo import contract
-from flowturbo.errors import RequestError
+from flowturbo.errors import RepositoryError, RequestError
 from flowturbo.guidance import Guidance
 from flowturbo.latents import FORMATS, MAX_SEED, draw_seeds, noise
+from flowturbo.presets import find_schedule
 from flowturbo.repository import Pipeline, Settings
 from flowturbo.schedule import Schedule
 
@@ -62,7 +63,7 @@ def parse_request(
     for name, tensor in tensors.items():
         _check_tensor(name, tensor, pipeline)
     labels = _labels(tensors, pipeline, settings)
-    schedule = _schedule(_text(tensors, "schedule", default_schedule(pipeline, settings)), pipeline)
+    schedule = _schedule(tensors, pipeline, settings)
     if schedule.refines and not pipeline.has_refiner:
         raise RequestError(
             f"schedule {schedule} has refiner steps, and this server has no {contract.REFINER}: "
@@ -85,21 +86,16 @@ def parse_request(
     return request
 
 
-def default_schedule(pipeline: Pipeline, settings: Settings) -> str:
-    """The setting; without its refiner steps where there is no refiner."""
-    schedule = Schedule.parse(settings.default_schedule)
-    return str(schedule if pipeline.has_refiner else schedule.without_refiner())
+def default_schedule(pipeline: Pipeline, settings: Settings) -> Schedule:
+    """The setting's; without its refiner steps where there is no refiner.
 
-
-def _schedule(text: str, pipeline: Pipeline) -> Schedule:
-    """A preset's, or the one that `text` is."""
-    if preset := pipeline.presets.get(text):
-        return preset
+    Raises RepositoryError where it is the name of a preset that the repository lacks.
+    """
     try:
-        return Schedule.parse(text)
+        schedule = find_schedule(settings.default_schedule, pipeline.presets)
     except RequestError as error:
-        known = ", ".join(pipeline.presets)
-        raise RequestError(f"{error}; the presets here are {known or 'none'}") from None
+        raise RepositoryError(f"orchestrator config: default_schedule: {error}") from None
+    return schedule if pipeline.has_refiner else schedule.without_refiner()
 
 
 def _check_tensor(name: str, tensor: np.ndarray, pipeline: Pipeline) -> None:
@@ -138,6 +134,14 @@ def _labels(
     if len(bad):
         raise RequestError(f"label must be 0 to {pipeline.num_classes - 1}, got {bad[0]}")
     return wanted
+
+
+def _schedule(
+    tensors: Mapping[str, np.ndarray], pipeline: Pipeline, settings: Settings
+) -> Schedule:
+    if "schedule" not in tensors:
+        return default_schedule(pipeline, settings)
+    return find_schedule(_decode("schedule", tensors["schedule"][0]), pipeline.presets)
 
 
 def _label_of(name: Any, pipeline: Pipeline) -> int:

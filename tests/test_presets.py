@@ -12,7 +12,7 @@ from support import GOLDEN_EXPORT, run_export
 from export import install
 from flowturbo import LocalPipeline
 from flowturbo.errors import RepositoryError, RequestError
-from flowturbo.presets import built_in, load_presets, presets_path, read_presets
+from flowturbo.presets import BUILT_IN, built_in, load_presets, presets_path, read_presets
 from flowturbo.repository import Pipeline, Settings
 from flowturbo.request import parse_request
 from flowturbo.schedule import Schedule
@@ -33,7 +33,11 @@ def own(path: Path) -> Path:
 def test_reads(tmp_path: Path) -> None:
     found = read_presets(own(tmp_path / "p.json"), has_refiner=True)
     assert {name: str(schedule) for name, schedule in found.items()} == OWN
-    assert str(load_presets(tmp_path, has_refiner=True)["fast"]) == "H1P5R3"  # it has none
+    assert load_presets(tmp_path, has_refiner=True) == built_in()
+    presets_path(tmp_path).parent.mkdir()
+    own(presets_path(tmp_path))
+    both = load_presets(tmp_path, has_refiner=True)
+    assert {name: str(s) for name, s in both.items()} == {**BUILT_IN, **OWN}
     assert {str(s) for s in built_in(has_refiner=False).values()} == {"H1P5", "H5P7", "H8P9"}
 
 
@@ -76,6 +80,21 @@ def test_a_request_may_name_one() -> None:
         asked("faster", presets)
     with pytest.raises(RequestError, match="the presets here are none$"):
         asked("fast", {})
+
+
+def test_the_default_may_be_one(golden_repository: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "models"
+    shutil.copytree(golden_repository, repository)
+    assert LocalPipeline(repository).default_schedule == built_in()["fast"]
+    own(presets_path(repository))
+    pipeline = LocalPipeline(repository)
+    assert str(pipeline.default_schedule) == OWN["fast"]
+    named, plain = (pipeline.generate(1, 1, text).latent for text in (None, OWN["fast"]))
+    np.testing.assert_array_equal(named, plain)
+    config = repository / "flowturbo" / "config.pbtxt"
+    config.write_text(config.read_text().replace('"fast"', '"faster"'))
+    with pytest.raises(RepositoryError, match="default_schedule: .*presets here are fast, balanc"):
+        LocalPipeline(repository)
 
 
 def test_export_installs_and_keeps(golden_repository: Path, tmp_path: Path) -> None:

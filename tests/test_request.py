@@ -8,6 +8,7 @@ import pytest
 from flowturbo import contract
 from flowturbo.errors import RequestError
 from flowturbo.latents import noise
+from flowturbo.presets import built_in
 from flowturbo.repository import Pipeline, Settings
 from flowturbo.request import parse_request
 
@@ -33,7 +34,7 @@ def parse(outputs: tuple[str, ...] = ("image",), **tensors: np.ndarray) -> Any:
 
 def test_defaults_are_the_settings() -> None:
     request = parse(label=ints(3, 4))
-    assert str(request.schedule) == SETTINGS.default_schedule
+    assert request.schedule == built_in()["fast"]
     assert request.guidance.scale == SETTINGS.default_guidance_scale
     assert len(set(request.seeds.tolist())) == 2
     np.testing.assert_array_equal(request.start(PIPELINE), noise(request.seeds, (4, 16, 16)))

@@ -92,7 +92,7 @@ def test_glyphs_are_recognised(glyphs_repository: Path) -> None:
     """A small part of what README states for 1,000 images."""
     engine, labels = Engine(glyphs_repository), np.arange(72) % 36
     settings = engine.settings
-    recipe = Recipe(settings.default_schedule, settings.default_guidance_scale)
+    recipe = Recipe(str(engine.default_schedule), settings.default_guidance_scale)
     made = [engine.make(recipe, labels[k : k + 24], np.arange(k, k + 24)) for k in (0, 24, 48)]
     seen = Classifier(WEIGHTS)(np.concatenate([part.image for part in made]))
     assert (seen.probability.argmax(1) == labels).mean() >= 0.94

@@ -95,15 +95,15 @@ def test_the_front() -> None:
 
 def test_choice() -> None:
     tried = [rated(f"P{n}", n, 1 / n) for n in (4, 5, 7, 9)] + [rated("H3", 6, 0.1)]
-    default = rated("H8", 12, 0.2)
-    found = choose([*tried, default], default.schedule, cap_ms=10.0, quality=None)
+    paper = rated("H8", 12, 0.2)
+    found = choose([*tried, paper], paper.schedule, cap_ms=10.0, quality=None)
     names = {name: str(each.schedule) for name, each in found.presets.items()}
     assert names == {"fast": "P5", "balanced": "P5", "best": "H3"}
     assert found.recommended is found.presets["best"]
-    found = choose([*tried, default], default.schedule, cap_ms=10.0, quality=0.25)
+    found = choose([*tried, paper], paper.schedule, cap_ms=10.0, quality=0.25)
     assert found.recommended is tried[0]
-    # Nothing within the cap is as good as the default: the nearest to it is all there is.
-    found = choose([*tried, default], default.schedule, cap_ms=4.5, quality=0.01)
+    # Nothing within the cap is as good as the paper's: the nearest to it is all there is.
+    found = choose([*tried, paper], paper.schedule, cap_ms=4.5, quality=0.01)
     assert {str(each.schedule) for each in found.presets.values()} == {"P4"}
     assert found.recommended is None
 
@@ -164,7 +164,7 @@ def test_command(
     stated = json.loads(out.read_text())
     assert [each["ms"] <= 26 for each in stated["front"]] == [True] * len(stated["front"])
     assert stated["recommended"] == stated["presets"]["best"]
-    assert stated["default"]["schedule"] == "H1P5R3"
+    assert stated["paper"]["schedule"] == "H1P5R3"
     assert set(read_presets(out, has_refiner=True)) == {"fast", "balanced", "best"}
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert main([*common, "--latency-ms", "5"]) == 2
@@ -191,5 +191,5 @@ def test_frechet_distance(
     assert stated["judged"] == 36
     assert len(stated["front"]) <= 2
     folders = [path for path in tmp_path.iterdir() if path.is_dir()]
-    assert {"A2", "H1P5R3"} <= {folder.name.split("_")[0] for folder in folders}  # the default's
+    assert {"A2", "H1P5R3"} <= {folder.name.split("_")[0] for folder in folders}  # the paper's
     assert all(len(list(folder.glob("*.png"))) == 36 for folder in folders)

@@ -17,6 +17,7 @@ from bench.capacity.plan import check, plan
 from bench.capacity.replica import Replica
 from bench.capacity.report import plot, print_check, print_plan
 from flowturbo.errors import RepositoryError
+from flowturbo.presets import BUILT_IN, DEFAULT
 from flowturbo.repository import Pipeline, Settings
 
 
@@ -74,7 +75,7 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
     # As --times takes it: a report is the input of the next.
     report: dict[str, Any] = asdict(times)
     if args.slo_p95_ms is not None:
-        schedule = args.schedule or settings.default_schedule
+        schedule = args.schedule or BUILT_IN[DEFAULT]
         found = plan(replica_of(schedule), args.slo_p95_ms, args.rate, args.requests)
         report |= {"schedule": schedule, "plan": asdict(found)}
         print_plan(found, schedule)

@@ -28,7 +28,9 @@ from bench.quality.evaluate import (
     served,
 )
 from bench.quality.images import ImageFolder, Speed
+from flowturbo.presets import BUILT_IN, DEFAULT
 from flowturbo.repository import Pipeline, Settings
+from flowturbo.request import default_schedule
 
 PREDICTOR = "predictor.safetensors"  # of the weights folder, beside the classifier
 Row = dict[str, Any]
@@ -102,7 +104,8 @@ def _rows(repository: Path, images: Path, eyes: Eyes, args: argparse.Namespace) 
     if scale is None:
         scale = settings.default_guidance_scale
     interval, variant = tuple(args.guidance_interval), args.variant or settings.variant
-    for sampler in args.schedule or ["H8", settings.default_schedule]:
+    default = default_schedule(Pipeline.load(repository), settings)
+    for sampler in args.schedule or dict.fromkeys(["H8", BUILT_IN[DEFAULT], str(default)]):
         recipe = Recipe(sampler, scale, interval, variant)
         row = _row(repository, images, eyes, engine, recipe, args)
         if engine and exact:

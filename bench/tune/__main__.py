@@ -30,10 +30,10 @@ from bench.tune.search import nearest, search
 from flowturbo import LocalPipeline
 from flowturbo.errors import FlowTurboError
 from flowturbo.guidance import Guidance
-from flowturbo.request import default_schedule
+from flowturbo.presets import DEFAULT, built_in
 from flowturbo.schedule import Schedule
 
-CAP = 3  # times the default schedule's time, where no latency is asked for
+CAP = 3  # times the time of the paper's fast schedule, where no latency is asked for
 FEWEST = 5 * BLOCKS  # latents: a fifth of them makes the first stage
 _ROUNDS = 5  # in which the front's schedules are timed in turns
 
@@ -85,13 +85,13 @@ def _tune(args: argparse.Namespace) -> str:
         else measured(args.repository, args.images, guidance)
     )
     cost = Cost.of(times, args.images, guidance)
-    default = Schedule.parse(default_schedule(pipeline.pipeline, pipeline.settings))
-    cap_ms = args.latency_ms or CAP * cost.ms(default)
-    stages, metric = _search(args, pipeline, guidance, cost, default, cap_ms)
+    paper = built_in(has_refiner=pipeline.pipeline.has_refiner)[DEFAULT]
+    cap_ms = args.latency_ms or CAP * cost.ms(paper)
+    stages, metric = _search(args, pipeline, guidance, cost, paper, cap_ms)
     tried = stages[-1]
     if args.metric == "frechet":
-        tried, metric = _judged(args, tried, default, guidance), "Fréchet distance"
-    found = choice.choose(tried, default, cap_ms, args.quality)
+        tried, metric = _judged(args, tried, paper, guidance), "Fréchet distance"
+    found = choice.choose(tried, paper, cap_ms, args.quality)
     stated = {
         **found.stated(),
         "target": {"latency_ms": args.latency_ms, "quality": args.quality, "cap_ms": cap_ms},
@@ -115,10 +115,10 @@ def _search(
     pipeline: LocalPipeline,
     guidance: Guidance,
     cost: Cost,
-    default: Schedule,
+    paper: Schedule,
     cap_ms: float,
 ) -> tuple[list[list[Rated]], str]:
-    """The stages of the search up to `cap_ms`, the default schedule always in it; and its metric.
+    """The stages of the search up to `cap_ms`, `paper` always in it; and its metric.
 
     Raises ValueError where nothing is as fast.
     """
@@ -133,18 +133,18 @@ def _search(
         pipeline, args.repository, args.predictor, guidance, args.latents, args.cache
     )
     score = Distances(pipeline, guidance, solved).score
-    stages = search(within | {default: cost.ms(default)}, score, args.latents, [default])
+    stages = search(within | {paper: cost.ms(paper)}, score, args.latents, [paper])
     return stages, f"RMS distance to {whose}"
 
 
 def _judged(
-    args: argparse.Namespace, tried: Sequence[Rated], default: Schedule, guidance: Guidance
+    args: argparse.Namespace, tried: Sequence[Rated], paper: Schedule, guidance: Guidance
 ) -> list[Rated]:
-    """The nearest of `tried`, and the default, by the Fréchet distance of their images."""
+    """The nearest of `tried`, and `paper`, by the Fréchet distance of their images."""
     engine = Engine(args.repository)
     eyes = Eyes.open(args.weights, args.inception, args.reference)
     finalists = nearest(tried, args.finalists)[: args.finalists]
-    chosen = dict.fromkeys([*finalists, *(r for r in tried if r.schedule == default)])
+    chosen = dict.fromkeys([*finalists, *(r for r in tried if r.schedule == paper)])
     found = []
     for each in chosen:
         recipe = Recipe(str(each.schedule), guidance.scale, variant=engine.settings.variant)

@@ -11,7 +11,7 @@ from bench.tune.scores import Score
 from flowturbo.schedule import Schedule
 
 DEFINITIONS = {
-    "fast": "the fastest whose figure is no higher than the default schedule's, or else `best`",
+    "fast": "the fastest whose figure is no higher than that of the paper's, or else `best`",
     "balanced": "between the two, the farthest below the line through them, both axes logarithmic",
     "best": "the fastest within the cap that is not surely worse than another",
 }
@@ -41,7 +41,7 @@ class Choice:
 
     front: Sequence[Rated]
     presets: Mapping[str, Rated]
-    default: Rated
+    paper: Rated
     recommended: Rated | None
 
     def stated(self) -> dict[str, Any]:
@@ -50,25 +50,23 @@ class Choice:
             "presets": {name: each.stated() for name, each in self.presets.items()},
             "definitions": DEFINITIONS,
             "recommended": self.recommended and self.recommended.stated(),
-            "default": self.default.stated(),
+            "paper": self.paper.stated(),
             "front": [each.stated() for each in self.front],
         }
 
 
-def choose(
-    tried: Sequence[Rated], default: Schedule, cap_ms: float, quality: float | None
-) -> Choice:
-    """From `tried`, at least one of them within `cap_ms`, and `default` among them.
+def choose(tried: Sequence[Rated], paper: Schedule, cap_ms: float, quality: float | None) -> Choice:
+    """From `tried`, at least one of them within `cap_ms`, and `paper` among them.
 
     What is recommended is the best within the cap, or the fastest that reaches `quality`.
     """
     of_front = front(each for each in tried if each.ms <= cap_ms)
-    of_default = next(each for each in tried if each.schedule == default)
+    of_paper = next(each for each in tried if each.schedule == paper)
     best = best_of(of_front)
     return Choice(
         of_front,
-        presets(of_front, of_default.score.value),
-        of_default,
+        presets(of_front, of_paper.score.value),
+        of_paper,
         best if quality is None else fastest_as_good(of_front, quality),
     )
 
@@ -96,10 +94,10 @@ def fastest_as_good(of_front: Sequence[Rated], figure: float) -> Rated | None:
     return next((each for each in of_front if each.score.value <= figure), None)
 
 
-def presets(of_front: Sequence[Rated], of_default: float) -> dict[str, Rated]:
-    """The presets of DEFINITIONS; `of_default` is the figure of the default schedule."""
+def presets(of_front: Sequence[Rated], of_paper: float) -> dict[str, Rated]:
+    """The presets of DEFINITIONS; `of_paper` is the figure of the paper's fast schedule."""
     best = best_of(of_front)
-    fast = fastest_as_good(of_front, of_default) or best
+    fast = fastest_as_good(of_front, of_paper) or best
     fast = min(fast, best, key=lambda each: each.ms)
     between = of_front[of_front.index(fast) : of_front.index(best) + 1]
     return {"fast": fast, "balanced": knee(between), "best": best}

@@ -20,7 +20,7 @@ def table(found: Choice, in_process_ms: Sequence[float]) -> str:
         measured = f"{in_process_ms[k]:11.1f}"
         lines.append(f"{_words(each, measured)}  {better:<8} {names}".rstrip())
     fits = found.recommended
-    lines.append(f"{_words(found.default, ' ' * 11)}  (default)")
+    lines.append(f"{_words(found.paper, ' ' * 11)}  (the paper's)")
     lines.append(f"recommended: {fits.schedule if fits else 'nothing here reaches the target'}")
     return "\n".join(lines)
 

@@ -30,7 +30,7 @@ from flowturbo.generate import AwaitedInfer, complete, make_images, models_calle
 from flowturbo.guidance import Tensors
 from flowturbo.program import Program, Variant
 from flowturbo.repository import Pipeline, read_ensembles
-from flowturbo.request import GenerationRequest, parse_request
+from flowturbo.request import GenerationRequest, default_schedule, parse_request
 from flowturbo.serving.deadlines import Deadlines
 from flowturbo.serving.engines import compute_capabilities
 from flowturbo.serving.gather import Gatherer
@@ -94,6 +94,7 @@ class TritonPythonModel:
         """Reads settings and the composed models' build records."""
         self._settings = read_settings(args)
         self._pipeline = Pipeline.load(repository_of(args))
+        default_schedule(self._pipeline, self._settings)  # found wanting now, not by a request
         self._ensembles = read_ensembles(repository_of(args), self._settings.variant)
         self._metrics = Metrics(tuple(contract.COMPOSED))
         self._gather = Gatherer(

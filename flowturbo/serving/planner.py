@@ -8,7 +8,7 @@ from flowturbo.ensemble import plan, read_request
 from flowturbo.generate import program_for
 from flowturbo.program import Variant
 from flowturbo.repository import Pipeline
-from flowturbo.schedule import Schedule
+from flowturbo.request import default_schedule
 from flowturbo.serving.metrics import outcome_of
 from flowturbo.serving.triton_io import (
     error_response,
@@ -25,7 +25,7 @@ class TritonPythonModel:
         """Compiles the program; its wiring is the ensemble's."""
         self._settings = read_settings(args)
         self._pipeline = Pipeline.load(repository_of(args))
-        schedule = Schedule.parse(self._settings.default_schedule)
+        schedule = default_schedule(self._pipeline, self._settings)
         self._program = program_for(schedule, Variant(self._settings.variant))
 
     def execute(self, requests: list[Any]) -> list[Any]:
