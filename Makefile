@@ -31,7 +31,8 @@ setup: .venv/.installed
 export: setup  ## the glyphs model to the model repository; nothing to do if it is there
 	$(BIN)/python -m export --predictor $(GLYPHS)/predictor.safetensors \
 	  --refiner $(GLYPHS)/refiner.safetensors --vae $(GLYPHS)/vae \
-	  --class-names $(GLYPHS)/classes.txt --ensemble H1P5R3 --repository $(REPOSITORY)
+	  --class-names $(GLYPHS)/classes.txt --presets $(GLYPHS)/presets.json --ensemble fast H1P5R3 \
+	  --repository $(REPOSITORY)
 
 serve: export  ## until Ctrl-C
 	$(BIN)/python -m flowturbo.serve --repository $(REPOSITORY)
@@ -62,4 +63,4 @@ train: setup  ## the glyphs model from nothing, about two and a half hours on tw
 clean:  ## all that is made here but the training runs
 	rm -rf .venv output $(REPOSITORY)/velocity_predictor $(REPOSITORY)/velocity_refiner \
 	  $(REPOSITORY)/vae_decoder $(REPOSITORY)/flowturbo/presets.json \
-	  $(REPOSITORY)/flowturbo_finisher $(REPOSITORY)/flowturbo_h*
+	  $(REPOSITORY)/flowturbo_[!s]*

@@ -89,7 +89,7 @@ def test_bytes_that_a_step_moves(glyphs_repository: Path) -> None:
     request = parse_request(
         {"label": np.array([3]), "seed": np.array([1])}, ["latent"], local.pipeline, local.settings
     )
-    generate(request, local.pipeline, compile_program(request.schedule), infer)
+    generate(request, local.pipeline, compile_program(Schedule.parse("H1P5R3")), infer)
     for model, count in ((PREDICTOR, 7), (REFINER, 3), (DECODER, 0)):
         specs = [spec for side in contract.COMPOSED[model] for spec in side]
         per_row = sum(

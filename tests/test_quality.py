@@ -14,7 +14,7 @@ from torch import nn
 
 from bench.quality import __main__ as command
 from bench.quality import judges
-from bench.quality.engine import Engine, Exact, Recipe, rms, velocity
+from bench.quality.engine import Engine, Exact, Recipe, distances, velocity
 from bench.quality.evaluate import Eyes, served
 from bench.quality.images import ImageFolder
 from bench.quality.judges import Classifier, Inception, load_reference
@@ -189,7 +189,7 @@ def test_solvers_approach_the_exact_solution(engine: Engine) -> None:
     exact = Exact(GLYPHS / "predictor.safetensors")
     solved = exact.latent(LABELS, SEEDS, Guidance(3.0))
     away = {
-        name: rms(engine.make(Recipe(name, 3.0), LABELS, SEEDS).latent, solved)
+        name: distances(engine.make(Recipe(name, 3.0), LABELS, SEEDS).latent, solved).mean()
         for name in ("H4", "H32", "unipc:32", "dopri5:1e-2")
     }
     assert max(far for name, far in away.items() if name != "H4") < 0.3 * away["H4"]

@@ -44,9 +44,11 @@ def point(sampler: str, share: float, offset: float) -> measure.Figures:
         "sampler": sampler,
         "images": 500,
         "ratio": {"median": share},
-        "exact_rms": 0.1 + offset,
+        "exact_images": 50,
+        "from_exact": 0.1 + offset,
+        "from_exact_without_block": list(blocks + offset),
         "frechet_distance": 1 + offset,
-        "frechet_without_block": list(blocks + offset),
+        "frechet_distance_without_block": list(blocks + offset),
     }
 
 
@@ -54,9 +56,10 @@ def test_differences_are_paired_by_seeds() -> None:
     """Two samplers whose figures move together differ by the same everywhere: no uncertainty."""
     one, other = point("H8", 1.0, 0.0), point("H4", 0.5, 0.25)
     assert frechet(other, one) == pytest.approx((0.25, 0))
-    assert exact(other, one) == (pytest.approx(0.25), None)
-    other["images"] = 400
+    assert exact(other, one) == pytest.approx((0.25, 0))
+    other["images"] = other["exact_images"] = 40
     assert frechet(other, one) is None
+    assert exact(other, one) is None
 
 
 def test_the_fastest_as_good() -> None:
@@ -115,7 +118,7 @@ def test_a_small_study(
     assert (ours["predictor"], ours["refiner"], ours["images"]) == (7, 6, 24)
     assert points["main/unipc-6@2_g1 24"]["predictor"] == 6
     assert ours["ms_per_image"] < ours["baseline_ms_per_image"]
-    assert all(0.01 < point["exact_rms"] < 1 for point in points.values())
+    assert all(0.01 < point["from_exact"] < 1 for point in points.values())
     text = (tmp_path / "quality.md").read_text()
     assert text.count("`H1P5T3`") == 1  # its section has it, of fewer images
     assert "## Solvers" in text

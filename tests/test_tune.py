@@ -66,10 +66,10 @@ def test_a_difference_is_paired() -> None:
         hard = numbers.gamma(2.0, size=60)  # how hard a seed is, for any schedule
         one, same = (hard * numbers.normal(1.0, 0.05, 60) for _ in range(2))
         worse = 1.1 * hard * numbers.normal(1.0, 0.05, 60)
-        score = Score.of_squares(one)
-        found += Score.of_squares(worse).surely_above(score)
-        mistaken += Score.of_squares(same).surely_above(score)
-    assert score.value == pytest.approx(np.sqrt(one.mean()))
+        score = Score.of(one)
+        found += Score.of(worse).surely_above(score)
+        mistaken += Score.of(same).surely_above(score)
+    assert score.value == pytest.approx(one.mean())
     assert score.interval > 0.05 * score.value  # alone, 10% in the square would not show
     assert found >= 190
     assert mistaken <= 15  # one-sided, 2.5% of 200 are 5
@@ -114,11 +114,13 @@ def test_halving_finds_the_front_with_less_work() -> None:
     asked = []
 
     def score(each: Schedule, count: int) -> Score:
-        """Falls with the evaluations, the more so the fewer steps are Heun's; few latents err."""
+        """Falls with the evaluations, more so with fewer Heun steps or shift 2; few latents err."""
         asked.append(count)
         wrong = np.random.default_rng([*each.steps.encode()]).normal(0, 0.05 / count**0.5)
         heun = each.steps.count("H") / len(each)
-        return exactly(evaluations(each) ** -2.0 * (1 + heun) * (1 + wrong * (count < 60)))
+        grid = 1 + 0.1 * (each.shift - 2) ** 2
+        few = 1 + wrong * (count < 60)
+        return exactly(evaluations(each) ** -2.0 * (1 + heun) * grid * few)
 
     kept = schedule("H8")
     stages = search(cost_ms, score, 60, [kept])

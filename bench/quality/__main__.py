@@ -39,7 +39,7 @@ _ALSO = (
     ("Inception Score", "inception_score", ".2f"),
     ("precision", "knn_precision", ".3f"),
     ("recall", "knn_recall", ".3f"),
-    ("from exact", "exact_rms", ".4f"),
+    ("from exact", "from_exact", ".4f"),
     ("ms/image", "ms_per_image", ".1f"),
 )
 
@@ -111,7 +111,7 @@ def _rows(repository: Path, images: Path, eyes: Eyes, args: argparse.Namespace) 
         if engine and exact:
             solved = exact_latents(exact, recipe.guidance, args.exact, images)
             row["exact_images"] = args.exact
-            row["exact_rms"] = exact_distance(engine, recipe, solved)
+            row["from_exact"] = exact_distance(engine, recipe, solved)
         yield row
 
 

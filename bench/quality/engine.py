@@ -163,6 +163,11 @@ class Exact:
         return solve(self.velocity(labels, guidance), noise(seeds, self.latent_shape))
 
 
-def rms(one: Array, other: Array) -> float:
-    """Root mean square of the difference of two arrays of one shape."""
-    return float(np.sqrt(np.square(one.astype(np.float64) - other).mean()))
+def distances(one: Array, other: Array) -> Array:
+    """Root mean square of the difference of each latent of `one` from `other`'s, [n].
+
+    Their mean is what is reported: some noises lie where the flow parts, any solver's error sends
+    them elsewhere, and a root mean square over all images would speak of these few alone.
+    """
+    apart = np.square(one.astype(np.float64) - other)
+    return np.sqrt(apart.mean(tuple(range(1, apart.ndim))))

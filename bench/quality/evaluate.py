@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from flowturbo_client import FlowTurboClient
 
-from bench.quality.engine import Engine, Exact, Make, Recipe, rms, schedule_evaluations
+from bench.quality.engine import Engine, Exact, Make, Recipe, distances, schedule_evaluations
 from bench.quality.images import BATCH, ImageFolder
 from bench.quality.judges import Classifier, Inception, Judge, load_reference
 from bench.quality.metrics import Figures, figures
@@ -138,9 +138,9 @@ def kept(path: Path, make: Callable[[], Array]) -> Array:
 
 
 def exact_distance(engine: Engine, recipe: Recipe, solved: Array) -> float:
-    """RMS over the latents of seeds 0 to len(solved), between `recipe`'s and those `solved`."""
+    """Mean distance of `recipe`'s latents of seeds 0 to len(solved) from those `solved`."""
     made = []
     for start in range(0, len(solved), BATCH):
         seeds = np.arange(start, min(start + BATCH, len(solved)))
         made.append(engine.make(recipe, seeds % engine.pipeline.num_classes, seeds).latent)
-    return rms(np.concatenate(made), solved)
+    return float(distances(np.concatenate(made), solved).mean())

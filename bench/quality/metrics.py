@@ -27,16 +27,16 @@ _ROWS = 1000  # of a distance matrix at a time
 class Figures:
     """Of one set of images; None is what the reference or the judge cannot say.
 
-    `recognised` is the share in which the judge reads the class asked for. `frechet_without_block`
-    has the Fréchet distance without each of BLOCKS blocks of seeds, and `frechet_interval` is half
-    the width of the 95% interval from it.
+    `recognised` is the share in which the judge reads the class asked for.
+    `frechet_distance_without_block` has the Fréchet distance without each of BLOCKS blocks of
+    seeds, and `frechet_interval` is half the width of the 95% interval from it.
     """
 
     images: int
     recognised: float | None
     frechet_distance: float
     frechet_interval: float | None
-    frechet_without_block: tuple[float, ...]
+    frechet_distance_without_block: tuple[float, ...]
     spatial_frechet_distance: float | None
     inception_score: float
     knn_precision: float | None
@@ -77,6 +77,14 @@ def leave_one_out(features: np.ndarray, real: Statistics) -> tuple[float, ...]:
         frechet_distance(Statistics.of(np.delete(features, block, axis=0)), real)
         for block in np.array_split(np.arange(len(features)), BLOCKS)
     )
+
+
+def mean_without(values: np.ndarray) -> tuple[float, ...]:
+    """The mean of `values` [N] without each of BLOCKS runs of them; () if N is less."""
+    if len(values) < BLOCKS:
+        return ()
+    blocks = np.array_split(np.arange(len(values)), BLOCKS)
+    return tuple(float(np.delete(values, block).mean()) for block in blocks)
 
 
 def half_width(without: tuple[float, ...] | np.ndarray) -> float:

@@ -18,7 +18,7 @@ HEUN = ("H4", "H8", "H12")
 KINDS = (
     ("Heun, shifted", r"H\d+@.*"),
     ("FlowTurbo", r"H\d+(P\d+)?R\d+"),
-    ("FlowTurbo, shifted", r"H\d+(P\d+)?R\d+@.*"),
+    ("FlowTurbo, shifted", r"[HPA\d]+R\d+@.*"),
     ("Adams-Bashforth 2", r"A\d+"),
     ("Adams-Bashforth 2, shifted", r"A\d+@.*"),
     ("UniPC, DPM-Solver++", r"(unipc|dpm):\d+"),
@@ -30,17 +30,16 @@ KINDS = (
 class Rival:
     """The fastest of a kind as good as Heun: its share of Heun's time, and how it differs.
 
-    `difference` is its figure less Heun's, `interval` half the 95% interval of that, None where the
-    figure has none.
+    `difference` is its figure less Heun's, `interval` half the 95% interval of that.
     """
 
     sampler: str
     share: float
     difference: float
-    interval: float | None
+    interval: float
 
 
-Difference = Callable[[Found, Found], tuple[float, float | None] | None]
+Difference = Callable[[Found, Found], tuple[float, float] | None]
 
 
 def rivals(points: Iterable[Found], heun: Found, apart: Difference) -> dict[str, Rival]:
@@ -61,14 +60,18 @@ def rivals(points: Iterable[Found], heun: Found, apart: Difference) -> dict[str,
 
 
 def frechet(one: Found, other: Found) -> tuple[float, float] | None:
-    """Difference of Fréchet distances, and its interval paired by seeds; None if it has none."""
-    without = [np.array(each["frechet_without_block"]) for each in (one, other)]
-    if one["images"] != other["images"] or not len(without[0]):
+    """Difference of Fréchet distances, and its interval paired by seeds."""
+    return _paired(one, other, "frechet_distance", "images")
+
+
+def exact(one: Found, other: Found) -> tuple[float, float] | None:
+    """Difference of the distances to the exact solution, and its interval paired by seeds."""
+    return _paired(one, other, "from_exact", "exact_images")
+
+
+def _paired(one: Found, other: Found, key: str, count: str) -> tuple[float, float] | None:
+    """Of the figures `key`, which each has without each block too; None if they do not compare."""
+    without = [np.array(each[f"{key}_without_block"]) for each in (one, other)]
+    if one[count] != other[count] or not len(without[0]):
         return None
-    apart = one["frechet_distance"] - other["frechet_distance"]
-    return apart, half_width(without[0] - without[1])
-
-
-def exact(one: Found, other: Found) -> tuple[float, None]:
-    """Difference of the distances to the exact solution."""
-    return one["exact_rms"] - other["exact_rms"], None
+    return one[key] - other[key], half_width(without[0] - without[1])

@@ -25,7 +25,7 @@ _FAMILIES = (
     ("Adams-Bashforth 2, shifted", r"A\d+@.*", "^:"),
     ("pseudo corrector", r"P\d+", "<-"),
     ("FlowTurbo", r"H\d+(P\d+)?R\d+", "*"),
-    ("FlowTurbo, shifted", r"H\d+(P\d+)?R\d+@.*", "P"),
+    ("FlowTurbo, shifted", r"[HPA\d]+R\d+@.*", "P"),
 )
 
 
@@ -62,7 +62,7 @@ def _curves(study: Study, axes: Any) -> bool:
     """Fréchet distance and distance to the exact solution, against time and evaluations."""
     groups = _groups(study)
     for row, (value, label) in enumerate(
-        (("frechet_distance", "Fréchet distance"), ("exact_rms", "RMS distance to exact solution"))
+        (("frechet_distance", "Fréchet distance"), ("from_exact", "distance to the exact solution"))
     ):
         for column, (cost, unit) in enumerate(
             (("ms_per_image", "ms an image"), ("predictor", "predictor evaluations an image"))
@@ -78,7 +78,7 @@ def _curves(study: Study, axes: Any) -> bool:
                 if front:
                     _name_points(axis, ordered, cost, value)
             axis.set(xlabel=unit, ylabel=label, xscale="log")
-            axis.set_yscale("log" if value == "exact_rms" else "linear")
+            axis.set_yscale("log" if value == "from_exact" else "linear")
             axis.xaxis.set_major_formatter("{x:g}")
             axis.xaxis.set_minor_formatter("{x:g}")
             axis.tick_params(axis="x", which="minor", labelsize=7)
@@ -138,11 +138,11 @@ def _ablations(study: Study, axes: Any) -> bool:
     by_steps: dict[str, list[tuple[float, float]]] = {}
     for each in grids:
         sampler, shift = read_shift(each["sampler"])
-        by_steps.setdefault(sampler, []).append((shift, each["exact_rms"]))
+        by_steps.setdefault(sampler, []).append((shift, each["from_exact"]))
     for sampler, places in by_steps.items():
         axes[0][2].plot(*zip(*sorted(places), strict=True), "o-", label=sampler)
     axes[0][2].set(
-        xlabel="shift of the time grid", ylabel="RMS distance to exact solution", yscale="log"
+        xlabel="shift of the time grid", ylabel="distance to the exact solution", yscale="log"
     )
     for axis in axes[0]:
         axis.grid(alpha=0.3)

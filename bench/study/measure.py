@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from bench.quality.engine import Engine, Exact, Made, Recipe, rms
+from bench.quality.engine import Engine, Exact, Made, Recipe, distances
 from bench.quality.evaluate import Eyes, Local, described, exact_latents
 from bench.quality.images import BATCH, ImageFolder
+from bench.quality.metrics import half_width, mean_without
 from bench.study.points import MAIN, Point
 from flowturbo.guidance import Guidance
 from flowturbo.latents import noise
@@ -77,11 +78,14 @@ class Bench:
             folder.write(seeds, made.image)
         latent = np.concatenate(latents)
         solved = exact_latents(self.exact, recipe.guidance, len(latent), self.work)
+        apart = distances(latent, solved)
         return {
             "predictor": made.predictor,
             "refiner": made.refiner,
             **summary(times),
-            "exact_rms": rms(latent, solved),
+            "from_exact": float(apart.mean()),
+            "from_exact_without_block": (without := mean_without(apart)),
+            "from_exact_interval": half_width(without) if without else None,
             "exact_images": len(latent),
         }
 

@@ -1,4 +1,7 @@
-"""The study's report: Markdown tables and figures, made from its JSON and nothing else."""
+"""The study's report: Markdown tables and figures, made from its JSON.
+
+What people found in them is beside the JSON, in `<its name>_findings.md`, and comes first.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +33,8 @@ said, in process, batches of 25 images, decoder included. {curves:,} images a po
   images: compare at equal numbers. **− H8**: the difference from H8 at the same guidance, its
   interval paired by seeds. **Spatial**: the same of spatial features, as sFID.
 - **IS**: Inception Score; **P**, **R**: precision and recall by three nearest neighbours.
-- **From exact**: RMS distance of the first {compared} latents to the solution of the same flow in
-  float32 (dopri5, tolerance {tolerance:g}) from the same noise.
+- **From exact**: RMS distance of a latent to the solution of the same flow in float32 (dopri5,
+  tolerance {tolerance:g}) from the same noise, mean of the first {compared}.
 """
 
 
@@ -39,7 +42,9 @@ def write(study: Study, json_path: Path, path: Path) -> Path:
     """Writes the report to `path` and its figures beside the JSON; returns `path`."""
     plots = figures.draw(study, json_path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(markdown(study, [_relative(plot, path.parent) for plot in plots]))
+    findings = json_path.with_name(f"{json_path.stem}_findings.md")
+    said = findings.read_text("utf-8") if findings.exists() else ""
+    path.write_text(markdown(study, [_relative(plot, path.parent) for plot in plots], said))
     return path
 
 
@@ -50,7 +55,7 @@ def _relative(plot: Path, folder: Path) -> str:
         return plot.as_posix()
 
 
-def markdown(study: Study, plots: Sequence[str]) -> str:
+def markdown(study: Study, plots: Sequence[str], findings: str) -> str:
     """The whole text; `plots` are the paths of the figures from it."""
     points = list(study["points"].values())
     parts = [
@@ -68,7 +73,7 @@ def markdown(study: Study, plots: Sequence[str]) -> str:
             tolerance=EXACT_TOLERANCE,
         )
     ]
-    parts.append(_equal(study))
+    parts += [findings, _equal(study)]
     parts += [f"![{Path(plot).stem.replace('_', ' ')}]({plot})" for plot in plots]
     parts.append(_stable(study["stability"]))
     for section in sections_of(study):
@@ -105,9 +110,7 @@ def _rivals(heun: Found, found: dict[str, equal.Rival]) -> list[str]:
     cells = []
     for name, _ in equal.KINDS:
         if rival := found.get(name):
-            apart = f"{rival.difference:+.4f}" + (
-                f" ± {rival.interval:.4f}" if rival.interval is not None else ""
-            )
+            apart = f"{rival.difference:+.4f} ± {rival.interval:.4f}"
             cells.append(f"`{rival.sampler}` {rival.share:.0%} ({apart})")
         else:
             cells.append("none here")
@@ -170,6 +173,11 @@ def _less(study: Study, point: Point, found: Found) -> str:
     return f"{known[0]:+.4f} ± {known[1]:.4f}" if known else ""
 
 
+def _exact(study: Study, point: Point, found: Found) -> str:
+    interval = found["from_exact_interval"]
+    return f"{found['from_exact']:.4f}" + (f" ± {interval:.4f}" if interval else "")
+
+
 def _plain(key: str, form: str) -> Callable[[Study, Point, Found], str]:
     return lambda _, __, found: "" if found.get(key) is None else f"{found[key]:{form}}"
 
@@ -186,7 +194,7 @@ _COLUMNS: tuple[tuple[str, Callable[[Study, Point, Found], str]], ...] = (
     ("P", _plain("knn_precision", ".3f")),
     ("R", _plain("knn_recall", ".3f")),
     ("recognised", _plain("recognised", ".1%")),
-    ("from exact", _plain("exact_rms", ".4f")),
+    ("from exact", _exact),
 )
 
 
@@ -196,5 +204,5 @@ def in_words(found: Found) -> str:
     return (
         f"{found['predictor']} + {found['refiner']} evaluations, {found['ms_per_image']:.1f} "
         f"ms/image, Fréchet distance {found['frechet_distance']:.4f} ± {interval:.4f}, "
-        f"{found['exact_rms']:.4f} from exact"
+        f"{found['from_exact']:.4f} from exact"
     )

@@ -1,8 +1,9 @@
 """Finds the schedules that are worth having on a deployed model: `python -m bench.tune`.
 
 Times are those of a lone request, from its blocks' measured times. The figure is the distance to
-the exact solution of the flow, RMS over latents; with `--metric frechet` the schedules that remain
-are judged by the Fréchet distance of their images. Writes presets for `python -m export --presets`.
+the exact solution of the flow, the mean over latents of their RMS; with `--metric frechet` the
+schedules that remain are judged by the Fréchet distance of their images. Writes presets for
+`python -m export --presets`.
 """
 
 import argparse
@@ -59,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--images", type=int, default=1, help="of the request that is timed (default: 1)")
     add("--guidance-scale", type=float, help="default: the service's")
     add("--times", type=Path, help="block times, as bench.capacity takes (default: measured here)")
-    add("--metric", choices=("rms", "frechet"), default="rms")
+    add("--metric", choices=("distance", "frechet"), default="distance")
     add("--latents", type=int, default=60, help=f"for the distance, {FEWEST} or more (default: 60)")
     add("--predictor", type=Path, help="checkpoint to solve exactly (default: the deployed one)")
     add("--judged", type=int, default=1000, help="images for a Fréchet distance (default: 1000)")
@@ -134,7 +135,7 @@ def _search(
     )
     score = Distances(pipeline, guidance, solved).score
     stages = search(within | {paper: cost.ms(paper)}, score, args.latents, [paper])
-    return stages, f"RMS distance to {whose}"
+    return stages, f"distance to {whose}"
 
 
 def _judged(
@@ -153,7 +154,7 @@ def _judged(
         folder = ImageFolder(path, said, engine.pipeline.num_classes)
         folder.fill(args.judged, Local(engine, recipe))
         figures = eyes.figures(folder, args.judged)
-        score = Score(figures.frechet_distance, figures.frechet_without_block)
+        score = Score(figures.frechet_distance, figures.frechet_distance_without_block)
         found.append(Rated(each.schedule, each.ms, score))
     return found
 

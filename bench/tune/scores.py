@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.quality.engine import Exact
+from bench.quality.engine import Exact, distances
 from bench.quality.evaluate import exact_latents, kept, models_digest
 from bench.quality.images import BATCH
-from bench.quality.metrics import BLOCKS, half_width
+from bench.quality.metrics import half_width, mean_without
 from flowturbo import LocalPipeline
 from flowturbo.guidance import Guidance
 from flowturbo.program import Variant, compile_program
@@ -30,11 +30,9 @@ class Score:
     without: tuple[float, ...]
 
     @classmethod
-    def of_squares(cls, squares: Array) -> Score:
-        """The root mean square, from the mean square of each seed's latent, [n >= BLOCKS]."""
-        blocks = np.array_split(np.arange(len(squares)), BLOCKS)
-        without = [np.sqrt(np.delete(squares, block).mean()) for block in blocks]
-        return cls(float(np.sqrt(squares.mean())), tuple(map(float, without)))
+    def of(cls, distances: Array) -> Score:
+        """The mean of those of each seed's latent, [n >= BLOCKS]."""
+        return cls(float(distances.mean()), mean_without(distances))
 
     @property
     def interval(self) -> float:
@@ -55,17 +53,17 @@ class Distances:
 
     def __init__(self, pipeline: LocalPipeline, guidance: Guidance, solved: Array) -> None:
         self._pipeline, self._guidance, self._solved = pipeline, guidance, solved
-        self._squares: dict[Schedule, Array] = {}
+        self._known: dict[Schedule, Array] = {}
 
     def score(self, schedule: Schedule, count: int) -> Score:
         """Over the first `count` seeds."""
-        known = self._squares.get(schedule, np.zeros(0))
+        known = self._known.get(schedule, np.zeros(0))
         if len(known) < count:
             made = latents(self._pipeline, schedule, self._guidance, range(len(known), count))
-            apart = np.square(made.astype(np.float64) - self._solved[len(known) : count])
-            known = np.concatenate([known, apart.mean((1, 2, 3))])
-            self._squares[schedule] = known
-        return Score.of_squares(known[:count])
+            apart = distances(made, self._solved[len(known) : count])
+            known = np.concatenate([known, apart])
+            self._known[schedule] = known
+        return Score.of(known[:count])
 
 
 def latents(
