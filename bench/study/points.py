@@ -148,8 +148,8 @@ def sections(
 
 _SOLVERS = (
     "H4 H8 H12 A4@2 A5@2 A6@3 A8@3 A5R1@2 H1P2R1@2 H2P2R1@3 H1P5R3 H1P5R3@2 H2P4R2 H1P2R1 "
-    "H4@1.5 H8@1.5 H12@1.5 H16 A8 A12 A12@3 H2P9R1@2 E8 E16 P5 P7 P11 unipc:6 unipc:8 unipc:12 unipc:6@2 "
-    "unipc:8@2 dpm:8 dpm:12 H2P8R2 H5P7R3 H8P9R5"
+    "H4@1.5 H8@1.5 H12@1.5 H16 A8 A12 A12@3 H2P9R1@2 E8 E16 P5 P7 P11 unipc:6 unipc:8 unipc:12 "
+    "unipc:6@2 unipc:8@2 dpm:8 dpm:12 H2P8R2 H5P7R3 H8P9R5"
 )
 _ON_GRIDS, _SHIFTS = "H4 H8 A6 A8 P7 H1P5R3", ("", "@1.5", "@2", "@3", "@4")
 _RIVALS = (
