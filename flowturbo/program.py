@@ -13,10 +13,12 @@ refiner, which regresses the change of the velocity (h = end - t):
     d      = guide(refiner([x, v], t)) + v
     d_next = guide(refiner([x + h * d, v or d], end)) + d
     x_next = x + h/2 * (d + d_next),  v_next = d
+
+A step that evaluates nothing (Z, T) is no call: it makes the step of the call before it longer.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import ClassVar
 
@@ -49,13 +51,17 @@ ScaleAt = Callable[[float], float]  # the guidance scale of an evaluation at tim
 
 @dataclass(frozen=True)
 class PredictorCall:
-    """One evaluation of the predictor; times and coefficients are dimensionless, t in [0, 1]."""
+    """One evaluation of the predictor; times and coefficients are dimensionless, t in [0, 1].
+
+    `v_at` is the time of the velocity cached before it, None at the start.
+    """
 
     step: int
     t: float
     euler: float = 0.0
     w_prev: float = 0.0
     w_next: float = 0.0
+    v_at: float | None = None
     network: ClassVar[Network] = Network.PREDICTOR
 
     @property
@@ -113,13 +119,17 @@ class Program:
 
 @dataclass(frozen=True)
 class _Step:
-    """Where one step stands: from `start` to `end`, with a velocity cached for time `cached_at`."""
+    """Where one step stands: from `start` to `end`, with a velocity cached for time `cached_at`.
+
+    `call` is the one that evaluated it, None at the start.
+    """
 
     index: int
     start: float
     end: float
     cached_at: float | None
     variant: Variant
+    call: BlockCall | None
 
     @property
     def size(self) -> float:
@@ -127,12 +137,12 @@ class _Step:
 
     def evaluate(self) -> BlockCall:
         """The velocity at the start, moving nothing."""
-        return PredictorCall(self.index, self.start)
+        return PredictorCall(self.index, self.start, v_at=self.cached_at)
 
-    def correct(self) -> BlockCall:
-        """Trapezoidal rule, the end reached by an Euler step with the cached velocity."""
+    def correct(self, v_at: float) -> BlockCall:
+        """Trapezoidal rule, the end reached by an Euler step with the velocity of time `v_at`."""
         h = self.size
-        return PredictorCall(self.index, self.end, h, h / 2, h / 2)
+        return PredictorCall(self.index, self.end, h, h / 2, h / 2, v_at)
 
 
 _Calls = tuple[list[BlockCall], float]  # and the time that the velocity cached afterwards is for
@@ -140,13 +150,14 @@ _Calls = tuple[list[BlockCall], float]  # and the time that the velocity cached 
 
 def _heun(step: _Step) -> _Calls:
     """Eq. 3: the velocity at both ends."""
-    return [step.evaluate(), step.correct()], step.end
+    return [step.evaluate(), step.correct(step.start)], step.end
 
 
 def _pseudo_corrector(step: _Step) -> _Calls:
     """Eq. 9: as Heun, but the velocity at the start is the one cached by the step before."""
-    first = [step.evaluate()] if step.cached_at is None else []
-    return [*first, step.correct()], step.end
+    if step.cached_at is None:
+        return _heun(step)
+    return [step.correct(step.cached_at)], step.end
 
 
 def _refiner(step: _Step) -> _Calls:
@@ -157,7 +168,8 @@ def _refiner(step: _Step) -> _Calls:
 
 def _euler(step: _Step) -> _Calls:
     """First order, for comparison."""
-    return [PredictorCall(step.index, step.start, w_next=step.size)], step.start
+    call = PredictorCall(step.index, step.start, w_next=step.size, v_at=step.cached_at)
+    return [call], step.start
 
 
 def _adams_bashforth(step: _Step) -> _Calls:
@@ -170,10 +182,32 @@ def _adams_bashforth(step: _Step) -> _Calls:
         return _euler(step)
     h = step.size
     extrapolated = h * h / (2 * (step.start - step.cached_at))
-    call = PredictorCall(step.index, step.start, w_prev=-extrapolated, w_next=h + extrapolated)
+    w_next = h + extrapolated
+    call = PredictorCall(step.index, step.start, 0.0, -extrapolated, w_next, step.cached_at)
     return [call], step.start
 
 
+def _kept(step: _Step) -> PredictorCall:
+    """v(t) = v, the velocity last evaluated."""
+    assert isinstance(step.call, PredictorCall)  # as Schedule demands
+    return replace(step.call, w_next=step.call.w_next + step.size)
+
+
+def _extrapolated(step: _Step) -> PredictorCall:
+    """v(t) on the line through the last two evaluated, integrated exactly over the step.
+
+    TaylorSeer (arXiv 2503.06923) of order 1, on the network's output. With no earlier velocity, as
+    for Adams-Bashforth, the last is kept.
+    """
+    call = _kept(step)
+    if call.v_at is None or call.v_at >= call.t:
+        return call
+    ahead = (step.start + step.end) / 2 - call.t
+    slope = step.size * ahead / (call.t - call.v_at)
+    return replace(call, w_prev=call.w_prev - slope, w_next=call.w_next + slope)
+
+
+_PROLONGING: dict[str, Callable[[_Step], PredictorCall]] = {"Z": _kept, "T": _extrapolated}
 _COMPILERS: dict[str, Callable[[_Step], _Calls]] = {
     "H": _heun,
     "P": _pseudo_corrector,
@@ -198,7 +232,11 @@ def compile_program(
     calls: list[BlockCall] = []
     cached_at: float | None = None
     for index, letter in enumerate(schedule.steps):
-        step = _Step(index, grid[index], grid[index + 1], cached_at, variant)
+        last = calls[-1] if calls else None
+        step = _Step(index, grid[index], grid[index + 1], cached_at, variant, last)
+        if letter in _PROLONGING:
+            calls[-1] = _PROLONGING[letter](step)
+            continue
         of_step, cached_at = _COMPILERS[letter](step)
         calls += of_step
     return Program(schedule, tuple(calls))

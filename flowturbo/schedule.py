@@ -12,16 +12,23 @@ STEP_NAMES = {
     "R": "refiner",
     "E": "Euler",
     "A": "Adams-Bashforth 2",
+    "Z": "velocity kept",
+    "T": "velocity extrapolated",
 }
 MAX_STEPS = 250
 LEAST_SHIFT, MOST_SHIFT = 0.1, 20.0
+_NEEDS = {
+    "^[RZT]": "R, Z and T have no velocity cached before them: start with H, P, E or A",
+    # What follows the refiner's call cannot be joined to it, as it is to the predictor's.
+    "R[ZT]": "Z and T follow evaluations of the predictor, not R",
+}
 _RUN = re.compile(r"([A-Z])([0-9]{0,4})")
 _SHIFT = re.compile(r"[0-9]{1,2}(\.[0-9]{1,2})?")
 _SHIFT_HELP = f"a shift is a number from {LEAST_SHIFT:g} to {MOST_SHIFT:g}, as in A8@3"
 _HELP = (
-    "a schedule is letters of H (Heun), P (pseudo corrector), R (refiner), E (Euler) and "
-    "A (Adams-Bashforth 2), each with an optional count, such as H1P5R3 or HPPPPPRRR, and may end "
-    "with the shift of its time grid, such as A8@3"
+    "a schedule is letters of H (Heun), P (pseudo corrector), R (refiner), E (Euler), A "
+    "(Adams-Bashforth 2), Z (velocity kept) and T (velocity extrapolated), each with an optional "
+    "count, such as H1P5R3 or HPPPPPRRR, and may end with the shift of its time grid, such as A8@3"
 )
 
 
@@ -31,7 +38,7 @@ class Schedule:
 
     `shift` above 1 takes shorter steps near the noise and longer ones near the data, 1 is the
     uniform grid (`time_grid`). Raises RequestError for an unknown step, no step at all, more than
-    MAX_STEPS, or a refiner step with no velocity cached before it.
+    MAX_STEPS, or a step without the velocities before it that it needs.
     """
 
     steps: str
@@ -45,10 +52,9 @@ class Schedule:
             raise RequestError(
                 f"a schedule has 1 to {MAX_STEPS} steps, this one has {len(self.steps)}: {_HELP}"
             )
-        if self.steps[0] == "R":
-            raise RequestError(
-                f"schedule {self} refines with no velocity cached: start with H, P, E or A"
-            )
+        for form, need in _NEEDS.items():
+            if re.search(form, self.steps):
+                raise RequestError(f"schedule {self}: {need}")
 
     @classmethod
     def parse(cls, text: str) -> "Schedule":

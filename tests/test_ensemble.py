@@ -95,7 +95,9 @@ def test_repository_has_the_ensembles_asked_for_last(repository: Path) -> None:
 
 
 @pytest.mark.parametrize("variant", Variant)
-@pytest.mark.parametrize("schedule", ["H1P5R3", "P2R2", "E3", "A4", "E1R2P1R1A2", "H2E1P1"])
+@pytest.mark.parametrize(
+    "schedule", ["H1P5R3", "P2R2", "E3", "A4", "E1R2P1R1A2", "H2E1P1", "H1P2Z1A1T2"]
+)
 def test_wiring_is_the_samplers(schedule: str, variant: Variant) -> None:
     """Any block at all gives the same, called by the sampler or by an ensemble's rules."""
     program = compile_program(Schedule.parse(schedule), variant=variant)

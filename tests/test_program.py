@@ -51,13 +51,21 @@ NOISE = np.linspace(-2, 2, 8).reshape(2, 1, 2, 2)
 def error(
     field: Field, solution: Callable[[Array], Array], letters: str, steps: int, warp: float
 ) -> float:
-    schedule = Schedule(letters[0] + letters[-1] * (steps - 1))
+    first, repeated = letters.split("|")
+    schedule = Schedule((first + repeated * steps)[:steps])
     times = np.linspace(0, 1, steps + 1) ** warp
     program = compile_program(schedule, times.tolist())
     return float(np.abs(sample(program, NOISE, exact_block(field)) - solution(NOISE)).max())
 
 
-@pytest.mark.parametrize(("letters", "order"), [("H", 2), ("P", 2), ("A", 2), ("E", 1), ("HR", 2)])
+# The first step, | and what is repeated after it.
+_ORDERS = [
+    *(("|H", 2), ("|P", 2), ("|A", 2), ("|E", 1), ("H|R", 2)),
+    *(("|HPPT", 2), ("|HZ", 1)),
+]
+
+
+@pytest.mark.parametrize(("letters", "order"), _ORDERS)
 @pytest.mark.parametrize(("field", "solution"), FLOWS)
 @pytest.mark.parametrize("warp", [1.0, 1.5])
 def test_order_of_convergence(
@@ -81,6 +89,9 @@ def test_order_of_convergence(
         ("A8", 8, 0),
         ("H1R3", 2, 6),
         ("P1H1", 4, 0),
+        ("H1P5T3", 7, 0),
+        ("H1P5Z3", 7, 0),
+        ("H1P2Z1A2T1R1", 6, 2),
     ],
 )
 @pytest.mark.parametrize("variant", list(Variant))
@@ -106,6 +117,19 @@ def test_variable_step_adams_bashforth() -> None:
     euler = 0.35 * 3 * 0.1
     exact = 1.5 * (0.1**2 + 1 - 0.45**2) + euler
     assert sample(program, np.zeros((1, 1, 1, 1)), block) == pytest.approx(exact)
+
+
+def test_a_line_is_extrapolated_exactly_and_a_constant_kept() -> None:
+    for text, field, change in (
+        ("H1T3", lambda x, t: np.full_like(x, 2 * t), 1.0),
+        ("H1P1T2@2", lambda x, t: np.full_like(x, 2 * t), 1.0),
+        ("E1A1T2", lambda x, t: np.full_like(x, 2 * t), 1 - 2 * 0.25**2 / 2),  # Euler's step errs
+        ("H1Z3", lambda x, t: np.ones_like(x), 1.0),
+        ("E1T1", lambda x, t: np.full_like(x, 2 * t + 1), 1.0),  # no other velocity: it is kept
+        ("H1E1T2", lambda x, t: np.full_like(x, 2 * t), 0.0625 + 0.75 * 0.5),
+    ):
+        found = sample(compile_program(Schedule.parse(text)), NOISE, exact_block(field))
+        assert found == pytest.approx(NOISE + change), text
 
 
 def test_a_shifted_grid() -> None:

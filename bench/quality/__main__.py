@@ -68,8 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--schedule",
         nargs="+",
-        help="schedules, or baselines such as unipc:8, dpm:8, dopri5, H1P5T3 and H1P5Z3 "
-        "(bench/quality/samplers.py); default: H8 and the service's own",
+        help="schedules, or baselines such as unipc:8, dpm:8 and dopri5 "
+        "(bench/quality/samplers.py); default: H8, H1P5R3 and the service's own",
     )
     parser.add_argument("--guidance-scale", type=float, help="default: the service's")
     parser.add_argument(

@@ -21,12 +21,12 @@ from flowturbo.nets.sit import GUIDED_CHANNELS
 from flowturbo.program import Network, PredictorCall, Variant, compile_program
 from flowturbo.repository import Pipeline
 from flowturbo.sampler import Array, run
-from flowturbo.schedule import Schedule
+from flowturbo.schedule import STEP_NAMES, Schedule
 
 Make = Callable[[Array, Array], Array]  # labels [n] and seeds [n] to images [n, H, W, 3] uint8
 
 EXACT_TOLERANCE = 1e-4  # of a step: the latents are right to 0.001, a tenth of what solvers reach
-_LETTERS = set("EHPAR0123456789@.")
+_LETTERS = {*STEP_NAMES, *"0123456789@."}
 
 
 @dataclass(frozen=True)

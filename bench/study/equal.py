@@ -18,7 +18,8 @@ HEUN = ("H4", "H8", "H12")
 KINDS = (
     ("Heun, shifted", r"H\d+@.*"),
     ("FlowTurbo", r"H\d+(P\d+)?R\d+"),
-    ("FlowTurbo, shifted", r"[HPA\d]+R\d+@.*"),
+    ("FlowTurbo, shifted", r"H\d+(P\d+)?R\d+@.*"),
+    ("FlowTurbo, Z for R, shifted", r"H\d+(P\d+)?Z\d+@.*"),
     ("Adams-Bashforth 2", r"A\d+"),
     ("Adams-Bashforth 2, shifted", r"A\d+@.*"),
     ("UniPC, DPM-Solver++", r"(unipc|dpm):\d+"),

@@ -25,7 +25,8 @@ _FAMILIES = (
     ("Adams-Bashforth 2, shifted", r"A\d+@.*", "^:"),
     ("pseudo corrector", r"P\d+", "<-"),
     ("FlowTurbo", r"H\d+(P\d+)?R\d+", "*"),
-    ("FlowTurbo, shifted", r"[HPA\d]+R\d+@.*", "P"),
+    ("FlowTurbo, shifted", r"H\d+(P\d+)?R\d+@.*", "P"),
+    ("FlowTurbo, Z for R, shifted", r"H\d+(P\d+)?Z\d+@.*", "h"),
 )
 
 

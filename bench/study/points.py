@@ -79,7 +79,7 @@ def sections(
         Section(
             "Refiner steps after Adams-Bashforth",
             "On the uniform grid they also shorten the steps before them, as a shift does.",
-            of("A6 A6R2 A7 A7R1 A8 A6@2 A6R2@2 A7@2 A7R1@2 A8@2"),
+            of("A6 A6R2 A6Z2 A7 A7R1 A8 A6@2 A6R2@2 A6Z2@2 A7@2 A7R1@2 A8@2"),
         ),
         Section("Components", "The schedules of the paper's ablation.", of(_COMPONENTS)),
         Section(
@@ -147,14 +147,14 @@ def sections(
 
 
 _SOLVERS = (
-    "H4 H8 H12 A4@2 A5@2 A6@3 A8@3 A5R1@2 H1P2R1@2 H2P2R1@3 H1P5R3 H1P5R3@2 H2P4R2 H1P2R1 "
-    "H4@1.5 H8@1.5 H12@1.5 H16 A8 A12 A12@3 H2P9R1@2 E8 E16 P5 P7 P11 unipc:6 unipc:8 unipc:12 "
+    "H4 H8 H12 H1P2Z1@3 H1P3Z1@3 H2P3Z1@3 A4@2 A6@3 A8@3 H1P2R1@2 H1P5R3 H1P5R3@2 H2P4R2 H1P2R1 "
+    "H4@1.5 H8@1.5 H12@1.5 H16 A8 A12 A12@3 H2P9Z1@2 E8 E16 P5 P7 P11 unipc:6 unipc:8 unipc:12 "
     "unipc:6@2 unipc:8@2 dpm:8 dpm:12 H2P8R2 H5P7R3 H8P9R5"
 )
 _ON_GRIDS, _SHIFTS = "H4 H8 A6 A8 P7 H1P5R3", ("", "@1.5", "@2", "@3", "@4")
 _RIVALS = (
     "H1P5R3 H1P5T3 H1P5Z3 H1P5 H1P6 H2P4R2 H2P4T2 H2P4Z2 H2P4 H2P5 H5P7R3 H5P7T3 H5P7Z3 H5P7 H5P8 "
-    "H1P5R3@2 H1P5T3@2 H1P5Z3@2 H1P5@2 H1P6@2 H2P2R1@3 H2P2T1@3 H2P2Z1@3 H2P2@3 H2P3@3"
+    "H1P5R3@2 H1P5T3@2 H1P5Z3@2 H1P5@2 H1P6@2 H1P3R1@3 H1P3T1@3 H1P3Z1@3 H1P3@3 H1P4@3"
 )
 _COMPONENTS = "H8 H7R1 H6R2 H5R3 H7R2 H5P2R2 H3P4R2 H3P3R2 H2P8R2 H2P4R2 H1P6R2 H1P5R3"
 
