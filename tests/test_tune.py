@@ -193,5 +193,6 @@ def test_frechet_distance(
     assert stated["judged"] == 36
     assert len(stated["front"]) <= 2
     folders = [path for path in tmp_path.iterdir() if path.is_dir()]
-    assert {"A2", "H1P5R3"} <= {folder.name.split("_")[0] for folder in folders}  # the paper's
+    assert len(folders) == 3  # of two finalists and the paper's
+    assert "H1P5R3" in {folder.name.split("_")[0] for folder in folders}
     assert all(len(list(folder.glob("*.png"))) == 36 for folder in folders)
