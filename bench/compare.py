@@ -24,8 +24,8 @@ from bench.compare_report import SERVICE, markdown, plot
 from bench.observe import hardware
 from bench.web import WebClient, running_web
 from flowturbo.errors import RepositoryError
+from flowturbo.presets import BUILT_IN, DEFAULT
 from flowturbo.repository import Pipeline, Settings
-from flowturbo.request import default_schedule
 from flowturbo.serving.tritonserver import running_server
 
 LONE_SHARE = 0.5  # of the window of concurrent clients: one client's requests vary less
@@ -116,12 +116,12 @@ class Plan:
                 f"{repository} must have a refiner and a decoder, and run on a CPU, as PyTorch does"
             )
         settings = Settings.load(repository)
-        default, scale = str(default_schedule(pipeline, settings)), settings.default_guidance_scale
+        paper, scale = BUILT_IN[DEFAULT], settings.default_guidance_scale
         precisions = ["fp32"] + ["bf16"] * (pipeline.precision == "bf16")
         usual = [
             Form(compiled, precision) for precision in precisions for compiled in (False, True)
         ]
-        works = [Work(schedule, n, scale) for schedule in (default, "H8") for n in batches]
+        works = [Work(schedule, n, scale) for schedule in (paper, "H8") for n in batches]
         return cls(
             repository,
             weights,
@@ -129,7 +129,7 @@ class Plan:
             seconds,
             clients,
             tuple(forms or usual),
-            (*(Case(work, 1) for work in works), Case(Work(default, 1, scale), clients)),
+            (*(Case(work, 1) for work in works), Case(Work(paper, 1, scale), clients)),
             len(os.sched_getaffinity(0)),
         )
 
