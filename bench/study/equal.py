@@ -19,6 +19,7 @@ KINDS = (
     ("Heun, shifted", r"H\d+@.*"),
     ("FlowTurbo", r"H\d+(P\d+)?R\d+"),
     ("FlowTurbo, shifted", r"H\d+(P\d+)?R\d+@.*"),
+    ("FlowTurbo, Z for R", r"H\d+(P\d+)?Z\d+"),
     ("FlowTurbo, Z for R, shifted", r"H\d+(P\d+)?Z\d+@.*"),
     ("Adams-Bashforth 2", r"A\d+"),
     ("Adams-Bashforth 2, shifted", r"A\d+@.*"),

@@ -23,9 +23,10 @@ _FAMILIES = (
     ("Euler", r"E\d+", "v-"),
     ("Adams-Bashforth 2", r"A\d+", "^-"),
     ("Adams-Bashforth 2, shifted", r"A\d+@.*", "^:"),
-    ("pseudo corrector", r"P\d+", "<-"),
+    ("pseudo corrector", r"(H1)?P\d+", "<-"),
     ("FlowTurbo", r"H\d+(P\d+)?R\d+", "*"),
     ("FlowTurbo, shifted", r"H\d+(P\d+)?R\d+@.*", "P"),
+    ("FlowTurbo, Z for R", r"H\d+(P\d+)?Z\d+", "H"),
     ("FlowTurbo, Z for R, shifted", r"H\d+(P\d+)?Z\d+@.*", "h"),
 )
 
