@@ -106,6 +106,7 @@ def arguments(glyphs_repository: Path, tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_small_study(
     arguments: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
+    (tmp_path / "study_findings.md").write_text("## What was found\n\nLittle.\n")
     for only, said in (
         ("/H8_g1 ", "2 points to measure, 0 done"),
         ("/(H8|H1P5R3|unipc-6@2|H1P5T3|H1P5R2)_g1 ", "5 points to measure, 2 done"),
@@ -121,6 +122,7 @@ def test_a_small_study(
     assert all(0.01 < point["from_exact"] < 1 for point in points.values())
     text = (tmp_path / "quality.md").read_text()
     assert text.count("`H1P5T3`") == 1  # its section has it, of fewer images
+    assert "## What was found\n\nLittle.\n\n## At Heun's Fréchet distance" in text
     assert "## Solvers" in text
     assert "## Order of blocks" not in text
     assert "| `H8` | none here |" in text or "| `H8` | `H" in text
