@@ -91,13 +91,15 @@ def _equal(study: Study) -> str:
         ("Fréchet distance", equal.frechet, "its Fréchet distance no higher than Heun's"),
         ("distance to the exact solution", equal.exact, "as near the exact solution"),
     ):
-        rows = [
-            _rivals(heun, equal.rivals(known, heun, apart))
-            for heun in (p for p in known if p["sampler"] in equal.HEUN)
-        ]
-        if rows:
-            head = ["", *(name for name, _ in equal.KINDS)]
-            lines = [head, ["---"] * len(head), *rows]
+        found = {
+            heun["sampler"]: equal.rivals(known, heun, apart)
+            for heun in known
+            if heun["sampler"] in equal.HEUN
+        }
+        kinds = [name for name, _ in equal.KINDS if any(name in row for row in found.values())]
+        if kinds:
+            rows = [[f"`{heun}`", *_rivals(row, kinds)] for heun, row in found.items()]
+            lines = [["", *kinds], ["---"] * (len(kinds) + 1), *rows]
             table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
             parts.append(
                 f"## At Heun's {figure}\n\nThe fastest of each kind with {text}: its share of "
@@ -106,15 +108,15 @@ def _equal(study: Study) -> str:
     return "\n\n".join(parts)
 
 
-def _rivals(heun: Found, found: dict[str, equal.Rival]) -> list[str]:
+def _rivals(found: dict[str, equal.Rival], kinds: Sequence[str]) -> list[str]:
     cells = []
-    for name, _ in equal.KINDS:
+    for name in kinds:
         if rival := found.get(name):
             apart = f"{rival.difference:+.4f} ± {rival.interval:.4f}"
             cells.append(f"`{rival.sampler}` {rival.share:.0%} ({apart})")
         else:
             cells.append("none here")
-    return [f"`{heun['sampler']}`", *cells]
+    return cells
 
 
 def _stable(stability: dict[str, Found]) -> str:
