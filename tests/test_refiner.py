@@ -295,7 +295,7 @@ def test_tiles() -> None:
         (("--learning-rate", "0"), "learning_rate must be above 0, got 0.0"),
         (("--ema-decay", "1"), "ema_decay must be from 0 to below 1, got 1.0"),
         (("--width", "30"), "multiple of 4 and of --heads"),
-        (("--sample-schedule", "R3"), "refines with no velocity cached"),
+        (("--sample-schedule", "R3"), "no velocity cached"),
         (("--sample-schedule", "E4"), "steps must be H, P or R, got E in E4"),
         (("--vae", "nowhere"), "no config.json"),
         (("--predictor", "nowhere.pt"), "nowhere.pt does not exist"),
