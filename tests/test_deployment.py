@@ -211,7 +211,7 @@ def test_half_precision_parity(
     repository = half_repositories(precision)
     assert json.loads((repository / contract.PREDICTOR / "build.json").read_text())["parity"]
     latents = [
-        LocalPipeline(where).generate([1, 2], [3, 4], guidance_scale=1.5).latent
+        LocalPipeline(where).generate([1, 2], [3, 4], "H1P5R3", 1.5).latent
         for where in (glyphs_repository, repository)
     ]
     error = np.abs(latents[0] - latents[1]).max() / np.abs(latents[0]).max()

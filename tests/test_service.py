@@ -1,5 +1,6 @@
 """The service on a real Triton server: independence, batching, errors, deadlines, cancellation."""
 
+import json
 import random
 import shutil
 import threading
@@ -18,6 +19,7 @@ from flowturbo_client import (
     InvalidRequestError,
     ServerBusyError,
 )
+from support import GLYPHS
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from flowturbo import LocalPipeline, contract
@@ -63,10 +65,12 @@ def test_names_and_images(client: FlowTurboClient) -> None:
 
 
 def test_presets(client: FlowTurboClient) -> None:
-    """The paper's, as long as none are installed; and an unknown name is told them."""
-    named = client.generate("A", 1, "best", outputs=("latent",)).latents
-    plain = client.generate("A", 1, "H8P9R5", outputs=("latent",)).latents
-    np.testing.assert_allclose(named, plain, atol=1e-4)
+    """Those of the glyphs, `fast` without a name; and an unknown name is told them."""
+    chosen = json.loads((GLYPHS / "presets.json").read_text())["presets"]
+    for name, asked in (("best", "best"), ("fast", None)):
+        named = client.generate("A", 1, asked, outputs=("latent",)).latents
+        plain = client.generate("A", 1, chosen[name]["schedule"], outputs=("latent",)).latents
+        np.testing.assert_allclose(named, plain, atol=1e-4)
     with pytest.raises(InvalidRequestError, match="the presets here are fast, balanced, best"):
         client.generate("A", 1, "better")
 
