@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--reference", type=Path, help="real images: .npz as ADM's, or a folder")
     parser.add_argument("--images", type=int, default=Size.curves, help="a point of the curves")
     parser.add_argument("--other-images", type=int, default=Size.others, help="another point")
-    parser.add_argument("--rounds", type=int, default=8, help=f"of {BATCH} images each, timed")
+    parser.add_argument("--rounds", type=int, default=6, help=f"of {BATCH} images each, timed")
     parser.add_argument("--only", default="", metavar="REGEX", help="points whose name matches")
     parser.add_argument("--work", type=Path, default=Path("runs/study"), help="images")
     parser.add_argument("--json", type=Path, default=Path("docs/benchmarks/study.json"))
