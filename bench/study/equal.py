@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -10,21 +9,23 @@ from typing import Any
 import numpy as np
 
 from bench.quality.metrics import half_width
+from bench.study.figures import family
 
 Study = dict[str, Any]
 Found = dict[str, Any]  # one point's figures
 
 HEUN = ("H4", "H8", "H12")
-KINDS = (
-    ("Heun, shifted", r"H\d+@.*"),
-    ("FlowTurbo", r"H\d+(P\d+)?R\d+"),
-    ("FlowTurbo, shifted", r"H\d+(P\d+)?R\d+@.*"),
-    ("FlowTurbo, Z for R", r"H\d+(P\d+)?Z\d+"),
-    ("FlowTurbo, Z for R, shifted", r"H\d+(P\d+)?Z\d+@.*"),
-    ("Adams-Bashforth 2", r"A\d+"),
-    ("Adams-Bashforth 2, shifted", r"A\d+@.*"),
-    ("UniPC, DPM-Solver++", r"(unipc|dpm):\d+"),
-    ("UniPC, shifted", r"unipc:\d+@.*"),
+KINDS = (  # of bench.study.figures.family
+    "Heun, shifted",
+    "FlowTurbo",
+    "FlowTurbo, shifted",
+    "FlowTurbo, Z for R",
+    "FlowTurbo, Z for R, shifted",
+    "Adams-Bashforth 2",
+    "Adams-Bashforth 2, shifted",
+    "UniPC",
+    "UniPC, shifted",
+    "DPM-Solver++",
 )
 
 
@@ -50,14 +51,13 @@ def rivals(points: Iterable[Found], heun: Found, apart: Difference) -> dict[str,
     Times are each point's in turns with the same schedule, so that both had the same machine.
     """
     found: dict[str, Rival] = {}
-    for name, form in KINDS:
-        for each in points:
-            known = apart(each, heun)
-            if not re.fullmatch(form, each["sampler"]) or known is None or known[0] > 0:
-                continue
-            share = each["ratio"]["median"] / heun["ratio"]["median"]
-            if name not in found or share < found[name].share:
-                found[name] = Rival(each["sampler"], share, *known)
+    for each in points:
+        (name, _), known = family(each["sampler"]) or ("", ""), apart(each, heun)
+        if name not in KINDS or known is None or known[0] > 0:
+            continue
+        share = each["ratio"]["median"] / heun["ratio"]["median"]
+        if name not in found or share < found[name].share:
+            found[name] = Rival(each["sampler"], share, *known)
     return found
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.study.points import CURVES, GRIDS, GUIDANCE, REFINER_STEPS, sections_of
+from bench.study.points import CURVES, GRIDS, GUIDANCE, REFINER_STEPS, measured, sections_of
 from flowturbo.schedule import read_shift
 
 Study = dict[str, Any]
@@ -101,8 +101,8 @@ def _groups(study: Study) -> dict[tuple[str, str], list[Found]]:
 
 def _points(study: Study, title: str) -> list[Found]:
     """The measured points of a section."""
-    keys = (str(p) for s in sections_of(study) if s.title == title for p in s.points)
-    return [study["points"][key] for key in keys if key in study["points"]]
+    section = next(section for section in sections_of(study) if section.title == title)
+    return [found for _, found in measured(study, section)]
 
 
 def _time(found: Found) -> float:

@@ -166,6 +166,12 @@ def sections_of(study: Mapping[str, Any]) -> tuple[Section, ...]:
     return sections(study["guidance_scale"], study["guided_scale"], size, study["refiners"])
 
 
+def measured(study: Mapping[str, Any], section: Section) -> list[tuple[Point, dict[str, Any]]]:
+    """The points of `section` that `study` has figures of, with them."""
+    found = study["points"]
+    return [(point, found[str(point)]) for point in section.points if str(point) in found]
+
+
 def unique(of: Iterable[Section]) -> tuple[Point, ...]:
     """Every point of the sections once, in their order."""
     return tuple(dict.fromkeys(point for section in of for point in section.points))

@@ -5,14 +5,14 @@ What people found in them is beside the JSON, in `<its name>_findings.md`, and c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.quality.engine import EXACT_TOLERANCE, Recipe
 from bench.quality.metrics import BLOCKS
 from bench.study import equal, figures
-from bench.study.points import CURVES, MAIN, Point, Section, sections_of
+from bench.study.points import CURVES, MAIN, Point, Section, measured, sections_of
 
 Study = dict[str, Any]
 Found = dict[str, Any]  # one point's figures
@@ -85,7 +85,7 @@ def markdown(study: Study, plots: Sequence[str], findings: str) -> str:
 def _equal(study: Study) -> str:
     """What is as good as Heun: nothing without points of the curves."""
     curves = next(section for section in sections_of(study) if section.title == CURVES)
-    known = [study["points"][str(p)] for p in curves.points if str(p) in study["points"]]
+    known = [found for _, found in measured(study, curves)]
     parts = []
     for figure, apart, text in (
         ("Fréchet distance", equal.frechet, "its Fréchet distance no higher than Heun's"),
@@ -96,11 +96,10 @@ def _equal(study: Study) -> str:
             for heun in known
             if heun["sampler"] in equal.HEUN
         }
-        kinds = [name for name, _ in equal.KINDS if any(name in row for row in found.values())]
+        kinds = [name for name in equal.KINDS if any(name in row for row in found.values())]
         if kinds:
             rows = [[f"`{heun}`", *_rivals(row, kinds)] for heun, row in found.items()]
-            lines = [["", *kinds], ["---"] * (len(kinds) + 1), *rows]
-            table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            table = _markdown_table(["", *kinds], rows)
             parts.append(
                 f"## At Heun's {figure}\n\nThe fastest of each kind with {text}: its share of "
                 f"Heun's time, decoder included, and its {figure} less Heun's.\n\n{table}"
@@ -134,14 +133,20 @@ def _stable(stability: dict[str, Found]) -> str:
 
 def _table(study: Study, section: Section) -> str:
     """The section's measured points, with the columns that they have; nothing without any."""
-    rows = [(p, study["points"][str(p)]) for p in section.points if str(p) in study["points"]]
+    rows = measured(study, section)
     columns = [
         (head, [cell(study, point, found) for point, found in rows]) for head, cell in _COLUMNS
     ]
     shown = [(head, cells) for head, cells in columns if any(cells)]
-    lines = [[head for head, _ in shown], ["---"] * len(shown)]
-    lines += [list(cells) for cells in zip(*(cells for _, cells in shown), strict=True)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) if rows else ""
+    if not rows:
+        return ""
+    lines = zip(*(cells for _, cells in shown), strict=True)
+    return _markdown_table([head for head, _ in shown], lines)
+
+
+def _markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _name(study: Study, point: Point, found: Found) -> str:
@@ -160,11 +165,6 @@ def _ratio(study: Study, point: Point, found: Found) -> str:
     return f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
 
 
-def _frechet(study: Study, point: Point, found: Found) -> str:
-    interval = found["frechet_interval"]
-    return f"{found['frechet_distance']:.4f}" + (f" ± {interval:.4f}" if interval else "")
-
-
 def _less(study: Study, point: Point, found: Found) -> str:
     """Fréchet distance less H8's at the same guidance scale, of as many images."""
     baseline = Point(Recipe("H8", point.recipe.guidance_scale), point.images, MAIN)
@@ -175,9 +175,12 @@ def _less(study: Study, point: Point, found: Found) -> str:
     return f"{known[0]:+.4f} ± {known[1]:.4f}" if known else ""
 
 
-def _exact(study: Study, point: Point, found: Found) -> str:
-    interval = found["from_exact_interval"]
-    return f"{found['from_exact']:.4f}" + (f" ± {interval:.4f}" if interval else "")
+def _with_interval(key: str, interval_key: str) -> Callable[[Study, Point, Found], str]:
+    def cell(_study: Study, _point: Point, found: Found) -> str:
+        interval = found[interval_key]
+        return f"{found[key]:.4f}" + (f" ± {interval:.4f}" if interval else "")
+
+    return cell
 
 
 def _plain(key: str, form: str) -> Callable[[Study, Point, Found], str]:
@@ -189,14 +192,14 @@ _COLUMNS: tuple[tuple[str, Callable[[Study, Point, Found], str]], ...] = (
     ("evaluations", lambda _, __, found: f"{found['predictor']} + {found['refiner']}"),
     ("ms/image", _plain("ms_per_image", ".1f")),
     ("of H8's", _ratio),
-    ("Fréchet", _frechet),
+    ("Fréchet", _with_interval("frechet_distance", "frechet_interval")),
     ("− H8", _less),
     ("spatial", _plain("spatial_frechet_distance", ".3f")),
     ("IS", _plain("inception_score", ".2f")),
     ("P", _plain("knn_precision", ".3f")),
     ("R", _plain("knn_recall", ".3f")),
     ("recognised", _plain("recognised", ".1%")),
-    ("from exact", _exact),
+    ("from exact", _with_interval("from_exact", "from_exact_interval")),
 )
 
 
