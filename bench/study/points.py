@@ -137,8 +137,11 @@ def sections(
                 "The same predictor with other refiners.",
                 tuple(
                     Point(Recipe(sampler, each), size.others, name)
-                    for each in sorted({scale, guided})
-                    for sampler in ("H1P5R3", "H1P5R3@2", "H2P4R2", "H5P7R3")
+                    for sampler, each in (
+                        ("H1P5R3", scale),
+                        ("H1P5R3@2", scale),
+                        ("H1P5R3", guided),
+                    )
                     for name in (MAIN, *refiners)
                 ),
             )
@@ -149,10 +152,10 @@ def sections(
 _SOLVERS = (
     "H4 H8 H12 H1P2Z1@3 H1P3Z1@3 H2P3Z1@3 A4@2 A6@3 A8@3 H1P2R1@2 H1P5R3 H1P5R3@2 H2P4R2 H1P2R1 "
     "H1P5 H1P5Z3 H2P4Z2 H1P1Z1@3 "
-    "H4@1.5 H8@1.5 H12@1.5 H16 A8 A12 A12@3 H2P9Z1@2 E8 E16 P5 P7 P11 unipc:6 unipc:8 unipc:12 "
-    "unipc:6@2 unipc:8@2 dpm:8 dpm:12 H2P8R2 H5P7R3 H8P9R5"
+    "A8 unipc:8 unipc:8@2 dpm:8 E8 H4@1.5 H8@1.5 P7 A12 H2P9Z1@2 unipc:12 unipc:6@2 dpm:12 E16 P11 "
+    "H16 H2P8R2 H5P7R3 H8P9R5"
 )
-_ON_GRIDS, _SHIFTS = "H4 H8 A6 A8 P7 H1P5R3", ("", "@1.5", "@2", "@3", "@4")
+_ON_GRIDS, _SHIFTS = "H4 H8 A8 H1P5R3", ("", "@1.5", "@2", "@3", "@4")
 _RIVALS = (
     "H1P5R3 H1P5T3 H1P5Z3 H1P5 H1P6 H2P4R2 H2P4T2 H2P4Z2 H2P4 H2P5 H5P7R3 H5P7T3 H5P7Z3 H5P7 H5P8 "
     "H1P5R3@2 H1P5T3@2 H1P5Z3@2 H1P5@2 H1P6@2 H1P3R1@3 H1P3T1@3 H1P3Z1@3 H1P3@3 H1P4@3"
