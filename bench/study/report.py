@@ -119,16 +119,17 @@ def _rivals(found: dict[str, equal.Rival], kinds: Sequence[str]) -> list[str]:
 
 
 def _stable(stability: dict[str, Found]) -> str:
-    text = [
-        "## How stable the velocity is",
-        "Its relative change over a step of 1/32, median of the images (10% to 90%), from t on:",
-    ]
-    rows = ["| guidance | 0 | 1/4 | 1/2 | 3/4 | 15/16 |", "|---|---|---|---|---|---|"]
+    rows = []
     for scale, s in stability.items():
         places = [0, 8, 16, 24, 30]
         cells = [f"{s['median'][k]:.3f} ({s['low'][k]:.3f} to {s['high'][k]:.3f})" for k in places]
-        rows.append(f"| {scale} | {' | '.join(cells)} |")
-    return "\n\n".join([*text, "\n".join(rows)])
+        rows.append([scale, *cells])
+    table = _markdown_table(["guidance", "0", "1/4", "1/2", "3/4", "15/16"], rows)
+    return (
+        "## How stable the velocity is\n\n"
+        "Its relative change over a step of 1/32, median of the images (10% to 90%), from t on:"
+        f"\n\n{table}"
+    )
 
 
 def _table(study: Study, section: Section) -> str:
