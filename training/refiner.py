@@ -170,7 +170,10 @@ def _architecture(args: argparse.Namespace, predictor: SiTConfig) -> SiTConfig:
     config = refiner_config(predictor)
     width = args.width or config.width
     heads = args.heads or (config.num_heads if width == config.width else KNOWN_HEADS.get(width))
-    if not heads or width % heads or width % 4:
+    if not heads:
+        known = ", ".join(map(str, KNOWN_HEADS))
+        raise PlanError(f"--width {width} needs --heads, only {known} tell them")
+    if width % heads or width % 4:
         raise PlanError(
             f"--width must be a multiple of 4 and of --heads, got width {width}, heads {heads}"
         )
