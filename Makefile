@@ -5,7 +5,7 @@ GLYPHS := weights/glyphs
 REPOSITORY := model_repository
 SOURCES := flowturbo export training bench examples client tests
 
-.PHONY: demo test check setup export serve quality study train fonts bench gpu-check xl-check clean
+.PHONY: demo test check setup export serve quality study refiners train fonts bench gpu-check xl-check clean
 
 demo: export  ## serve the glyphs model and write picture grids to output/
 	$(BIN)/python examples/demo.py --repository $(REPOSITORY) --output output
@@ -42,7 +42,11 @@ quality: export  ## recognition and Fréchet distance of 1,000 images, H8 and th
 	  --json $(GLYPHS)/quality.json
 
 study: export  ## quality against time, docs/quality.md; resumes, says at its start how long it takes
-	$(BIN)/python -m bench.study --repository $(REPOSITORY) --weights $(GLYPHS)
+	$(BIN)/python -m bench.study --repository $(REPOSITORY) --weights $(GLYPHS) \
+	  --json docs/benchmarks/study.json --report docs/quality.md
+
+refiners: export  ## those of the study's last section; an hour for training, five minutes for data
+	$(BIN)/python -m bench.study.refiners --repository $(REPOSITORY) --weights $(GLYPHS)
 
 bench: export  ## load with perf_analyzer, and the service beside PyTorch and FastAPI; 20 minutes
 	$(BIN)/python -m bench.load --repository $(REPOSITORY) --baseline

@@ -1,7 +1,6 @@
 """The study: its list, its figures on the real model, resuming, and the report."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +10,14 @@ from support import GLYPHS
 from bench.quality.engine import Exact
 from bench.study import __main__ as study
 from bench.study import measure
-from bench.study.equal import exact, frechet, rivals
+from bench.study.equal import EXACT, FRECHET, difference, rivals
 from bench.study.figures import family
 from bench.study.measure import stability, summary
 from bench.study.points import CURVES, Size, sections, unique
+from bench.study.refiners import REFINERS
 from flowturbo.guidance import Guidance
 from flowturbo.sampler import Array
+from training import refiner
 
 
 def test_every_point_of_the_paper_is_there_once() -> None:
@@ -29,6 +30,11 @@ def test_every_point_of_the_paper_is_there_once() -> None:
     assert all(family(point.recipe.sampler) for point in curves.points)
     assert {point.images for point in curves.points} == {10_000}
     assert {point.repository for point in listed[-1].points} == {"main", "wide"}
+
+
+def test_every_refiner_of_the_study_can_be_trained() -> None:
+    for options in REFINERS.values():
+        refiner._parser().parse_args(["--predictor=p", "--data=d", "--out=o", *options.split()])
 
 
 def test_times_are_compared_within_a_round() -> None:
@@ -55,29 +61,37 @@ def point(sampler: str, share: float, offset: float) -> measure.Figures:
 def test_differences_are_paired_by_seeds() -> None:
     """Two samplers whose figures move together differ by the same everywhere: no uncertainty."""
     one, other = point("H8", 1.0, 0.0), point("H4", 0.5, 0.25)
-    assert frechet(other, one) == pytest.approx((0.25, 0))
-    assert exact(other, one) == pytest.approx((0.25, 0))
+    for figure in (FRECHET, EXACT):
+        assert difference(other, one, figure) == pytest.approx((0.25, 0))
     other["images"] = other["exact_images"] = 40
-    assert frechet(other, one) is None
-    assert exact(other, one) is None
+    for figure in (FRECHET, EXACT):
+        assert difference(other, one, figure) is None
 
 
 def test_the_fastest_as_good() -> None:
     heun = point("H8", 1.0, 0.0)
     others = [
-        point("A6@3", 0.4, 0.01),  # not as good
-        point("A8@3", 0.5, 0.0),
+        point("A6@3", 0.4, 0.02),  # not as good
+        point("A8@3", 0.5, 0.005),
         point("A12@3", 0.6, -0.2),
         point("H1P5R3", 0.3, -0.1),
-        point("P7", 0.1, -0.1),  # of no kind
+        point("H1P1H1", 0.1, -0.1),  # of no family
     ]
-    found = rivals([heun, *others], point("H12", 1.5, 0.0), frechet)
+    h12 = point("H12", 1.5, 0.0)
+    found = rivals([heun, *others, h12], h12, FRECHET)
     assert {name: rival.sampler for name, rival in found.items()} == {
+        "Heun": "H8",
         "FlowTurbo": "H1P5R3",
         "Adams-Bashforth 2, shifted": "A8@3",
     }
     assert found["FlowTurbo"].share == pytest.approx(0.2)
     assert found["FlowTurbo"].difference == pytest.approx(-0.1)
+
+
+def test_the_baseline_is_its_own_time() -> None:
+    """Its ratio to itself, taken in turns, is noise that no share is to have."""
+    heun, other = point("H8", 1.05, 0.0), point("H1P5R3", 0.5, 0.0)
+    assert rivals([heun, other], heun, FRECHET)["FlowTurbo"].share == 0.5
 
 
 def test_stability_of_a_known_flow(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,19 +114,16 @@ def arguments(glyphs_repository: Path, tmp_path: Path, monkeypatch: pytest.Monke
     words = ["--repository", glyphs_repository, "--weights", GLYPHS, "--images", 24]
     words += ["--other-images", 20, "--rounds", 1, "--work", tmp_path / "work"]
     words += ["--json", tmp_path / "study.json", "--report", tmp_path / "quality.md"]
-    return ["study", *map(str, words)]
+    return [*map(str, words)]
 
 
-def test_a_small_study(
-    arguments: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_small_study(arguments: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "study_findings.md").write_text("## What was found\n\nLittle.\n")
     for only, said in (
         ("/H8_g1 ", "2 points to measure, 0 done"),
-        ("/(H8|H1P5R3|unipc-6@2|H1P5T3|H1P5R2)_g1 ", "5 points to measure, 2 done"),
+        ("/(H8|H1P5R3|unipc-6@2|H5P7T3|H1P5R2)_g1 ", "5 points to measure, 2 done"),
     ):
-        monkeypatch.setattr(sys, "argv", [*arguments, "--only", only])
-        study.main()
+        assert study.main([*arguments, "--only", only]) == 0
         assert said in capsys.readouterr().out
     points = json.loads((tmp_path / "study.json").read_text())["points"]
     ours = points["main/H1P5R3_g1 24"]
@@ -121,7 +132,7 @@ def test_a_small_study(
     assert ours["ms_per_image"] < ours["baseline_ms_per_image"]
     assert all(0.01 < point["from_exact"] < 1 for point in points.values())
     text = (tmp_path / "quality.md").read_text()
-    assert text.count("`H1P5T3`") == 1  # its section has it, of fewer images
+    assert text.count("`H5P7T3`") == 1  # its section has it, of fewer images
     assert "## What was found\n\nLittle.\n\n## At Heun's Fréchet distance" in text
     assert "## Solvers" in text
     assert "## Order of blocks" not in text
@@ -129,3 +140,16 @@ def test_a_small_study(
     for picture in ("curves", "stability", "ablations"):
         assert f"(study_{picture}.png)" in text
         assert (tmp_path / f"study_{picture}.png").stat().st_size > 5000
+
+
+def test_points_of_other_settings_are_not_mixed(
+    arguments: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor is a report of another size written over the one that is there."""
+    known = {"points": {"main/H8_g1 24": {}}, "hardware": {"cpu": "another", "cores": 2}}
+    (tmp_path / "study.json").write_text(json.dumps(known))
+    assert study.main([*arguments, "--only", "/H8_g1 "]) == 2
+    said = capsys.readouterr().err
+    assert "study.json is of hardware {'cpu': 'another', 'cores': 2}, this would be of" in said
+    assert "give another --json" in said
+    assert json.loads((tmp_path / "study.json").read_text()) == known

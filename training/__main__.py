@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
-from diffusers import AutoencoderKL
 from torch import nn
 
 from flowturbo.nets.checkpoint import sha256
 from flowturbo.nets.sit import SiT, refiner_config
+from flowturbo.nets.vae import load_vae
 from training import autoencoder, classifier, predictor, refiner
 from training.data import InMemory, Shards
 from training.frechet import Reference, Statistics
@@ -58,9 +58,8 @@ def main() -> None:
     judge = classifier.train(images, PLANS["classifier"], args.runs)
     save_weights(judge, args.out / "classifier.safetensors", torch.float16)
     reference(judge, images[:REFERENCE_IMAGES]).save(args.out / "features.npz")
-    digest = sha256(args.out / "vae" / "diffusion_pytorch_model.safetensors")[:12]
-    folder = args.runs / "data" / f"latents-{len(images)}-{args.seed}-{digest}"
-    source = encode(GlyphImages(images, args.seed), vae, folder)
+    shards = Shards(glyph_latents(args.out / "vae", args.runs, args.seed))
+    source = InMemory(shards.read(torch.arange(len(shards))))
     velocity = predictor.train(source.data, len(CLASS_NAMES), PLANS, args.runs)
     save_weights(velocity, args.out / "predictor.safetensors", torch.float16)
     torch.manual_seed(PLANS["refiner"].seed)
@@ -89,12 +88,14 @@ def reference(judge: nn.Sequential, images: np.ndarray) -> Reference:
     return Reference(pooled, spatial, seen.pooled[:REFERENCE_ROWS])
 
 
-def encode(images: GlyphImages, vae: AutoencoderKL, folder: Path) -> InMemory:
-    """The latents of `images`, written to `folder` by the first run."""
+def glyph_latents(vae: Path, runs: Path, seed: int = 0) -> Path:
+    """The folder of the data's latents by the VAE in the folder `vae`; the first run makes them."""
+    images = load_or_render(runs / "data", IMAGES, seed)
+    digest = sha256(vae / "diffusion_pytorch_model.safetensors")[:12]
+    folder = runs / "data" / f"latents-{IMAGES}-{seed}-{digest}"
     storage = Storage(dtype="float32", mean_only=True)
-    Writer(images, vae, folder, storage, batch=256).write()
-    shards = Shards(folder)
-    return InMemory(shards.read(torch.arange(len(shards))))
+    Writer(GlyphImages(images, seed), load_vae(vae), folder, storage, batch=256).write()
+    return folder
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import argparse
 import datetime
 import json
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +24,9 @@ from bench.quality.images import BATCH
 from bench.study import report
 from bench.study.measure import BASELINE, Bench, stability
 from bench.study.points import MAIN, Point, Size, sections_of, unique
+from bench.study.refiners import FOLDER, REFINERS
+from flowturbo import contract
+from flowturbo.errors import FlowTurboError
 from flowturbo.guidance import Guidance
 from flowturbo.repository import Settings
 from flowturbo.schedule import Schedule
@@ -35,24 +39,31 @@ _ADAPTIVE_EVALUATIONS, _EXACT_EVALUATIONS, _REFINER_COST = 100, 200, 0.2
 Study = dict[str, Any]
 
 
-def main() -> None:
-    """Measures what is missing and writes the report."""
-    args = _parser().parse_args()
-    study: Study = json.loads(args.json.read_text()) if args.json.exists() else {"points": {}}
-    if not args.report_only:
-        _measure(study, args)
-    print(report.write(study, args.json, args.report))
+def main(argv: Sequence[str]) -> int:
+    """Measures what is missing and writes the report.
+
+    Returns the exit status: 2, and one line on stderr, for what the user can put right.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        study: Study = json.loads(args.json.read_text()) if args.json.exists() else {"points": {}}
+        if not args.report_only:
+            _measure(study, args)
+        print(report.write(study, args.json, args.report))
+    except (FlowTurboError, OSError, ValueError) as error:
+        print(f"study: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.study", description=__doc__)
     parser.add_argument("--repository", type=Path, default=Path("model_repository"))
     parser.add_argument(
-        "--refiner",
-        nargs="+",
-        default=[],
-        metavar="NAME=REPOSITORY",
-        help="repositories of the same predictor with other refiners",
+        "--refiners",
+        type=Path,
+        default=FOLDER,
+        help="repositories of the same predictor with other refiners (bench.study.refiners)",
     )
     parser.add_argument("--weights", type=Path, default=Path("weights/glyphs"))
     parser.add_argument(
@@ -76,8 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=6, help=f"of {BATCH} images each, timed")
     parser.add_argument("--only", default="", metavar="REGEX", help="points whose name matches")
     parser.add_argument("--work", type=Path, default=Path("runs/study"), help="images")
-    parser.add_argument("--json", type=Path, default=Path("docs/benchmarks/study.json"))
-    parser.add_argument("--report", type=Path, default=Path("docs/quality.md"))
+    parser.add_argument("--json", type=Path, default=Path("output/study.json"))
+    parser.add_argument("--report", type=Path, default=Path("output/quality.md"))
     parser.add_argument("--report-only", action="store_true", help="measures nothing")
     return parser
 
@@ -86,19 +97,21 @@ def _measure(study: Study, args: argparse.Namespace) -> None:
     guided = args.guided_scale
     if guided is None:
         guided = Settings.load(args.repository).default_guidance_scale
-    judge = "Inception-v3" if args.inception else "the glyphs' classifier"
-    if study.get("judge", judge) != judge:
-        raise ValueError(f"{args.json} has figures of {study['judge']}, not of {judge}")
     bench = _bench(args)
-    refiners = [name for name in bench.repositories if name != MAIN]
-    study |= {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "hardware": hardware(),
+    settings = {
+        "hardware": {name: value for name, value in hardware().items() if name != "gib"},
         "precision": bench.engines[MAIN].pipeline.precision,
-        "judge": judge,
+        "models": models_digest(args.repository),
+        "judge": "Inception-v3" if args.inception else "the glyphs' classifier",
         "guidance_scale": args.guidance_scale,
         "guided_scale": guided,
         "size": asdict(Size(args.images, args.other_images)),
+    }
+    _check_same(study, settings, args.json)
+    refiners = [name for name in bench.repositories if name != MAIN]
+    study |= {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **settings,
         "refiners": list(dict.fromkeys([*study.get("refiners", []), *refiners])),
     }
     points = [p for p in unique(sections_of(study)) if p.repository in bench.repositories]
@@ -122,9 +135,24 @@ def _measure(study: Study, args: argparse.Namespace) -> None:
     _write(study, args.json)
 
 
+def _check_same(study: Study, settings: Study, path: Path) -> None:
+    """Raises ValueError if points of `study` were measured with other settings: in one report they
+    would pass for each other.
+    """
+    for name, value in settings.items():
+        if study["points"] and study.get(name, value) != value:
+            raise ValueError(
+                f"{path} is of {name} {study[name]}, this would be of {value}: "
+                "give another --json and --report"
+            )
+
+
 def _bench(args: argparse.Namespace) -> Bench:
-    others = dict(text.split("=", 1) for text in args.refiner)
-    repositories = {MAIN: args.repository, **{name: Path(path) for name, path in others.items()}}
+    repositories = {MAIN: args.repository}
+    for name in REFINERS:
+        if (path := args.refiners / name).exists():
+            _check_predictor(path, args.repository)
+            repositories[name] = path
     args.work.mkdir(parents=True, exist_ok=True)
     return Bench(
         {name: Engine(path) for name, path in repositories.items()},
@@ -134,6 +162,15 @@ def _bench(args: argparse.Namespace) -> Bench:
         args.work,
         args.rounds,
     )
+
+
+def _check_predictor(one: Path, other: Path) -> None:
+    """Raises ValueError unless two repositories differ in their refiners alone."""
+    shared = (contract.PREDICTOR, contract.DECODER)
+    if models_digest(one, shared) != models_digest(other, shared):
+        raise ValueError(
+            f"{one} and {other} have other predictors or decoders: export one of them again"
+        )
 
 
 def _done(study: Study, point: Point, bench: Bench) -> bool:
@@ -172,4 +209,4 @@ def _write(study: Study, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

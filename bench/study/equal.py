@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,23 +10,14 @@ import numpy as np
 
 from bench.quality.metrics import half_width
 from bench.study.figures import family
+from bench.study.measure import BASELINE
 
-Study = dict[str, Any]
 Found = dict[str, Any]  # one point's figures
 
 HEUN = ("H4", "H8", "H12")
-KINDS = (  # of bench.study.figures.family
-    "Heun, shifted",
-    "FlowTurbo",
-    "FlowTurbo, shifted",
-    "FlowTurbo, Z for R",
-    "FlowTurbo, Z for R, shifted",
-    "Adams-Bashforth 2",
-    "Adams-Bashforth 2, shifted",
-    "UniPC",
-    "UniPC, shifted",
-    "DPM-Solver++",
-)
+FRECHET, EXACT = "frechet_distance", "from_exact"
+_COUNTS = {FRECHET: "images", EXACT: "exact_images"}
+AS_GOOD = 0.01  # a figure so much above Heun's, as a share of it, counts as no higher
 
 
 @dataclass(frozen=True)
@@ -42,38 +33,32 @@ class Rival:
     interval: float
 
 
-Difference = Callable[[Found, Found], tuple[float, float] | None]
+def rivals(points: Iterable[Found], heun: Found, figure: str) -> dict[str, Rival]:
+    """By family, among `points` of the same guidance; those with none as good are left out.
 
-
-def rivals(points: Iterable[Found], heun: Found, apart: Difference) -> dict[str, Rival]:
-    """By kind (KINDS), among `points` of the same guidance; kinds with none as good are left out.
-
-    Times are each point's in turns with the same schedule, so that both had the same machine.
+    `figure` is FRECHET or EXACT. Times are each point's in turns with the same schedule, so that
+    both had the same machine.
     """
+    # The baseline in turns with itself tells of noise alone.
+    beside = 1.0 if heun["sampler"] == BASELINE else heun["ratio"]["median"]
     found: dict[str, Rival] = {}
     for each in points:
-        (name, _), known = family(each["sampler"]) or ("", ""), apart(each, heun)
-        if name not in KINDS or known is None or known[0] > 0:
+        kind, apart = family(each["sampler"]), difference(each, heun, figure)
+        if each is heun or kind is None or apart is None or apart[0] > AS_GOOD * heun[figure]:
             continue
-        share = each["ratio"]["median"] / heun["ratio"]["median"]
+        name, share = kind[0], each["ratio"]["median"] / beside
         if name not in found or share < found[name].share:
-            found[name] = Rival(each["sampler"], share, *known)
+            found[name] = Rival(each["sampler"], share, *apart)
     return found
 
 
-def frechet(one: Found, other: Found) -> tuple[float, float] | None:
-    """Difference of Fréchet distances, and its interval paired by seeds."""
-    return _paired(one, other, "frechet_distance", "images")
+def difference(one: Found, other: Found, figure: str) -> tuple[float, float] | None:
+    """`one`'s figure less `other`'s, and half its 95% interval, paired by seeds.
 
-
-def exact(one: Found, other: Found) -> tuple[float, float] | None:
-    """Difference of the distances to the exact solution, and its interval paired by seeds."""
-    return _paired(one, other, "from_exact", "exact_images")
-
-
-def _paired(one: Found, other: Found, key: str, count: str) -> tuple[float, float] | None:
-    """Of the figures `key`, which each has without each block too; None if they do not compare."""
-    without = [np.array(each[f"{key}_without_block"]) for each in (one, other)]
+    None where they are not of the same seeds.
+    """
+    count = _COUNTS[figure]
+    without = [np.array(each[f"{figure}_without_block"]) for each in (one, other)]
     if one[count] != other[count] or not len(without[0]):
         return None
-    return one[key] - other[key], half_width(without[0] - without[1])
+    return one[figure] - other[figure], half_width(without[0] - without[1])

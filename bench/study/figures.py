@@ -26,9 +26,11 @@ _FAMILIES = (
     ("pseudo corrector", r"(H1)?P\d+", "<-"),
     ("FlowTurbo", r"H\d+(P\d+)?R\d+", "*"),
     ("FlowTurbo, shifted", r"H\d+(P\d+)?R\d+@.*", "P"),
+    ("FlowTurbo, T for R", r"H\d+(P\d+)?T\d+", "X"),
     ("FlowTurbo, Z for R", r"H\d+(P\d+)?Z\d+", "H"),
     ("FlowTurbo, Z for R, shifted", r"H\d+(P\d+)?Z\d+@.*", "h"),
 )
+FAMILIES = tuple(name for name, _, _ in _FAMILIES)
 
 
 def draw(study: Study, json_path: Path) -> list[Path]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.quality.engine import Recipe
+from bench.study.refiners import REFINERS
 from flowturbo.program import Variant
 
 MAIN = "main"  # the name of the first repository, whose refiner all sections but the last use
@@ -48,7 +49,7 @@ def sections(
 ) -> tuple[Section, ...]:
     """The study at guidance `scale`, and at scale `guided` where guidance itself is looked at.
 
-    `refiners` names repositories with other refiners.
+    `refiners` names those of bench/study/refiners.py that there are.
     """
 
     def of(samplers: str, scale: float = scale, **recipe: object) -> tuple[Point, ...]:
@@ -134,7 +135,7 @@ def sections(
         found.append(
             Section(
                 "Refiners",
-                "The same predictor with other refiners.",
+                _REFINERS_TEXT,
                 tuple(
                     Point(Recipe(sampler, each), size.others, name)
                     for sampler, each in (
@@ -149,9 +150,15 @@ def sections(
     return tuple(found)
 
 
+_REFINERS_TEXT = """\
+The same predictor with other refiners. `main` is the glyphs' own (weights/glyphs/README.md), the
+others are trained by `python -m bench.study.refiners`, with these options of
+`python -m training.refiner`:
+
+""" + "\n".join(f"- `{name}`: `{options}`" for name, options in REFINERS.items())
 _SOLVERS = (
     "H4 H8 H12 H1P2Z1@3 H1P3Z1@3 H2P3Z1@3 A4@2 A6@3 A8@3 H1P2R1@2 H1P5R3 H1P5R3@2 H2P4R2 H1P2R1 "
-    "H1P5 H1P5Z3 H2P4Z2 H1P1Z1@3 "
+    "H1P5 H1P5Z3 H1P5T3 H2P4Z2 H1P1Z1@3 "
     "A8 unipc:8 unipc:8@2 dpm:8 E8 H4@1.5 H8@1.5 P7 A12 H2P9Z1@2 unipc:12 unipc:6@2 dpm:12 E16 P11 "
     "H16 H2P8R2 H5P7R3 H8P9R5"
 )

@@ -86,36 +86,33 @@ def _equal(study: Study) -> str:
     """What is as good as Heun: nothing without points of the curves."""
     curves = next(section for section in sections_of(study) if section.title == CURVES)
     known = [found for _, found in measured(study, curves)]
+    heuns = [each for name in equal.HEUN for each in known if each["sampler"] == name]
     parts = []
-    for figure, apart, text in (
-        ("Fréchet distance", equal.frechet, "its Fréchet distance no higher than Heun's"),
-        ("distance to the exact solution", equal.exact, "as near the exact solution"),
+    for name, figure, text in (
+        ("Fréchet distance", equal.FRECHET, "no higher than Heun's"),
+        ("distance to the exact solution", equal.EXACT, "no longer than Heun's"),
     ):
-        found = {
-            heun["sampler"]: equal.rivals(known, heun, apart)
-            for heun in known
-            if heun["sampler"] in equal.HEUN
-        }
-        kinds = [name for name in equal.KINDS if any(name in row for row in found.values())]
-        if kinds:
-            rows = [[f"`{heun}`", *_rivals(row, kinds)] for heun, row in found.items()]
-            table = _markdown_table(["", *kinds], rows)
+        found = [equal.rivals(known, heun, figure) for heun in heuns]
+        rows = [
+            [family, *(_rival(of_heun.get(family)) for of_heun in found)]
+            for family in figures.FAMILIES
+            if any(family in of_heun for of_heun in found)
+        ]
+        if rows:
+            table = _markdown_table(["", *(f"`{heun['sampler']}`" for heun in heuns)], rows)
             parts.append(
-                f"## At Heun's {figure}\n\nThe fastest of each kind with {text}: its share of "
-                f"Heun's time, decoder included, and its {figure} less Heun's.\n\n{table}"
+                f"## At Heun's {name}\n\nThe fastest of each kind whose {name} is {text}, or by "
+                f"{equal.AS_GOOD:.0%} at most: its share of Heun's time, decoder included, and its "
+                f"{name} less Heun's.\n\n{table}"
             )
     return "\n\n".join(parts)
 
 
-def _rivals(found: dict[str, equal.Rival], kinds: Sequence[str]) -> list[str]:
-    cells = []
-    for name in kinds:
-        if rival := found.get(name):
-            apart = f"{rival.difference:+.4f} ± {rival.interval:.4f}"
-            cells.append(f"`{rival.sampler}` {rival.share:.0%} ({apart})")
-        else:
-            cells.append("none here")
-    return cells
+def _rival(rival: equal.Rival | None) -> str:
+    if rival is None:
+        return "none here"
+    apart = f"{rival.difference:+.4f} ± {rival.interval:.4f}"
+    return f"`{rival.sampler}` {rival.share:.0%} ({apart})"
 
 
 def _stable(stability: dict[str, Found]) -> str:
@@ -172,7 +169,7 @@ def _less(study: Study, point: Point, found: Found) -> str:
     other = study["points"].get(str(baseline))
     if not other or other is found:
         return ""
-    known = equal.frechet(found, other)
+    known = equal.difference(found, other, equal.FRECHET)
     return f"{known[0]:+.4f} ± {known[1]:.4f}" if known else ""
 
 

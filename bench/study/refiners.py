@@ -1,0 +1,72 @@
+"""The refiners of the study's last section: `python -m bench.study.refiners`.
+
+Trains each of REFINERS for the glyphs' predictor, on the data that the predictor was trained on,
+and exports it with the rest of the pipeline to a repository of its own, in a folder where
+`python -m bench.study` finds it. What is there is not done again; training goes on where it was
+stopped.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from flowturbo.repository import Pipeline
+from training.__main__ import glyph_latents
+
+FOLDER = Path("runs/study/refiners")
+_ALL = "--batch 64 --decay cosine --warmup 50 --ema-decay 0.995"
+_SHORT = f"{_ALL} --learning-rate 1e-3 --steps 1000 --seed 4"
+_ON = f"{_ALL} --learning-rate 5e-4 --start refiner.safetensors"
+
+# Options of `python -m training.refiner`; --start is a file in the folder of the glyphs' weights.
+REFINERS = {
+    "paper": _SHORT,
+    "reference": f"{_SHORT} --recipe reference",
+    "deep": f"{_SHORT} --depth 2",
+    "narrow": f"{_SHORT} --width 96 --heads 3",
+    "guided": f"{_ON} --steps 2200 --train-guidance 1 4",
+    "wide": f"{_ON} --steps 1250 --step-range 0 0.4",
+}
+
+
+def main() -> None:
+    """Trains and exports what is missing."""
+    parser = argparse.ArgumentParser(prog="python -m bench.study.refiners", description=__doc__)
+    parser.add_argument("--weights", type=Path, default=Path("weights/glyphs"))
+    parser.add_argument("--repository", type=Path, default=Path("model_repository"))
+    parser.add_argument("--data", type=Path, help="latents; default: the glyphs', encoded here")
+    parser.add_argument("--runs", type=Path, default=Path("runs/glyphs"), help="data")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="repositories and states")
+    args = parser.parse_args()
+    weights, out = args.weights, args.out
+    data = args.data or glyph_latents(weights / "vae", args.runs)
+    pipeline = Pipeline.load(args.repository)
+    for name, options in REFINERS.items():
+        refiner = out / f"{name}.safetensors"
+        if not refiner.exists():
+            training = ["--predictor", weights / "predictor.safetensors", "--data", data]
+            training += ["--sample-every", 0, "--runs", out / f"{name}.run", "--out", refiner]
+            _run("training.refiner", *training, *_options(options, weights))
+        # As the pipeline that it is compared with, whatever would be the fastest now.
+        form = ["--precision", pipeline.precision, "--runtime", pipeline.runtime]
+        parts = ["--predictor", weights / "predictor.safetensors", "--refiner", refiner]
+        parts += ["--vae", weights / "vae", "--class-names", weights / "classes.txt"]
+        _run("export", *parts, *form, "--repository", out / name)
+
+
+def _options(text: str, weights: Path) -> Sequence[str]:
+    words = text.split()
+    if "--start" in words:
+        at = words.index("--start") + 1
+        words[at] = str(weights / words[at])
+    return words
+
+
+def _run(module: str, *words: object) -> None:
+    subprocess.run([sys.executable, "-m", module, *map(str, words)], check=True)
+
+
+if __name__ == "__main__":
+    main()
