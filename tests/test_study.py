@@ -1,6 +1,7 @@
 """The study: its list, its figures on the real model, resuming, and the report."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -153,3 +154,16 @@ def test_points_of_other_settings_are_not_mixed(
     assert "study.json is of hardware {'cpu': 'another', 'cores': 2}, this would be of" in said
     assert "give another --json" in said
     assert json.loads((tmp_path / "study.json").read_text()) == known
+
+
+def test_other_refiners_are_of_the_same_predictor(
+    arguments: list, glyphs_repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "refiners" / "deep"
+    shutil.copytree(glyphs_repository, other)
+    build = other / "velocity_predictor" / "build.json"
+    stated = json.loads(build.read_text())
+    stated["fingerprint"]["sha256"]["velocity_predictor"] = "0" * 64
+    build.write_text(json.dumps(stated))
+    assert study.main([*arguments, "--refiners", str(tmp_path / "refiners")]) == 2
+    assert f"{other} has another velocity_predictor than" in capsys.readouterr().err

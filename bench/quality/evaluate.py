@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,13 +53,13 @@ class Eyes:
         return figures(seen, self.reference, labels)
 
 
-def models_digest(repository: Path, models: Iterable[str] = contract.COMPOSED) -> str:
-    """Twelve digits that change with any of `models` in `repository`, or how it is computed.
+def models_digest(repository: Path) -> str:
+    """Twelve digits that change with any network of `repository`, or with how it is computed.
 
     Not with what another export of the same leaves in an ONNX file, such as paths.
     """
     stated = []
-    for path in (repository / name / BUILD_FILE for name in models):
+    for path in (repository / name / BUILD_FILE for name in contract.COMPOSED):
         build = json.loads(path.read_text()) if path.exists() else {}
         made_from = build.get("fingerprint", {})
         stated.append([build.get(key) for key in ("engine", "runtime", "precision")])

@@ -28,13 +28,15 @@ from bench.study.refiners import FOLDER, REFINERS
 from flowturbo import contract
 from flowturbo.errors import FlowTurboError
 from flowturbo.guidance import Guidance
-from flowturbo.repository import Settings
+from flowturbo.repository import BUILD_FILE, Settings
 from flowturbo.schedule import Schedule
 
 STABILITY_IMAGES = 36
 # In an image's evaluations of the predictor, for an estimate of time only: what dopri5 and an exact
 # solution (in float32) take, and an evaluation of the refiner.
 _ADAPTIVE_EVALUATIONS, _EXACT_EVALUATIONS, _REFINER_COST = 100, 200, 0.2
+
+_FORM = ("engine", "runtime", "precision")  # of a model that is the same
 
 Study = dict[str, Any]
 
@@ -166,11 +168,14 @@ def _bench(args: argparse.Namespace) -> Bench:
 
 def _check_predictor(one: Path, other: Path) -> None:
     """Raises ValueError unless two repositories differ in their refiners alone."""
-    shared = (contract.PREDICTOR, contract.DECODER)
-    if models_digest(one, shared) != models_digest(other, shared):
-        raise ValueError(
-            f"{one} and {other} have other predictors or decoders: export one of them again"
-        )
+    for model in (contract.PREDICTOR, contract.DECODER):
+        builds = [json.loads((path / model / BUILD_FILE).read_text()) for path in (one, other)]
+        stated = [
+            (*(build[key] for key in _FORM), build["fingerprint"]["sha256"][model])
+            for build in builds
+        ]
+        if stated[0] != stated[1]:
+            raise ValueError(f"{one} has another {model} than {other}: {stated[0]}, {stated[1]}")
 
 
 def _done(study: Study, point: Point, bench: Bench) -> bool:
