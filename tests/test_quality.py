@@ -2,13 +2,16 @@
 
 import json
 import sys
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from flowturbo_client import FlowTurboClient
+from PIL import Image
 from support import GLYPHS
 from torch import nn
 
@@ -16,14 +19,16 @@ from bench.quality import __main__ as command
 from bench.quality import judges
 from bench.quality.engine import Engine, Exact, Recipe, distances, velocity
 from bench.quality.evaluate import Eyes, served
-from bench.quality.images import ImageFolder
+from bench.quality.images import ImageFolder, Speed
 from bench.quality.judges import Classifier, Inception, load_reference
 from bench.quality.metrics import (
+    Figure,
+    distance_to,
     figures,
     half_width,
     inception_score,
-    leave_one_out,
-    precision_recall,
+    near,
+    without_block,
 )
 from bench.quality.samplers import Counted
 from flowturbo.errors import FlowTurboError, RequestError
@@ -69,20 +74,29 @@ def test_precision_and_recall_of_parts() -> None:
     """Images of one of two far apart kinds: all are real, half of the real ones is covered."""
     one = RNG.standard_normal((1500, 2))
     real, found = np.concatenate([one, one + 100]), RNG.standard_normal((1400, 2))
-    precision, recall = precision_recall(real, found)
-    assert precision > 0.97
-    assert recall == pytest.approx(0.5, abs=0.02)
-    assert precision_recall(found, real) == (recall, precision)
+    precision, recall = near(found, real), near(real, found)
+    assert precision.shape == (1400,)
+    assert precision.mean() > 0.97
+    assert recall[:1500].mean() > 0.96
+    assert not recall[1500:].any()
 
 
-def test_the_interval_is_as_wide_as_the_figure_varies() -> None:
-    """95% of a mean's squared distance to its truth, against its spread over many repetitions."""
-    real = Statistics(np.zeros(2), np.eye(2))
-
-    def draw() -> tuple[float, ...]:
-        return leave_one_out(1.0 + RNG.standard_normal((500, 2)), real)
-
-    draws = [draw() for _ in range(200)]
+@pytest.mark.parametrize(
+    ("figure", "draw"),
+    [
+        (
+            distance_to(Statistics(np.zeros(2), np.eye(2))),
+            lambda: 1.0 + RNG.standard_normal((500, 2)),
+        ),
+        (inception_score, lambda: RNG.dirichlet([0.2, 0.3, 0.5], 500)),
+        (np.mean, lambda: RNG.random(500) < 0.9),
+    ],
+)
+def test_the_interval_is_as_wide_as_the_figure_varies(
+    figure: Figure, draw: Callable[[], np.ndarray]
+) -> None:
+    """95% of a figure's distance to its mean, against its spread over many repetitions."""
+    draws = [without_block(draw(), figure) for _ in range(200)]
     spread = np.std([np.mean(each) for each in draws])
     widths = [half_width(each) for each in draws]
     assert np.mean(widths) / 2.262 == pytest.approx(spread, rel=0.2)
@@ -90,9 +104,18 @@ def test_the_interval_is_as_wide_as_the_figure_varies() -> None:
 
 def test_what_is_not_known_is_left_out() -> None:
     seen = Seen(*(RNG.random((30, k)).astype(np.float32) for k in (4, 5, 6)))
-    known = figures(seen, Reference(Statistics.of(seen.pooled)), None)
-    assert known.frechet_distance == pytest.approx(0, abs=1e-9)
-    assert (known.recognised, known.spatial_frechet_distance, known.knn_recall) == (None,) * 3
+    known = asdict(figures(seen, Reference(Statistics.of(seen.pooled)), None))
+    assert known.pop("frechet_distance") == pytest.approx(0, abs=1e-9)
+    always = {"images", "frechet_interval", "frechet_distance_without_block"}
+    always |= {"inception_score", "inception_score_interval"}
+    assert {key for key, value in known.items() if value is not None} == always
+    reference = Reference(Statistics.of(seen.pooled), Statistics.of(seen.spatial), seen.pooled)
+    every = asdict(figures(seen, reference, np.zeros(30, np.int64)))
+    assert None not in every.values()
+    assert (every["knn_precision"], every["knn_precision_interval"]) == (1, 0)
+    few = Seen(seen.pooled[:9], seen.spatial[:9], seen.probability[:9])
+    stated = asdict(figures(few, reference, np.zeros(9, np.int64)))
+    assert [value for key, value in stated.items() if key.endswith("interval")] == [None] * 5
 
 
 def test_the_committed_reference_is_of_real_images() -> None:
@@ -105,7 +128,7 @@ def test_the_committed_reference_is_of_real_images() -> None:
     assert eyes.reference.spatial.mean.shape == (448,)
 
 
-def test_references_of_images_agree(tmp_path: Path) -> None:
+def test_references_of_images_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder, ADM's sample batch and ADM's reference batch of the same images."""
     judge = Classifier(GLYPHS)
     folder = ImageFolder(tmp_path / "images", {}, num_classes=4)
@@ -121,9 +144,29 @@ def test_references_of_images_agree(tmp_path: Path) -> None:
         other = load_reference(tmp_path / path, judge)
         np.testing.assert_array_equal(one.pooled.covariance, other.pooled.covariance)
         np.testing.assert_array_equal(one.features, other.features)
+    monkeypatch.setattr(judges, "_READ", 4)  # more than one batch
+    other = load_reference(folder.path, judge)
+    np.testing.assert_allclose(one.features, other.features, atol=1e-5)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="2 images"):
         load_reference(tmp_path / "empty", judge)
+    Image.new("RGB", (64, 32)).save(folder.path / "wide.png")
+    with pytest.raises(ValueError, match=r"wide\.png has 64 x 32 pixels and .*000000\.png 64 x 64"):
+        load_reference(folder.path, judge)
+
+
+def test_many_images_are_written_a_batch_at_a_time(tmp_path: Path) -> None:
+    """As np.savez writes them, which ADM's evaluator reads."""
+    images = RNG.integers(0, 256, (600, 2, 3, 3), np.uint8)  # batches has 500 at a time
+    folder = ImageFolder(tmp_path / "images", {}, num_classes=4)
+    folder.write(np.arange(600), images)
+    folder.to_npz(tmp_path / "found.npz", 600)
+    np.savez(tmp_path / "expected.npz", images, np.arange(600) % 4)
+    with zipfile.ZipFile(tmp_path / "found.npz") as found:
+        with zipfile.ZipFile(tmp_path / "expected.npz") as expected:
+            assert found.namelist() == expected.namelist()
+            for name in found.namelist():
+                assert found.read(name) == expected.read(name)
 
 
 def test_images_resume_and_extend(tmp_path: Path) -> None:
@@ -140,10 +183,14 @@ def test_images_resume_and_extend(tmp_path: Path) -> None:
     with pytest.raises(ConnectionError):
         folder.fill(6, make, batch=2)
     assert folder.missing(6).tolist() == [4, 5]
+    first = folder.speed
+    assert (first.images, first.seconds > 0) == (4, True)
     speed = ImageFolder(tmp_path, {"recipe": "H8"}, num_classes=3).fill(6, make, batch=2)
     assert (speed.images, made) == (2, [0, 1, 2, 3, 4, 4, 5])
+    assert folder.speed == Speed(6, first.seconds + speed.seconds)
     assert np.array_equal(np.concatenate(list(folder.batches(6, size=4))), PICTURES)
     assert folder.fill(6, make).ms_per_image is None
+    assert folder.speed.images == 6
     with pytest.raises(ValueError, match="not of"):
         ImageFolder(tmp_path, {"recipe": "H7"}, num_classes=3)
 

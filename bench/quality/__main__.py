@@ -127,13 +127,13 @@ def _row(
     said = described(recipe, repository, source)
     name = f"{recipe}_{pipeline.precision}_{source}_{said['models']}"
     folder = ImageFolder(images / name, said, pipeline.num_classes)
-    speed, evaluations = _fill(folder, engine, recipe, args)
+    made, evaluations = _fill(folder, engine, recipe, args)
     if args.npz:
         folder.to_npz(images / f"{name}.npz", args.images)
     row = {"schedule": recipe.sampler, "precision": pipeline.precision, **asdict(recipe)}
     del row["sampler"]
     row |= asdict(eyes.figures(folder, args.images))
-    row |= {"made": speed.images, "ms_per_image": speed.ms_per_image}
+    row |= {"made": made.images, "ms_per_image": folder.speed.ms_per_image}
     row["predictor"], row["refiner"] = evaluations or (None, None)
     return row
 
