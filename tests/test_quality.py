@@ -1,10 +1,10 @@
 """Quality: figures against known distributions, images that resume, baselines on the real model."""
 
 import json
-import sys
+import shutil
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +12,12 @@ import pytest
 import torch
 from flowturbo_client import FlowTurboClient
 from PIL import Image
-from support import GLYPHS
+from support import GLYPHS, GOLDEN
 from torch import nn
 
 from bench.quality import __main__ as command
 from bench.quality import judges
-from bench.quality.engine import Engine, Exact, Recipe, distances, velocity
+from bench.quality.engine import Engine, Exact, Recipe, distances, find_sampler, velocity
 from bench.quality.evaluate import Eyes, served
 from bench.quality.images import ImageFolder, Speed
 from bench.quality.judges import Classifier, Inception, load_reference
@@ -34,6 +34,8 @@ from bench.quality.samplers import Counted
 from flowturbo.errors import FlowTurboError, RequestError
 from flowturbo.guidance import Guidance
 from flowturbo.latents import noise
+from flowturbo.nets.checkpoint import CheckpointError
+from flowturbo.repository import Pipeline
 from flowturbo.serving.tritonserver import ServerAddress
 from training.classifier import Seen
 from training.frechet import Reference, Statistics
@@ -253,25 +255,107 @@ def test_a_recipe_that_cannot_be_read(sampler: str) -> None:
         Recipe(sampler, 3.0)
 
 
+def test_what_a_sampler_may_be(golden_repository: Path) -> None:
+    pipeline = Pipeline.load(golden_repository)
+    found = {text: find_sampler(text, pipeline) for text in ("fast", "HPP", "unipc:8@2", "dopri5")}
+    assert list(found.values()) == ["H1P5R3", "H1P2", "unipc:8@2", "dopri5"]
+    with pytest.raises(RequestError) as caught:
+        find_sampler("swift", pipeline)
+    for named in ("'swift'", "a schedule is letters", "presets here are fast", "baseline is unipc"):
+        assert named in str(caught.value)
+    with pytest.raises(RequestError, match="unipc:0.*steps must be 2 to 1000"):
+        find_sampler("unipc:0", pipeline)
+    with pytest.raises(RequestError, match="H1P5R3 has refiner steps"):
+        find_sampler("H1P5R3", replace(pipeline, has_refiner=False))
+
+
 def test_the_command_goes_on_with_its_images(
-    glyphs_repository: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
+    glyphs_repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     words = ["--repository", glyphs_repository, "--weights", GLYPHS, "--schedule", "P4", "P3T1"]
     words += ["--out", tmp_path / "images", "--npz", "--json", tmp_path / "quality.json"]
-    for count, made in ((24, 24), (36, 12)):
-        monkeypatch.setattr(sys, "argv", ["quality", *map(str, words), "--images", str(count)])
-        command.main()
-        assert f"({count} images each)" in capsys.readouterr().out
+    for count, made in ((24, 24), (36, 12), (36, 0)):
+        assert command.main([*map(str, words), "--images", str(count)]) == 0
+        printed = capsys.readouterr().out
+        assert f"({count} images each)" in printed
+        assert printed.count("±") == 2 * 5
         rows = json.loads((tmp_path / "quality.json").read_text())
         assert [(row["images"], row["made"]) for row in rows] == [(count, made)] * 2
+    assert min(row["ms_per_image"] for row in rows) > 0  # of the runs before
     assert [row["schedule"] for row in rows] == ["P4", "P3T1"]
     assert [row["predictor"] for row in rows] == [5, 4]
     assert min(row["recognised"] for row in rows) > 0.5
     for path in (tmp_path / "images").glob("*.npz"):
         assert np.load(path)["arr_0"].shape == (36, 64, 64, 3)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--schedule", "P4", "h8"], "schedule 'h8' cannot be read"),
+        (["--schedule", "P4", "unipc:4", "--server", "localhost:1"], "not unipc:4"),
+        (["--schedule", "P4", "--server", "localhost:1"], "localhost:1"),
+        (["--schedule", "P4", "--reference", "nowhere.npz"], "nowhere.npz"),
+        (["--schedule", "P4", "--exact", "2", "--predictor", "missing.pt"], "missing.pt"),
+    ],
+)
+def test_what_is_wrong_is_said_before_images_are_made(
+    words: list[str | Path],
+    said: str,
+    glyphs_repository: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    words = ["--repository", glyphs_repository, "--weights", GLYPHS, "--out", tmp_path, *words]
+    assert command.main([*map(str, words), "--images", "20"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("quality: ")
+    assert said in line
+    assert not list(tmp_path.rglob("*.png"))
+    with pytest.raises(SystemExit):
+        command.main(["--server", "localhost:1", "--exact", "2"])
+
+
+def test_rows_are_written_as_they_are_done(
+    glyphs_repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The second cannot be: its folder has images of something else."""
+    words = ["--repository", glyphs_repository, "--weights", GLYPHS, "--schedule", "P2", "P1"]
+    words += ["--out", tmp_path, "--images", "20", "--json", tmp_path / "quality.json"]
+    assert command.main(list(map(str, words))) == 0
+    capsys.readouterr()
+    (recipe,) = tmp_path.glob("P1_*/recipe.json")
+    recipe.write_text("{}")
+    assert command.main(list(map(str, words))) == 2
+    (row,) = json.loads((tmp_path / "quality.json").read_text())
+    assert row["schedule"] == "P2"
+    printed = capsys.readouterr()
+    assert "P2 " in printed.out
+    assert "has images of {}" in printed.err
+
+
+def test_exact_is_guided_as_the_repository_is(golden_repository: Path, tmp_path: Path) -> None:
+    repository, predictor = tmp_path / "models", GOLDEN / "predictor.pt"
+    shutil.copytree(golden_repository / "velocity_predictor", repository / "velocity_predictor")
+    labels, guidance = np.array([0, 1]), Guidance(3.0)
+    x = noise(np.array([1, 2]), Pipeline.load(repository).latent_shape)
+
+    def guided(exact: Exact) -> np.ndarray:
+        return exact.velocity(labels, guidance)(x, 0.5)
+
+    plain = Exact(predictor, num_heads=2)
+    same = Exact.of_repository(predictor, repository)
+    assert same.digest == plain.digest
+    np.testing.assert_array_equal(guided(same), guided(plain))
+    build = json.loads((repository / "velocity_predictor" / "build.json").read_text())
+    build["fingerprint"]["options"]["guidance_channels"] = 2
+    (repository / "velocity_predictor" / "build.json").write_text(json.dumps(build))
+    other = Exact.of_repository(predictor, repository)
+    assert other.digest != plain.digest
+    apart = np.abs(guided(other) - guided(plain)).max((0, 2, 3))
+    assert (apart > 0).tolist() == [False, False, True, False]
+    with pytest.raises(CheckpointError, match=r"\(4, 16, 16\) of 36 classes.*of 10"):
+        Exact.of_repository(GLYPHS / "predictor.safetensors", repository)
 
 
 @pytest.fixture
@@ -290,5 +374,3 @@ def test_the_service_makes_the_same_images(
     expected = engine.make(recipe, folder.labels(seeds), seeds).image
     # Its batches are of other sizes, for which bfloat16 rounds otherwise.
     assert np.abs(folder.read(seeds).astype(int) - expected.astype(int)).mean() < 1
-    with pytest.raises(RequestError, match="runs schedules"):
-        served(client, Recipe("unipc:4", 3.0))
