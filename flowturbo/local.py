@@ -40,6 +40,11 @@ class LocalPipeline:
         self.default_schedule = default_schedule(self.pipeline, self.settings)
         self._models = open_models(repository, self.pipeline, threads)
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether every model was loaded on a GPU."""
+        return all(model.on_gpu for model in self._models.values())
+
     def generate(
         self,
         label: int | Sequence[int] | np.ndarray,

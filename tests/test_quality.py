@@ -1,34 +1,41 @@
 """Quality: figures against known distributions, images that resume, baselines on the real model."""
 
 import json
-import sys
-from collections.abc import Iterator
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from flowturbo_client import FlowTurboClient
-from support import GLYPHS
+from PIL import Image
+from support import GLYPHS, GOLDEN
 from torch import nn
 
 from bench.quality import __main__ as command
 from bench.quality import judges
-from bench.quality.engine import Engine, Exact, Recipe, distances, velocity
+from bench.quality.engine import Engine, Exact, Recipe, distances, find_sampler, velocity
 from bench.quality.evaluate import Eyes, served
-from bench.quality.images import ImageFolder
+from bench.quality.images import ImageFolder, Speed
 from bench.quality.judges import Classifier, Inception, load_reference
 from bench.quality.metrics import (
+    Figure,
+    distance_to,
     figures,
     half_width,
     inception_score,
-    leave_one_out,
-    precision_recall,
+    near,
+    without_block,
 )
 from bench.quality.samplers import Counted
 from flowturbo.errors import FlowTurboError, RequestError
 from flowturbo.guidance import Guidance
 from flowturbo.latents import noise
+from flowturbo.nets.checkpoint import CheckpointError
+from flowturbo.repository import Pipeline
 from flowturbo.serving.tritonserver import ServerAddress
 from training.classifier import Seen
 from training.frechet import Reference, Statistics
@@ -69,20 +76,29 @@ def test_precision_and_recall_of_parts() -> None:
     """Images of one of two far apart kinds: all are real, half of the real ones is covered."""
     one = RNG.standard_normal((1500, 2))
     real, found = np.concatenate([one, one + 100]), RNG.standard_normal((1400, 2))
-    precision, recall = precision_recall(real, found)
-    assert precision > 0.97
-    assert recall == pytest.approx(0.5, abs=0.02)
-    assert precision_recall(found, real) == (recall, precision)
+    precision, recall = near(found, real), near(real, found)
+    assert precision.shape == (1400,)
+    assert precision.mean() > 0.97
+    assert recall[:1500].mean() > 0.96
+    assert not recall[1500:].any()
 
 
-def test_the_interval_is_as_wide_as_the_figure_varies() -> None:
-    """95% of a mean's squared distance to its truth, against its spread over many repetitions."""
-    real = Statistics(np.zeros(2), np.eye(2))
-
-    def draw() -> tuple[float, ...]:
-        return leave_one_out(1.0 + RNG.standard_normal((500, 2)), real)
-
-    draws = [draw() for _ in range(200)]
+@pytest.mark.parametrize(
+    ("figure", "draw"),
+    [
+        (
+            distance_to(Statistics(np.zeros(2), np.eye(2))),
+            lambda: 1.0 + RNG.standard_normal((500, 2)),
+        ),
+        (inception_score, lambda: RNG.dirichlet([0.2, 0.3, 0.5], 500)),
+        (np.mean, lambda: RNG.random(500) < 0.9),
+    ],
+)
+def test_the_interval_is_as_wide_as_the_figure_varies(
+    figure: Figure, draw: Callable[[], np.ndarray]
+) -> None:
+    """95% of a figure's distance to its mean, against its spread over many repetitions."""
+    draws = [without_block(draw(), figure) for _ in range(200)]
     spread = np.std([np.mean(each) for each in draws])
     widths = [half_width(each) for each in draws]
     assert np.mean(widths) / 2.262 == pytest.approx(spread, rel=0.2)
@@ -90,9 +106,18 @@ def test_the_interval_is_as_wide_as_the_figure_varies() -> None:
 
 def test_what_is_not_known_is_left_out() -> None:
     seen = Seen(*(RNG.random((30, k)).astype(np.float32) for k in (4, 5, 6)))
-    known = figures(seen, Reference(Statistics.of(seen.pooled)), None)
-    assert known.frechet_distance == pytest.approx(0, abs=1e-9)
-    assert (known.recognised, known.spatial_frechet_distance, known.knn_recall) == (None,) * 3
+    known = asdict(figures(seen, Reference(Statistics.of(seen.pooled)), None))
+    assert known.pop("frechet_distance") == pytest.approx(0, abs=1e-9)
+    always = {"images", "frechet_interval", "frechet_distance_without_block"}
+    always |= {"inception_score", "inception_score_interval"}
+    assert {key for key, value in known.items() if value is not None} == always
+    reference = Reference(Statistics.of(seen.pooled), Statistics.of(seen.spatial), seen.pooled)
+    every = asdict(figures(seen, reference, np.zeros(30, np.int64)))
+    assert None not in every.values()
+    assert (every["knn_precision"], every["knn_precision_interval"]) == (1, 0)
+    few = Seen(seen.pooled[:9], seen.spatial[:9], seen.probability[:9])
+    stated = asdict(figures(few, reference, np.zeros(9, np.int64)))
+    assert [value for key, value in stated.items() if key.endswith("interval")] == [None] * 5
 
 
 def test_the_committed_reference_is_of_real_images() -> None:
@@ -105,7 +130,7 @@ def test_the_committed_reference_is_of_real_images() -> None:
     assert eyes.reference.spatial.mean.shape == (448,)
 
 
-def test_references_of_images_agree(tmp_path: Path) -> None:
+def test_references_of_images_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder, ADM's sample batch and ADM's reference batch of the same images."""
     judge = Classifier(GLYPHS)
     folder = ImageFolder(tmp_path / "images", {}, num_classes=4)
@@ -121,9 +146,29 @@ def test_references_of_images_agree(tmp_path: Path) -> None:
         other = load_reference(tmp_path / path, judge)
         np.testing.assert_array_equal(one.pooled.covariance, other.pooled.covariance)
         np.testing.assert_array_equal(one.features, other.features)
+    monkeypatch.setattr(judges, "_READ", 4)  # more than one batch
+    other = load_reference(folder.path, judge)
+    np.testing.assert_allclose(one.features, other.features, atol=1e-5)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="2 images"):
         load_reference(tmp_path / "empty", judge)
+    Image.new("RGB", (64, 32)).save(folder.path / "wide.png")
+    with pytest.raises(ValueError, match=r"wide\.png has 64 x 32 pixels and .*000000\.png 64 x 64"):
+        load_reference(folder.path, judge)
+
+
+def test_many_images_are_written_a_batch_at_a_time(tmp_path: Path) -> None:
+    """As np.savez writes them, which ADM's evaluator reads."""
+    images = RNG.integers(0, 256, (600, 2, 3, 3), np.uint8)  # batches has 500 at a time
+    folder = ImageFolder(tmp_path / "images", {}, num_classes=4)
+    folder.write(np.arange(600), images)
+    folder.to_npz(tmp_path / "found.npz", 600)
+    np.savez(tmp_path / "expected.npz", images, np.arange(600) % 4)
+    with zipfile.ZipFile(tmp_path / "found.npz") as found:
+        with zipfile.ZipFile(tmp_path / "expected.npz") as expected:
+            assert found.namelist() == expected.namelist()
+            for name in found.namelist():
+                assert found.read(name) == expected.read(name)
 
 
 def test_images_resume_and_extend(tmp_path: Path) -> None:
@@ -140,10 +185,14 @@ def test_images_resume_and_extend(tmp_path: Path) -> None:
     with pytest.raises(ConnectionError):
         folder.fill(6, make, batch=2)
     assert folder.missing(6).tolist() == [4, 5]
+    first = folder.speed
+    assert (first.images, first.seconds > 0) == (4, True)
     speed = ImageFolder(tmp_path, {"recipe": "H8"}, num_classes=3).fill(6, make, batch=2)
     assert (speed.images, made) == (2, [0, 1, 2, 3, 4, 4, 5])
+    assert folder.speed == Speed(6, first.seconds + speed.seconds)
     assert np.array_equal(np.concatenate(list(folder.batches(6, size=4))), PICTURES)
     assert folder.fill(6, make).ms_per_image is None
+    assert folder.speed.images == 6
     with pytest.raises(ValueError, match="not of"):
         ImageFolder(tmp_path, {"recipe": "H7"}, num_classes=3)
 
@@ -206,25 +255,107 @@ def test_a_recipe_that_cannot_be_read(sampler: str) -> None:
         Recipe(sampler, 3.0)
 
 
+def test_what_a_sampler_may_be(golden_repository: Path) -> None:
+    pipeline = Pipeline.load(golden_repository)
+    found = {text: find_sampler(text, pipeline) for text in ("fast", "HPP", "unipc:8@2", "dopri5")}
+    assert list(found.values()) == ["H1P5R3", "H1P2", "unipc:8@2", "dopri5"]
+    with pytest.raises(RequestError) as caught:
+        find_sampler("swift", pipeline)
+    for named in ("'swift'", "a schedule is letters", "presets here are fast", "baseline is unipc"):
+        assert named in str(caught.value)
+    with pytest.raises(RequestError, match="unipc:0.*steps must be 2 to 1000"):
+        find_sampler("unipc:0", pipeline)
+    with pytest.raises(RequestError, match="H1P5R3 has refiner steps"):
+        find_sampler("H1P5R3", replace(pipeline, has_refiner=False))
+
+
 def test_the_command_goes_on_with_its_images(
-    glyphs_repository: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
+    glyphs_repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     words = ["--repository", glyphs_repository, "--weights", GLYPHS, "--schedule", "P4", "P3T1"]
     words += ["--out", tmp_path / "images", "--npz", "--json", tmp_path / "quality.json"]
-    for count, made in ((24, 24), (36, 12)):
-        monkeypatch.setattr(sys, "argv", ["quality", *map(str, words), "--images", str(count)])
-        command.main()
-        assert f"({count} images each)" in capsys.readouterr().out
+    for count, made in ((24, 24), (36, 12), (36, 0)):
+        assert command.main([*map(str, words), "--images", str(count)]) == 0
+        printed = capsys.readouterr().out
+        assert f"({count} images each)" in printed
+        assert printed.count("±") == 2 * 5
         rows = json.loads((tmp_path / "quality.json").read_text())
         assert [(row["images"], row["made"]) for row in rows] == [(count, made)] * 2
+    assert min(row["ms_per_image"] for row in rows) > 0  # of the runs before
     assert [row["schedule"] for row in rows] == ["P4", "P3T1"]
     assert [row["predictor"] for row in rows] == [5, 4]
     assert min(row["recognised"] for row in rows) > 0.5
     for path in (tmp_path / "images").glob("*.npz"):
         assert np.load(path)["arr_0"].shape == (36, 64, 64, 3)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--schedule", "P4", "h8"], "schedule 'h8' cannot be read"),
+        (["--schedule", "P4", "unipc:4", "--server", "localhost:1"], "not unipc:4"),
+        (["--schedule", "P4", "--server", "localhost:1"], "localhost:1"),
+        (["--schedule", "P4", "--reference", "nowhere.npz"], "nowhere.npz"),
+        (["--schedule", "P4", "--exact", "2", "--predictor", "missing.pt"], "missing.pt"),
+    ],
+)
+def test_what_is_wrong_is_said_before_images_are_made(
+    words: list[str | Path],
+    said: str,
+    glyphs_repository: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    words = ["--repository", glyphs_repository, "--weights", GLYPHS, "--out", tmp_path, *words]
+    assert command.main([*map(str, words), "--images", "20"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("quality: ")
+    assert said in line
+    assert not list(tmp_path.rglob("*.png"))
+    with pytest.raises(SystemExit):
+        command.main(["--server", "localhost:1", "--exact", "2"])
+
+
+def test_rows_are_written_as_they_are_done(
+    glyphs_repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The second cannot be: its folder has images of something else."""
+    words = ["--repository", glyphs_repository, "--weights", GLYPHS, "--schedule", "P2", "P1"]
+    words += ["--out", tmp_path, "--images", "20", "--json", tmp_path / "quality.json"]
+    assert command.main(list(map(str, words))) == 0
+    capsys.readouterr()
+    (recipe,) = tmp_path.glob("P1_*/recipe.json")
+    recipe.write_text("{}")
+    assert command.main(list(map(str, words))) == 2
+    (row,) = json.loads((tmp_path / "quality.json").read_text())
+    assert row["schedule"] == "P2"
+    printed = capsys.readouterr()
+    assert "P2 " in printed.out
+    assert "has images of {}" in printed.err
+
+
+def test_exact_is_guided_as_the_repository_is(golden_repository: Path, tmp_path: Path) -> None:
+    repository, predictor = tmp_path / "models", GOLDEN / "predictor.pt"
+    shutil.copytree(golden_repository / "velocity_predictor", repository / "velocity_predictor")
+    labels, guidance = np.array([0, 1]), Guidance(3.0)
+    x = noise(np.array([1, 2]), Pipeline.load(repository).latent_shape)
+
+    def guided(exact: Exact) -> np.ndarray:
+        return exact.velocity(labels, guidance)(x, 0.5)
+
+    plain = Exact(predictor, num_heads=2)
+    same = Exact.of_repository(predictor, repository)
+    assert same.digest == plain.digest
+    np.testing.assert_array_equal(guided(same), guided(plain))
+    build = json.loads((repository / "velocity_predictor" / "build.json").read_text())
+    build["fingerprint"]["options"]["guidance_channels"] = 2
+    (repository / "velocity_predictor" / "build.json").write_text(json.dumps(build))
+    other = Exact.of_repository(predictor, repository)
+    assert other.digest != plain.digest
+    apart = np.abs(guided(other) - guided(plain)).max((0, 2, 3))
+    assert (apart > 0).tolist() == [False, False, True, False]
+    with pytest.raises(CheckpointError, match=r"\(4, 16, 16\) of 36 classes.*of 10"):
+        Exact.of_repository(GLYPHS / "predictor.safetensors", repository)
 
 
 @pytest.fixture
@@ -243,5 +374,3 @@ def test_the_service_makes_the_same_images(
     expected = engine.make(recipe, folder.labels(seeds), seeds).image
     # Its batches are of other sizes, for which bfloat16 rounds otherwise.
     assert np.abs(folder.read(seeds).astype(int) - expected.astype(int)).mean() < 1
-    with pytest.raises(RequestError, match="runs schedules"):
-        served(client, Recipe("unipc:4", 3.0))

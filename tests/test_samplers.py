@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bench.quality.samplers import Counted, dopri5, parse
+from bench.quality.samplers import MOST_EVALUATIONS, Counted, dopri5, parse
 from flowturbo.errors import RequestError
 
 MEAN, DEVIATION = 0.7, 0.4
@@ -36,6 +36,18 @@ def test_order_of_convergence(coarse: str, fine: str, order: int) -> None:
 def test_dopri5_is_as_exact_as_asked() -> None:
     assert error("dopri5") < 1e-3
     assert np.abs(dopri5(1e-8, 1e-8)(velocity, NOISE) - EXACT).max() < 1e-7
+
+
+def test_dopri5_does_not_chase_rounding() -> None:
+    """As of few digits: no step is short enough for a velocity that jumps."""
+
+    def rounded(x: np.ndarray, t: float) -> np.ndarray:
+        return np.round(velocity(x, t), 2)
+
+    counted = Counted(rounded)
+    with pytest.raises(RequestError, match=r"rtol 1e-07 is at t = 0\.\d+ after 2000 evaluations"):
+        dopri5(1e-7, 1e-7)(counted, NOISE)
+    assert counted.evaluations == MOST_EVALUATIONS
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The search for schedules finds the front that is there, and its presets can be installed."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +9,13 @@ import pytest
 from support import GLYPHS
 
 from bench.capacity.block_times import BlockTimes
+from bench.quality.engine import schedule_evaluations
 from bench.tune import scores
 from bench.tune.__main__ import main
-from bench.tune.candidates import MOST_EVALUATIONS, Cost, candidates, evaluations, measured
+from bench.tune.candidates import MOST_EVALUATIONS, Cost, candidates, measured
 from bench.tune.choice import Rated, best_of, choose, fastest_as_good, front, knee
 from bench.tune.scores import Distances, Score, solve
-from bench.tune.search import search
+from bench.tune.search import finalists, search
 from flowturbo import LocalPipeline, contract
 from flowturbo.guidance import Guidance
 from flowturbo.presets import read_presets
@@ -44,7 +46,7 @@ def test_candidates() -> None:
     found = candidates(has_refiner=True)
     assert len(set(found)) == len(found) > 500
     assert {schedule(text) for text in ("H1P5R3", "H8P9R5", "H4", "A12", "P7")} <= set(found)
-    assert max(map(evaluations, found)) == MOST_EVALUATIONS
+    assert max(schedule_evaluations(each)[0] for each in found) == MOST_EVALUATIONS
     assert not any(each.refines for each in candidates(has_refiner=False))
 
 
@@ -108,6 +110,17 @@ def test_choice() -> None:
     assert found.recommended is None
 
 
+def test_the_front_is_never_cut() -> None:
+    of_front = [rated(f"P{n}", n, 1 / n) for n in range(2, 9)]
+    others = [rated("H3", 4.5, 0.3), rated("H2", 4.6, 0.9), rated("H4", 4.7, 0.26)]
+    tried = [*others, *of_front]
+    paper = others[1]
+    chosen = finalists(tried, 3, [paper.schedule])
+    assert {each.schedule for each in chosen} == {r.schedule for r in [*of_front, paper]}
+    chosen = finalists(tried, 8, [paper.schedule])
+    assert {each.schedule for each in chosen} == {r.schedule for r in [*of_front, paper, others[2]]}
+
+
 def test_halving_finds_the_front_with_less_work() -> None:
     cost = Cost.of(times(), 1, Guidance(3.0))
     cost_ms = {each: cost.ms(each) for each in candidates(has_refiner=True)}
@@ -120,7 +133,7 @@ def test_halving_finds_the_front_with_less_work() -> None:
         heun = each.steps.count("H") / len(each)
         grid = 1 + 0.1 * (each.shift - 2) ** 2
         few = 1 + wrong * (count < 60)
-        return exactly(evaluations(each) ** -2.0 * (1 + heun) * grid * few)
+        return exactly(schedule_evaluations(each)[0] ** -2.0 * (1 + heun) * grid * few)
 
     kept = schedule("H8")
     stages = search(cost_ms, score, 60, [kept])
@@ -162,7 +175,9 @@ def test_command(
     common += ["--latents", "50", "--cache", str(tmp_path)]
     out = tmp_path / "out" / "presets.json"
     assert main([*common, "--latency-ms", "26", "--out", str(out)]) == 0
-    assert "recommended: " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "recommended: " in printed
+    assert "in process " in printed
     stated = json.loads(out.read_text())
     assert [each["ms"] <= 26 for each in stated["front"]] == [True] * len(stated["front"])
     assert stated["recommended"] == stated["presets"]["best"]
@@ -173,6 +188,43 @@ def test_command(
     assert "no schedule takes 5 ms or less, H1 takes 11.5" in capsys.readouterr().err
     assert main([*common[:4], "--latency-ms", "30", "--latents", "9"]) == 2
     assert "--latents must be at least 50, got 9" in capsys.readouterr().err
+
+
+def test_what_runs_elsewhere_is_not_measured_here(
+    golden_repository: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(scores, "HEUN_STEPS", 4)
+    repository = tmp_path / "models"
+    shutil.copytree(golden_repository, repository)
+    common = ["--repository", str(repository), "--latents", "50", "--latency-ms", "26"]
+    common += ["--cache", str(tmp_path), "--out", str(tmp_path / "presets.json")]
+    for engine, where in (("onnxruntime", "on a GPU"), ("tensorrt", "in TensorRT")):
+        for path in repository.glob("velocity_*/build.json"):
+            stated = json.loads(path.read_text()) | {"engine": engine, "on_gpu": True}
+            path.write_text(json.dumps(stated))
+        assert main(common) == 2
+        assert f"runs {where}, whose times this process cannot measure" in capsys.readouterr().err
+    # A report of bench.gpu_check: PyTorch takes twice as long.
+    blocks = [
+        {"engine": engine, "precision": "bf16", "model": model, "rows": rows, "ms": slower * ms}
+        for engine, slower in (("PyTorch", 2), ("TensorRT", 1))
+        for model, ms in TIMES.items()
+        for rows in (1, 64)
+    ]
+    (tmp_path / "gpu_check.json").write_text(json.dumps({"blocks": blocks, "overhead_ms": 0.5}))
+    common += ["--times", str(tmp_path / "gpu_check.json")]
+    assert main(common) == 2
+    assert "PyTorch bf16, TensorRT bf16: name one" in capsys.readouterr().err
+    assert main([*common, "--engine", "TensorRT"]) == 0
+    printed = capsys.readouterr().out
+    assert "gpu_check.json; figures: the ONNX files in onnxruntime, in this process" in printed
+    assert "in process " not in printed
+    stated = json.loads((tmp_path / "presets.json").read_text())
+    assert stated["block_ms"] == TIMES
+    assert stated["times_of"].endswith("gpu_check.json")
 
 
 def test_frechet_distance(

@@ -8,15 +8,17 @@ A Fréchet distance depends on the number of images: compare at equal numbers on
 import argparse
 import contextlib
 import json
+import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import flowturbo_client
 from flowturbo_client import FlowTurboClient
 
-from bench.quality.engine import Engine, Exact, Recipe, schedule_evaluations
+from bench.quality.engine import Engine, Exact, Recipe, find_sampler, schedule_evaluations
 from bench.quality.evaluate import (
     IN_FLIGHT,
     SERVED_BATCH,
@@ -28,37 +30,72 @@ from bench.quality.evaluate import (
     served,
 )
 from bench.quality.images import ImageFolder, Speed
-from flowturbo.presets import BUILT_IN, DEFAULT
+from flowturbo.errors import FlowTurboError, RepositoryError, RequestError
+from flowturbo.presets import DEFAULT, built_in
 from flowturbo.repository import Pipeline, Settings
 from flowturbo.request import default_schedule
 
 PREDICTOR = "predictor.safetensors"  # of the weights folder, beside the classifier
 Row = dict[str, Any]
-_ALSO = (
-    ("spatial", "spatial_frechet_distance", ".3f"),
-    ("Inception Score", "inception_score", ".2f"),
-    ("precision", "knn_precision", ".3f"),
-    ("recall", "knn_recall", ".3f"),
-    ("from exact", "from_exact", ".4f"),
-    ("ms/image", "ms_per_image", ".1f"),
+_ALSO = (  # what it is called, its key and its interval's, and how it is written
+    ("spatial", "spatial_frechet_distance", "spatial_frechet_interval", ".3f"),
+    ("Inception Score", "inception_score", "inception_score_interval", ".2f"),
+    ("precision", "knn_precision", "knn_precision_interval", ".3f"),
+    ("recall", "knn_recall", "", ".3f"),
+    ("from exact", "from_exact", "", ".4f"),
+    ("ms/image", "ms_per_image", "", ".1f"),
 )
 
 
-def main() -> None:
-    """Prints and writes the quality of each recipe in each repository."""
+@dataclass(frozen=True)
+class Task:
+    """The recipes of one repository, all of them found right before the first image is made."""
+
+    repository: Path
+    pipeline: Pipeline
+    recipes: tuple[Recipe, ...]
+    exact: Exact | None
+
+    @classmethod
+    def of(cls, repository: Path, args: argparse.Namespace) -> "Task":
+        """What `args` ask of `repository`; raises FlowTurboError, saying what it cannot do."""
+        pipeline, settings = Pipeline.load(repository), Settings.load(repository)
+        if not pipeline.has_decoder:
+            raise RepositoryError(f"{repository} makes latents only: export it with --vae")
+        paper = built_in(has_refiner=pipeline.has_refiner)[DEFAULT]
+        default = default_schedule(pipeline, settings)
+        texts = args.schedule or ["H8", str(paper), str(default)]
+        samplers = dict.fromkeys(find_sampler(text, pipeline) for text in texts)
+        scale = args.guidance_scale
+        if scale is None:
+            scale = settings.default_guidance_scale
+        interval, variant = tuple(args.guidance_interval), args.variant or settings.variant
+        recipes = tuple(Recipe(sampler, scale, interval, variant) for sampler in samplers)
+        for recipe in recipes:
+            if args.server and recipe.schedule is None:
+                raise RequestError(f"a server runs schedules, not {recipe.sampler}")
+        exact = None
+        if args.exact:
+            predictor = args.predictor or args.weights / PREDICTOR
+            exact = Exact.of_repository(predictor, repository)
+        return cls(repository, pipeline, recipes, exact)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints and writes the quality of each recipe in each repository, as each is done.
+
+    Returns the exit status: 2, and one line on stderr, for what the user can put right.
+    """
     parser = _parser()
-    args = parser.parse_args()
-    if args.server and args.variant:
-        parser.error("--variant is the server's own: leave it out with --server")
-    eyes = Eyes.open(args.weights, args.inception, args.reference)
-    with contextlib.ExitStack() as stack:
-        images = args.out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        rows = [row for path in args.repository for row in _rows(path, images, eyes, args)]
-    print(f"schedule  precision  recognised  Fréchet distance   ({args.images} images each)")
-    for row in rows:
-        print(in_words(row))
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    args = parser.parse_args(argv)
+    if args.server and (args.variant or args.exact):
+        parser.error("--variant and --exact are of this process: leave them out with --server")
+    try:
+        _measure(args)
+    except (FlowTurboError, flowturbo_client.FlowTurboError, OSError, ValueError) as error:
+        print(f"quality: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,8 +105,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--schedule",
         nargs="+",
-        help="schedules, or baselines such as unipc:8, dpm:8 and dopri5 "
-        "(bench/quality/samplers.py); default: H8, H1P5R3 and the service's own",
+        help="schedules, presets, or baselines such as unipc:8, dpm:8 and dopri5, in bf16 "
+        "dopri5:1e-2 (bench/quality/samplers.py); default: H8, H1P5R3 and the service's own",
     )
     parser.add_argument("--guidance-scale", type=float, help="default: the service's")
     parser.add_argument(
@@ -86,6 +123,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="measure the distance to the exact solution over N latents, in this process",
     )
+    parser.add_argument(
+        "--predictor",
+        type=Path,
+        help=f"checkpoint to solve exactly (default: --weights/{PREDICTOR})",
+    )
     parser.add_argument("--inception", type=Path, help="pt_inception-2015-12-05-6726825d.pth")
     parser.add_argument("--reference", type=Path, help="real images: .npz as ADM's, or a folder")
     parser.add_argument("--server", metavar="HOST:PORT", help="makes the images instead, over gRPC")
@@ -96,44 +138,52 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _rows(repository: Path, images: Path, eyes: Eyes, args: argparse.Namespace) -> Iterator[Row]:
-    settings = Settings.load(repository)
-    engine = None if args.server else Engine(repository)
-    exact = Exact(args.weights / PREDICTOR) if args.exact and engine else None
-    scale = args.guidance_scale
-    if scale is None:
-        scale = settings.default_guidance_scale
-    interval, variant = tuple(args.guidance_interval), args.variant or settings.variant
-    default = default_schedule(Pipeline.load(repository), settings)
-    for sampler in args.schedule or dict.fromkeys(["H8", BUILT_IN[DEFAULT], str(default)]):
-        recipe = Recipe(sampler, scale, interval, variant)
-        row = _row(repository, images, eyes, engine, recipe, args)
-        if engine and exact:
-            solved = exact_latents(exact, recipe.guidance, args.exact, images)
+def _measure(args: argparse.Namespace) -> None:
+    tasks = [Task.of(path, args) for path in args.repository]
+    eyes = Eyes.open(args.weights, args.inception, args.reference)
+    rows: list[Row] = []
+    print(f"schedule  precision    recognised  Fréchet distance   ({args.images} images each)")
+    with contextlib.ExitStack() as stack:
+        images = args.out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        for row in (row for task in tasks for row in _rows(task, images, eyes, args)):
+            rows.append(row)
+            print(in_words(row), flush=True)
+            if args.json:
+                partial = args.json.with_suffix(".partial")
+                partial.write_text(json.dumps(rows, indent=1) + "\n")
+                partial.replace(args.json)
+
+
+def _rows(task: Task, images: Path, eyes: Eyes, args: argparse.Namespace) -> Iterator[Row]:
+    engine = None if args.server else Engine(task.repository)
+    for recipe in task.recipes:
+        row = _row(task, images, eyes, engine, recipe, args)
+        if engine and task.exact:
+            solved = exact_latents(task.exact, recipe.guidance, args.exact, images)
             row["exact_images"] = args.exact
             row["from_exact"] = exact_distance(engine, recipe, solved)
         yield row
 
 
 def _row(
-    repository: Path,
+    task: Task,
     images: Path,
     eyes: Eyes,
     engine: Engine | None,
     recipe: Recipe,
     args: argparse.Namespace,
 ) -> Row:
-    pipeline, source = Pipeline.load(repository), "process" if engine else "server"
-    said = described(recipe, repository, source)
+    pipeline, source = task.pipeline, "process" if engine else "server"
+    said = described(recipe, task.repository, source)
     name = f"{recipe}_{pipeline.precision}_{source}_{said['models']}"
     folder = ImageFolder(images / name, said, pipeline.num_classes)
-    speed, evaluations = _fill(folder, engine, recipe, args)
+    made, evaluations = _fill(folder, engine, recipe, args)
     if args.npz:
         folder.to_npz(images / f"{name}.npz", args.images)
     row = {"schedule": recipe.sampler, "precision": pipeline.precision, **asdict(recipe)}
     del row["sampler"]
     row |= asdict(eyes.figures(folder, args.images))
-    row |= {"made": speed.images, "ms_per_image": speed.ms_per_image}
+    row |= {"made": made.images, "ms_per_image": folder.speed.ms_per_image}
     row["predictor"], row["refiner"] = evaluations or (None, None)
     return row
 
@@ -147,23 +197,28 @@ def _fill(
         return folder.fill(args.images, make), make.evaluations
     with FlowTurboClient(args.server) as client:
         asked = served(client, recipe)
-        speed = folder.fill(args.images, asked, batch=SERVED_BATCH, in_flight=args.in_flight)
+        made = folder.fill(args.images, asked, batch=SERVED_BATCH, in_flight=args.in_flight)
     assert recipe.schedule is not None  # a server runs nothing else
-    return speed, schedule_evaluations(recipe.schedule)
+    return made, schedule_evaluations(recipe.schedule)
 
 
 def in_words(row: Row) -> str:
     """One recipe's figures on one line, those that it has."""
-    recognised = "" if row["recognised"] is None else f"{row['recognised']:.1%}"
-    text = f"{row['schedule']:<9} {row['precision']:<10} {recognised:>10}"
-    text += f"  {row['frechet_distance']:10.3f}"
-    if row["frechet_interval"] is not None:
-        text += f" ± {row['frechet_interval']:.3f}"
-    for label, key, form in _ALSO:
+    recognised = _figure(row, "recognised", "recognised_interval", ".1%")
+    frechet = _figure(row, "frechet_distance", "frechet_interval", ".3f")
+    text = f"{row['schedule']:<9} {row['precision']:<10} {recognised:>12}  {frechet:>16}"
+    for label, key, interval, form in _ALSO:
         if row.get(key) is not None:
-            text += f", {label} {row[key]:{form}}"
+            text += f", {label} {_figure(row, key, interval, form)}"
     return text
 
 
+def _figure(row: Row, key: str, interval: str, form: str) -> str:
+    if row.get(key) is None:
+        return ""
+    half = row.get(interval)
+    return f"{row[key]:{form}}" + ("" if half is None else f" ± {half:{form}}")
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -11,22 +11,23 @@ import torch
 
 from bench.quality import samplers
 from bench.quality.samplers import Counted, Velocity
+from export.install import read_build
 from flowturbo import LocalPipeline, contract
 from flowturbo.errors import RequestError
 from flowturbo.generate import Infer, awaited, image_block, in_chunks
 from flowturbo.guidance import Guidance, Tensors, gather, spread
 from flowturbo.latents import noise
-from flowturbo.nets.checkpoint import build_network, load_checkpoint, sha256
+from flowturbo.nets.checkpoint import CheckpointError, build_network, load_checkpoint, sha256
 from flowturbo.nets.sit import GUIDED_CHANNELS
+from flowturbo.presets import find_schedule
 from flowturbo.program import Network, PredictorCall, Variant, compile_program
 from flowturbo.repository import Pipeline
 from flowturbo.sampler import Array, run
-from flowturbo.schedule import STEP_NAMES, Schedule
+from flowturbo.schedule import Schedule
 
 Make = Callable[[Array, Array], Array]  # labels [n] and seeds [n] to images [n, H, W, 3] uint8
 
 EXACT_TOLERANCE = 1e-4  # of a step: the latents are right to 0.001, a tenth of what solvers reach
-_LETTERS = {*STEP_NAMES, *"0123456789@."}
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Recipe:
     @property
     def schedule(self) -> Schedule | None:
         """The schedule, None for a baseline."""
-        return Schedule.parse(self.sampler) if set(self.sampler) <= _LETTERS else None
+        return None if samplers.is_baseline(self.sampler) else Schedule.parse(self.sampler)
 
     @property
     def guidance(self) -> Guidance:
@@ -65,6 +66,23 @@ class Recipe:
         if self.interval != (0.0, 1.0):
             text += f"_from{self.interval[0]:g}to{self.interval[1]:g}"
         return text + f"_{self.variant}" * (self.variant != Variant.REFERENCE)
+
+
+def find_sampler(text: str, pipeline: Pipeline) -> str:
+    """What a recipe takes for `text`: a baseline, a schedule, or a preset's name for its schedule.
+
+    Raises RequestError for what cannot be read, or needs a refiner that `pipeline` lacks.
+    """
+    if samplers.is_baseline(text):
+        samplers.parse(text)
+        return text
+    try:
+        schedule = find_schedule(text, pipeline.presets)
+    except RequestError as error:
+        raise RequestError(f"{error}; {samplers.HELP}") from None
+    if schedule.refines and not pipeline.has_refiner:
+        raise RequestError(f"schedule {schedule} has refiner steps, and there is no refiner here")
+    return str(schedule)
 
 
 @dataclass(frozen=True)
@@ -130,18 +148,56 @@ def velocity(infer: Infer, pipeline: Pipeline, labels: Array, guidance: Guidance
 class Exact:
     """The flow itself: the predictor of a checkpoint in float32, integrated to EXACT_TOLERANCE.
 
-    Raises CheckpointError.
+    Guidance acts on the first `guided_channels`; `weights` and `num_heads` are as the export takes
+    them. `digest` tells it from the flows of others. Raises CheckpointError.
     """
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(
+        self,
+        checkpoint: Path,
+        *,
+        guided_channels: int = GUIDED_CHANNELS,
+        weights: str | None = None,
+        num_heads: int | None = None,
+    ) -> None:
         self.digest = sha256(checkpoint)[:12]
-        self._network = build_network(load_checkpoint(checkpoint), reads_velocity=False)
+        if weights:
+            self.digest += f"_{weights}"
+        if guided_channels != GUIDED_CHANNELS:
+            self.digest += f"_{guided_channels}guided"
+        self._guided_channels = guided_channels
+        self._network = build_network(
+            load_checkpoint(checkpoint, weights), reads_velocity=False, num_heads=num_heads
+        )
         config = self._network.config
         self.num_classes = config.num_classes
         self.latent_shape = (config.latent_channels, config.latent_size, config.latent_size)
 
+    @classmethod
+    def of_repository(cls, checkpoint: Path, repository: Path) -> Exact:
+        """`checkpoint`, read and guided as `repository` was exported.
+
+        Raises CheckpointError for one of other latents or classes than the repository's.
+        """
+        options = read_build(repository / contract.PREDICTOR)["fingerprint"]["options"]
+        found = cls(
+            checkpoint,
+            guided_channels=options["guidance_channels"],
+            weights=options["weights"],
+            num_heads=options["num_heads"],
+        )
+        pipeline = Pipeline.load(repository)
+        if (found.latent_shape, found.num_classes) != (pipeline.latent_shape, pipeline.num_classes):
+            raise CheckpointError(
+                f"{checkpoint} has latents {found.latent_shape} of {found.num_classes} classes, "
+                f"{repository} {pipeline.latent_shape} of {pipeline.num_classes}: "
+                "give the checkpoint that was exported with --predictor"
+            )
+        return found
+
     def velocity(self, labels: Array, guidance: Guidance) -> Velocity:
         """The guided velocity of images of the classes `labels` [n]."""
+        channels = self._guided_channels
         label = torch.from_numpy(labels)
         null = torch.full_like(label, self.num_classes)
 
@@ -152,7 +208,7 @@ class Exact:
             if guidance.active(t):
                 u = self._network(rows, times, null)
                 guided = u + guidance.scale * (v - u)
-                v = torch.cat([guided[:, :GUIDED_CHANNELS], v[:, GUIDED_CHANNELS:]], 1)
+                v = torch.cat([guided[:, :channels], v[:, channels:]], 1)
             return v.numpy()
 
         return evaluate

@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import os
 import time
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,12 @@ from tqdm import tqdm
 from bench.quality.engine import Make
 
 BATCH = 25  # images made at once; the models take 32 guided ones
-_RECIPE = "recipe.json"
+_RECIPE, _SPEED = "recipe.json", "speed.json"
 
 
 @dataclass(frozen=True)
 class Speed:
-    """How many images a run made, and in which time; pictures that were there do not count."""
+    """How many images were made, and in which time; pictures that were there do not count."""
 
     images: int
     seconds: float
@@ -51,7 +52,14 @@ class ImageFolder:
         if not written.exists():
             written.write_text(stated)
         if written.read_text() != stated:
-            raise ValueError(f"{path} has images of {written.read_text()}, not of {stated}")
+            there, wanted = (" ".join(text.split()) for text in (written.read_text(), stated))
+            raise ValueError(f"{path} has images of {there}, not of {wanted}")
+
+    @property
+    def speed(self) -> Speed:
+        """Of all images that `fill` ever made here, in this run or before."""
+        path = self.path / _SPEED
+        return Speed(**json.loads(path.read_text())) if path.exists() else Speed(0, 0.0)
 
     def labels(self, seeds: np.ndarray) -> np.ndarray:
         """Class ids [n] of the images of `seeds` [n]."""
@@ -79,9 +87,9 @@ class ImageFolder:
             yield self.read(range(start, min(start + size, count)))
 
     def fill(self, count: int, make: Make, *, batch: int = BATCH, in_flight: int = 1) -> Speed:
-        """Makes what is missing of `count` images, `in_flight` batches at a time.
+        """Makes what is missing of `count` images, `in_flight` batches at a time: how fast.
 
-        Raises what `make` raises; what was made until then is kept.
+        Raises what `make` raises; what was made until then is kept, and counts in `speed`.
         """
         missing = self.missing(count)
         parts = [missing[k : k + batch] for k in range(0, len(missing), batch)]
@@ -96,15 +104,37 @@ class ImageFolder:
                 pass
         finally:
             pool.shutdown(cancel_futures=True)  # a failure, or Ctrl-C, does not wait for the rest
-        return Speed(len(missing), time.perf_counter() - started_s)
+            made = len(missing) - len(self.missing(count))
+            done = Speed(made, time.perf_counter() - started_s)
+            self._add(done)
+        return done
 
     def to_npz(self, path: Path, count: int) -> None:
         """Writes the first `count` images as ADM's sampling script does, for its evaluator.
 
-        `arr_0` is uint8 [N, H, W, 3], `arr_1` int64 [N] the classes.
+        `arr_0` is uint8 [N, H, W, 3], `arr_1` int64 [N] the classes. One batch is in memory at a
+        time; the file is whole or is not there.
         """
-        images = np.concatenate(list(self.batches(count)))
-        np.savez(path, images, self.labels(np.arange(count)))
+        partial = path.with_suffix(".partial")
+        with zipfile.ZipFile(partial, "w") as file:
+            with file.open("arr_0.npy", "w", force_zip64=True) as member:
+                for number, images in enumerate(self.batches(count)):
+                    if number == 0:
+                        header = np.lib.format.header_data_from_array_1_0(images)
+                        header["shape"] = (count, *images.shape[1:])
+                        np.lib.format.write_array_header_1_0(member, header)
+                    member.write(images.tobytes())
+            with file.open("arr_1.npy", "w") as member:
+                np.lib.format.write_array(member, self.labels(np.arange(count)))
+        partial.rename(path)
+
+    def _add(self, done: Speed) -> None:
+        before = self.speed
+        total = Speed(before.images + done.images, before.seconds + done.seconds)
+        if done.images:
+            partial = (self.path / _SPEED).with_suffix(".partial")
+            partial.write_text(json.dumps(asdict(total)) + "\n")
+            partial.rename(self.path / _SPEED)
 
     def _file(self, seed: int) -> Path:
         return self.path / f"{seed:06d}.png"

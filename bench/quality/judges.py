@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -22,6 +23,7 @@ from training.frechet import Reference, Statistics
 from training.loop import device
 
 _BATCH = 50
+_READ = 500  # pictures of a folder in memory at a time
 _FIDELITY = "torch_fidelity"
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -109,10 +111,11 @@ def load_reference(path: Path, judge: Judge) -> Reference:
     """Real images as `judge` sees them: a folder, images [N, H, W, 3] in an .npz, or statistics.
 
     An .npz has ADM's layout: mu and sigma (mu_s and sigma_s), else arr_0; with both, precision and
-    recall come from the images. Raises ValueError for a file with neither.
+    recall come from the images. Raises ValueError for a file with neither, for a folder of fewer
+    than 2 pictures, and for pictures of different sizes.
     """
     if path.is_dir():
-        return _reference_of(judge(_pictures(path)))
+        return _reference_of(Seen.join(map(judge, _pictures(path))))
     with np.load(path) as file:
         if "arr_0" not in file:
             return Reference.load(path)
@@ -127,8 +130,22 @@ def _reference_of(seen: Seen) -> Reference:
     return Reference(Statistics.of(seen.pooled), Statistics.of(seen.spatial), seen.pooled)
 
 
-def _pictures(folder: Path) -> np.ndarray:
+def _pictures(folder: Path) -> Iterator[np.ndarray]:
+    """All pictures below `folder`, [n, H, W, 3] uint8 of at most _READ at a time."""
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _PICTURES)
     if len(paths) < 2:
         raise ValueError(f"{folder} must have 2 images or more, it has {len(paths)}")
-    return np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
+    with Image.open(paths[0]) as first:
+        size = first.size
+    for start in range(0, len(paths), _READ):
+        yield np.stack([_picture(path, size, paths[0]) for path in paths[start : start + _READ]])
+
+
+def _picture(path: Path, size: tuple[int, int], first: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        if picture.size != size:
+            raise ValueError(
+                f"pictures must be of one size, {path} has {picture.width} x {picture.height} "
+                f"pixels and {first} {size[0]} x {size[1]}"
+            )
+        return np.asarray(picture.convert("RGB"))

@@ -8,6 +8,7 @@ with other seeds, not how far it is from that of infinitely many images.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,11 +17,15 @@ import torch
 from training.classifier import Seen
 from training.frechet import Reference, Statistics, frechet_distance
 
+Figure = Callable[[np.ndarray], float]  # of a row [N, ...] for each image
+Without = tuple[float, ...]  # a figure without each of BLOCKS blocks of seeds; () of fewer images
+
 BLOCKS = 10
 _T_95 = 2.262  # Student's t of BLOCKS - 1 degrees of freedom, two-sided 95%
 _SPLIT = 5000  # images over which ADM's evaluator takes one Inception Score
 _NEIGHBOUR = 3  # Kynkäänniemi et al., arXiv 1904.06991
 _ROWS = 1000  # of a distance matrix at a time
+_Interval = tuple[float | None, float | None]  # a figure, and half the width of its interval
 
 
 @dataclass(frozen=True)
@@ -29,65 +34,88 @@ class Figures:
 
     `recognised` is the share in which the judge reads the class asked for.
     `frechet_distance_without_block` has the Fréchet distance without each of BLOCKS blocks of
-    seeds, and `frechet_interval` is half the width of the 95% interval from it.
+    seeds. Each interval is half the width of the 95% one from such values. Recall has none: every
+    block left out would need the neighbours of all others again.
     """
 
     images: int
     recognised: float | None
+    recognised_interval: float | None
     frechet_distance: float
     frechet_interval: float | None
-    frechet_distance_without_block: tuple[float, ...]
+    frechet_distance_without_block: Without
     spatial_frechet_distance: float | None
+    spatial_frechet_interval: float | None
     inception_score: float
+    inception_score_interval: float | None
     knn_precision: float | None
+    knn_precision_interval: float | None
     knn_recall: float | None
 
 
 def figures(seen: Seen, reference: Reference, labels: np.ndarray | None) -> Figures:
     """All figures of the images seen; `labels` [N] are the classes asked for, None if unknown."""
-    recognised = precision = recall = spatial = None
+    recognised: _Interval = (None, None)
+    spatial: _Interval = (None, None)
+    precision: _Interval = (None, None)
+    recall = None
     if labels is not None:
-        recognised = float((seen.probability.argmax(1) == labels).mean())
-    if reference.features is not None:
-        precision, recall = precision_recall(reference.features, seen.pooled)
+        recognised = _jackknifed(seen.probability.argmax(1) == labels, _mean)
     if reference.spatial is not None:
-        spatial = frechet_distance(Statistics.of(seen.spatial), reference.spatial)
-    without = leave_one_out(seen.pooled, reference.pooled)
+        spatial = _jackknifed(seen.spatial, distance_to(reference.spatial))
+    if reference.features is not None:
+        precision = _jackknifed(near(seen.pooled, reference.features), _mean)
+        recall = _mean(near(reference.features, seen.pooled))
+    distance = distance_to(reference.pooled)
+    without = without_block(seen.pooled, distance)
     return Figures(
         len(seen.pooled),
-        recognised,
-        frechet_distance(Statistics.of(seen.pooled), reference.pooled),
-        half_width(without) if without else None,
+        *recognised,
+        distance(seen.pooled),
+        _interval(without),
         without,
-        spatial,
-        inception_score(seen.probability),
-        precision,
+        *spatial,
+        *_jackknifed(seen.probability, inception_score),
+        *precision,
         recall,
     )
 
 
-def leave_one_out(features: np.ndarray, real: Statistics) -> tuple[float, ...]:
-    """Fréchet distance of `features` [N, D] without each of BLOCKS runs of rows; () if N is less.
+def distance_to(real: Statistics) -> Figure:
+    """The Fréchet distance of features [N, D] to `real`."""
+    return lambda features: frechet_distance(Statistics.of(features), real)
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean())
+
+
+def _jackknifed(rows: np.ndarray, figure: Figure) -> tuple[float, float | None]:
+    """`figure` of `rows` [N, ...], and its interval."""
+    return figure(rows), _interval(without_block(rows, figure))
+
+
+def _interval(without: Without) -> float | None:
+    return half_width(without) if without else None
+
+
+def without_block(rows: np.ndarray, figure: Figure) -> Without:
+    """`figure` of `rows` [N, ...] without each of BLOCKS runs of them; () if N is less.
 
     Rows are in the order of their seeds and classes take turns, so blocks are alike in classes.
     """
-    if len(features) < 2 * BLOCKS:
+    if len(rows) < BLOCKS:
         return ()
-    return tuple(
-        frechet_distance(Statistics.of(np.delete(features, block, axis=0)), real)
-        for block in np.array_split(np.arange(len(features)), BLOCKS)
-    )
+    blocks = np.array_split(np.arange(len(rows)), BLOCKS)
+    return tuple(figure(np.delete(rows, block, axis=0)) for block in blocks)
 
 
-def mean_without(values: np.ndarray) -> tuple[float, ...]:
+def mean_without(values: np.ndarray) -> Without:
     """The mean of `values` [N] without each of BLOCKS runs of them; () if N is less."""
-    if len(values) < BLOCKS:
-        return ()
-    blocks = np.array_split(np.arange(len(values)), BLOCKS)
-    return tuple(float(np.delete(values, block).mean()) for block in blocks)
+    return without_block(values, _mean)
 
 
-def half_width(without: tuple[float, ...] | np.ndarray) -> float:
+def half_width(without: Without | np.ndarray) -> float:
     """Half the 95% interval of a figure, from its BLOCKS values without a block each."""
     spread = np.asarray(without) - np.mean(without)
     return float(_T_95 * np.sqrt((BLOCKS - 1) / BLOCKS * (spread**2).sum()))
@@ -104,18 +132,17 @@ def inception_score(probability: np.ndarray) -> float:
     return float(np.mean(scores))
 
 
-def precision_recall(real: np.ndarray, found: np.ndarray) -> tuple[float, float]:
-    """The share of `found` [N, D] near `real` [M, D], and of `real` near `found`.
+def near(points: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Which of `points` [N, D] are near `others` [M, D], bool [N].
 
-    Near is within the distance of some image of the other set to its third nearest neighbour there.
+    Near is within the distance of one of the others to its third nearest neighbour among them: the
+    share of found images near real ones is their precision, of real ones near found ones recall.
     """
-    one, other = (torch.from_numpy(rows.astype(np.float32)) for rows in (real, found))
-    return _covered(other, by=one), _covered(one, by=other)
-
-
-def _covered(points: torch.Tensor, by: torch.Tensor) -> float:
-    # The nearest of all is the point itself.
-    parts = [torch.cdist(rows, by) for rows in by.split(_ROWS)]
-    radii = torch.cat([part.kthvalue(min(_NEIGHBOUR + 1, len(by))).values for part in parts])
-    inside = [(torch.cdist(rows, by) <= radii).any(1) for rows in points.split(_ROWS)]
-    return float(torch.cat(inside).float().mean())
+    ours, theirs = (torch.from_numpy(rows.astype(np.float32)) for rows in (points, others))
+    nearest = min(_NEIGHBOUR + 1, len(theirs))  # the nearest of all is the point itself
+    # A part of the M x M distances at a time: of 50,000 images they are 10 GB.
+    radii = torch.cat(
+        [torch.cdist(rows, theirs).kthvalue(nearest).values for rows in theirs.split(_ROWS)]
+    )
+    inside = [(torch.cdist(rows, theirs) <= radii).any(1) for rows in ours.split(_ROWS)]
+    return torch.cat(inside).numpy()

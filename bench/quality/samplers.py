@@ -5,7 +5,7 @@ They are written on a command line as
 
     unipc:8    UniPC of order 2 with its corrector (arXiv 2302.04867), 8 evaluations
     dpm:8      DPM-Solver++(2M) (arXiv 2211.01095), 8 evaluations
-    dopri5     Dormand-Prince 5(4) at SiT's tolerances; `dopri5:1e-5` sets the relative one
+    dopri5     Dormand-Prince 5(4) at SiT's tolerances; `dopri5:1e-2` sets the relative one
 
 All but dopri5 may end with the shift of their time grid, as a schedule may: unipc:8@2. Solvers
 whose steps are coefficients of a step block are letters of a schedule (flowturbo/schedule.py).
@@ -28,8 +28,9 @@ Velocity = Callable[[Array, float], Array]
 Sampler = Callable[[Velocity, Array], Array]  # noise at t = 0 to data at t = 1
 
 SIT_RTOL, SIT_ATOL = 1e-3, 1e-6  # of SiT's own dopri5, as in the paper's Table 1
+MOST_EVALUATIONS = 2000  # of dopri5: in float32 it takes a hundred or two at any useful tolerance
 _FIRST_SIGMA = 1 - 1e-6  # at sigma 1 the solvers' log signal-to-noise ratio is infinite
-_HELP = (
+HELP = (
     "a baseline is unipc:STEPS, dpm:STEPS, dopri5 or dopri5:RTOL; all but dopri5 may end with a "
     "shift, as unipc:8@2"
 )
@@ -45,8 +46,14 @@ def parse(text: str) -> Sampler:
         if name in _SCHEDULERS:
             return _scheduled(name, int(argument), shift)
     except ValueError as error:
-        raise RequestError(f"baseline {text!r} cannot be read ({error}): {_HELP}") from None
-    raise RequestError(f"baseline {text!r} cannot be read: {_HELP}")
+        raise RequestError(f"baseline {text!r} cannot be read ({error}): {HELP}") from None
+    raise RequestError(f"baseline {text!r} cannot be read: {HELP}")
+
+
+def is_baseline(text: str) -> bool:
+    """Whether `text` can only be meant as a baseline, be it well written or not."""
+    name = text.partition("@")[0].partition(":")[0]
+    return name == "dopri5" or name in _SCHEDULERS
 
 
 class Counted:
@@ -65,18 +72,27 @@ class Counted:
 def dopri5(rtol: float = SIT_RTOL, atol: float = SIT_ATOL) -> Sampler:
     """Adaptive steps; the images of a batch share them, and the error is its root mean square.
 
-    Raises ValueError for a tolerance that is not above 0.
+    Where networks compute in fewer digits it takes their rounding for error, and its steps shorten
+    in vain. Raises ValueError for a tolerance that is not above 0; the sampler raises RequestError
+    where it needs more than MOST_EVALUATIONS.
     """
     if not rtol > 0 or not atol > 0:
         raise ValueError(f"tolerances must be above 0, got {rtol:g} and {atol:g}")
 
     def sample(velocity: Velocity, noise: Array) -> Array:
+        counted = Counted(velocity)
+
         def flat(t: float, x: Array) -> Array:
-            return velocity(x.reshape(noise.shape).astype(noise.dtype), t).ravel()
+            if counted.evaluations == MOST_EVALUATIONS:
+                raise RequestError(
+                    f"dopri5 at rtol {rtol:g} is at t = {t:.3f} after {MOST_EVALUATIONS} "
+                    "evaluations, the most allowed: give it a larger one, dopri5:1e-2 for bf16"
+                )
+            return counted(x.reshape(noise.shape).astype(noise.dtype), t).ravel()
 
         found = solve_ivp(flat, (0.0, 1.0), noise.ravel(), "RK45", rtol=rtol, atol=atol)
         if not found.success:
-            raise ArithmeticError(f"dopri5 at rtol {rtol:g}: {found.message}")
+            raise RequestError(f"dopri5 at rtol {rtol:g}: {found.message}")
         return found.y[:, -1].reshape(noise.shape).astype(noise.dtype)
 
     return sample

@@ -1,9 +1,10 @@
 """Finds the schedules that are worth having on a deployed model: `python -m bench.tune`.
 
-Times are those of a lone request, from its blocks' measured times. The figure is the distance to
-the exact solution of the flow, the mean over latents of their RMS; with `--metric frechet` the
-schedules that remain are judged by the Fréchet distance of their images. Writes presets for
-`python -m export --presets`.
+Times are those of a lone request, from its blocks' times: measured here, or for TensorRT and GPUs
+those of bench.gpu_check (`--times`). The figure is the distance to the exact solution of the flow,
+the mean over latents of their RMS; with `--metric frechet` the schedules that remain are judged by
+the Fréchet distance of their images. Latents and images are always of the ONNX files, run in this
+process. Writes presets for `python -m export --presets`.
 """
 
 import argparse
@@ -27,8 +28,9 @@ from bench.tune import choice, report
 from bench.tune.candidates import Cost, candidates, measured
 from bench.tune.choice import Rated
 from bench.tune.scores import Distances, Score, solve
-from bench.tune.search import nearest, search
-from flowturbo import LocalPipeline
+from bench.tune.search import finalists, search
+from export.install import read_build
+from flowturbo import LocalPipeline, contract
 from flowturbo.errors import FlowTurboError
 from flowturbo.guidance import Guidance
 from flowturbo.presets import DEFAULT, built_in
@@ -59,12 +61,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--repository", type=Path, default=Path("model_repository"))
     add("--images", type=int, default=1, help="of the request that is timed (default: 1)")
     add("--guidance-scale", type=float, help="default: the service's")
-    add("--times", type=Path, help="block times, as bench.capacity takes (default: measured here)")
+    add("--times", type=Path, help="block times, or a report of bench.gpu_check")
+    add("--engine", help="which one of the report")
+    add("--precision", help="which one of the report")
     add("--metric", choices=("distance", "frechet"), default="distance")
     add("--latents", type=int, default=60, help=f"for the distance, {FEWEST} or more (default: 60)")
     add("--predictor", type=Path, help="checkpoint to solve exactly (default: the deployed one)")
     add("--judged", type=int, default=1000, help="images for a Fréchet distance (default: 1000)")
-    add("--finalists", type=int, default=12, help="schedules judged by it (default: 12)")
+    add("--finalists", type=int, default=12, help="judged by it, or all on the front (default: 12)")
     add("--weights", type=Path, default=Path("weights/glyphs"), help="the judge's folder")
     add("--inception", type=Path, help="pt_inception-2015-12-05-6726825d.pth")
     add("--reference", type=Path, help="real images: .npz as ADM's, or a folder")
@@ -80,12 +84,8 @@ def _tune(args: argparse.Namespace) -> str:
     pipeline = LocalPipeline(args.repository)
     scale = args.guidance_scale
     guidance = Guidance(pipeline.settings.default_guidance_scale if scale is None else scale)
-    times = (
-        BlockTimes.read(args.times)
-        if args.times
-        else measured(args.repository, args.images, guidance)
-    )
-    cost = Cost.of(times, args.images, guidance)
+    elsewhere = runs_elsewhere(args.repository, pipeline)
+    cost = Cost.of(_times(args, guidance, elsewhere), args.images, guidance)
     paper = built_in(has_refiner=pipeline.pipeline.has_refiner)[DEFAULT]
     cap_ms = args.latency_ms or CAP * cost.ms(paper)
     stages, metric = _search(args, pipeline, guidance, cost, paper, cap_ms)
@@ -93,6 +93,8 @@ def _tune(args: argparse.Namespace) -> str:
     if args.metric == "frechet":
         tried, metric = _judged(args, tried, paper, guidance), "Fréchet distance"
     found = choice.choose(tried, paper, cap_ms, args.quality)
+    times_of = str(args.times) if args.times else "this process"
+    figures_of = f"the ONNX files in {pipeline.pipeline.runtime}, in this process"
     stated = {
         **found.stated(),
         "target": {"latency_ms": args.latency_ms, "quality": args.quality, "cap_ms": cap_ms},
@@ -101,14 +103,40 @@ def _tune(args: argparse.Namespace) -> str:
         "judged": args.judged if args.metric == "frechet" else None,
         "images": args.images,
         "guidance_scale": guidance.scale,
+        "times_of": times_of,
+        "figures_of": figures_of,
         **_circumstances(args.repository, pipeline, cost),
     }
     report.write(stated, args.out)
     labels = f"ms, a lone request, images: {args.images}", metric
     report.draw(tried, found, labels, args.out.with_suffix(".png"))
-    clocked = in_process_ms(pipeline, [r.schedule for r in found.front], guidance, args.images)
+    clocked = None
+    if not elsewhere:
+        clocked = in_process_ms(pipeline, [r.schedule for r in found.front], guidance, args.images)
     head = f"{metric}; images: {args.images}, guidance {guidance.scale:g}, up to {cap_ms:.1f} ms"
-    return "\n".join([head, report.table(found, clocked), f"written: {args.out} and a .png"])
+    whose = f"times: {times_of}; figures: {figures_of}"
+    written = f"written: {args.out} and a .png"
+    return "\n".join([head, whose, report.table(found, clocked), written])
+
+
+def runs_elsewhere(repository: Path, pipeline: LocalPipeline) -> str | None:
+    """Where the service runs the blocks of `repository`, if it is not as `pipeline` does here."""
+    if read_build(repository / contract.PREDICTOR)["engine"] == "tensorrt":
+        return "in TensorRT"
+    return "on a GPU" if pipeline.pipeline.on_gpu and not pipeline.on_gpu else None
+
+
+def _times(args: argparse.Namespace, guidance: Guidance, elsewhere: str | None) -> BlockTimes:
+    if args.times:
+        return BlockTimes.read(args.times, args.engine, args.precision)
+    if args.engine or args.precision:
+        raise ValueError("--engine and --precision choose from a report, which --times is to name")
+    if elsewhere:
+        raise ValueError(
+            f"{args.repository} runs {elsewhere}, whose times this process cannot measure: give "
+            "--times, the report that bench.gpu_check writes there"
+        )
+    return measured(args.repository, args.images, guidance)
 
 
 def _search(
@@ -141,13 +169,11 @@ def _search(
 def _judged(
     args: argparse.Namespace, tried: Sequence[Rated], paper: Schedule, guidance: Guidance
 ) -> list[Rated]:
-    """The nearest of `tried`, and `paper`, by the Fréchet distance of their images."""
+    """The finalists of `tried`, and `paper`, by the Fréchet distance of their images."""
     engine = Engine(args.repository)
     eyes = Eyes.open(args.weights, args.inception, args.reference)
-    finalists = nearest(tried, args.finalists)[: args.finalists]
-    chosen = dict.fromkeys([*finalists, *(r for r in tried if r.schedule == paper)])
     found = []
-    for each in chosen:
+    for each in finalists(tried, args.finalists, [paper]):
         recipe = Recipe(str(each.schedule), guidance.scale, variant=engine.settings.variant)
         said = described(recipe, args.repository, "process")
         path = args.cache / f"{recipe}_{said['models']}"

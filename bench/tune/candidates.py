@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench.capacity.block_times import BlockTimes, measure
+from bench.quality.engine import schedule_evaluations
 from flowturbo import contract
 from flowturbo.generate import models_called
 from flowturbo.guidance import Guidance
-from flowturbo.program import Network, compile_program
+from flowturbo.program import compile_program
 from flowturbo.repository import Pipeline
 from flowturbo.schedule import Schedule
 
@@ -61,10 +62,5 @@ def candidates(*, has_refiner: bool) -> list[Schedule]:
     texts = [head + tail for head in heads for tail in (*_KEPT, *_REFINED * has_refiner)]
     texts += [f"{letter}{n}" for letter in "HPA" for n in range(2, MOST_EVALUATIONS + 1)]
     plain = dict.fromkeys(map(Schedule.parse, texts))
-    short = [s for s in plain if evaluations(s) <= MOST_EVALUATIONS]
+    short = [s for s in plain if schedule_evaluations(s)[0] <= MOST_EVALUATIONS]
     return [replace(schedule, shift=shift) for schedule in short for shift in _SHIFTS]
-
-
-def evaluations(schedule: Schedule) -> int:
-    """Of the predictor."""
-    return compile_program(schedule).evaluations(Network.PREDICTOR)

@@ -10,24 +10,29 @@ from typing import Any
 from bench.tune.choice import Choice, Rated
 
 
-def table(found: Choice, in_process_ms: Sequence[float]) -> str:
-    """The front, a schedule a line; `surely` where it is better than the line before, 95%."""
-    lines = [f"{'schedule':<10} {'ms':>8} {'in process':>11}  {'figure':<20} better"]
+def table(found: Choice, in_process_ms: Sequence[float] | None) -> str:
+    """The front, a schedule a line; `surely` where it is better than the line before, 95%.
+
+    `in_process_ms` are the front's requests as clocked, None where they were not.
+    """
+    title, clocked = "", [""] * len(found.front)
+    if in_process_ms is not None:
+        title, clocked = f"{'in process':>12}", [f"{ms:12.1f}" for ms in in_process_ms]
+    lines = [f"{'schedule':<10} {'ms':>8}{title}  {'figure':<20} better"]
     for k, each in enumerate(found.front):
         surely = k > 0 and found.front[k - 1].score.surely_above(each.score)
         better = "" if k == 0 else "surely" if surely else "perhaps"
         names = ", ".join(name for name, preset in found.presets.items() if preset is each)
-        measured = f"{in_process_ms[k]:11.1f}"
-        lines.append(f"{_words(each, measured)}  {better:<8} {names}".rstrip())
+        lines.append(f"{_words(each, clocked[k])}  {better:<8} {names}".rstrip())
     fits = found.recommended
-    lines.append(f"{_words(found.paper, ' ' * 11)}  (the paper's)")
+    lines.append(f"{_words(found.paper, ' ' * len(title))}  (the paper's)")
     lines.append(f"recommended: {fits.schedule if fits else 'nothing here reaches the target'}")
     return "\n".join(lines)
 
 
 def _words(rated: Rated, measured: str) -> str:
     figure = f"{rated.score.value:.4g} ± {rated.score.interval:.2g}"
-    return f"{rated.schedule!s:<10} {rated.ms:8.1f} {measured}  {figure:<20}"
+    return f"{rated.schedule!s:<10} {rated.ms:8.1f}{measured}  {figure:<20}"
 
 
 def write(document: Mapping[str, Any], path: Path) -> None:

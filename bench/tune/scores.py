@@ -105,7 +105,7 @@ def solve(
     """
     cache.mkdir(parents=True, exist_ok=True)
     if predictor is not None:
-        exact = Exact(predictor)
+        exact = Exact.of_repository(predictor, repository)
         return f"{predictor.name} in float32", exact_latents(exact, guidance, count, cache)
     path = cache / f"heun{HEUN_STEPS}_{models_digest(repository)}_g{guidance.scale:g}_{count}.npy"
     schedule = Schedule("H" * HEUN_STEPS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from tqdm import tqdm
 
@@ -17,7 +17,7 @@ Scorer = Callable[[Schedule, int], Score]  # of a schedule, over the first n see
 
 
 def search(
-    cost_ms: Mapping[Schedule, float], score: Scorer, count: int, kept: Iterable[Schedule]
+    cost_ms: Mapping[Schedule, float], score: Scorer, count: int, kept: Collection[Schedule]
 ) -> list[list[Rated]]:
     """The schedules of each stage, rated; those of the last over `count` seeds.
 
@@ -32,13 +32,22 @@ def search(
         stages.append(
             [Rated(schedule, cost_ms[schedule], score(schedule, seeds)) for schedule in bar]
         )
-        found = nearest(stages[-1], max(1, len(left) // KEPT))
-        left = list(dict.fromkeys([*(each.schedule for each in found), *kept]))
+        found = finalists(stages[-1], max(1, len(left) // KEPT), kept)
+        left = [each.schedule for each in found]
     return stages
 
 
+def finalists(rated: Sequence[Rated], count: int, kept: Collection[Schedule]) -> list[Rated]:
+    """The `nearest` of `rated`, and those in `kept`."""
+    of_kept = [each for each in rated if each.schedule in kept]
+    return list(dict.fromkeys([*nearest(rated, count), *of_kept]))
+
+
 def nearest(rated: Iterable[Rated], count: int) -> list[Rated]:
-    """The `count` that are least above the best no slower one; all of those that are the best."""
+    """The `count` that are least above the best no slower one.
+
+    More where more are the best themselves: the front is never cut.
+    """
     excess: list[tuple[float, Rated]] = []
     best = float("inf")
     for each in sorted(rated, key=lambda r: (r.ms, r.score.value)):
