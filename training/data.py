@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from flowturbo.nets.sit import SiTConfig
 from training.images import DataError, Pictures
-from training.loop import device, mine
+from training.loop import device, digest_of, mine
 
 INDEX = "index.json"  # written when all shards are there
 SETTINGS = "settings.json"  # what the shards depend on, from the start
@@ -234,7 +234,7 @@ class EncodedImages:
         bad = sorted({*beyond, *_bad_rows(pictures, skip_bad=skip_bad)})
         self._rows = np.delete(np.arange(len(pictures)), bad)
         self.class_names = pictures.class_names
-        text = "\n".join([*pictures.identity(), digest_of(vae)])
+        text = "\n".join([*pictures.identity(), vae_digest(vae)])
         self.digest = hashlib.sha256(text.encode()).hexdigest()
         self.skipped = len(bad)
         if not len(self._rows):
@@ -286,11 +286,6 @@ def to_unit(images: np.ndarray) -> Tensor:
     return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def digest_of(vae: AutoencoderKL) -> str:
+def vae_digest(vae: AutoencoderKL) -> str:
     """Of everything the latents depend on."""
-    config = vae.config
-    digest = hashlib.sha256(f"{config.scaling_factor} {config.shift_factor}".encode())
-    for name, tensor in sorted(vae.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().numpy().data)
-    return digest.hexdigest()
+    return digest_of(vae, f"{vae.config.scaling_factor} {vae.config.shift_factor}")

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from flowturbo.errors import FlowTurboError
 from flowturbo.nets.vae import load_vae
-from training.data import INDEX, SETTINGS, Latents, digest_of, encode
+from training.data import INDEX, SETTINGS, Latents, encode, vae_digest
 from training.images import DataError, list_pictures
 from training.loop import device
 
@@ -137,7 +137,7 @@ class Writer:
             "images": hashlib.sha256("\n".join(self.images.identity()).encode()).hexdigest(),
             "count": len(self.images),
             "image_size": self.images.size,
-            "vae": digest_of(self.vae),
+            "vae": vae_digest(self.vae),
             **asdict(self.storage),
         }
         if state.is_main_process and not path.exists():

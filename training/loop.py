@@ -1,5 +1,6 @@
 """One resumable training loop for every network here, on a CPU, a GPU, or several by Accelerate."""
 
+import hashlib
 import json
 import math
 import os
@@ -157,12 +158,14 @@ class _Run:
         if not self.path.exists():
             return
         saved = torch.load(self.path, weights_only=True, map_location=device())
+        plan = saved["plan"]
         # At a constant rate, more steps are the same run gone on with.
         longer = {"steps": identity["steps"]} if identity["decay"] == "constant" else {}
-        if {**saved["plan"], **longer} != identity or saved["progress"]["step"] > identity["steps"]:
-            raise PlanError(
-                f"{self.path} was trained with {saved['plan']}, not {identity}: remove it"
-            )
+        if {**plan, **longer} != identity or saved["progress"]["step"] > identity["steps"]:
+            keys = sorted({*plan, *identity})
+            differ = [key for key in keys if plan.get(key) != identity.get(key)]
+            then, now = ({key: of.get(key) for key in differ} for of in (plan, identity))
+            raise PlanError(f"{self.path} was trained with {then}, not {now}: remove it")
         for key, holder in self.holders.items():
             holder.load_state_dict(saved[key])
         self.progress = saved["progress"]
@@ -203,6 +206,15 @@ class _Run:
         partial = self.path.with_suffix(".partial")
         torch.save({**state, "progress": self.progress, "plan": self.identity}, partial)
         os.replace(partial, self.path)
+
+
+def digest_of(model: nn.Module, notes: str = "") -> str:
+    """Of the names and values of what `model` holds, and of `notes`."""
+    digest = hashlib.sha256(notes.encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def save_weights(
