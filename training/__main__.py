@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from torch import nn
 
 from flowturbo.errors import FlowTurboError
@@ -26,7 +25,7 @@ from training.data import InMemory, Shards, vae_digest
 from training.frechet import Reference, Statistics
 from training.glyphs import CLASS_NAMES, GlyphImages, load_or_render
 from training.latents import Storage, Writer
-from training.loop import digest_of, save_weights
+from training.loop import digest_of, processes, save_weights
 from training.plan import Plan, PlanError
 from training.recipe import Recipe
 from training.samples import RefinerPreview
@@ -62,8 +61,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _run(args: argparse.Namespace) -> None:
     """Every stage; a state of other data, or of another network before it, is refused."""
-    if PartialState().num_processes > 1:
-        raise PlanError(f"one process is needed, got {PartialState().num_processes}")
+    if processes().num_processes > 1:
+        raise PlanError(f"one process is needed, got {processes().num_processes}")
     images = load_or_render(args.runs / "data", IMAGES, args.seed)
     data = {"images": hashlib.sha256(images.data).hexdigest()}
     args.out.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ from flowturbo.errors import FlowTurboError
 from flowturbo.nets.vae import load_vae
 from training.data import INDEX, SETTINGS, Latents, encode, vae_digest
 from training.images import DataError, list_pictures
-from training.loop import device
+from training.loop import device, processes, tell
 
 
 class Images(Protocol):
@@ -87,7 +87,7 @@ class Writer:
 
         Raises DataError also for a folder that was begun with other images, VAE or storage.
         """
-        state = PartialState()
+        state = processes()
         self.out.mkdir(parents=True, exist_ok=True)
         self._check_settings(state)
         todo = [k for k, path in enumerate(self.paths) if not path.exists()]
@@ -191,13 +191,14 @@ def main(argv: Sequence[str]) -> int:
         images = list_pictures(args.images, size, flip=args.flip, skip_bad=args.skip_bad)
         storage = Storage(args.dtype, args.mean_only, args.shard)
         Writer(images, vae, args.out, storage, batch=args.batch, skip_bad=args.skip_bad).write()
+        if processes().is_main_process:
+            index = json.loads((args.out / INDEX).read_text())
+            print(f"{index['count']} latents in {args.out}, {index['skipped']} images skipped")
     except (FlowTurboError, OSError) as error:
-        print(f"latents: {error}", file=sys.stderr)
+        tell("latents", error)
         return 2
-    if PartialState().is_main_process:
-        index = json.loads((args.out / INDEX).read_text())
-        print(f"{index['count']} latents in {args.out}, {index['skipped']} images skipped")
-    PartialState().destroy_process_group()
+    finally:
+        processes().destroy_process_group()
     return 0
 
 
