@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support import GOLDEN, ROOT, golden_cases
 from torch import Tensor
 
@@ -209,11 +209,19 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(data: Path, tmp_path: Path) 
 
 
 def test_two_processes_agree_with_one(data: Path, tmp_path: Path) -> None:
-    exact = ("--precision", "fp32", "--sample-every", "40")
+    """Also on which latents are left out, of a shard that one of them looks at."""
+    write_shards(tmp_path / "latents", torch.arange(48) % CLASSES)
+    path = tmp_path / "latents" / "shard-00001.safetensors"
+    tensors = load_file(path)
+    tensors["mean"][2] = torch.inf
+    save_file(tensors, path)
+    exact = ("--precision", "fp32", "--sample-every", "40", "--skip-bad")
+    exact = (*exact, "--data", str(tmp_path / "latents"))
     assert main(arguments(data, tmp_path / "one", *exact)) == 0
     done = launch("-m", "training.refiner", *arguments(data, tmp_path / "two", *exact))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("ema weights after 40 steps") == 1  # two that agree, not two alone
+    assert "47 images (1 skipped)" in done.stdout
     one, two = (losses(tmp_path / name) for name in ("one", "two"))
     np.testing.assert_allclose(two, one, rtol=1e-3)
     assert one[0][1] != one[-1][1]

@@ -21,7 +21,7 @@ from flowturbo.nets.checkpoint import sha256
 from flowturbo.nets.sit import SiT, refiner_config
 from flowturbo.nets.vae import load_vae
 from training import autoencoder, classifier, predictor, refiner
-from training.data import InMemory, Shards, vae_digest
+from training.data import InMemory, vae_digest
 from training.frechet import Reference, Statistics
 from training.glyphs import CLASS_NAMES, GlyphImages, load_or_render
 from training.latents import Storage, Writer
@@ -29,6 +29,7 @@ from training.loop import digest_of, processes, save_weights
 from training.plan import Plan, PlanError
 from training.recipe import Recipe
 from training.samples import RefinerPreview
+from training.shards import Shards
 
 IMAGES = 48_000
 REFERENCE_IMAGES = 10_000  # whose features generated images are compared with

@@ -25,13 +25,14 @@ from flowturbo.nets.checkpoint import (
 )
 from flowturbo.nets.sit import SiT, SiTConfig, refiner_config
 from flowturbo.nets.vae import load_vae
-from training.data import EncodedImages, Shards, Source, is_sharded
+from training.data import EncodedImages, Source
 from training.images import DataError, list_pictures
 from training.latents import natural, positive
 from training.loop import Preview, device, fit, processes, save_weights, tell
 from training.plan import Pace, Plan, PlanError
 from training.recipe import Recipe, Rule, regression_loss
 from training.samples import RefinerPreview
+from training.shards import Shards, is_sharded
 
 # Section 4.1: AdamW, 5e-5 constant, no decay, batch 18, 30,000 iterations.
 PAPER = Plan(
