@@ -98,15 +98,17 @@ def is_sharded(folder: Path) -> bool:
     return any((folder / name).exists() for name in (INDEX, SETTINGS))
 
 
-def _whole(value: Any) -> bool:
-    return type(value) is int and value >= 0  # true is an int too
+def _whole(value: Any, smallest: int = 0) -> bool:
+    return type(value) is int and value >= smallest  # true is an int too
 
 
 # What an index states: how it is written, and whether a value is.
 _FIELDS = {
     "latent_shape": (
         "[C, h, w]",
-        lambda value: isinstance(value, list) and len(value) == 3 and all(map(_whole, value)),
+        lambda value: (
+            isinstance(value, list) and len(value) == 3 and all(_whole(side, 1) for side in value)
+        ),
     ),
     "scaling_factor": ("a number", lambda value: isinstance(value, int | float)),
     "class_names": ("a list of names", lambda value: isinstance(value, list)),
