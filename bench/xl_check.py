@@ -1,8 +1,8 @@
 """SiT-XL/2 and an sd-vae-ft-ema decoder at real size on this machine: `python -m bench.xl_check`.
 
 Makes checkpoints of the public shapes with random weights, exports them as a user would, builds
-TensorRT engines for a GPU that need not be here, verifies the result, and writes down time, peak
-memory and errors.
+TensorRT engines for a GPU that need not be here, verifies the result, encodes a few pictures,
+trains a refiner on them for ten steps, and writes down time and peak memory.
 """
 
 import argparse
@@ -11,13 +11,22 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from bench.networks import SIZES, random_network, random_vae
 from flowturbo.nets.sit import refiner_config
+
+Source = dict[str, str]  # checkpoints, as options of the commands that read them
+PICTURES, STEPS, BATCH = 8, 10, 4  # of the training
 
 
 @dataclass(frozen=True)
@@ -34,36 +43,80 @@ def main() -> None:
     """Runs every step; the first that fails ends it with its own message."""
     parser = argparse.ArgumentParser(prog="python -m bench.xl_check", description=__doc__)
     parser.add_argument("--size", choices=tuple(SIZES), default="xl")
-    parser.add_argument("--folder", type=Path, default=Path("runs/xl"), help="14 GB are needed")
+    parser.add_argument("--folder", type=Path, default=Path("runs/xl"), help="15 GB are needed")
+    parser.add_argument("--part", nargs="+", choices=tuple(PARTS), default=list(PARTS))
     parser.add_argument("--precision", nargs="+", default=["fp16", "bf16"])
     parser.add_argument("--compute-capability", nargs="+", default=["8.0", "8.9", "12.0"])
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/xl_export.json"))
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    source = _checkpoints(args.folder, args.size)
-    runs: list[Run] = []
+    # In a process of its own: what it holds at most would count for the commands started here.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        source = pool.submit(_checkpoints, args.folder, args.size).result()
+    report = _report(args.out, {"size": args.size, "cores": os.cpu_count()})
+    for part in args.part:
+        for run in PARTS[part](args, source):
+            print(f"{run.precision} {run.step}: {run.minutes:.1f} min, {run.peak_gib:.2f} GiB")
+            again = (run.precision, run.step)
+            others = [r for r in report["runs"] if (r["precision"], r["step"]) != again]
+            report["runs"] = [*others, asdict(run)]
+            args.out.write_text(json.dumps(report, indent=1) + "\n")
 
-    def done(run: Run) -> None:
-        runs.append(run)
-        print(f"{run.precision} {run.step}: {run.minutes:.1f} min, {run.peak_gib:.2f} GiB")
-        report = {"size": args.size, "cores": os.cpu_count(), "runs": [asdict(r) for r in runs]}
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
 
+def _report(path: Path, machine: dict[str, Any]) -> dict[str, Any]:
+    """A report without runs, or with those that one from here has: a part alone adds its own."""
+    if path.exists():
+        report: dict[str, Any] = json.loads(path.read_text())
+        if machine.items() <= report.items():
+            return report
+    return {**machine, "runs": []}
+
+
+def _export(args: argparse.Namespace, source: Source) -> Iterator[Run]:
+    """In each precision: ONNX files, an engine for each kind of GPU, and the errors of both."""
+    given = [word for option in source.items() for word in option]
     for precision in args.precision:
         models = args.folder / f"models-{precision}"
         shutil.rmtree(models, ignore_errors=True)  # what is up to date takes no time
         repository = ["--repository", str(models)]
-        export = ["-m", "export", *source, *repository, "--precision", precision]
+        export = ["-m", "export", *given, *repository, "--precision", precision]
         engine = ["--engine", "tensorrt", "--compute-capability"]
         for k, capability in enumerate(args.compute_capability):
             # The first makes the ONNX files too; the others add their engine to them.
             step = f"export and engine for {capability}" if k == 0 else f"engine for {capability}"
-            done(_run(step, precision, [*export, *engine, capability]))
-        verify = ["-m", "export", "verify", *source, *repository]
-        done(_run("verify", precision, verify))
+            yield _run(step, precision, [*export, *engine, capability])
+        yield _run("verify", precision, ["-m", "export", "verify", *given, *repository])
 
 
-def _checkpoints(folder: Path, size: str) -> list[str]:
+def _train(args: argparse.Namespace, source: Source) -> Iterator[Run]:
+    """From pictures to latents to a refiner."""
+    folder, size = args.folder / "training", SIZES[args.size]
+    shutil.rmtree(folder, ignore_errors=True)  # a run that is done takes no more steps
+    side = size.config.latent_size * 2 ** (len(size.vae_channels) - 1)
+    rng = np.random.default_rng(0)
+    for k in range(PICTURES):
+        path = folder / "images" / f"class-{k % 2}" / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(path)
+    images, latents = ["--images", str(folder / "images")], str(folder / "latents")
+    encode = [*images, "--vae", source["--vae"], "--out", latents, "--image-size", str(side)]
+    step = f"encode {PICTURES} pictures"
+    yield _run(step, "fp32", ["-m", "training.latents", *encode])
+    options = {
+        **{name: source[name] for name in ("--predictor", "--num-heads")},
+        **{"--data": latents, "--out": str(folder / "refiner.safetensors")},
+        **{"--runs": str(folder / "runs"), "--sample-every": "0", "--precision": "bf16"},
+        **{"--steps": str(STEPS), "--batch": str(BATCH)},
+    }
+    given = [word for option in options.items() for word in option]
+    step = f"train {STEPS} steps of {BATCH} rows"
+    yield _run(step, "bf16", ["-m", "training.refiner", *given])
+
+
+PARTS = {"export": _export, "train": _train}
+
+
+def _checkpoints(folder: Path, size: str) -> Source:
     """Random weights in the files that a user would download; kept for the next time."""
     config = SIZES[size].config
     predictor, refiner, vae = folder / f"{size}.pt", folder / f"{size}-refiner.pt", folder / "vae"
@@ -76,8 +129,8 @@ def _checkpoints(folder: Path, size: str) -> list[str]:
             partial.rename(path)
     if not (vae / "config.json").exists():
         random_vae(SIZES[size].vae_channels, config.latent_channels).save_pretrained(vae)
-    source = ["--predictor", str(predictor), "--refiner", str(refiner), "--vae", str(vae)]
-    return [*source, "--num-heads", str(config.num_heads)]
+    source = {"--predictor": str(predictor), "--refiner": str(refiner), "--vae": str(vae)}
+    return {**source, "--num-heads": str(config.num_heads)}
 
 
 def _run(step: str, precision: str, arguments: list[str]) -> Run:

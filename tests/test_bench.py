@@ -44,14 +44,17 @@ def test_latent_size(glyphs_repository: Path, tmp_path: Path) -> None:
 
 
 def test_xl_check_small(tmp_path: Path) -> None:
+    """A part after the other: the report has the steps of both."""
     out = tmp_path / "report.json"
-    said = run(
-        *("bench.xl_check", "--size", "small", "--folder", tmp_path / "work", "--out", out),
-        *("--precision", "bf16", "--compute-capability", "8.9"),
-    )
-    assert "trajectory H1P5R3" in said
+    command = ("bench.xl_check", "--size", "small", "--folder", tmp_path / "work", "--out", out)
+    options = ("--precision", "bf16", "--compute-capability", "8.9")
+    assert "trajectory H1P5R3" in run(*command, "--part", "export", *options)
+    said = run(*command, "--part", "train")
+    assert "8 images (0 skipped) of 2 classes" in said
+    assert "ema weights after 10 steps" in said
     steps = {r["step"]: r for r in json.loads(out.read_text())["runs"]}
-    assert steps.keys() == {"export and engine for 8.9", "verify"}
+    training = {"encode 8 pictures", "train 10 steps of 4 rows"}
+    assert steps.keys() == {"export and engine for 8.9", "verify", *training}
     assert all(0.1 < r["peak_gib"] < 12 for r in steps.values())
 
 

@@ -18,12 +18,13 @@ from support import GLYPHS, ROOT
 
 from flowturbo.nets.sit import SiT, SiTConfig
 from flowturbo.nets.vae import Decoder, load_vae
-from training.data import EncodedImages, Shards, encode
+from training.data import EncodedImages, encode
 from training.glyphs import CLASS_NAMES, GlyphImages
 from training.images import DataError, center_crop, list_pictures
 from training.latents import Storage, Writer, main
 from training.loop import save_weights
 from training.refiner import main as train
+from training.shards import Shards
 
 MODEL = SiTConfig(16, 2, 4, 4, 4, 32, 1, 2, num_classes=3)
 CLASSES = ("ant", "bee", "cat")
@@ -225,6 +226,63 @@ def test_a_broken_shard(shards: Path) -> None:
     assert (len(left), left.skipped) == (6, 6)
     path.unlink()
     with pytest.raises(DataError, match="shard-00000"):
+        Shards(shards, MODEL)
+
+
+@pytest.mark.parametrize(("name", "value"), [("mean", float("nan")), ("std", float("inf"))])
+def test_latents_that_are_not_finite(shards: Path, name: str, value: float) -> None:
+    """The row alone is left out; the label of another one in that shard is wrong too."""
+    path = shards / "shard-00001.safetensors"
+    tensors = load_file(path)
+    tensors[name][4, 3, 15, 15] = value
+    save_file(tensors, path)
+    with pytest.raises(DataError, match=r"shard-00001.*: the latents of row 4 are not finite \(1 "):
+        Shards(shards, MODEL)
+    tensors["label"][0] = 3
+    save_file(tensors, path)
+    left = Shards(shards, MODEL, skip_bad=True)
+    assert (len(left), left.skipped) == (10, 2)
+    everything = left.read(torch.arange(10))
+    torch.testing.assert_close(everything.mean[6:], tensors["mean"][[1, 2, 3, 5]].float())
+    assert everything.std is not None and everything.std.isfinite().all()
+
+
+def test_latents_that_half_precision_cannot_hold(
+    images: Path, tmp_path: Path, vae: AutoencoderKL, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At a scaling factor with which those of one picture are above its largest number."""
+    pictures = list_pictures(images, 64)
+    latents = [torch.cat(encode(vae, each.load(64)[None])) for each in pictures.pictures]
+    largest = torch.stack([each.abs().max() for each in latents])
+    middle = float(largest.topk(2).values.mean())
+    bright = load_vae(GLYPHS / "vae")
+    bright.register_to_config(scaling_factor=vae.config.scaling_factor * 65504 / middle)
+    bright.save_pretrained(tmp_path / "vae")
+    given = ("--vae", str(tmp_path / "vae"))
+    assert run(images, tmp_path / "out", *given) == 2
+    path = pictures.pictures[int(largest.argmax())].path
+    assert f"{path} has latents that are not finite in float16" in capsys.readouterr().err
+    assert run(images, tmp_path / "out", *given, "--skip-bad") == 0
+    left = Shards(tmp_path / "out")
+    assert len(left) == 11
+    assert json.loads((tmp_path / "out" / "index.json").read_text())["skipped"] == 1
+
+
+@pytest.mark.parametrize(
+    ("stated", "said"),
+    [
+        ({"latent_shape": [4, 32]}, r"latent_shape must be \[C, h, w\], got \[4, 32\]"),
+        ({"latent_shape": [4, 16, "16"]}, "latent_shape must be"),
+        ({"scaling_factor": None}, "scaling_factor must be a number, got None"),
+        ({"shards": [{"file": "a"}]}, r"shards must be a list .* got \[\{'file': 'a'\}\]"),
+        ([], r"index.json must be an object, got \[\]"),
+    ],
+)
+def test_an_index_of_another_form(shards: Path, stated: dict | list, said: str) -> None:
+    path = shards / "index.json"
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps({**index, **stated} if isinstance(stated, dict) else stated))
+    with pytest.raises(DataError, match=said):
         Shards(shards, MODEL)
 
 

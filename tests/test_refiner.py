@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support import GOLDEN, ROOT, golden_cases
 from torch import Tensor
 
@@ -77,6 +77,19 @@ def arguments(data: Path, out: Path, *more: str, latents: str = "latents") -> li
         "sample-every": 0,
     }
     return [word for k, v in given.items() for word in (f"--{k}", str(v))] + list(more)
+
+
+def launch(*program: str) -> subprocess.CompletedProcess[str]:
+    """Two processes of a program, by what `accelerate launch` starts those of several GPUs with."""
+    options = ("--nproc-per-node", "2", "--standalone")
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *options, *program],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
 
 
 def losses(out: Path) -> list[tuple[int, float]]:
@@ -196,19 +209,19 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(data: Path, tmp_path: Path) 
 
 
 def test_two_processes_agree_with_one(data: Path, tmp_path: Path) -> None:
-    exact = ("--precision", "fp32", "--sample-every", "40")
+    """Also on which latents are left out, of a shard that one of them looks at."""
+    write_shards(tmp_path / "latents", torch.arange(48) % CLASSES)
+    path = tmp_path / "latents" / "shard-00001.safetensors"
+    tensors = load_file(path)
+    tensors["mean"][2] = torch.inf
+    save_file(tensors, path)
+    exact = ("--precision", "fp32", "--sample-every", "40", "--skip-bad")
+    exact = (*exact, "--data", str(tmp_path / "latents"))
     assert main(arguments(data, tmp_path / "one", *exact)) == 0
-    launch = "accelerate.commands.launch --cpu --num_processes 2 --main_process_port 0"
-    command = [sys.executable, "-m", *launch.split(), "-m", "training.refiner"]
-    done = subprocess.run(
-        [*command, *arguments(data, tmp_path / "two", *exact)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = launch("-m", "training.refiner", *arguments(data, tmp_path / "two", *exact))
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("ema weights after 40 steps") == 1  # two that agree, not two alone
+    assert "47 images (1 skipped)" in done.stdout
     one, two = (losses(tmp_path / name) for name in ("one", "two"))
     np.testing.assert_allclose(two, one, rtol=1e-3)
     assert one[0][1] != one[-1][1]
@@ -217,6 +230,36 @@ def test_two_processes_agree_with_one(data: Path, tmp_path: Path) -> None:
     ]
     for key, value in tensors[0].items():
         torch.testing.assert_close(tensors[1][key], value, atol=1e-4, rtol=1e-2)
+
+
+def test_processes_whose_folders_differ_are_told(data: Path, tmp_path: Path) -> None:
+    """Runs on a disk of its own for each: one goes on from a state, the other finds none."""
+    assert main(arguments(data, tmp_path / "0", "--steps", "4")) == 0
+    own = tmp_path / "own_disk.py"
+    own.write_text(
+        "import os, sys\nfrom training.refiner import main\n"
+        f"sys.exit(main([*sys.argv[1:], '--runs', f'{tmp_path}/{{os.environ[\"RANK\"]}}']))\n"
+    )
+    done = launch(str(own), *arguments(data, tmp_path, "--steps", "6"))
+    assert done.returncode != 0
+    for process in range(2):
+        said = f"refiner (process {process} of 2): {tmp_path / str(process)} must be a folder that"
+        assert said in done.stderr
+    assert "of steps 4, 0" in done.stderr
+    assert not (tmp_path / "1" / "refiner.state.pt").exists()
+
+
+def test_a_loss_that_is_no_number_is_told_in_a_line(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From a predictor whose velocities overflow."""
+    model = predictor()
+    torch.nn.init.constant_(model.final_layer.linear.bias, 3e38)
+    save_weights(model, tmp_path / "predictor.safetensors")
+    more = ("--predictor", str(tmp_path / "predictor.safetensors"))
+    assert main(arguments(data, tmp_path, *more)) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("refiner: loss is ") and said.endswith("at step 0")
 
 
 def test_a_batch_that_cannot_be_shared() -> None:

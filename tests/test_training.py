@@ -1,6 +1,7 @@
 """Training resumes exactly, and the committed weights are good."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from bench.quality.engine import Engine, Recipe
 from bench.quality.judges import Classifier
 from flowturbo.nets.checkpoint import build_network, load_checkpoint
+from training import __main__ as stages
 from training.fonts import font_paths
 from training.frechet import Statistics, frechet_distance
 from training.loop import fit
@@ -58,6 +60,41 @@ def test_a_run_is_not_resumed_with_another_plan(tmp_path: Path) -> None:
     fit("run", linear(), regression, Plan(2, 8, 0.1, seed=3), tmp_path)
     with pytest.raises(ValueError, match="was trained with"):
         fit("run", linear(), regression, Plan(2, 8, 0.2, seed=3), tmp_path)
+
+
+def test_a_stage_is_not_resumed_after_another_one_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of `python -m training`, a step a stage, on noise in place of glyphs."""
+    plans = {name: replace(p, steps=1, batch=2, restarts=()) for name, p in stages.PLANS.items()}
+    monkeypatch.setattr(stages, "PLANS", plans)
+    monkeypatch.setattr(stages, "IMAGES", 72)
+    rng, runs, out = np.random.default_rng(0), tmp_path / "runs", tmp_path / "out"
+    (runs / "data").mkdir(parents=True)
+    for seed in (0, 1):
+        images = rng.integers(0, 256, (72, 64, 64, 3), dtype=np.uint8)
+        np.save(runs / "data" / f"images-72-{seed}.npy", images)
+    command = ["--runs", str(runs), "--out", str(out)]
+    assert stages.main(command) == 0
+    made = {path: path.read_bytes() for path in out.glob("*.safetensors")}
+    assert len(made) == 3
+    assert stages.main(command) == 0  # nothing is left to train
+    assert all(path.read_bytes() == content for path, content in made.items())
+
+    def refused(state: str, key: str, *more: str) -> bool:
+        status, said = stages.main([*command, *more]), capsys.readouterr().err
+        return status == 2 and f"{state}.state.pt was trained with {{'{key}': '" in said
+
+    assert refused("vae", "images", "--seed", "1")
+    # A stage that was removed and done otherwise, and the one after it.
+    for before, after, key in (
+        ("predictor_uniform", "refiner", "predictor"),
+        ("predictor", "predictor_uniform", "start"),
+        ("vae", "predictor", "vae"),
+    ):
+        (runs / f"{before}.state.pt").unlink()
+        plans[before] = replace(plans[before], learning_rate=1e-4)
+        assert refused(after, key)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:

@@ -5,27 +5,31 @@ Each resumes where it was stopped; a stage already written is not done again.
 """
 
 import argparse
+import hashlib
 import json
 import shutil
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from torch import nn
 
+from flowturbo.errors import FlowTurboError
 from flowturbo.nets.checkpoint import sha256
 from flowturbo.nets.sit import SiT, refiner_config
 from flowturbo.nets.vae import load_vae
 from training import autoencoder, classifier, predictor, refiner
-from training.data import InMemory, Shards
+from training.data import InMemory, vae_digest
 from training.frechet import Reference, Statistics
 from training.glyphs import CLASS_NAMES, GlyphImages, load_or_render
 from training.latents import Storage, Writer
-from training.loop import save_weights
-from training.plan import Plan
+from training.loop import digest_of, processes, save_weights
+from training.plan import Plan, PlanError
 from training.recipe import Recipe
 from training.samples import RefinerPreview
+from training.shards import Shards
 
 IMAGES = 48_000
 REFERENCE_IMAGES = 10_000  # whose features generated images are compared with
@@ -41,26 +45,38 @@ PLANS = {
 }
 
 
-def main() -> None:
-    """Runs every stage and writes the weights."""
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit status: 2, and one line on stderr, for what the user can put right."""
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("weights/glyphs"))
     parser.add_argument("--runs", type=Path, default=Path("runs/glyphs"), help="data and states")
     parser.add_argument("--seed", type=int, default=0, help="of the data")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    try:
+        _run(args)
+    except (FlowTurboError, FloatingPointError, OSError) as error:
+        print(f"training: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(args: argparse.Namespace) -> None:
+    """Every stage; a state of other data, or of another network before it, is refused."""
+    if processes().num_processes > 1:
+        raise PlanError(f"one process is needed, got {processes().num_processes}")
     images = load_or_render(args.runs / "data", IMAGES, args.seed)
-    if PartialState().num_processes > 1:
-        raise SystemExit(f"one process is needed, got {PartialState().num_processes}")
+    data = {"images": hashlib.sha256(images.data).hexdigest()}
     args.out.mkdir(parents=True, exist_ok=True)
 
-    vae = autoencoder.train(images, PLANS["vae"], args.runs)
+    vae = autoencoder.train(images, PLANS["vae"], args.runs, data)
     vae.save_pretrained(args.out / "vae")
-    judge = classifier.train(images, PLANS["classifier"], args.runs)
+    judge = classifier.train(images, PLANS["classifier"], args.runs, data)
     save_weights(judge, args.out / "classifier.safetensors", torch.float16)
     reference(judge, images[:REFERENCE_IMAGES]).save(args.out / "features.npz")
     shards = Shards(glyph_latents(args.out / "vae", args.runs, args.seed))
     source = InMemory(shards.read(torch.arange(len(shards))))
-    velocity = predictor.train(source.data, len(CLASS_NAMES), PLANS, args.runs)
+    latents = {**data, "vae": vae_digest(vae)}
+    velocity = predictor.train(source.data, len(CLASS_NAMES), PLANS, args.runs, latents)
     save_weights(velocity, args.out / "predictor.safetensors", torch.float16)
     torch.manual_seed(PLANS["refiner"].seed)
     untrained = SiT(refiner_config(velocity.config))
@@ -72,6 +88,7 @@ def main() -> None:
         Recipe(),
         PLANS["refiner"],
         args.runs,
+        identity={**latents, "predictor": digest_of(velocity)},
         preview=RefinerPreview(velocity, every=500, vae=vae, guidance_scale=3.0),
     )
     save_weights(change.ema, args.out / "refiner.safetensors")
@@ -99,4 +116,4 @@ def glyph_latents(vae: Path, runs: Path, seed: int = 0) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -1,5 +1,6 @@
 """The glyphs VAE: a small diffusers AutoencoderKL, 64 x 64 RGB to 4 x 16 x 16 latents."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +32,13 @@ def build() -> AutoencoderKL:
     )
 
 
-def train(images: np.ndarray, plan: Plan, folder: Path) -> AutoencoderKL:
-    """Fits the VAE to `images` [N, 64, 64, 3] uint8; sets its scaling factor."""
+def train(
+    images: np.ndarray, plan: Plan, folder: Path, identity: Mapping[str, str]
+) -> AutoencoderKL:
+    """Fits the VAE to `images` [N, 64, 64, 3] uint8; sets its scaling factor.
+
+    `identity` tells the images from others.
+    """
     torch.manual_seed(plan.seed)
 
     def loss_of(model: AutoencoderKL, generator: torch.Generator) -> Tensor:
@@ -45,7 +51,7 @@ def train(images: np.ndarray, plan: Plan, folder: Path) -> AutoencoderKL:
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         return error.abs().mean() + error.square().mean() + KL_WEIGHT * kl
 
-    vae = fit("vae", build(), loss_of, plan, folder)
+    vae = fit("vae", build(), loss_of, plan, folder, identity=identity)
     assert isinstance(vae, AutoencoderKL)
     # Flow matching expects data of about unit scale.
     sample = images[:4096]

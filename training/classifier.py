@@ -1,6 +1,6 @@
 """A small classifier of glyphs: the judge of whether an image shows the class asked for."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,8 +29,13 @@ def build() -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def train(images: np.ndarray, plan: Plan, folder: Path) -> nn.Sequential:
-    """Fits the classifier to `images` [N, 64, 64, 3] uint8, whose class follows from the index."""
+def train(
+    images: np.ndarray, plan: Plan, folder: Path, identity: Mapping[str, str]
+) -> nn.Sequential:
+    """Fits the classifier to `images` [N, 64, 64, 3] uint8, whose class follows from the index.
+
+    `identity` tells the images from others.
+    """
     torch.manual_seed(plan.seed)
 
     def loss_of(model: nn.Module, generator: torch.Generator) -> Tensor:
@@ -41,7 +46,7 @@ def train(images: np.ndarray, plan: Plan, folder: Path) -> nn.Sequential:
         target = torch.from_numpy(label_of(rows)).to(pixels.device)
         return F.cross_entropy(model(pixels).float(), target)
 
-    trained = fit("classifier", build(), loss_of, plan, folder)
+    trained = fit("classifier", build(), loss_of, plan, folder, identity=identity)
     assert isinstance(trained, nn.Sequential)
     return trained
 

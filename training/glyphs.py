@@ -74,6 +74,9 @@ class GlyphImages:
         order = np.fromiter(rows, np.int64)
         yield from zip(self.images[order], label_of(order).tolist(), strict=True)
 
+    def name(self, row: int) -> str:
+        return f"glyph {row}"
+
     def identity(self) -> list[str]:
         return [f"glyphs {len(self.images)} {self.seed}"]
 

@@ -67,6 +67,10 @@ class Pictures:
             for start in range(0, len(order), _CHUNK):
                 yield from pool.map(load, order[start : start + _CHUNK])
 
+    def name(self, row: int) -> str:
+        """The file of the picture at `row`."""
+        return str(self.pictures[row].path)
+
     def identity(self) -> list[str]:
         """What tells this list of pictures from another."""
         return [f"{p.path.parent.name}/{p.path.name} {p.mirrored}" for p in self.pictures]

@@ -25,9 +25,10 @@ from tqdm import tqdm
 
 from flowturbo.errors import FlowTurboError
 from flowturbo.nets.vae import load_vae
-from training.data import INDEX, SETTINGS, Latents, digest_of, encode
+from training.data import Latents, encode, finite, vae_digest
 from training.images import DataError, list_pictures
-from training.loop import device
+from training.loop import device, processes, tell
+from training.shards import INDEX, SETTINGS
 
 
 class Images(Protocol):
@@ -43,6 +44,9 @@ class Images(Protocol):
 
     def read(self, rows: Iterable[int]) -> Iterator[tuple[np.ndarray | DataError, int]]:
         """Images [size, size, 3] uint8, or what is wrong with each, and class ids."""
+
+    def name(self, row: int) -> str:
+        """Which image that is, for people."""
 
     def identity(self) -> list[str]:
         """What tells these images from others."""
@@ -60,7 +64,8 @@ class Storage:
 class Writer:
     """Encodes `images` into the folder `out`, `batch` at a time.
 
-    An image that cannot be read raises DataError, or is left out with `skip_bad`.
+    An image that cannot be read, or whose latents are not finite numbers (of the storage's type),
+    raises DataError, or is left out with `skip_bad`.
     """
 
     def __init__(
@@ -74,6 +79,7 @@ class Writer:
         skip_bad: bool = False,
     ) -> None:
         self.images, self.out, self.storage = images, out, storage
+        self.dtype = getattr(torch, storage.dtype)
         self.vae, self.batch, self.skip_bad = vae.to(device()).eval(), batch, skip_bad
         # One black image tells what no latents at all look like.
         black = np.zeros((1, images.size, images.size, 3), np.uint8)
@@ -87,7 +93,7 @@ class Writer:
 
         Raises DataError also for a folder that was begun with other images, VAE or storage.
         """
-        state = PartialState()
+        state = processes()
         self.out.mkdir(parents=True, exist_ok=True)
         self._check_settings(state)
         todo = [k for k, path in enumerate(self.paths) if not path.exists()]
@@ -107,24 +113,35 @@ class Writer:
     def _write_shard(self, shard: int, bar: tqdm) -> None:
         rows, parts = self._rows(shard), [self.none]
         for start in range(0, len(rows), self.batch):
-            read = list(self.images.read(rows[start : start + self.batch]))
-            if good := list(self._good(read)):
-                parts.append(self._encode(good))
-            bar.update(len(read))
-        tensors = Latents.cat(parts).tensors(getattr(torch, self.storage.dtype))
-        if not all(tensor.isfinite().all() for tensor in tensors.values()):
-            raise DataError(f"latents of images {rows[0]} to {rows[-1]} are not all finite")
+            batch = rows[start : start + self.batch]
+            parts.append(self._usable(batch))
+            bar.update(len(batch))
+        tensors = Latents.cat(parts).tensors(self.dtype)
         skipped = len(rows) - len(tensors["label"])
         _replace(self.paths[shard], save(tensors, {"skipped": str(skipped)}))
 
-    def _good(
-        self, read: Iterable[tuple[np.ndarray | DataError, int]]
-    ) -> Iterator[tuple[np.ndarray, int]]:
-        for image, label in read:
-            if not isinstance(image, DataError):
-                yield image, label
-            elif not self.skip_bad:
-                raise DataError(f"{image}; --skip-bad leaves such images out")
+    def _usable(self, rows: range) -> Latents:
+        """The latents of the images at `rows`, without those to be left out."""
+        good, images = [], []
+        for row, (image, label) in zip(rows, self.images.read(rows), strict=True):
+            if isinstance(image, DataError):
+                self._leave_out(str(image))
+            else:
+                good.append(row)
+                images.append((image, label))
+        if not good:
+            return self.none
+        latents = self._encode(images)
+        held = (part for part in (latents.mean, latents.std) if part is not None)
+        usable = finite(*(part.to(self.dtype) for part in held))
+        for k in (~usable).nonzero()[:, 0].tolist():
+            name = self.images.name(good[k])
+            self._leave_out(f"{name} has latents that are not finite in {self.storage.dtype}")
+        return latents[usable]
+
+    def _leave_out(self, what: str) -> None:
+        if not self.skip_bad:
+            raise DataError(f"{what}; --skip-bad leaves such images out")
 
     def _encode(self, good: Sequence[tuple[np.ndarray, int]]) -> Latents:
         mean, std = encode(self.vae, np.stack([image for image, _ in good]))
@@ -137,7 +154,7 @@ class Writer:
             "images": hashlib.sha256("\n".join(self.images.identity()).encode()).hexdigest(),
             "count": len(self.images),
             "image_size": self.images.size,
-            "vae": digest_of(self.vae),
+            "vae": vae_digest(self.vae),
             **asdict(self.storage),
         }
         if state.is_main_process and not path.exists():
@@ -191,13 +208,14 @@ def main(argv: Sequence[str]) -> int:
         images = list_pictures(args.images, size, flip=args.flip, skip_bad=args.skip_bad)
         storage = Storage(args.dtype, args.mean_only, args.shard)
         Writer(images, vae, args.out, storage, batch=args.batch, skip_bad=args.skip_bad).write()
+        if processes().is_main_process:
+            index = json.loads((args.out / INDEX).read_text())
+            print(f"{index['count']} latents in {args.out}, {index['skipped']} images skipped")
     except (FlowTurboError, OSError) as error:
-        print(f"latents: {error}", file=sys.stderr)
+        tell("latents", error)
         return 2
-    if PartialState().is_main_process:
-        index = json.loads((args.out / INDEX).read_text())
-        print(f"{index['count']} latents in {args.out}, {index['skipped']} images skipped")
-    PartialState().destroy_process_group()
+    finally:
+        processes().destroy_process_group()
     return 0
 
 
@@ -218,7 +236,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--mean-only", action="store_true", help="store no standard deviations: train on the means")
     add("--shard", type=positive, default=default.shard, help="images a shard (default: 4096)")
     add("--batch", type=positive, default=32, help="images encoded together (default: 32)")
-    add("--skip-bad", action="store_true", help="leave out, and count, what cannot be read")
+    add("--skip-bad", action="store_true", help="leave out, and count, what cannot be used")
     return parser
 
 

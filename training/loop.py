@@ -1,8 +1,10 @@
 """One resumable training loop for every network here, on a CPU, a GPU, or several by Accelerate."""
 
+import hashlib
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -13,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -37,15 +40,30 @@ class Preview(Protocol):
 LossOf = Callable[[Any, torch.Generator], Tensor]
 
 
+def processes() -> PartialState:
+    """Those that were launched together, and which this is: on GPUs, or on CPUs where none is."""
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
 def device() -> torch.device:
     """The device of this process: its GPU where there is one."""
-    found: torch.device = PartialState().device
+    found: torch.device = processes().device
     return found
+
+
+def tell(command: str, error: Exception) -> None:
+    """One line on stderr; of several processes, each says which it is.
+
+    What is wrong for one of them alone, such as a disk, is known to no other.
+    """
+    state = processes()
+    which = f" (process {state.process_index} of {state.num_processes})"
+    print(f"{command}{which if state.num_processes > 1 else ''}: {error}", file=sys.stderr)
 
 
 def mine(batch: Tensor) -> Tensor:
     """The rows of this process, of a tensor of the whole batch."""
-    state = PartialState()
+    state = processes()
     return batch[state.process_index :: state.num_processes]
 
 
@@ -67,8 +85,8 @@ def fit(
     that was stopped and resumed takes the same steps as one that was not, on any number of
     processes. State is saved in `folder`, the loss at the end in `<name>.json`; TensorBoard's files
     are in `<name>/`, and there are the pictures of `preview`. Raises PlanError for a state of
-    another plan or `identity` (what else the steps depend on), FloatingPointError for a loss that
-    is no number.
+    another plan or `identity` (what else the steps depend on) and for a `folder` that not all
+    processes share, FloatingPointError for a loss that is no number.
     """
     # Precision is the plan's: what `accelerate launch` may have been told is not asked.
     accelerator = Accelerator(mixed_precision="no")
@@ -84,6 +102,7 @@ def fit(
     )
     run = _Run(folder, name, {"model": model, "average": average, "optimizer": optimizer}, pace)
     run.restore({**asdict(plan), **(identity or {})})
+    run.check_shared()
     network = accelerator.prepare(model)
     main = accelerator.is_main_process
     with (
@@ -156,16 +175,27 @@ class _Run:
         self.identity = identity = json.loads(json.dumps(identity))
         if not self.path.exists():
             return
-        saved = torch.load(self.path, weights_only=True, map_location=device())
+        saved = torch.load(self.path, weights_only=True, map_location="cpu")
+        plan = saved["plan"]
         # At a constant rate, more steps are the same run gone on with.
         longer = {"steps": identity["steps"]} if identity["decay"] == "constant" else {}
-        if {**saved["plan"], **longer} != identity or saved["progress"]["step"] > identity["steps"]:
-            raise PlanError(
-                f"{self.path} was trained with {saved['plan']}, not {identity}: remove it"
-            )
+        if {**plan, **longer} != identity or saved["progress"]["step"] > identity["steps"]:
+            keys = sorted({*plan, *identity})
+            differ = [key for key in keys if plan.get(key) != identity.get(key)]
+            then, now = ({key: of.get(key) for key in differ} for of in (plan, identity))
+            raise PlanError(f"{self.path} was trained with {then}, not {now}: remove it")
         for key, holder in self.holders.items():
             holder.load_state_dict(saved[key])
         self.progress = saved["progress"]
+
+    def check_shared(self) -> None:
+        """Raises PlanError, in every process, unless all have read the same state."""
+        steps = gather_object([self.step])
+        if len(set(steps)) > 1:
+            raise PlanError(
+                f"{self.folder} must be a folder that all processes share (--runs), the states "
+                f"that they found there are of steps {', '.join(map(str, steps))}"
+            )
 
     def record(self, loss: float) -> None:
         progress = self.progress
@@ -203,6 +233,15 @@ class _Run:
         partial = self.path.with_suffix(".partial")
         torch.save({**state, "progress": self.progress, "plan": self.identity}, partial)
         os.replace(partial, self.path)
+
+
+def digest_of(model: nn.Module, notes: str = "") -> str:
+    """Of the names and values of what `model` holds, and of `notes`."""
+    digest = hashlib.sha256(notes.encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def save_weights(

@@ -1,6 +1,6 @@
 """The velocity predictor: flow matching with a linear path and a SiT."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from flowturbo.nets.sit import SiT, SiTConfig
 from training.data import Latents
-from training.loop import LossOf, device, fit
+from training.loop import LossOf, device, digest_of, fit
 from training.plan import Plan
 
 NULL_LABEL_PROBABILITY = 0.1
@@ -50,15 +50,22 @@ def uniform(count: int, generator: torch.Generator) -> Tensor:
 PHASES = (("predictor", logit_normal), ("predictor_uniform", uniform))
 
 
-def train(data: Latents, num_classes: int, plans: dict[str, Plan], folder: Path) -> SiT:
-    """Fits a SiT to the means of `data`, a phase after the other."""
+def train(
+    data: Latents,
+    num_classes: int,
+    plans: dict[str, Plan],
+    folder: Path,
+    identity: Mapping[str, str],
+) -> SiT:
+    """Fits a SiT to the means of `data`, which `identity` tells from others, in two phases."""
     torch.manual_seed(plans["predictor"].seed)
     model = SiT(config(num_classes))
     model.initialize()
     for name, draw_times in PHASES:
         loss_of = _loss(data.mean, data.label, num_classes, plans[name].batch, draw_times)
-        trained = fit(name, model, loss_of, plans[name], folder)
+        trained = fit(name, model, loss_of, plans[name], folder, identity=identity)
         model.load_state_dict(trained.state_dict())
+        identity = {**identity, "start": digest_of(model)}
     return model.eval().requires_grad_(False)
 
 

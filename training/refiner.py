@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
@@ -26,13 +25,14 @@ from flowturbo.nets.checkpoint import (
 )
 from flowturbo.nets.sit import SiT, SiTConfig, refiner_config
 from flowturbo.nets.vae import load_vae
-from training.data import EncodedImages, Shards, Source, is_sharded
+from training.data import EncodedImages, Source
 from training.images import DataError, list_pictures
 from training.latents import natural, positive
-from training.loop import Preview, device, fit, save_weights
+from training.loop import Preview, device, fit, processes, save_weights, tell
 from training.plan import Pace, Plan, PlanError
 from training.recipe import Recipe, Rule, regression_loss
 from training.samples import RefinerPreview
+from training.shards import Shards, is_sharded
 
 # Section 4.1: AdamW, 5e-5 constant, no decay, batch 18, 30,000 iterations.
 PAPER = Plan(
@@ -93,19 +93,18 @@ def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     try:
         _run(args)
-    except (FlowTurboError, OSError) as error:
-        if PartialState().is_main_process:
-            print(f"refiner: {error}", file=sys.stderr)
+    except (FlowTurboError, FloatingPointError, OSError) as error:
+        tell("refiner", error)
         return 2
     finally:
-        PartialState().destroy_process_group()
+        processes().destroy_process_group()
     return 0
 
 
 def _run(args: argparse.Namespace) -> None:
     recipe = Recipe(Rule(args.recipe), *args.step_range, *args.train_guidance)
     plan = replace(PAPER, **{name: getattr(args, name) for name in _PLAN_OPTIONS})
-    plan.check_processes(PartialState().num_processes)
+    plan.check_processes(processes().num_processes)
     predictor = build_network(
         load_checkpoint(args.predictor, args.weights),
         reads_velocity=False,
@@ -133,7 +132,7 @@ def _run(args: argparse.Namespace) -> None:
         identity=_identity(args, source),
         preview=preview if args.sample_every else None,
     )
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         names = ("recipe", "step_range", "train_guidance", "start", "steps", "out_weights")
         notes = {name: str(getattr(args, name)) for name in names}
         save_weights(getattr(trained, args.out_weights), args.out, notes=notes)
@@ -210,7 +209,7 @@ def _open_data(
         size = model.latent_size * 2 ** (len(vae.config.block_out_channels) - 1)
         pictures = list_pictures(args.data, size, flip=args.flip, skip_bad=args.skip_bad)
         source = EncodedImages(pictures, vae, model, skip_bad=args.skip_bad)
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         classes = len(source.class_names)
         print(
             f"{len(source)} images ({source.skipped} skipped) of {classes} classes, ids 0 to "

@@ -1,0 +1,204 @@
+"""A folder of latents, as `python -m training.latents` writes it, to read rows of."""
+
+import bisect
+import hashlib
+import json
+import reprlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from flowturbo.nets.sit import SiTConfig
+from training.data import Latents, finite
+from training.images import DataError
+from training.loop import mine, processes
+
+INDEX = "index.json"  # written when all shards are there
+SETTINGS = "settings.json"  # what the shards depend on, from the start
+
+
+class Shards:
+    """A folder that `python -m training.latents` wrote: shards of latents, mapped into memory.
+
+    All is read once at the start, to find latents that are not finite; several processes share
+    that work. `skipped` counts what `skip_bad` left out. Raises DataError for these, for a broken
+    shard, and for what does not fit `model` (any, when None): another shape, unknown labels.
+    """
+
+    def __init__(
+        self, folder: Path, model: SiTConfig | None = None, *, skip_bad: bool = False
+    ) -> None:
+        index = _read_index(folder)
+        channels, height, width = index["latent_shape"]
+        self.shape: tuple[int, int, int] = (channels, height, width)
+        self.scaling_factor = float(index["scaling_factor"])
+        self.class_names: tuple[str, ...] = tuple(index["class_names"])
+        if model:
+            check_shape(folder / INDEX, self.shape, model)
+        stated = (folder / name for name in (INDEX, SETTINGS))
+        text = b"".join(path.read_bytes() for path in stated if path.exists())
+        self.digest = hashlib.sha256(text).hexdigest()
+        self.skipped = 0
+        self._files, self._starts, self._labels, paths, rows = [], [], [], [], []
+        start = 0
+        for entry in index["shards"]:
+            path = folder / entry["file"]
+            try:
+                file, label = _open_shard(path, self.shape, entry["count"])
+                good = _known(path, label, model, skip_bad=skip_bad)
+            except DataError:
+                if not skip_bad:
+                    raise
+                self.skipped += entry["count"]
+                continue
+            self.skipped += len(label) - len(good)
+            paths.append(path)
+            self._files.append(file)
+            self._starts.append(start)
+            rows.append(start + good)
+            self._labels.append(label)
+            start += len(label)
+        known = torch.cat([torch.empty(0, dtype=torch.int64), *rows])
+        broken = _not_finite(paths, skip_bad=skip_bad)
+        at = [self._starts[shard] + row for shard, row in broken]
+        self._rows = known[~torch.isin(known, torch.tensor(at, dtype=torch.int64))]
+        self.skipped += len(known) - len(self._rows)
+        if not len(self._rows):
+            raise DataError(f"{folder} has no usable latents, at least 1 is needed")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def read(self, rows: Tensor) -> Latents:
+        return Latents.cat([self._read(int(row)) for row in self._rows[rows]])
+
+    def labels(self) -> Tensor:
+        """Class ids [N] of all rows."""
+        return torch.cat(self._labels)[self._rows]
+
+    def _read(self, row: int) -> Latents:
+        shard = bisect.bisect_right(self._starts, row) - 1
+        at, file = row - self._starts[shard], self._files[shard]
+        held = {
+            name: file.get_slice(name)[at : at + 1].float()
+            for name in ("mean", "std")
+            if name in file.keys()  # noqa: SIM118
+        }
+        return Latents(label=self._labels[shard][at : at + 1], **held)
+
+
+def is_sharded(folder: Path) -> bool:
+    """Whether `folder` is, or was to become, one of latents."""
+    return any((folder / name).exists() for name in (INDEX, SETTINGS))
+
+
+def _whole(value: Any, smallest: int = 0) -> bool:
+    return type(value) is int and value >= smallest  # true is an int too
+
+
+# What an index states: how it is written, and whether a value is.
+_FIELDS = {
+    "latent_shape": (
+        "[C, h, w]",
+        lambda value: (
+            isinstance(value, list) and len(value) == 3 and all(_whole(side, 1) for side in value)
+        ),
+    ),
+    "scaling_factor": ("a number", lambda value: isinstance(value, int | float)),
+    "class_names": ("a list of names", lambda value: isinstance(value, list)),
+    "shards": (
+        "a list of objects with file and count",
+        lambda value: (
+            isinstance(value, list)
+            and all(isinstance(each, dict) for each in value)
+            and all(isinstance(each.get("file"), str) for each in value)
+            and all(_whole(each.get("count")) for each in value)
+        ),
+    ),
+}
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    path = folder / INDEX
+    try:
+        index = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise DataError(
+            f"{folder} has no {INDEX}: python -m training.latents writes it when all is encoded"
+        ) from None
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}") from error
+    if not isinstance(index, dict):
+        raise DataError(f"{path} must be an object, got {reprlib.repr(index)}")
+    for name, (allowed, fits) in _FIELDS.items():
+        if not fits(index.get(name)):
+            found = reprlib.repr(index[name]) if name in index else "none"
+            raise DataError(f"{path}: {name} must be {allowed}, got {found}")
+    return index
+
+
+def _open_shard(path: Path, shape: tuple[int, int, int], count: int) -> tuple[Any, Tensor]:
+    """The open file and its labels; raises DataError."""
+    try:
+        file = safe_open(path, framework="pt")
+        stated = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        label = file.get_tensor("label") if "label" in stated else torch.empty(0)
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path} is not a readable safetensors file: {error}") from error
+    tensors = {"mean": (count, *shape), "label": (count,)}
+    if "std" in stated:
+        tensors["std"] = tensors["mean"]
+    if stated != tensors or label.dtype != torch.int64:
+        raise DataError(
+            f"{path} must have the tensors {tensors}, labels in int64; got {stated}, {label.dtype}"
+        )
+    return file, label
+
+
+def _not_finite(paths: Sequence[Path], *, skip_bad: bool) -> Sequence[tuple[int, int]]:
+    """Shard and row of latents that are not finite, found by all processes together.
+
+    A shard is held at a time. Raises DataError, unless they are skipped.
+    """
+    share = mine(torch.arange(len(paths))).tolist()
+    quiet = not processes().is_main_process
+    bad = []
+    for shard in tqdm(share, "check", unit="shard", delay=2, disable=quiet):
+        with safe_open(paths[shard], framework="pt") as file:
+            names = [name for name in file.keys() if name != "label"]  # noqa: SIM118
+            good = finite(*(file.get_tensor(name) for name in names))
+        bad += [(shard, row) for row in (~good).nonzero()[:, 0].tolist()]
+    bad = sorted(gather_object(bad))
+    if bad and not skip_bad:
+        shard, row = bad[0]
+        raise DataError(
+            f"{paths[shard]}: the latents of row {row} are not finite "
+            f"({len(bad)} such rows; --skip-bad leaves them out)"
+        )
+    return bad
+
+
+def _known(path: Path, label: Tensor, model: SiTConfig | None, *, skip_bad: bool) -> Tensor:
+    """Rows whose label the model knows; raises DataError for others, unless they are skipped."""
+    if model is None:
+        return torch.arange(len(label))
+    good = (label >= 0) & (label < model.num_classes)
+    if not good.all() and not skip_bad:
+        raise DataError(
+            f"{path}: labels must be 0 to {model.num_classes - 1}, the predictor's classes; "
+            f"got {int(label[~good][0])}"
+        )
+    return good.nonzero()[:, 0]
+
+
+def check_shape(path: Path, shape: tuple[int, ...], model: SiTConfig) -> None:
+    """Raises DataError unless `shape` is that of the model's latents."""
+    expected = (model.latent_channels, model.latent_size, model.latent_size)
+    if tuple(shape) != expected:
+        raise DataError(f"{path}: latents must be {expected} for this predictor, got {shape}")
