@@ -54,7 +54,7 @@ bench: export  ## load with perf_analyzer, and the service beside PyTorch and Fa
 gpu-check: setup  ## times SiT-XL/2's blocks and schedules in every engine that is here
 	$(BIN)/python -m bench.gpu_check
 
-xl-check: setup  ## exports SiT-XL/2 with random weights and builds its engines; needs no GPU
+xl-check: setup  ## exports SiT-XL/2 with random weights, builds its engines, trains a refiner; needs no GPU
 	$(BIN)/python -m bench.xl_check
 
 fonts: setup  ## the fonts that training renders; needs root
