@@ -159,7 +159,9 @@ def _bench(args: argparse.Namespace) -> Bench:
     return Bench(
         {name: Engine(path) for name, path in repositories.items()},
         repositories,
-        Exact(args.predictor or args.weights / "predictor.safetensors"),
+        Exact.of_repository(
+            args.predictor or args.weights / "predictor.safetensors", args.repository
+        ),
         Eyes.open(args.weights, args.inception, args.reference),
         args.work,
         args.rounds,
