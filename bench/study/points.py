@@ -116,7 +116,7 @@ def sections(
             "The same schedules at other scales.",
             tuple(
                 point
-                for other in sorted({1.0, 1.5, 2.0, guided, scale})
+                for other in sorted({1.0, 1.5, guided, scale})
                 for point in of("H4 H8 H16 H1P5R3 A8@3", scale=other)
             ),
         ),
