@@ -219,6 +219,14 @@ def hardware() -> dict[str, Any]:
     return {"cpu": next(names, "unknown"), "cores": cores, "gib": memory / 2**30}
 
 
+def write_json(document: Any, path: Path) -> None:
+    """`document` as a file, whole or not at all; folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(document, indent=1) + "\n")
+    partial.replace(path)
+
+
 def described_server(url: str, repository: Path) -> dict[str, Any]:
     """Version and settings as the server states them; engine and precision from the repository."""
     with contextlib.closing(tritonclient.grpc.InferenceServerClient(url)) as client:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import GLYPHS
+from support import GLYPHS, ROOT
 
 from bench.quality.engine import Exact
 from bench.study import __main__ as study
@@ -93,6 +93,8 @@ def test_the_baseline_is_its_own_time() -> None:
     """Its ratio to itself, taken in turns, is noise that no share is to have."""
     heun, other = point("H8", 1.05, 0.0), point("H1P5R3", 0.5, 0.0)
     assert rivals([heun, other], heun, FRECHET)["FlowTurbo"].share == 0.5
+    other = point("H12", 2.0, 0.0)
+    assert rivals([heun, other], other, FRECHET)["Heun"].share == 0.5
 
 
 def test_stability_of_a_known_flow(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,10 +139,38 @@ def test_a_small_study(arguments: list, tmp_path: Path, capsys: pytest.CaptureFi
     assert "## What was found\n\nLittle.\n\n## At Heun's Fréchet distance" in text
     assert "## Solvers" in text
     assert "## Order of blocks" not in text
+    assert "Not measured yet: " in text
     assert "| `H8` | " in text
     for picture in ("curves", "stability", "ablations"):
         assert f"(study_{picture}.png)" in text
         assert (tmp_path / f"study_{picture}.png").stat().st_size > 5000
+
+
+def test_the_committed_report_is_of_the_committed_figures(tmp_path: Path) -> None:
+    benchmarks = ROOT / "docs" / "benchmarks"
+    for name in ("study.json", "study_findings.md"):
+        shutil.copy(benchmarks / name, tmp_path)
+    report = tmp_path / "quality.md"
+    words = ["--report-only", "--json", str(tmp_path / "study.json"), "--report", str(report)]
+    assert study.main(words) == 0
+    said = report.read_text().replace("](study_", "](benchmarks/study_")
+    committed = (ROOT / "docs" / "quality.md").read_text()
+    assert said == committed, "make docs/quality.md anew: python -m bench.study --report-only …"
+
+
+@pytest.mark.parametrize("changed", ["--rounds=2", "--guidance-scale=2", "--other-images=19"])
+def test_what_a_study_is_of_stays(
+    arguments: list, capsys: pytest.CaptureFixture[str], changed: str
+) -> None:
+    """Even with no point in it: the velocity's stability is."""
+    assert study.main([*arguments, "--only", "nothing"]) == 0
+    assert study.main([*arguments, "--only", "nothing", changed]) == 2
+    assert "give another --json" in capsys.readouterr().err
+
+
+def test_a_report_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert study.main(["--report-only", "--json", str(tmp_path / "study.json")]) == 2
+    assert "study.json" in capsys.readouterr().err
 
 
 def test_points_of_other_settings_are_not_mixed(

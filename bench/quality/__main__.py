@@ -7,7 +7,6 @@ A Fréchet distance depends on the number of images: compare at equal numbers on
 
 import argparse
 import contextlib
-import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,15 @@ from typing import Any
 import flowturbo_client
 from flowturbo_client import FlowTurboClient
 
-from bench.quality.engine import Engine, Exact, Recipe, find_sampler, schedule_evaluations
+from bench.observe import write_json
+from bench.quality.engine import (
+    Engine,
+    Exact,
+    Recipe,
+    check_decoder,
+    find_sampler,
+    schedule_evaluations,
+)
 from bench.quality.evaluate import (
     IN_FLIGHT,
     SERVED_BATCH,
@@ -30,7 +37,7 @@ from bench.quality.evaluate import (
     served,
 )
 from bench.quality.images import ImageFolder, Speed
-from flowturbo.errors import FlowTurboError, RepositoryError, RequestError
+from flowturbo.errors import FlowTurboError, RequestError
 from flowturbo.presets import DEFAULT, built_in
 from flowturbo.repository import Pipeline, Settings
 from flowturbo.request import default_schedule
@@ -60,8 +67,7 @@ class Task:
     def of(cls, repository: Path, args: argparse.Namespace) -> "Task":
         """What `args` ask of `repository`; raises FlowTurboError, saying what it cannot do."""
         pipeline, settings = Pipeline.load(repository), Settings.load(repository)
-        if not pipeline.has_decoder:
-            raise RepositoryError(f"{repository} makes latents only: export it with --vae")
+        check_decoder(repository, pipeline)
         paper = built_in(has_refiner=pipeline.has_refiner)[DEFAULT]
         default = default_schedule(pipeline, settings)
         texts = args.schedule or ["H8", str(paper), str(default)]
@@ -90,6 +96,10 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     if args.server and (args.variant or args.exact):
         parser.error("--variant and --exact are of this process: leave them out with --server")
+    if args.npz and not args.out:
+        parser.error("--npz is written to the folder --out")
+    if args.images < 1:
+        parser.error(f"--images must be 1 or more, got {args.images}")
     try:
         _measure(args)
     except (FlowTurboError, flowturbo_client.FlowTurboError, OSError, ValueError) as error:
@@ -140,7 +150,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _measure(args: argparse.Namespace) -> None:
     tasks = [Task.of(path, args) for path in args.repository]
-    eyes = Eyes.open(args.weights, args.inception, args.reference)
+    classes = (task.pipeline.num_classes for task in tasks)
+    eyes = Eyes.open(args.weights, args.inception, args.reference, *classes)
     rows: list[Row] = []
     print(f"schedule  precision    recognised  Fréchet distance   ({args.images} images each)")
     with contextlib.ExitStack() as stack:
@@ -149,9 +160,7 @@ def _measure(args: argparse.Namespace) -> None:
             rows.append(row)
             print(in_words(row), flush=True)
             if args.json:
-                partial = args.json.with_suffix(".partial")
-                partial.write_text(json.dumps(rows, indent=1) + "\n")
-                partial.replace(args.json)
+                write_json(rows, args.json)
 
 
 def _rows(task: Task, images: Path, eyes: Eyes, args: argparse.Namespace) -> Iterator[Row]:

@@ -13,7 +13,7 @@ from bench.quality import samplers
 from bench.quality.samplers import Counted, Velocity
 from export.install import read_build
 from flowturbo import LocalPipeline, contract
-from flowturbo.errors import RequestError
+from flowturbo.errors import RepositoryError, RequestError
 from flowturbo.generate import Infer, awaited, image_block, in_chunks
 from flowturbo.guidance import Guidance, Tensors, gather, spread
 from flowturbo.latents import noise
@@ -85,6 +85,12 @@ def find_sampler(text: str, pipeline: Pipeline) -> str:
     return str(schedule)
 
 
+def check_decoder(repository: Path, pipeline: Pipeline) -> None:
+    """Raises RepositoryError unless `pipeline`, of `repository`, makes images."""
+    if not pipeline.has_decoder:
+        raise RepositoryError(f"{repository} makes latents only: export it with --vae")
+
+
 @dataclass(frozen=True)
 class Made:
     """`latent` [n, C, h, w], `image` [n, H, W, 3] uint8, and each network's evaluations."""
@@ -96,7 +102,14 @@ class Made:
 
 
 class Engine(LocalPipeline):
-    """A repository with a decoder, run in this process by schedules and by baselines alike."""
+    """A repository with a decoder, run in this process by schedules and by baselines alike.
+
+    Raises RepositoryError without a decoder.
+    """
+
+    def __init__(self, repository: Path) -> None:
+        super().__init__(repository)
+        check_decoder(repository, self.pipeline)
 
     def make(self, recipe: Recipe, labels: Array, seeds: Array) -> Made:
         """Images of the classes `labels` [n] from `seeds` [n]."""
@@ -163,6 +176,8 @@ class Exact:
         self.digest = sha256(checkpoint)[:12]
         if weights:
             self.digest += f"_{weights}"
+        if num_heads:
+            self.digest += f"_{num_heads}heads"
         if guided_channels != GUIDED_CHANNELS:
             self.digest += f"_{guided_channels}guided"
         self._guided_channels = guided_channels

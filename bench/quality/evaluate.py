@@ -22,6 +22,7 @@ from flowturbo.repository import BUILD_FILE
 from flowturbo.sampler import Array
 from training.classifier import Seen
 from training.frechet import Reference
+from training.glyphs import CLASS_NAMES
 
 SERVED_BATCH, IN_FLIGHT = 8, 8  # images a request, and requests at a time
 _TIMEOUT_S = 600.0
@@ -35,15 +36,29 @@ class Eyes:
     reference: Reference
 
     @classmethod
-    def open(cls, weights: Path, inception: Path | None, reference: Path | None) -> Eyes:
+    def open(
+        cls, weights: Path, inception: Path | None, reference: Path | None, *num_classes: int
+    ) -> Eyes:
         """The glyphs' classifier and features in `weights`, unless the others are given.
 
-        Raises ValueError for Inception without a reference.
+        For models of `num_classes` classes. Raises ValueError for Inception without a reference,
+        and without Inception for models of other classes than the glyphs'.
         """
         if inception is not None and reference is None:
             raise ValueError(f"{inception} needs a reference of its own: --reference")
+        other = set(num_classes) - {len(CLASS_NAMES)}
+        if inception is None and other:
+            raise ValueError(
+                f"the glyphs' classifier knows {len(CLASS_NAMES)} classes, the model has "
+                f"{max(other)}: give --inception and --reference"
+            )
         judge = Classifier(weights) if inception is None else Inception(inception)
         return cls(judge, load_reference(reference or weights / "features.npz", judge))
+
+    @property
+    def digest(self) -> str:
+        """Twelve digits that tell what was seen in the real images from other features."""
+        return hashlib.sha256(self.reference.pooled.mean.tobytes()).hexdigest()[:12]
 
     def figures(self, folder: ImageFolder, count: int) -> Figures:
         """Of the first `count` images of `folder`."""

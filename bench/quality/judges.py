@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +21,7 @@ from flowturbo.errors import FlowTurboError
 from training import classifier
 from training.classifier import SPATIAL_CHANNELS, Seen
 from training.frechet import Reference, Statistics
+from training.glyphs import IMAGE_SIZE
 from training.loop import device
 
 _BATCH = 50
@@ -46,7 +48,13 @@ class Classifier:
         self._model.load_state_dict(load_file(weights / "classifier.safetensors"))
 
     def __call__(self, images: np.ndarray) -> Seen:
-        """What it sees in `images` [N, 64, 64, 3] uint8."""
+        """What it sees in `images` [N, 64, 64, 3] uint8; raises ValueError for others."""
+        if images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3):
+            size, seen = f"{IMAGE_SIZE} x {IMAGE_SIZE}", " x ".join(map(str, images.shape[1:3]))
+            raise ValueError(
+                f"the glyphs' classifier reads images of {size} pixels, these have {seen}: "
+                "give --inception and --reference"
+            )
         return classifier.look(self._model, images)
 
 
@@ -111,11 +119,14 @@ def load_reference(path: Path, judge: Judge) -> Reference:
     """Real images as `judge` sees them: a folder, images [N, H, W, 3] in an .npz, or statistics.
 
     An .npz has ADM's layout: mu and sigma (mu_s and sigma_s), else arr_0; with both, precision and
-    recall come from the images. Raises ValueError for a file with neither, for a folder of fewer
-    than 2 pictures, and for pictures of different sizes.
+    recall come from the images. Raises ValueError for any other file, for a folder of fewer than 2
+    pictures, and for pictures of different sizes.
     """
     if path.is_dir():
         return _reference_of(Seen.join(map(judge, _pictures(path))))
+    if not zipfile.is_zipfile(path):
+        path.stat()  # a missing file says so itself
+        raise ValueError(f"{path} is neither a folder of images nor an .npz")
     with np.load(path) as file:
         if "arr_0" not in file:
             return Reference.load(path)

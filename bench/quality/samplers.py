@@ -123,7 +123,8 @@ def _scheduled(name: str, steps: int, shift: float) -> Sampler:
         scheduler.set_begin_index(0)
         x = torch.from_numpy(noise)
         for sigma, step in zip(scheduler.sigmas.tolist(), scheduler.timesteps, strict=False):
-            v = torch.from_numpy(velocity(x.numpy(), 1 - sigma))
+            # Rounded, because guidance may begin just here, and sigma has float32's error.
+            v = torch.from_numpy(velocity(x.numpy(), round(1 - sigma, 6)))
             x = scheduler.step(-v, step, x).prev_sample
         return x.numpy()
 

@@ -2,8 +2,9 @@
 
 Measures every point of bench/study/points.py: images are made, looked at, timed in turns with H8,
 and compared with the exact solution of the flow. Each point is written to a JSON file as it is
-done, and not done again while that file and the models are the same; images already made are kept.
-The points of the curves come first and have more images than those of the other sections.
+done, and not done again; images already made are kept. A file of other models or settings is
+refused, points of another refiner than the file's are measured anew. The points of the curves come
+first and have more images than those of the other sections.
 Ends with a report, which `--report-only` writes from the file alone.
 """
 
@@ -17,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench.observe import hardware
+from bench.observe import hardware, write_json
 from bench.quality.engine import Engine, Exact, schedule_evaluations
 from bench.quality.evaluate import Eyes, models_digest
 from bench.quality.images import BATCH
@@ -29,12 +30,12 @@ from flowturbo import contract
 from flowturbo.errors import FlowTurboError
 from flowturbo.guidance import Guidance
 from flowturbo.repository import BUILD_FILE, Settings
-from flowturbo.schedule import Schedule
+from flowturbo.schedule import Schedule, read_shift
 
 STABILITY_IMAGES = 36
 # In an image's evaluations of the predictor, for an estimate of time only: what dopri5 and an exact
 # solution (in float32) take, and an evaluation of the refiner.
-_ADAPTIVE_EVALUATIONS, _EXACT_EVALUATIONS, _REFINER_COST = 100, 200, 0.2
+_ADAPTIVE_EVALUATIONS, _EXACT_EVALUATIONS, _REFINER_COST = 100.0, 200.0, 0.2
 
 _FORM = ("engine", "runtime", "precision")  # of a model that is the same
 
@@ -48,11 +49,12 @@ def main(argv: Sequence[str]) -> int:
     """
     args = _parser().parse_args(argv)
     try:
-        study: Study = json.loads(args.json.read_text()) if args.json.exists() else {"points": {}}
+        known = args.report_only or args.json.exists()
+        study: Study = json.loads(args.json.read_text()) if known else {"points": {}}
         if not args.report_only:
             _measure(study, args)
         print(report.write(study, args.json, args.report))
-    except (FlowTurboError, OSError, ValueError) as error:
+    except (FlowTurboError, OSError, ValueError, re.error) as error:
         print(f"study: {error}", file=sys.stderr)
         return 2
     return 0
@@ -104,19 +106,19 @@ def _measure(study: Study, args: argparse.Namespace) -> None:
         "hardware": {name: value for name, value in hardware().items() if name != "gib"},
         "precision": bench.engines[MAIN].pipeline.precision,
         "models": models_digest(args.repository),
+        "flow": bench.exact.digest,
         "judge": "Inception-v3" if args.inception else "the glyphs' classifier",
+        "reference": bench.eyes.digest,
         "guidance_scale": args.guidance_scale,
         "guided_scale": guided,
         "size": asdict(Size(args.images, args.other_images)),
+        "rounds": args.rounds,
     }
     _check_same(study, settings, args.json)
     refiners = [name for name in bench.repositories if name != MAIN]
-    study |= {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **settings,
-        "refiners": list(dict.fromkeys([*study.get("refiners", []), *refiners])),
-    }
-    points = [p for p in unique(sections_of(study)) if p.repository in bench.repositories]
+    study |= settings
+    study["refiners"] = list(dict.fromkeys([*study.get("refiners", []), *refiners]))
+    points = [point for point in unique(sections_of(study)) if _can_run(point, bench)]
     wanted = [point for point in points if re.search(args.only, str(point))]
     missing = [point for point in wanted if not _done(study, point, bench)]
     estimate_s = bench.seconds_an_evaluation() * _evaluations(missing, bench)
@@ -132,9 +134,18 @@ def _measure(study: Study, args: argparse.Namespace) -> None:
         }
     for number, point in enumerate(missing, 1):
         study["points"][str(point)] = found = bench.point(point)
-        _write(study, args.json)
+        study["date"] = datetime.date.today().isoformat()
+        write_json(study, args.json)
         print(f"{number}/{len(missing)} {point}: {report.in_words(found)}", flush=True)
-    _write(study, args.json)
+    write_json(study, args.json)
+
+
+def _can_run(point: Point, bench: Bench) -> bool:
+    """Whether there is a repository for it, with a refiner if it has refiner steps."""
+    engine, schedule = bench.engines.get(point.repository), point.recipe.schedule
+    if engine is None or schedule is None:
+        return engine is not None
+    return engine.pipeline.has_refiner or not schedule.refines
 
 
 def _check_same(study: Study, settings: Study, path: Path) -> None:
@@ -142,7 +153,7 @@ def _check_same(study: Study, settings: Study, path: Path) -> None:
     would pass for each other.
     """
     for name, value in settings.items():
-        if study["points"] and study.get(name, value) != value:
+        if study.get(name, value) != value:
             raise ValueError(
                 f"{path} is of {name} {study[name]}, this would be of {value}: "
                 "give another --json and --report"
@@ -156,13 +167,14 @@ def _bench(args: argparse.Namespace) -> Bench:
             _check_predictor(path, args.repository)
             repositories[name] = path
     args.work.mkdir(parents=True, exist_ok=True)
+    engines = {name: Engine(path) for name, path in repositories.items()}
     return Bench(
-        {name: Engine(path) for name, path in repositories.items()},
+        engines,
         repositories,
         Exact.of_repository(
             args.predictor or args.weights / "predictor.safetensors", args.repository
         ),
-        Eyes.open(args.weights, args.inception, args.reference),
+        Eyes.open(args.weights, args.inception, args.reference, engines[MAIN].pipeline.num_classes),
         args.work,
         args.rounds,
     )
@@ -196,23 +208,15 @@ def _evaluations(points: Sequence[Point], bench: Bench) -> float:
     for guidance in {point.recipe.guidance for point in points}:
         total += timed * _EXACT_EVALUATIONS * (2 if guidance.used else 1)
     for point in points:
-        schedule, steps = point.recipe.schedule, re.findall("[0-9]+", point.recipe.sampler)
-        each = float(_ADAPTIVE_EVALUATIONS)
+        schedule, (name, _, steps) = point.recipe.schedule, point.recipe.sampler.partition(":")
         if schedule is not None:
             predictor, refiner = schedule_evaluations(schedule)
             each = predictor + _REFINER_COST * refiner
-        elif not point.recipe.sampler.startswith("dopri5"):
-            each = sum(map(int, steps))
+        else:
+            each = _ADAPTIVE_EVALUATIONS if name == "dopri5" else float(read_shift(steps)[0])
         rows = 2 if point.recipe.guidance.used else 1
         total += rows * (point.images * each + timed * beside)
     return total
-
-
-def _write(study: Study, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(study, indent=1) + "\n")
-    partial.rename(path)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from bench.quality.metrics import half_width
-from bench.study.figures import family
-from bench.study.measure import BASELINE
+from bench.study.figures import family, time_share
 
 Found = dict[str, Any]  # one point's figures
 
@@ -39,14 +38,12 @@ def rivals(points: Iterable[Found], heun: Found, figure: str) -> dict[str, Rival
     `figure` is FRECHET or EXACT. Times are each point's in turns with the same schedule, so that
     both had the same machine.
     """
-    # The baseline in turns with itself tells of noise alone.
-    beside = 1.0 if heun["sampler"] == BASELINE else heun["ratio"]["median"]
     found: dict[str, Rival] = {}
     for each in points:
         kind, apart = family(each["sampler"]), difference(each, heun, figure)
         if each is heun or kind is None or apart is None or apart[0] > AS_GOOD * heun[figure]:
             continue
-        name, share = kind[0], each["ratio"]["median"] / beside
+        name, share = kind[0], time_share(each) / time_share(heun)
         if name not in found or share < found[name].share:
             found[name] = Rival(each["sampler"], share, *apart)
     return found

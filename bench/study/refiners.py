@@ -7,11 +7,14 @@ stopped.
 """
 
 import argparse
+import hashlib
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from flowturbo.errors import FlowTurboError
+from flowturbo.nets.checkpoint import sha256
 from flowturbo.repository import Pipeline
 from training.__main__ import glyph_latents
 
@@ -31,29 +34,54 @@ REFINERS = {
 }
 
 
-def main() -> None:
-    """Trains and exports what is missing."""
+def main(argv: Sequence[str]) -> int:
+    """Trains and exports what is missing.
+
+    Returns the exit status: 2, and one line on stderr, for what the user can put right.
+    """
     parser = argparse.ArgumentParser(prog="python -m bench.study.refiners", description=__doc__)
     parser.add_argument("--weights", type=Path, default=Path("weights/glyphs"))
     parser.add_argument("--repository", type=Path, default=Path("model_repository"))
     parser.add_argument("--data", type=Path, help="latents; default: the glyphs', encoded here")
     parser.add_argument("--runs", type=Path, default=Path("runs/glyphs"), help="data")
     parser.add_argument("--out", type=Path, default=FOLDER, help="repositories and states")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    try:
+        _train(args)
+    except (FlowTurboError, OSError, subprocess.CalledProcessError) as error:
+        print(f"refiners: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _train(args: argparse.Namespace) -> None:
     weights, out = args.weights, args.out
-    data = args.data or glyph_latents(weights / "vae", args.runs)
     pipeline = Pipeline.load(args.repository)
+    data = args.data or glyph_latents(weights / "vae", args.runs)
     for name, options in REFINERS.items():
-        refiner = out / f"{name}.safetensors"
+        # By what it comes from: one of other options or weights is another.
+        refiner = out / f"{name}_{_digest(options, weights)}.safetensors"
         if not refiner.exists():
             training = ["--predictor", weights / "predictor.safetensors", "--data", data]
-            training += ["--sample-every", 0, "--runs", out / f"{name}.run", "--out", refiner]
+            training += [
+                "--sample-every",
+                0,
+                "--runs",
+                refiner.with_suffix(".run"),
+                "--out",
+                refiner,
+            ]
             _run("training.refiner", *training, *_options(options, weights))
         # As the pipeline that it is compared with, whatever would be the fastest now.
         form = ["--precision", pipeline.precision, "--runtime", pipeline.runtime]
         parts = ["--predictor", weights / "predictor.safetensors", "--refiner", refiner]
         parts += ["--vae", weights / "vae", "--class-names", weights / "classes.txt"]
         _run("export", *parts, *form, "--repository", out / name)
+
+
+def _digest(options: str, weights: Path) -> str:
+    read = (sha256(weights / f"{network}.safetensors") for network in ("predictor", "refiner"))
+    return hashlib.sha256("".join([options, *read]).encode()).hexdigest()[:8]
 
 
 def _options(text: str, weights: Path) -> Sequence[str]:
@@ -69,4 +97,4 @@ def _run(module: str, *words: object) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -5,6 +5,9 @@ What people found in them is beside the JSON, in `<its name>_findings.md`, and c
 
 from __future__ import annotations
 
+import math
+import os
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ from typing import Any
 from bench.quality.engine import EXACT_TOLERANCE, Recipe
 from bench.quality.metrics import BLOCKS
 from bench.study import equal, figures
-from bench.study.points import CURVES, MAIN, Point, Section, measured, sections_of
+from bench.study.points import CURVES, MAIN, Point, Section, measured, sections_of, unique
 
 Study = dict[str, Any]
 Found = dict[str, Any]  # one point's figures
@@ -26,8 +29,9 @@ said, in process, batches of 25 images, decoder included. {curves:,} images a po
 {judge}. Made by `python -m bench.study`.
 
 - **Evaluations** of predictor + refiner an image. A guided one is of two rows.
-- **ms/image**: the median of {rounds} batches; **of H8's**: the ratio to H8 at the same guidance,
-  run in turns with it, median (least to most).
+- **Of H8's time**: the ratio to H8 at the same guidance, run in turns with it, median (least to
+  most) of {rounds} batches. Here H8 took {ms:.0f} ms an image at guidance {scale:g}, {least:.0f} to
+  {most:.0f} as the machine had other work.
 - **Fréchet**: distance between the features of the images and of real ones, ± half the 95%
   interval of a jackknife over {blocks} disjoint blocks of seeds. It falls with the number of
   images: compare at equal numbers. **− H8**: the difference from H8 at the same guidance, its
@@ -44,35 +48,36 @@ def write(study: Study, json_path: Path, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     findings = json_path.with_name(f"{json_path.stem}_findings.md")
     said = findings.read_text("utf-8") if findings.exists() else ""
-    path.write_text(markdown(study, [_relative(plot, path.parent) for plot in plots], said))
+    path.write_text(markdown(study, [os.path.relpath(plot, path.parent) for plot in plots], said))
     return path
-
-
-def _relative(plot: Path, folder: Path) -> str:
-    try:
-        return plot.resolve().relative_to(folder.resolve()).as_posix()
-    except ValueError:
-        return plot.as_posix()
 
 
 def markdown(study: Study, plots: Sequence[str], findings: str) -> str:
     """The whole text; `plots` are the paths of the figures from it."""
     points = list(study["points"].values())
+    scale = study["guidance_scale"]
+    h8_ms = [p["baseline_ms_per_image"] for p in points if p["guidance_scale"] == scale]
     parts = [
         _INTRODUCTION.format(
-            date=study["date"][:10],
+            date=study["date"],
             cpu=study["hardware"]["cpu"],
             cores=study["hardware"]["cores"],
             precision=study["precision"],
-            scale=study["guidance_scale"],
+            scale=scale,
+            ms=statistics.median(h8_ms or [math.nan]),
+            least=min(h8_ms, default=math.nan),
+            most=max(h8_ms, default=math.nan),
             **study["size"],
             judge=study["judge"],
-            rounds=max((point["rounds"] for point in points), default=0),
+            rounds=study["rounds"],
             compared=max((point["exact_images"] for point in points), default=0),
             blocks=BLOCKS,
             tolerance=EXACT_TOLERANCE,
         )
     ]
+    listed = unique(sections_of(study))
+    if missing := sum(str(point) not in study["points"] for point in listed):
+        parts.append(f"Not measured yet: {missing} of {len(listed)} points.")
     parts += [findings, _equal(study)]
     parts += [f"![{Path(plot).stem.replace('_', ' ')}]({plot})" for plot in plots]
     parts.append(_stable(study["stability"]))
@@ -188,8 +193,7 @@ def _plain(key: str, form: str) -> Callable[[Study, Point, Found], str]:
 _COLUMNS: tuple[tuple[str, Callable[[Study, Point, Found], str]], ...] = (
     ("sampler", _name),
     ("evaluations", lambda _, __, found: f"{found['predictor']} + {found['refiner']}"),
-    ("ms/image", _plain("ms_per_image", ".1f")),
-    ("of H8's", _ratio),
+    ("of H8's time", _ratio),
     ("Fréchet", _with_interval("frechet_distance", "frechet_interval")),
     ("− H8", _less),
     ("spatial", _plain("spatial_frechet_distance", ".3f")),

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from bench.capacity.block_times import BlockTimes
-from bench.observe import hardware
+from bench.observe import hardware, write_json
 from bench.quality.engine import Engine, Recipe
 from bench.quality.evaluate import Eyes, Local, described, models_digest
 from bench.quality.images import ImageFolder
@@ -81,17 +81,20 @@ def _tune(args: argparse.Namespace) -> str:
     """Searches and writes; what to tell the user."""
     if args.latents < FEWEST:
         raise ValueError(f"--latents must be at least {FEWEST}, got {args.latents}")
+    if args.judged < FEWEST:
+        raise ValueError(f"--judged must be at least {FEWEST}, got {args.judged}")
     pipeline = LocalPipeline(args.repository)
     scale = args.guidance_scale
     guidance = Guidance(pipeline.settings.default_guidance_scale if scale is None else scale)
     elsewhere = runs_elsewhere(args.repository, pipeline)
     cost = Cost.of(_times(args, guidance, elsewhere), args.images, guidance)
     paper = built_in(has_refiner=pipeline.pipeline.has_refiner)[DEFAULT]
-    cap_ms = args.latency_ms or CAP * cost.ms(paper)
+    cap_ms = CAP * cost.ms(paper) if args.latency_ms is None else args.latency_ms
+    judge = _judge(args) if args.metric == "frechet" else None  # refused before the search
     stages, metric = _search(args, pipeline, guidance, cost, paper, cap_ms)
     tried = stages[-1]
-    if args.metric == "frechet":
-        tried, metric = _judged(args, tried, paper, guidance), "Fréchet distance"
+    if judge:
+        tried, metric = _judged(args, *judge, tried, paper, guidance), "Fréchet distance"
     found = choice.choose(tried, paper, cap_ms, args.quality)
     times_of = str(args.times) if args.times else "this process"
     figures_of = f"the ONNX files in {pipeline.pipeline.runtime}, in this process"
@@ -107,7 +110,7 @@ def _tune(args: argparse.Namespace) -> str:
         "figures_of": figures_of,
         **_circumstances(args.repository, pipeline, cost),
     }
-    report.write(stated, args.out)
+    write_json(stated, args.out)
     labels = f"ms, a lone request, images: {args.images}", metric
     report.draw(tried, found, labels, args.out.with_suffix(".png"))
     clocked = None
@@ -166,12 +169,21 @@ def _search(
     return stages, f"distance to {whose}"
 
 
+def _judge(args: argparse.Namespace) -> tuple[Engine, Eyes]:
+    engine = Engine(args.repository)
+    classes = engine.pipeline.num_classes
+    return engine, Eyes.open(args.weights, args.inception, args.reference, classes)
+
+
 def _judged(
-    args: argparse.Namespace, tried: Sequence[Rated], paper: Schedule, guidance: Guidance
+    args: argparse.Namespace,
+    engine: Engine,
+    eyes: Eyes,
+    tried: Sequence[Rated],
+    paper: Schedule,
+    guidance: Guidance,
 ) -> list[Rated]:
     """The finalists of `tried`, and `paper`, by the Fréchet distance of their images."""
-    engine = Engine(args.repository)
-    eyes = Eyes.open(args.weights, args.inception, args.reference)
     found = []
     for each in finalists(tried, args.finalists, [paper]):
         recipe = Recipe(str(each.schedule), guidance.scale, variant=engine.settings.variant)

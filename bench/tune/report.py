@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from bench.tune.choice import Choice, Rated
 
@@ -33,14 +31,6 @@ def table(found: Choice, in_process_ms: Sequence[float] | None) -> str:
 def _words(rated: Rated, measured: str) -> str:
     figure = f"{rated.score.value:.4g} ± {rated.score.interval:.2g}"
     return f"{rated.schedule!s:<10} {rated.ms:8.1f}{measured}  {figure:<20}"
-
-
-def write(document: Mapping[str, Any], path: Path) -> None:
-    """The JSON file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(document, indent=1) + "\n")
-    partial.replace(path)
 
 
 def draw(
