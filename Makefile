@@ -37,7 +37,7 @@ export: setup  ## the glyphs model to the model repository; nothing to do if it 
 serve: export  ## until Ctrl-C
 	$(BIN)/python -m flowturbo.serve --repository $(REPOSITORY)
 
-quality: export  ## recognition and Fréchet distance of 1,000 images, H8 and the default schedule
+quality: export  ## recognition and Fréchet distance of 1,000 images: H8, H1P5R3 and the default
 	$(BIN)/python -m bench.quality --repository $(REPOSITORY) --weights $(GLYPHS) \
 	  --json $(GLYPHS)/quality.json
 

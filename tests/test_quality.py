@@ -220,6 +220,13 @@ def test_other_weights_are_refused(tmp_path: Path) -> None:
         Eyes.open(GLYPHS, tmp_path / "other.pth", None)
 
 
+def test_the_glyphs_judge_is_for_glyphs() -> None:
+    with pytest.raises(ValueError, match="knows 36 classes, the model has 1000: give --inception"):
+        Eyes.open(GLYPHS, None, None, 36, 1000)
+    with pytest.raises(ValueError, match="reads images of 64 x 64 pixels, these have 32 x 64"):
+        Classifier(GLYPHS)(np.zeros((2, 32, 64, 3), np.uint8))
+
+
 @pytest.mark.parametrize("interval", [(0.0, 1.0), (0.3, 0.7)])
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_the_velocity_is_the_programs(
@@ -296,6 +303,7 @@ def test_the_command_goes_on_with_its_images(
         (["--schedule", "P4", "unipc:4", "--server", "localhost:1"], "not unipc:4"),
         (["--schedule", "P4", "--server", "localhost:1"], "localhost:1"),
         (["--schedule", "P4", "--reference", "nowhere.npz"], "nowhere.npz"),
+        (["--schedule", "P4", "--reference", __file__], "neither a folder of images nor an .npz"),
         (["--schedule", "P4", "--exact", "2", "--predictor", "missing.pt"], "missing.pt"),
     ],
 )
@@ -312,8 +320,9 @@ def test_what_is_wrong_is_said_before_images_are_made(
     assert line.startswith("quality: ")
     assert said in line
     assert not list(tmp_path.rglob("*.png"))
-    with pytest.raises(SystemExit):
-        command.main(["--server", "localhost:1", "--exact", "2"])
+    for refused in (["--server=localhost:1", "--exact=2"], ["--npz"], ["--images=0"]):
+        with pytest.raises(SystemExit):
+            command.main(refused)
 
 
 def test_rows_are_written_as_they_are_done(
@@ -344,6 +353,7 @@ def test_exact_is_guided_as_the_repository_is(golden_repository: Path, tmp_path:
         return exact.velocity(labels, guidance)(x, 0.5)
 
     plain = Exact(predictor, num_heads=2)
+    assert plain.digest != Exact(predictor, num_heads=4).digest
     same = Exact.of_repository(predictor, repository)
     assert same.digest == plain.digest
     np.testing.assert_array_equal(guided(same), guided(plain))

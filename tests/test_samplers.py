@@ -5,6 +5,7 @@ import pytest
 
 from bench.quality.samplers import MOST_EVALUATIONS, Counted, dopri5, parse
 from flowturbo.errors import RequestError
+from flowturbo.guidance import Guidance
 
 MEAN, DEVIATION = 0.7, 0.4
 NOISE = np.random.default_rng(0).standard_normal((8, 2, 2, 2))
@@ -69,7 +70,21 @@ def test_grids_may_be_shifted(name: str) -> None:
         return velocity(x, t)
 
     parse(f"{name}:4@3")(noted, NOISE)
-    assert seen == pytest.approx([0, 0.1, 0.25, 0.5], abs=1e-5)
+    assert seen == pytest.approx([0, 0.1, 0.25, 0.5])
+
+
+@pytest.mark.parametrize("name", ["unipc", "dpm"])
+@pytest.mark.parametrize("steps", [3, 5, 7, 10])
+def test_guidance_begins_on_the_grid_as_a_schedules(name: str, steps: int) -> None:
+    for low in range(steps):
+        seen: list[bool] = []
+
+        def noted(x: np.ndarray, t: float) -> np.ndarray:
+            seen.append(Guidance(3.0, (low / steps, 1.0)).active(t))  # noqa: B023
+            return velocity(x, t)
+
+        parse(f"{name}:{steps}")(noted, NOISE)
+        assert seen == [k >= low for k in range(steps)]
 
 
 @pytest.mark.parametrize(

@@ -168,6 +168,14 @@ def test_what_a_study_is_of_stays(
     assert "give another --json" in capsys.readouterr().err
 
 
+def test_a_study_makes_images(
+    arguments: list, golden_repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments[1] = str(golden_repository)
+    assert study.main(arguments) == 2
+    assert "makes latents only: export it with --vae" in capsys.readouterr().err
+
+
 def test_a_report_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert study.main(["--report-only", "--json", str(tmp_path / "study.json")]) == 2
     assert "study.json" in capsys.readouterr().err

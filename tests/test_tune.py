@@ -188,6 +188,8 @@ def test_command(
     assert "no schedule takes 5 ms or less, H1 takes 11.5" in capsys.readouterr().err
     assert main([*common[:4], "--latency-ms", "30", "--latents", "9"]) == 2
     assert "--latents must be at least 50, got 9" in capsys.readouterr().err
+    assert main([*common, "--latency-ms", "0"]) == 2
+    assert "no schedule takes 0 ms or less" in capsys.readouterr().err
 
 
 def test_what_runs_elsewhere_is_not_measured_here(
@@ -239,12 +241,15 @@ def test_frechet_distance(
     options = ["--metric", "frechet", "--judged", "36", "--finalists", "2", "--latents", "50"]
     paths = ["--weights", str(GLYPHS), "--cache", str(tmp_path), "--out", str(out)]
     repository = ["--repository", str(glyphs_repository), "--times", str(file)]
+    assert main([*repository, "--latency-ms", "13", *options, *paths]) == 2
+    assert "--judged must be at least 50, got 36" in capsys.readouterr().err
+    options[3] = "50"
     assert main([*repository, "--latency-ms", "13", *options, *paths]) == 0
     assert "Fréchet distance; images: 1" in capsys.readouterr().out
     stated = json.loads(out.read_text())
-    assert stated["judged"] == 36
+    assert stated["judged"] == 50
     assert len(stated["front"]) <= 2
     folders = [path for path in tmp_path.iterdir() if path.is_dir()]
     assert len(folders) == 3  # of two finalists and the paper's
     assert "H1P5R3" in {folder.name.split("_")[0] for folder in folders}
-    assert all(len(list(folder.glob("*.png"))) == 36 for folder in folders)
+    assert all(len(list(folder.glob("*.png"))) == 50 for folder in folders)

@@ -102,14 +102,7 @@ class Made:
 
 
 class Engine(LocalPipeline):
-    """A repository with a decoder, run in this process by schedules and by baselines alike.
-
-    Raises RepositoryError without a decoder.
-    """
-
-    def __init__(self, repository: Path) -> None:
-        super().__init__(repository)
-        check_decoder(repository, self.pipeline)
+    """A repository with a decoder, run in this process by schedules and by baselines alike."""
 
     def make(self, recipe: Recipe, labels: Array, seeds: Array) -> Made:
         """Images of the classes `labels` [n] from `seeds` [n]."""

@@ -118,13 +118,12 @@ def _scheduled(name: str, steps: int, shift: float) -> Sampler:
         scheduler = _SCHEDULERS[name]()
         scheduler.set_timesteps(steps)
         # Its own grid ends, or starts, a thousandth off; times are read from here alone.
-        sigmas = 1 - torch.tensor(time_grid(steps, shift))
-        scheduler.sigmas = sigmas.float().clamp(max=_FIRST_SIGMA)
+        grid = time_grid(steps, shift)
+        scheduler.sigmas = (1 - torch.tensor(grid)).float().clamp(max=_FIRST_SIGMA)
         scheduler.set_begin_index(0)
         x = torch.from_numpy(noise)
-        for sigma, step in zip(scheduler.sigmas.tolist(), scheduler.timesteps, strict=False):
-            # Rounded, because guidance may begin just here, and sigma has float32's error.
-            v = torch.from_numpy(velocity(x.numpy(), round(1 - sigma, 6)))
+        for t, step in zip(grid, scheduler.timesteps, strict=False):
+            v = torch.from_numpy(velocity(x.numpy(), t))
             x = scheduler.step(-v, step, x).prev_sample
         return x.numpy()
 

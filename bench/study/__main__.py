@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.observe import hardware, write_json
-from bench.quality.engine import Engine, Exact, schedule_evaluations
+from bench.quality.engine import Engine, Exact, check_decoder, schedule_evaluations
 from bench.quality.evaluate import Eyes, models_digest
 from bench.quality.images import BATCH
 from bench.study import report
@@ -168,6 +168,8 @@ def _bench(args: argparse.Namespace) -> Bench:
             repositories[name] = path
     args.work.mkdir(parents=True, exist_ok=True)
     engines = {name: Engine(path) for name, path in repositories.items()}
+    for name, engine in engines.items():
+        check_decoder(repositories[name], engine.pipeline)
     return Bench(
         engines,
         repositories,

@@ -20,7 +20,7 @@ import numpy as np
 
 from bench.capacity.block_times import BlockTimes
 from bench.observe import hardware, write_json
-from bench.quality.engine import Engine, Recipe
+from bench.quality.engine import Engine, Recipe, check_decoder
 from bench.quality.evaluate import Eyes, Local, described, models_digest
 from bench.quality.images import ImageFolder
 from bench.quality.metrics import BLOCKS
@@ -171,6 +171,7 @@ def _search(
 
 def _judge(args: argparse.Namespace) -> tuple[Engine, Eyes]:
     engine = Engine(args.repository)
+    check_decoder(args.repository, engine.pipeline)
     classes = engine.pipeline.num_classes
     return engine, Eyes.open(args.weights, args.inception, args.reference, classes)
 
