@@ -213,9 +213,8 @@ def main(argv: Sequence[str]) -> int:
             print(f"{index['count']} latents in {args.out}, {index['skipped']} images skipped")
     except (FlowTurboError, OSError) as error:
         tell("latents", error)
-        return 2
-    finally:
-        processes().destroy_process_group()
+        return 2  # on GPUs, to leave the group would wait for the others; the launcher ends them
+    processes().destroy_process_group()
     return 0
 
 

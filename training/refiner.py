@@ -95,9 +95,8 @@ def main(argv: Sequence[str]) -> int:
         _run(args)
     except (FlowTurboError, FloatingPointError, OSError) as error:
         tell("refiner", error)
-        return 2
-    finally:
-        processes().destroy_process_group()
+        return 2  # on GPUs, to leave the group would wait for the others; the launcher ends them
+    processes().destroy_process_group()
     return 0
 
 
