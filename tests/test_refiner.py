@@ -338,6 +338,8 @@ def test_tiles() -> None:
         (("--step-range", "0.2", "0.1"), "0 <= smallest < largest <= 1, got 0.2 to 0.1"),
         (("--learning-rate", "0"), "learning_rate must be above 0, got 0.0"),
         (("--ema-decay", "1"), "ema_decay must be from 0 to below 1, got 1.0"),
+        (("--out", "refiner.pt"), "--out must be a file that ends in .safetensors, got refiner.pt"),
+        (("--out", "{folder}"), "--out must be a file that ends in .safetensors"),
         (("--width", "96"), "--width 96 needs --heads, only 384"),
         (("--width", "30", "--heads", "4"), "--heads, got width 30, heads 4"),
         (("--sample-schedule", "R3"), "no velocity cached"),
@@ -356,6 +358,8 @@ def test_what_is_refused(
 ) -> None:
     # On GPUs it waits for all processes, of which only this one may have failed.
     monkeypatch.setattr(PartialState, "destroy_process_group", lambda _: pytest.fail("it waits"))
+    (tmp_path / "folder.safetensors").mkdir()
+    more = tuple(word.format(folder=tmp_path / "folder.safetensors") for word in more)
     assert main(arguments(data, tmp_path, *more)) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "refiner.state.pt").exists()

@@ -101,6 +101,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    if args.out.suffix != ".safetensors" or args.out.is_dir():
+        raise PlanError(f"--out must be a file that ends in .safetensors, got {args.out}")
     recipe = Recipe(Rule(args.recipe), *args.step_range, *args.train_guidance)
     plan = replace(PAPER, **{name: getattr(args, name) for name in _PLAN_OPTIONS})
     plan.check_processes(processes().num_processes)
