@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -392,6 +393,40 @@ def test_training_goes_on_from_a_refiner(data: Path, tmp_path: Path) -> None:
     )
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, other[name])
+
+
+def test_weights_of_a_checkpoint_that_holds_both(data: Path, tmp_path: Path) -> None:
+    """Of the public training script, with twice the channels; both roles say which they take."""
+
+    def write(name: str, models: dict[str, SiT]) -> str:
+        torch.save({k: m.state_dict() for k, m in models.items()}, tmp_path / name)
+        return str(tmp_path / name)
+
+    def network(seed: int, **changes: int) -> SiT:
+        torch.manual_seed(seed)
+        model = SiT(replace(CONFIG, **changes))
+        torch.nn.init.normal_(model.final_layer.linear.weight, std=0.2)
+        return model
+
+    model, ema = (network(seed, out_channels=8) for seed in (1, 2))
+    both = write("predictor.pt", {"model": model, "ema": ema})
+    only = str(tmp_path / "predictor.safetensors")
+    save_weights(ema, Path(only))
+    starts = {"model": network(3, in_channels=8), "ema": network(4, in_channels=8)}
+    start = ("--start", write("start.pt", starts), "--start-weights", "ema")
+    common = ("--steps", "1", "--learning-rate", "1e-12", *start)
+    found = {}
+    for name, more in {
+        "both": ("--predictor", both),
+        "ema": ("--predictor", only),
+        "model": ("--predictor", both, "--weights", "model"),
+    }.items():
+        assert main(arguments(data, tmp_path / name, *common, *more)) == 0
+        found[name] = losses(tmp_path / name)
+    assert found["both"] == found["ema"] != found["model"]
+    tensors = load_checkpoint(tmp_path / "both" / "refiner.safetensors").tensors
+    for key, tensor in starts["ema"].state_dict().items():
+        torch.testing.assert_close(tensors[key], tensor)
 
 
 def test_a_start_that_does_not_fit_is_refused(

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from flowturbo.errors import FlowTurboError
 from flowturbo.nets.checkpoint import (
     KNOWN_HEADS,
-    build_network,
-    check_refiner,
-    load_checkpoint,
+    WEIGHTS_KEYS,
+    load_predictor,
+    load_refiner,
     sha256,
 )
 from flowturbo.nets.sit import SiT, SiTConfig, refiner_config
@@ -106,11 +106,7 @@ def _run(args: argparse.Namespace) -> None:
     recipe = Recipe(Rule(args.recipe), *args.step_range, *args.train_guidance)
     plan = replace(PAPER, **{name: getattr(args, name) for name in _PLAN_OPTIONS})
     plan.check_processes(processes().num_processes)
-    predictor = build_network(
-        load_checkpoint(args.predictor, args.weights),
-        reads_velocity=False,
-        num_heads=args.num_heads,
-    )
+    predictor = load_predictor(args.predictor, args.weights, args.num_heads)
     model = _model(args, predictor.config)
     vae = _load_vae(args.vae, predictor.config) if args.vae else None
     source = _open_data(args, predictor.config, vae)
@@ -146,6 +142,7 @@ def _identity(args: argparse.Namespace, source: Shards | EncodedImages) -> dict[
     return {
         **{name: sha256(path) if path else "" for name, path in files.items()},
         "weights": str(args.weights),
+        "start_weights": str(args.start_weights),
         "predictor_heads": str(args.num_heads),
         "data": source.digest,
     }
@@ -156,9 +153,7 @@ def _model(args: argparse.Namespace, predictor: SiTConfig) -> SiT:
     if args.start and (args.width or args.depth != 1):
         raise PlanError("--start has a depth and a width of its own: leave --depth and --width out")
     if args.start:
-        checkpoint = load_checkpoint(args.start, args.weights)
-        model = build_network(checkpoint, reads_velocity=True, num_heads=args.heads)
-        check_refiner(model.config, predictor)
+        model = load_refiner(args.start, predictor, args.start_weights, args.heads)
         return model.requires_grad_(True)
     torch.manual_seed(args.seed)
     model = SiT(_architecture(args, predictor))
@@ -234,7 +229,8 @@ def _parser() -> argparse.ArgumentParser:
     pace = Pace()
     add = parser.add_argument
     add("--predictor", type=Path, required=True, help="SiT checkpoint, .pt or .safetensors")
-    add("--weights", choices=("model", "ema"), help="of a .pt that holds both")
+    both = "of a .pt that holds both"
+    add("--weights", choices=WEIGHTS_KEYS, help=f"the predictor's, {both} (default: ema)")
     add("--num-heads", type=positive, help="the predictor's, where its width does not tell")
     add("--data", type=Path, required=True, help="folder of latents, or of images")
     add("--vae", type=Path, help="AutoencoderKL folder, for images and for pictures of samples")
@@ -266,6 +262,7 @@ def _parser() -> argparse.ArgumentParser:
         help="range of the guidance scales at which velocities are refined",
     )
     add("--start", type=Path, help="refiner checkpoint to start from, not random weights")
+    add("--start-weights", choices=WEIGHTS_KEYS, help=f"its, {both} (default: model)")
     add("--depth", type=positive, default=1, help="blocks of the refiner")
     add("--width", type=positive, help="of the refiner (default: the predictor's)")
     add("--heads", type=positive, help="of the refiner, where the width does not tell")
