@@ -210,7 +210,10 @@ def main(argv: Sequence[str]) -> int:
         Writer(images, vae, args.out, storage, batch=args.batch, skip_bad=args.skip_bad).write()
         if processes().is_main_process:
             index = json.loads((args.out / INDEX).read_text())
-            print(f"{index['count']} latents in {args.out}, {index['skipped']} images skipped")
+            print(
+                f"{index['count']} latents in {args.out}, {index['skipped']} images "
+                f"and {images.empty} empty class folders skipped"
+            )
     except (FlowTurboError, OSError) as error:
         tell("latents", error)
         return 2  # on GPUs, to leave the group would wait for the others; the launcher ends them

@@ -190,6 +190,7 @@ def _open_data(
 ) -> Shards | EncodedImages:
     """Latents if there is an index of them, else images; says what was skipped."""
     source: Shards | EncodedImages
+    empty = ""
     if not args.data.is_dir():
         raise DataError(f"{args.data} is not a folder")
     if is_sharded(args.data):
@@ -205,11 +206,12 @@ def _open_data(
         size = model.latent_size * 2 ** (len(vae.config.block_out_channels) - 1)
         pictures = list_pictures(args.data, size, flip=args.flip, skip_bad=args.skip_bad)
         source = EncodedImages(pictures, vae, model, skip_bad=args.skip_bad)
+        empty = f" ({pictures.empty} empty)"
     if processes().is_main_process:
         classes = len(source.class_names)
         print(
-            f"{len(source)} images ({source.skipped} skipped) of {classes} classes, ids 0 to "
-            f"{classes - 1}; the predictor knows {model.num_classes}"
+            f"{len(source)} images ({source.skipped} skipped) of {classes} classes{empty}, ids 0 "
+            f"to {classes - 1}; the predictor knows {model.num_classes}"
         )
     return source
 

@@ -64,6 +64,9 @@ class Shards:
             rows.append(start + good)
             self._labels.append(label)
             start += len(label)
+        means = [path for path, file in zip(paths, self._files, strict=True) if not _has_std(file)]
+        if 0 < len(means) < len(paths):
+            raise DataError(f"{means[0]} has no std, others have: all shards must, or none")
         known = torch.cat([torch.empty(0, dtype=torch.int64), *rows])
         broken = _not_finite(paths, skip_bad=skip_bad)
         at = [self._starts[shard] + row for shard, row in broken]
@@ -78,19 +81,16 @@ class Shards:
     def read(self, rows: Tensor) -> Latents:
         return Latents.cat([self._read(int(row)) for row in self._rows[rows]])
 
-    def labels(self) -> Tensor:
-        """Class ids [N] of all rows."""
-        return torch.cat(self._labels)[self._rows]
-
     def _read(self, row: int) -> Latents:
         shard = bisect.bisect_right(self._starts, row) - 1
         at, file = row - self._starts[shard], self._files[shard]
-        held = {
-            name: file.get_slice(name)[at : at + 1].float()
-            for name in ("mean", "std")
-            if name in file.keys()  # noqa: SIM118
-        }
+        names = ("mean", "std") if _has_std(file) else ("mean",)
+        held = {name: file.get_slice(name)[at : at + 1].float() for name in names}
         return Latents(label=self._labels[shard][at : at + 1], **held)
+
+
+def _has_std(file: Any) -> bool:
+    return "std" in file.keys()  # noqa: SIM118
 
 
 def is_sharded(folder: Path) -> bool:
