@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from support import GLYPHS, ROOT
 
 from flowturbo.nets.sit import SiT, SiTConfig
@@ -145,6 +145,30 @@ def test_encoding_does_not_go_on_with_other_settings(
     assert run(images, tmp_path / "out") == 0
     assert run(images, tmp_path / "out", "--dtype", "float32") == 2
     assert "begun with dtype 'float16', now it is 'float32'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("settings.json", b"{", "settings.json is not JSON"),
+        ("settings.json", b"[]", "settings.json must be an object, got []"),
+        ("shard-00000.safetensors", b"cut", "shard-00000.safetensors is none of these shards"),
+        ("shard-00000.safetensors", save({"label": torch.zeros(3)}), "is none of these shards"),
+        ("shard-00000.safetensors", save({"mean": torch.zeros(3)}), "is none of these shards"),
+    ],
+)
+def test_encoding_does_not_go_on_from_other_files(
+    images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    content: bytes,
+    said: str,
+) -> None:
+    assert run(images, tmp_path / "out") == 0
+    (tmp_path / "out" / name).write_bytes(content)
+    assert run(images, tmp_path / "out") == 2
+    assert said in capsys.readouterr().err
 
 
 def test_encoding_does_not_go_on_with_other_labels(

@@ -338,6 +338,7 @@ def test_tiles() -> None:
     [
         (("--step-range", "0.2", "0.1"), "0 <= smallest < largest <= 1, got 0.2 to 0.1"),
         (("--learning-rate", "0"), "learning_rate must be above 0, got 0.0"),
+        (("--seed", "9" * 14), f"seed must be from 0 to 10000000000000, got {'9' * 14}"),
         (("--ema-decay", "1"), "ema_decay must be from 0 to below 1, got 1.0"),
         (("--out", "refiner.pt"), "--out must be a file that ends in .safetensors, got refiner.pt"),
         (("--out", "{folder}"), "--out must be a file that ends in .safetensors"),
@@ -364,6 +365,47 @@ def test_what_is_refused(
     assert main(arguments(data, tmp_path, *more)) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "refiner.state.pt").exists()
+
+
+@pytest.mark.parametrize("name", ["refiner.state.pt", "refiner.json", "out/refiner.safetensors"])
+def test_a_full_disk_is_told_in_a_line(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.with_suffix(".partial").symlink_to("/dev/full")
+    out = ("--out", str(tmp_path / "out" / "refiner.safetensors"))
+    assert main(arguments(data, tmp_path, *out, "--steps", "1")) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"refiner: [Errno 28] No space left on device: '{path}'"
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "cut", "other"])
+def test_a_damaged_state_is_told_in_a_line(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    assert main(arguments(data, tmp_path, "--steps", "1")) == 0
+    state = tmp_path / "refiner.state.pt"
+    if damage == "other":
+        torch.save({"plan": {}}, state)
+    else:
+        state.write_bytes(
+            {"empty": b"", "text": b"no state", "cut": state.read_bytes()[:-100]}[damage]
+        )
+    assert main(arguments(data, tmp_path, "--steps", "1")) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"refiner: {state} is not a state of a run, remove it: ")
+
+
+def test_a_run_that_is_done_has_its_losses(data: Path, tmp_path: Path) -> None:
+    """Also when it was killed between its last state and them."""
+    assert main(arguments(data, tmp_path, "--steps", "2")) == 0
+    path = tmp_path / "refiner.json"
+    text = path.read_text()
+    path.unlink()
+    assert main(arguments(data, tmp_path, "--steps", "2")) == 0
+    assert path.read_text() == text
 
 
 def test_a_run_is_made_longer(data: Path, tmp_path: Path) -> None:

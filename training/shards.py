@@ -127,20 +127,27 @@ _FIELDS = {
 def _read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX
     try:
-        index = json.loads(path.read_text())
+        index = read_object(path)
     except FileNotFoundError:
         raise DataError(
             f"{folder} has no {INDEX}: python -m training.latents writes it when all is encoded"
         ) from None
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}") from error
-    if not isinstance(index, dict):
-        raise DataError(f"{path} must be an object, got {reprlib.repr(index)}")
     for name, (allowed, fits) in _FIELDS.items():
         if not fits(index.get(name)):
             found = reprlib.repr(index[name]) if name in index else "none"
             raise DataError(f"{path}: {name} must be {allowed}, got {found}")
     return index
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A file of JSON that is an object; raises DataError."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path} must be an object, got {reprlib.repr(found)}")
+    return found
 
 
 def _open_shard(path: Path, shape: tuple[int, int, int], count: int) -> tuple[Any, Tensor]:
