@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -123,8 +124,9 @@ def test_the_public_code_draws_one_step_for_the_batch() -> None:
     assert max(last) > 1
 
 
-def test_a_guided_step_is_what_sampling_takes() -> None:
-    """Guided on three channels of four; the state moves with the conditional row's velocity."""
+@pytest.mark.parametrize("guided", [3, 4])
+def test_a_guided_step_is_what_sampling_takes(guided: int) -> None:
+    """The state moves with the conditional row's velocity, on channels without guidance too."""
     seen: list[Tensor] = []
 
     def network(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
@@ -138,16 +140,17 @@ def test_a_guided_step_is_what_sampling_takes() -> None:
         seen.append(read)
         return torch.zeros_like(read[:, :4])
 
-    recipe = Recipe(smallest_scale=3.0, largest_scale=3.0)
+    recipe = Recipe(smallest_scale=3.0, largest_scale=3.0, guided_channels=guided)
     draws = recipe.draw(200, SOURCE, torch.Generator().manual_seed(0))
     data = SOURCE.read(draws.row)
-    loss = regression_loss(Rule.PAPER, network, refiner, CLASSES, data, draws)  # type: ignore[arg-type]
+    loss = regression_loss(recipe, network, refiner, CLASSES, data, draws)  # type: ignore[arg-type]
     x, _, x_next, read = seen
     moved = ((x_next - x) / draws.step[:, None, None, None]).mean((0, 2, 3))
-    torch.testing.assert_close(moved, torch.tensor([4.0, 4.0, 4.0, 2.0]), atol=1e-3, rtol=0)
-    dropped = draws.dropped
-    assert (read[:, 4:7] == 4.0).all()  # 1 + 3 * (2 - 1)
-    assert (read[dropped, 7] == 1.0).all() and (read[~dropped, 7] == 2.0).all()
+    expected = torch.tensor([4.0] * guided + [2.0] * (4 - guided))
+    torch.testing.assert_close(moved, expected, atol=1e-3, rtol=0)
+    dropped, own = draws.dropped, read[:, 4 + guided :]
+    assert (read[:, 4 : 4 + guided] == 4.0).all()  # 1 + 3 * (2 - 1)
+    assert (own[dropped] == 1.0).all() and (own[~dropped] == 2.0).all()
     share = dropped.float().mean()
     assert loss == pytest.approx(float(share * (5 - 1) ** 2 + (1 - share) * (5 - 2) ** 2))
 
@@ -164,7 +167,7 @@ def test_what_the_networks_see(rule: str, first_is_dropped: bool) -> None:
 
     draws = Recipe(Rule(rule)).draw(200, SOURCE, torch.Generator().manual_seed(0))
     data = SOURCE.read(draws.row)
-    loss = regression_loss(Rule(rule), Spy(), Spy(), CLASSES, data, draws)
+    loss = regression_loss(Recipe(Rule(rule)), Spy(), Spy(), CLASSES, data, draws)
     (x, t, first), (x_next, t_next, second), (read, t_refined, third) = seen
     at, step = draws.t[:, None, None, None], draws.step[:, None, None, None]
     torch.testing.assert_close(x, (1 - at) * draws.noise + at * data.mean)
@@ -302,11 +305,30 @@ def test_sampling_is_that_of_the_public_code() -> None:
         for name, reads in (("predictor", False), ("refiner", True))
     ]
     for case in golden_cases():
-        steps = Schedule.parse(case.schedule).steps
+        schedule = Schedule.parse(case.schedule)
         noise, label = torch.from_numpy(case.noise), torch.from_numpy(case.label)
         with torch.no_grad():
-            latent = sample(*networks, noise, label, steps, case.guidance_scale)
+            latent = sample(*networks, noise, label, schedule, case.guidance_scale)
         np.testing.assert_allclose(latent.numpy(), case.latent, atol=2e-5)
+
+
+@pytest.mark.parametrize("guided", [3, 4])
+def test_samples_on_a_shifted_grid(guided: int) -> None:
+    """Of the velocity 3 t^2, twice that with a label: trapezoids from 0 to 1/4 to 1."""
+
+    class Squares(torch.nn.Module):
+        config = CONFIG
+
+        def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+            velocity = 3 * t**2 * (1.0 + (label != CLASSES))
+            return velocity[:, None, None, None].expand(-1, 4, 4, 4)
+
+    moved = 0.25 / 2 * 3 / 16 + 0.75 / 2 * (3 / 16 + 3)
+    x, label = torch.zeros(2, 4, 4, 4), torch.zeros(2, dtype=torch.int64)
+    network: Any = Squares()
+    latent = sample(network, network, x, label, Schedule.parse("H2@3"), 3.0, guided)
+    expected = moved * torch.tensor([4.0] * guided + [2.0] * (4 - guided))
+    torch.testing.assert_close(latent.mean((0, 2, 3)), expected)
 
 
 def test_pictures_while_training(data: Path, tmp_path: Path) -> None:
@@ -346,6 +368,7 @@ def test_tiles() -> None:
         (("--width", "30", "--heads", "4"), "--heads, got width 30, heads 4"),
         (("--sample-schedule", "R3"), "no velocity cached"),
         (("--sample-schedule", "E4"), "steps must be H, P or R, got E in E4"),
+        (("--guidance-channels", "5"), "--guidance-channels must be 1 to 4, got 5"),
         (("--vae", "nowhere"), "no config.json"),
         (("--predictor", "nowhere.pt"), "nowhere.pt does not exist"),
     ],

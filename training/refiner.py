@@ -78,7 +78,7 @@ def train(
     def loss_of(network: nn.Module, generator: torch.Generator) -> Tensor:
         draws = recipe.draw(plan.batch, source, generator).mine()
         data = source.read(draws.row).to(device())
-        return regression_loss(recipe.rule, predictor, network, null, data, draws.to(device()))
+        return regression_loss(recipe, predictor, network, null, data, draws.to(device()))
 
     depends_on = {**asdict(recipe), **asdict(model.config), "rows": len(source), **(identity or {})}
     ema = fit(
@@ -103,10 +103,15 @@ def main(argv: Sequence[str]) -> int:
 def _run(args: argparse.Namespace) -> None:
     if args.out.suffix != ".safetensors" or args.out.is_dir():
         raise PlanError(f"--out must be a file that ends in .safetensors, got {args.out}")
-    recipe = Recipe(Rule(args.recipe), *args.step_range, *args.train_guidance)
+    (low, high), (least, most) = args.step_range, args.train_guidance
+    recipe = Recipe(Rule(args.recipe), low, high, least, most, args.guidance_channels)
     plan = replace(PAPER, **{name: getattr(args, name) for name in _PLAN_OPTIONS})
     plan.check_processes(processes().num_processes)
     predictor = load_predictor(args.predictor, args.weights, args.num_heads)
+    if args.guidance_channels > (channels := predictor.config.latent_channels):
+        raise PlanError(
+            f"--guidance-channels must be 1 to {channels}, got {args.guidance_channels}"
+        )
     model = _model(args, predictor.config)
     vae = _load_vae(args.vae, predictor.config) if args.vae else None
     source = _open_data(args, predictor.config, vae)
@@ -117,6 +122,7 @@ def _run(args: argparse.Namespace) -> None:
         schedule=args.sample_schedule,
         guidance_scale=args.guidance_scale,
         precision=plan.precision,
+        guided_channels=recipe.guided_channels,
     )
     trained = train(
         source,
@@ -130,7 +136,10 @@ def _run(args: argparse.Namespace) -> None:
         preview=preview if args.sample_every else None,
     )
     if processes().is_main_process:
-        names = ("recipe", "step_range", "train_guidance", "start", "steps", "out_weights")
+        names = (
+            *("recipe", "step_range", "train_guidance", "guidance_channels"),
+            *("start", "steps", "out_weights"),
+        )
         notes = {name: str(getattr(args, name)) for name in names}
         save_weights(getattr(trained, args.out_weights), args.out, notes=notes)
         print(f"{args.out}: {args.out_weights} weights after {plan.steps} steps")
@@ -263,6 +272,12 @@ def _parser() -> argparse.ArgumentParser:
         default=[Recipe().smallest_scale, Recipe().largest_scale],
         help="range of the guidance scales at which velocities are refined",
     )
+    add(
+        "--guidance-channels",
+        type=positive,
+        default=Recipe().guided_channels,
+        help="channels that guidance acts on, here and in samples",
+    )
     add("--start", type=Path, help="refiner checkpoint to start from, not random weights")
     add("--start-weights", choices=WEIGHTS_KEYS, help=f"its, {both} (default: model)")
     add("--depth", type=positive, default=1, help="blocks of the refiner")
@@ -278,7 +293,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--ema-decay", type=float, default=PAPER.ema_decay, help="of the averaged weights")
     add("--precision", choices=("bf16", "fp32"), default=PAPER.precision, help="of products")
     add("--sample-every", type=natural, default=1000, help="steps between sample grids, 0 is none")
-    add("--sample-schedule", default="H1P5R3", help="steps H, P and R")
+    add("--sample-schedule", default="H1P5R3", help="steps H, P and R, or H1P5R3@2")
     add("--guidance-scale", type=float, default=1.5, help="of the samples")
     add("--save-every-s", type=float, default=pace.save_every_s, help="seconds between states")
     add("--log-every", type=positive, default=pace.log_every, help="steps between figures")
