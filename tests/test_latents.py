@@ -152,10 +152,11 @@ def test_encoding_does_not_go_on_with_other_settings(
     [
         ("settings.json", b"{", "settings.json is not JSON"),
         ("settings.json", b"[]", "settings.json must be an object, got []"),
-        ("shard-00000.safetensors", b"cut", "shard-00000.safetensors is none of these shards"),
-        ("shard-00000.safetensors", save({"label": torch.zeros(3)}), "is none of these shards"),
-        ("shard-00000.safetensors", save({"mean": torch.zeros(3)}), "is none of these shards"),
+        ("shard-00000.safetensors", b"cut", "shard-00000.safetensors is no shard from here"),
+        ("shard-00000.safetensors", save({"label": torch.zeros(3)}), "is no shard from here"),
+        ("shard-00000.safetensors", save({"mean": torch.zeros(3)}), "is no shard from here"),
     ],
+    ids=("no JSON", "no object", "cut", "no count", "no label"),
 )
 def test_encoding_does_not_go_on_from_other_files(
     images: Path,

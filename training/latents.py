@@ -176,7 +176,7 @@ class Writer:
                     count = file.get_slice("label").get_shape()[0]
                     skipped = int(file.metadata()["skipped"])
             except (SafetensorError, LookupError, TypeError, ValueError) as error:
-                raise DataError(f"{path} is none of these shards, remove it: {error}") from error
+                raise DataError(f"{path} is no shard from here, remove it: {error}") from error
             shards.append({"file": path.name, "count": count, "skipped": skipped})
         config = self.vae.config
         return {
