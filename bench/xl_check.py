@@ -119,7 +119,8 @@ PARTS = {"export": _export, "train": _train}
 def _checkpoints(folder: Path, size: str) -> Source:
     """Random weights in the files that a user would download; kept for the next time."""
     config = SIZES[size].config
-    predictor, refiner, vae = folder / f"{size}.pt", folder / f"{size}-refiner.pt", folder / "vae"
+    predictor, refiner = folder / f"{size}.pt", folder / f"{size}-refiner.pt"
+    vae = folder / f"{size}-vae"
     folder.mkdir(parents=True, exist_ok=True)
     for k, (path, shape) in enumerate([(predictor, config), (refiner, refiner_config(config))]):
         if not path.exists():
@@ -127,8 +128,10 @@ def _checkpoints(folder: Path, size: str) -> Source:
             partial = path.with_suffix(".partial")
             torch.save(random_network(shape, k).state_dict(), partial)
             partial.rename(path)
-    if not (vae / "config.json").exists():
-        random_vae(SIZES[size].vae_channels, config.latent_channels).save_pretrained(vae)
+    if not vae.exists():
+        partial = vae.with_suffix(".partial")
+        random_vae(SIZES[size].vae_channels, config.latent_channels).save_pretrained(partial)
+        partial.rename(vae)
     source = {"--predictor": str(predictor), "--refiner": str(refiner), "--vae": str(vae)}
     return {**source, "--num-heads": str(config.num_heads)}
 

@@ -20,6 +20,7 @@ from export.runtime import candidates
 from export.source import Source
 from export.verify import verify_repository
 from flowturbo.errors import FlowTurboError
+from flowturbo.nets.checkpoint import WEIGHTS_KEYS
 from flowturbo.onnx_session import RUNTIMES
 from flowturbo.serving.installation import cache_folder
 
@@ -87,9 +88,9 @@ def _source_parser() -> argparse.ArgumentParser:
     add("--predictor", type=Path, required=True, help="SiT checkpoint, .pt or .safetensors")
     add("--refiner", type=Path, help="refiner checkpoint; without it, no R steps")
     add("--vae", type=Path, help="diffusers AutoencoderKL folder; without it, latents only")
-    both = "of a .pt that holds both (default: model)"
-    add("--weights", choices=("model", "ema"), help=f"the predictor's, {both}")
-    add("--refiner-weights", choices=("model", "ema"), help=f"the refiner's, {both}")
+    both = "of a .pt that holds both"
+    add("--weights", choices=WEIGHTS_KEYS, help=f"the predictor's, {both} (default: ema)")
+    add("--refiner-weights", choices=WEIGHTS_KEYS, help=f"the refiner's, {both} (default: model)")
     add("--num-heads", type=_positive, help="attention heads, where the width does not tell")
     add("--refiner-num-heads", type=_positive, help="the refiner's, where they differ")
     add("--guidance-channels", type=_positive, default=3, help="channels that guidance acts on")

@@ -9,12 +9,11 @@ from export.onnx_graph import Exported
 from flowturbo import contract
 from flowturbo.nets.checkpoint import (
     CheckpointError,
-    build_network,
-    check_refiner,
-    load_checkpoint,
+    load_predictor,
+    load_refiner,
     sha256,
 )
-from flowturbo.nets.sit import SiT, SiTConfig
+from flowturbo.nets.sit import SiTConfig
 from flowturbo.nets.vae import Decoder, load_vae
 
 
@@ -48,7 +47,7 @@ def source_digests(source: Source) -> dict[str, str]:
 
 def modules(source: Source) -> Iterator[Exported]:
     """What is to be exported, in float32, each checked against the predictor."""
-    predictor = _network(source, source.predictor, reads_velocity=False)
+    predictor = load_predictor(source.predictor, source.weights, source.num_heads)
     config = predictor.config
     shape = (config.latent_channels, config.latent_size, config.latent_size)
     channels = source.guidance_channels
@@ -59,20 +58,13 @@ def modules(source: Source) -> Iterator[Exported]:
     # All checkpoints are read before the first is exported: a wrong one is found at once.
     found = [Exported(contract.PREDICTOR, PredictorBlock(predictor, channels), shape, config)]
     if source.refiner:
-        refiner = _network(source, source.refiner, reads_velocity=True)
-        check_refiner(refiner.config, config)
+        refiner = load_refiner(
+            source.refiner, config, source.refiner_weights, source.refiner_num_heads
+        )
         found.append(Exported(contract.REFINER, RefinerBlock(refiner, channels), shape, config))
     if source.vae:
         found.append(Exported(contract.DECODER, _decoder(source.vae, config), shape, config))
     yield from found
-
-
-def _network(source: Source, path: Path, *, reads_velocity: bool) -> SiT:
-    heads, weights = source.num_heads, source.weights
-    if reads_velocity:
-        heads, weights = source.refiner_num_heads or heads, source.refiner_weights
-    checkpoint = load_checkpoint(path, weights)
-    return build_network(checkpoint, reads_velocity=reads_velocity, num_heads=heads)
 
 
 def _decoder(folder: Path, config: SiTConfig) -> Decoder:

@@ -29,6 +29,8 @@ from flowturbo.nets.checkpoint import (
     build_network,
     infer_config,
     load_checkpoint,
+    load_predictor,
+    load_refiner,
 )
 from flowturbo.nets.sit import SiT, SiTConfig
 from flowturbo.onnx_session import open_model
@@ -118,7 +120,41 @@ def test_what_does_not_fit_is_named(
         build_network(checkpoint, reads_velocity=False)
 
 
+def test_what_is_read_of_each_role(tmp_path: Path) -> None:
+    """SiT's code reads a predictor's averaged weights, FlowTurbo's a refiner's last ones."""
+
+    def both(name: str, config: SiTConfig) -> Path:
+        state = SiT(config).state_dict()
+        kinds = {"model": 1.0, "ema": 2.0}
+        torch.save(
+            {k: {**state, "pos_embed": 0 * state["pos_embed"] + v} for k, v in kinds.items()},
+            tmp_path / name,
+        )
+        return tmp_path / name
+
+    def kind(network: SiT) -> float:
+        return float(network.pos_embed.mean())
+
+    path = both("p.pt", SMALL)
+    predictor = load_predictor(path, num_heads=12)
+    assert (kind(predictor), kind(load_predictor(path, "model"))) == (2, 1)
+    path = both("r.pt", replace(SMALL, in_channels=8))
+    refiner = load_refiner(path, predictor.config)
+    assert (kind(refiner), kind(load_refiner(path, predictor.config, "ema"))) == (1, 2)
+    # Heads: what is asked, what the file says, the predictor's at its width, those of the width.
+    save_file(refiner.state_dict(), tmp_path / "r.safetensors", {"num_heads": "4"})
+    noted = tmp_path / "r.safetensors"
+    assert load_refiner(noted, predictor.config, num_heads=2).config.num_heads == 2
+    assert load_refiner(noted, predictor.config).config.num_heads == 4
+    assert refiner.config.num_heads == 12
+    wider = replace(predictor.config, width=768)
+    assert load_refiner(path, wider).config.num_heads == 6
+
+
 def test_heads_and_roles(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.pt", replace(SMALL, in_channels=8, width=32))
+    with pytest.raises(CheckpointError, match="give it with --refiner-num-heads .*--heads"):
+        load_refiner(path, SMALL)
     with pytest.raises(CheckpointError, match="give it with --num-heads"):
         infer_config(load_checkpoint(GOLDEN / "predictor.pt"), reads_velocity=False)
     with pytest.raises(CheckpointError, match="swapped"):

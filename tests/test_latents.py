@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from support import GLYPHS, ROOT
 
 from flowturbo.nets.sit import SiT, SiTConfig
@@ -92,7 +92,8 @@ def test_images_to_latents(images: Path, tmp_path: Path, vae: AutoencoderKL) -> 
     assert (index["num_classes"], index["count"], index["skipped"]) == (3, 24, 0)
     assert [shard["count"] for shard in index["shards"]] == [5, 5, 5, 5, 4]
     shards = Shards(tmp_path / "out", MODEL)
-    assert torch.equal(shards.labels(), torch.arange(3).repeat_interleave(8))
+    everything = shards.read(torch.arange(24))
+    assert torch.equal(everything.label, torch.arange(3).repeat_interleave(8))
     rows = torch.tensor([23, 0, 8, 4, 5])
     read = shards.read(rows)
     pictures = list_pictures(images, 64, flip=True)
@@ -146,6 +147,49 @@ def test_encoding_does_not_go_on_with_other_settings(
     assert "begun with dtype 'float16', now it is 'float32'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("settings.json", b"{", "settings.json is not JSON"),
+        ("settings.json", b"[]", "settings.json must be an object, got []"),
+        ("shard-00000.safetensors", b"cut", "shard-00000.safetensors is no shard from here"),
+        ("shard-00000.safetensors", save({"label": torch.zeros(3)}), "is no shard from here"),
+        ("shard-00000.safetensors", save({"mean": torch.zeros(3)}), "is no shard from here"),
+    ],
+    ids=("no JSON", "no object", "cut", "no count", "no label"),
+)
+def test_encoding_does_not_go_on_from_other_files(
+    images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    content: bytes,
+    said: str,
+) -> None:
+    assert run(images, tmp_path / "out") == 0
+    (tmp_path / "out" / name).write_bytes(content)
+    assert run(images, tmp_path / "out") == 2
+    assert said in capsys.readouterr().err
+
+
+def test_encoding_does_not_go_on_with_other_labels(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Or with other images of the same names."""
+    (images / "aye").mkdir()
+    assert run(images, tmp_path / "out", "--skip-bad") == 0
+    assert "12 latents" in (said := capsys.readouterr().out)
+    assert said.endswith("0 images and 1 empty class folders skipped\n")
+    (images / "aye").rmdir()
+    assert run(images, tmp_path / "out", "--skip-bad") == 2
+    assert "begun with images" in capsys.readouterr().err
+    before = list_pictures(images, 64).identity()
+    (images / "ant").rename(images / "moved")
+    (images / "ant").mkdir()
+    (images / "moved").rename(images / "ant" / "ant")
+    assert list_pictures(images, 64).identity() != before
+
+
 def test_a_corrupt_image_stops_the_encoding(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -156,7 +200,8 @@ def test_a_corrupt_image_stops_the_encoding(
     assert run(images, tmp_path / "out", "--skip-bad") == 0
     index = json.loads((tmp_path / "out" / "index.json").read_text())
     assert (index["count"], index["skipped"]) == (11, 1)
-    assert Shards(tmp_path / "out").labels().bincount().tolist() == [4, 3, 4]
+    left = Shards(tmp_path / "out").read(torch.arange(11))
+    assert left.label.bincount().tolist() == [4, 3, 4]
 
 
 def test_images_encoded_as_they_are_read(images: Path, vae: AutoencoderKL) -> None:
@@ -294,6 +339,16 @@ def test_a_shard_of_another_shape(shards: Path) -> None:
         Shards(shards, MODEL)
 
 
+@pytest.mark.parametrize("shard", [0, 1])
+def test_a_shard_of_means_among_others(shards: Path, shard: int) -> None:
+    path = shards / f"shard-{shard:05d}.safetensors"
+    tensors = load_file(path)
+    del tensors["std"]
+    save_file(tensors, path)
+    with pytest.raises(DataError, match=f"{path} has no std, others have"):
+        Shards(shards, MODEL, skip_bad=True)
+
+
 @pytest.mark.parametrize(
     ("data", "size", "said"),
     [
@@ -319,8 +374,11 @@ def test_training_refuses_before_it_starts(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_refiner_from_images(images: Path, tmp_path: Path) -> None:
+def test_a_refiner_from_images(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Encoded on the way, with a picture of samples by the decoder."""
+    (images / "cow").mkdir()
     model = SiT(MODEL)
     model.initialize()
     save_weights(model, tmp_path / "predictor.safetensors")
@@ -334,7 +392,9 @@ def test_a_refiner_from_images(images: Path, tmp_path: Path) -> None:
         "batch": 2,
         "sample-every": 2,
     }
-    assert train([word for k, v in given.items() for word in (f"--{k}", str(v))]) == 0
+    words = [word for k, v in given.items() for word in (f"--{k}", str(v))]
+    assert train([*words, "--skip-bad"]) == 0
+    assert "12 images (0 skipped) of 4 classes (1 empty), ids 0 to 3" in capsys.readouterr().out
     with Image.open(tmp_path / "refiner" / "0000002.png") as picture:
         assert picture.size == (256, 256)
 

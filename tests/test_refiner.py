@@ -7,11 +7,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from support import GOLDEN, ROOT, golden_cases
@@ -121,8 +124,9 @@ def test_the_public_code_draws_one_step_for_the_batch() -> None:
     assert max(last) > 1
 
 
-def test_a_guided_step_is_what_sampling_takes() -> None:
-    """Guided on three channels of four; the state moves with the conditional row's velocity."""
+@pytest.mark.parametrize("guided", [3, 4])
+def test_a_guided_step_is_what_sampling_takes(guided: int) -> None:
+    """The state moves with the conditional row's velocity, on channels without guidance too."""
     seen: list[Tensor] = []
 
     def network(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
@@ -136,16 +140,17 @@ def test_a_guided_step_is_what_sampling_takes() -> None:
         seen.append(read)
         return torch.zeros_like(read[:, :4])
 
-    recipe = Recipe(smallest_scale=3.0, largest_scale=3.0)
+    recipe = Recipe(smallest_scale=3.0, largest_scale=3.0, guided_channels=guided)
     draws = recipe.draw(200, SOURCE, torch.Generator().manual_seed(0))
     data = SOURCE.read(draws.row)
-    loss = regression_loss(Rule.PAPER, network, refiner, CLASSES, data, draws)  # type: ignore[arg-type]
+    loss = regression_loss(recipe, network, refiner, CLASSES, data, draws)  # type: ignore[arg-type]
     x, _, x_next, read = seen
     moved = ((x_next - x) / draws.step[:, None, None, None]).mean((0, 2, 3))
-    torch.testing.assert_close(moved, torch.tensor([4.0, 4.0, 4.0, 2.0]), atol=1e-3, rtol=0)
-    dropped = draws.dropped
-    assert (read[:, 4:7] == 4.0).all()  # 1 + 3 * (2 - 1)
-    assert (read[dropped, 7] == 1.0).all() and (read[~dropped, 7] == 2.0).all()
+    expected = torch.tensor([4.0] * guided + [2.0] * (4 - guided))
+    torch.testing.assert_close(moved, expected, atol=1e-3, rtol=0)
+    dropped, own = draws.dropped, read[:, 4 + guided :]
+    assert (read[:, 4 : 4 + guided] == 4.0).all()  # 1 + 3 * (2 - 1)
+    assert (own[dropped] == 1.0).all() and (own[~dropped] == 2.0).all()
     share = dropped.float().mean()
     assert loss == pytest.approx(float(share * (5 - 1) ** 2 + (1 - share) * (5 - 2) ** 2))
 
@@ -162,7 +167,7 @@ def test_what_the_networks_see(rule: str, first_is_dropped: bool) -> None:
 
     draws = Recipe(Rule(rule)).draw(200, SOURCE, torch.Generator().manual_seed(0))
     data = SOURCE.read(draws.row)
-    loss = regression_loss(Rule(rule), Spy(), Spy(), CLASSES, data, draws)
+    loss = regression_loss(Recipe(Rule(rule)), Spy(), Spy(), CLASSES, data, draws)
     (x, t, first), (x_next, t_next, second), (read, t_refined, third) = seen
     at, step = draws.t[:, None, None, None], draws.step[:, None, None, None]
     torch.testing.assert_close(x, (1 - at) * draws.noise + at * data.mean)
@@ -300,11 +305,30 @@ def test_sampling_is_that_of_the_public_code() -> None:
         for name, reads in (("predictor", False), ("refiner", True))
     ]
     for case in golden_cases():
-        steps = Schedule.parse(case.schedule).steps
+        schedule = Schedule.parse(case.schedule)
         noise, label = torch.from_numpy(case.noise), torch.from_numpy(case.label)
         with torch.no_grad():
-            latent = sample(*networks, noise, label, steps, case.guidance_scale)
+            latent = sample(*networks, noise, label, schedule, case.guidance_scale)
         np.testing.assert_allclose(latent.numpy(), case.latent, atol=2e-5)
+
+
+@pytest.mark.parametrize("guided", [3, 4])
+def test_samples_on_a_shifted_grid(guided: int) -> None:
+    """Of the velocity 3 t^2, twice that with a label: trapezoids from 0 to 1/4 to 1."""
+
+    class Squares(torch.nn.Module):
+        config = CONFIG
+
+        def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+            velocity = 3 * t**2 * (1.0 + (label != CLASSES))
+            return velocity[:, None, None, None].expand(-1, 4, 4, 4)
+
+    moved = 0.25 / 2 * 3 / 16 + 0.75 / 2 * (3 / 16 + 3)
+    x, label = torch.zeros(2, 4, 4, 4), torch.zeros(2, dtype=torch.int64)
+    network: Any = Squares()
+    latent = sample(network, network, x, label, Schedule.parse("H2@3"), 3.0, guided)
+    expected = moved * torch.tensor([4.0] * guided + [2.0] * (4 - guided))
+    torch.testing.assert_close(latent.mean((0, 2, 3)), expected)
 
 
 def test_pictures_while_training(data: Path, tmp_path: Path) -> None:
@@ -336,11 +360,15 @@ def test_tiles() -> None:
     [
         (("--step-range", "0.2", "0.1"), "0 <= smallest < largest <= 1, got 0.2 to 0.1"),
         (("--learning-rate", "0"), "learning_rate must be above 0, got 0.0"),
+        (("--seed", "9" * 14), f"seed must be from 0 to 10000000000000, got {'9' * 14}"),
         (("--ema-decay", "1"), "ema_decay must be from 0 to below 1, got 1.0"),
+        (("--out", "refiner.pt"), "--out must be a file that ends in .safetensors, got refiner.pt"),
+        (("--out", "{folder}"), "--out must be a file that ends in .safetensors"),
         (("--width", "96"), "--width 96 needs --heads, only 384"),
         (("--width", "30", "--heads", "4"), "--heads, got width 30, heads 4"),
         (("--sample-schedule", "R3"), "no velocity cached"),
         (("--sample-schedule", "E4"), "steps must be H, P or R, got E in E4"),
+        (("--guidance-channels", "5"), "--guidance-channels must be 1 to 4, got 5"),
         (("--vae", "nowhere"), "no config.json"),
         (("--predictor", "nowhere.pt"), "nowhere.pt does not exist"),
     ],
@@ -349,12 +377,58 @@ def test_what_is_refused(
     data: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
     more: tuple[str, ...],
     said: str,
 ) -> None:
+    # On GPUs it waits for all processes, of which only this one may have failed.
+    monkeypatch.setattr(PartialState, "destroy_process_group", lambda _: pytest.fail("it waits"))
+    (tmp_path / "folder.safetensors").mkdir()
+    more = tuple(word.format(folder=tmp_path / "folder.safetensors") for word in more)
     assert main(arguments(data, tmp_path, *more)) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "refiner.state.pt").exists()
+
+
+@pytest.mark.parametrize("name", ["refiner.state.pt", "refiner.json", "out/refiner.safetensors"])
+def test_a_full_disk_is_told_in_a_line(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.with_suffix(".partial").symlink_to("/dev/full")
+    out = ("--out", str(tmp_path / "out" / "refiner.safetensors"))
+    assert main(arguments(data, tmp_path, *out, "--steps", "1")) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"refiner: [Errno 28] No space left on device: '{path}'"
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "cut", "other"])
+def test_a_damaged_state_is_told_in_a_line(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    assert main(arguments(data, tmp_path, "--steps", "1")) == 0
+    state = tmp_path / "refiner.state.pt"
+    if damage == "other":
+        torch.save({"plan": {}}, state)
+    else:
+        state.write_bytes(
+            {"empty": b"", "text": b"no state", "cut": state.read_bytes()[:-100]}[damage]
+        )
+    assert main(arguments(data, tmp_path, "--steps", "1")) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"refiner: {state} is not a state of a run, remove it: ")
+
+
+def test_a_run_that_is_done_has_its_losses(data: Path, tmp_path: Path) -> None:
+    """Also when it was killed between its last state and them."""
+    assert main(arguments(data, tmp_path, "--steps", "2")) == 0
+    path = tmp_path / "refiner.json"
+    text = path.read_text()
+    path.unlink()
+    assert main(arguments(data, tmp_path, "--steps", "2")) == 0
+    assert path.read_text() == text
 
 
 def test_a_run_is_made_longer(data: Path, tmp_path: Path) -> None:
@@ -384,6 +458,40 @@ def test_training_goes_on_from_a_refiner(data: Path, tmp_path: Path) -> None:
     )
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, other[name])
+
+
+def test_weights_of_a_checkpoint_that_holds_both(data: Path, tmp_path: Path) -> None:
+    """Of the public training script, with twice the channels; both roles say which they take."""
+
+    def write(name: str, models: dict[str, SiT]) -> str:
+        torch.save({k: m.state_dict() for k, m in models.items()}, tmp_path / name)
+        return str(tmp_path / name)
+
+    def network(seed: int, **changes: int) -> SiT:
+        torch.manual_seed(seed)
+        model = SiT(replace(CONFIG, **changes))
+        torch.nn.init.normal_(model.final_layer.linear.weight, std=0.2)
+        return model
+
+    model, ema = (network(seed, out_channels=8) for seed in (1, 2))
+    both = write("predictor.pt", {"model": model, "ema": ema})
+    only = str(tmp_path / "predictor.safetensors")
+    save_weights(ema, Path(only))
+    starts = {"model": network(3, in_channels=8), "ema": network(4, in_channels=8)}
+    start = ("--start", write("start.pt", starts), "--start-weights", "ema")
+    common = ("--steps", "1", "--learning-rate", "1e-12", *start)
+    found = {}
+    for name, more in {
+        "both": ("--predictor", both),
+        "ema": ("--predictor", only),
+        "model": ("--predictor", both, "--weights", "model"),
+    }.items():
+        assert main(arguments(data, tmp_path / name, *common, *more)) == 0
+        found[name] = losses(tmp_path / name)
+    assert found["both"] == found["ema"] != found["model"]
+    tensors = load_checkpoint(tmp_path / "both" / "refiner.safetensors").tensors
+    for key, tensor in starts["ema"].state_dict().items():
+        torch.testing.assert_close(tensors[key], tensor)
 
 
 def test_a_start_that_does_not_fit_is_refused(

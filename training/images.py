@@ -42,6 +42,7 @@ class Picture:
 class Pictures:
     """The pictures of a folder, and their classes' names in the order of the ids."""
 
+    folder: Path
     class_names: tuple[str, ...]
     pictures: tuple[Picture, ...]
     size: int  # pixels, of the side of what `read` answers
@@ -73,7 +74,7 @@ class Pictures:
 
     def identity(self) -> list[str]:
         """What tells this list of pictures from another."""
-        return [f"{p.path.parent.name}/{p.path.name} {p.mirrored}" for p in self.pictures]
+        return [f"{p.label} {p.path.relative_to(self.folder)} {p.mirrored}" for p in self.pictures]
 
 
 def list_pictures(
@@ -101,7 +102,8 @@ def list_pictures(
         for path in found
         for mirrored in ((False, True) if flip else (False,))
     )
-    return Pictures(tuple(each.name for each in classes), pictures, size, len(empty))
+    names = tuple(each.name for each in classes)
+    return Pictures(folder, names, pictures, size, len(empty))
 
 
 def _files(folder: Path) -> Sequence[Path]:

@@ -8,7 +8,6 @@ Writes shards of latents (safetensors: `mean`, `std` [n, C, h, w] in the flow mo
 import argparse
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from diffusers import AutoencoderKL
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
@@ -27,8 +26,8 @@ from flowturbo.errors import FlowTurboError
 from flowturbo.nets.vae import load_vae
 from training.data import Latents, encode, finite, vae_digest
 from training.images import DataError, list_pictures
-from training.loop import device, processes, tell
-from training.shards import INDEX, SETTINGS
+from training.loop import device, processes, tell, whole
+from training.shards import INDEX, SETTINGS, read_object
 
 
 class Images(Protocol):
@@ -104,7 +103,7 @@ class Writer:
                 self._write_shard(shard, bar)
         state.wait_for_everyone()
         if state.is_main_process:
-            _replace(self.out / INDEX, json.dumps(self._index(), indent=1).encode())
+            _write(self.out / INDEX, json.dumps(self._index(), indent=1).encode())
 
     def _rows(self, shard: int) -> range:
         start = shard * self.storage.shard
@@ -118,7 +117,7 @@ class Writer:
             bar.update(len(batch))
         tensors = Latents.cat(parts).tensors(self.dtype)
         skipped = len(rows) - len(tensors["label"])
-        _replace(self.paths[shard], save(tensors, {"skipped": str(skipped)}))
+        _write(self.paths[shard], save(tensors, {"skipped": str(skipped)}))
 
     def _usable(self, rows: range) -> Latents:
         """The latents of the images at `rows`, without those to be left out."""
@@ -158,9 +157,9 @@ class Writer:
             **asdict(self.storage),
         }
         if state.is_main_process and not path.exists():
-            _replace(path, json.dumps(settings, indent=1).encode())
+            _write(path, json.dumps(settings, indent=1).encode())
         state.wait_for_everyone()
-        begun = json.loads(path.read_text())
+        begun = read_object(path)
         different = [key for key in settings if begun.get(key) != settings[key]]
         if different:
             key = different[0]
@@ -172,9 +171,12 @@ class Writer:
     def _index(self) -> dict:
         shards = []
         for path in self.paths:
-            with safe_open(path, framework="pt") as file:
-                count = file.get_slice("label").get_shape()[0]
-                skipped = int(file.metadata()["skipped"])
+            try:
+                with safe_open(path, framework="pt") as file:
+                    count = file.get_slice("label").get_shape()[0]
+                    skipped = int(file.metadata()["skipped"])
+            except (SafetensorError, LookupError, TypeError, ValueError) as error:
+                raise DataError(f"{path} is no shard from here, remove it: {error}") from error
             shards.append({"file": path.name, "count": count, "skipped": skipped})
         config = self.vae.config
         return {
@@ -192,11 +194,9 @@ class Writer:
         }
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Writes a file that is either whole or not there."""
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+def _write(path: Path, content: bytes) -> None:
+    with whole(path) as file:
+        file.write(content)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -210,12 +210,14 @@ def main(argv: Sequence[str]) -> int:
         Writer(images, vae, args.out, storage, batch=args.batch, skip_bad=args.skip_bad).write()
         if processes().is_main_process:
             index = json.loads((args.out / INDEX).read_text())
-            print(f"{index['count']} latents in {args.out}, {index['skipped']} images skipped")
+            print(
+                f"{index['count']} latents in {args.out}, {index['skipped']} images "
+                f"and {images.empty} empty class folders skipped"
+            )
     except (FlowTurboError, OSError) as error:
         tell("latents", error)
-        return 2
-    finally:
-        processes().destroy_process_group()
+        return 2  # on GPUs, to leave the group would wait for the others; the launcher ends them
+    processes().destroy_process_group()
     return 0
 
 

@@ -6,18 +6,19 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel
@@ -42,7 +43,8 @@ LossOf = Callable[[Any, torch.Generator], Tensor]
 
 def processes() -> PartialState:
     """Those that were launched together, and which this is: on GPUs, or on CPUs where none is."""
-    return PartialState(cpu=not torch.cuda.is_available())
+    # One may wait for hours for another that encodes or draws; one that fails ends them all.
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(weeks=1))
 
 
 def device() -> torch.device:
@@ -119,6 +121,8 @@ def fit(
                 if preview and run.step % preview.every == 0:
                     run.show(writer, preview(average.module.eval()))
                 run.write(writer, figures, done=run.step == plan.steps)
+    if main:
+        run.report()
     accelerator.wait_for_everyone()
     averaged: nn.Module = average.module
     return averaged.eval().requires_grad_(False)
@@ -175,18 +179,24 @@ class _Run:
         self.identity = identity = json.loads(json.dumps(identity))
         if not self.path.exists():
             return
-        saved = torch.load(self.path, weights_only=True, map_location="cpu")
-        plan = saved["plan"]
+        try:
+            saved = torch.load(self.path, weights_only=True, map_location="cpu")
+            plan, progress = dict(saved["plan"]), saved["progress"]
+            states = {key: saved[key] for key in self.holders}
+            beyond = progress["step"] > identity["steps"]
+        except Exception as error:  # the unpickler raises whatever the bytes make it do
+            reason = str(error).partition("\n")[0]
+            raise PlanError(f"{self.path} is not a state of a run, remove it: {reason}") from error
         # At a constant rate, more steps are the same run gone on with.
         longer = {"steps": identity["steps"]} if identity["decay"] == "constant" else {}
-        if {**plan, **longer} != identity or saved["progress"]["step"] > identity["steps"]:
+        if {**plan, **longer} != identity or beyond:
             keys = sorted({*plan, *identity})
             differ = [key for key in keys if plan.get(key) != identity.get(key)]
             then, now = ({key: of.get(key) for key in differ} for of in (plan, identity))
             raise PlanError(f"{self.path} was trained with {then}, not {now}: remove it")
         for key, holder in self.holders.items():
-            holder.load_state_dict(saved[key])
-        self.progress = saved["progress"]
+            holder.load_state_dict(states[key])
+        self.progress = progress
 
     def check_shared(self) -> None:
         """Raises PlanError, in every process, unless all have read the same state."""
@@ -217,9 +227,11 @@ class _Run:
         if done or time.monotonic() - self.saved_at > self.pace.save_every_s:
             writer.flush()
             self.save()
-        if done:
-            text = json.dumps({**self.progress, "plan": self.identity}, indent=1)
-            (self.folder / f"{self.name}.json").write_text(text)
+
+    def report(self) -> None:
+        text = json.dumps({**self.progress, "plan": self.identity}, indent=1)
+        with whole(self.folder / f"{self.name}.json") as file:
+            file.write(text.encode())
 
     def show(self, writer: SummaryWriter, picture: np.ndarray) -> None:
         Image.fromarray(picture).save(self.folder / self.name / f"{self.step:07d}.png")
@@ -230,9 +242,20 @@ class _Run:
         self.progress["seconds"] += now - self.saved_at
         self.saved_at = now
         state = {key: holder.state_dict() for key, holder in self.holders.items()}
-        partial = self.path.with_suffix(".partial")
-        torch.save({**state, "progress": self.progress, "plan": self.identity}, partial)
-        os.replace(partial, self.path)
+        with whole(self.path) as file:
+            torch.save({**state, "progress": self.progress, "plan": self.identity}, file)
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which is at `path` when all of it is written; OSError names it."""
+    partial = path.with_suffix(".partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+        os.replace(partial, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def digest_of(model: nn.Module, notes: str = "") -> str:
@@ -257,7 +280,8 @@ def save_weights(
     heads = {"num_heads": str(model.config.num_heads)} if isinstance(model, SiT) else {}
     tensors = {key: value.cpu().to(dtype).contiguous() for key, value in model.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, {**heads, **(notes or {})})
+    with whole(path) as file:
+        file.write(save(tensors, {**heads, **(notes or {})}))
 
 
 def _average(decay: float) -> Callable[..., None]:

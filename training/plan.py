@@ -37,6 +37,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         allowed = {
+            # Of it and a step a generator's seed is made, which has 64 bits.
+            "seed": (f"from 0 to {10**13}", 0 <= self.seed <= 10**13),
             "learning_rate": ("above 0", self.learning_rate > 0),
             "warmup": ("at least 0", self.warmup >= 0),
             "clip": ("at least 0", self.clip >= 0),

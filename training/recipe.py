@@ -39,7 +39,8 @@ class Rule(StrEnum):
 class Recipe:
     """A rule, the range that steps are drawn from, within [0, 1], and that of the guidance scale.
 
-    A scale of 1 is the paper's: velocities without guidance. Raises PlanError.
+    A scale of 1 is the paper's: velocities without guidance, which acts on the first
+    `guided_channels`. Raises PlanError.
     """
 
     rule: Rule = Rule.PAPER
@@ -47,6 +48,7 @@ class Recipe:
     largest_step: float = LARGEST_TRAINED_STEP
     smallest_scale: float = 1.0
     largest_scale: float = 1.0
+    guided_channels: int = GUIDED_CHANNELS
 
     def __post_init__(self) -> None:
         if not 0 <= self.smallest_scale <= self.largest_scale <= MAX_SCALE:
@@ -104,7 +106,7 @@ class Draws:
 
 
 def regression_loss(
-    rule: Rule,
+    recipe: Recipe,
     predictor: nn.Module,
     refiner: nn.Module,
     null_label: int,
@@ -126,7 +128,7 @@ def regression_loss(
     # The loop's choice of attention is for going backwards, which the predictor does not.
     with torch.no_grad(), sdpa_kernel(ANY_ATTENTION):
         x = (1 - at) * draws.noise + at * data.sample(draws.posterior)
-        first = data.label if rule is Rule.REFERENCE else label
+        first = data.label if recipe.rule is Rule.REFERENCE else label
         if (draws.scale == 1).all():
             own = velocity = moved = predictor(x, t, first).float()
         else:
@@ -134,9 +136,8 @@ def regression_loss(
             c, u = (predictor(x, t, y).float() for y in (data.label, null))
             own = torch.where((first == null_label)[:, None, None, None], u, c)
             mixed = u + draws.scale[:, None, None, None] * (c - u)
-            velocity, moved = (
-                torch.cat([mixed[:, :GUIDED_CHANNELS], v[:, GUIDED_CHANNELS:]], 1) for v in (own, c)
-            )
+            guided = recipe.guided_channels
+            velocity, moved = (torch.cat([mixed[:, :guided], v[:, guided:]], 1) for v in (own, c))
         x_next = x + step * moved
         target = predictor(x_next, t_next, label).float() - own
     change = refiner(torch.cat([x_next, velocity], 1), t_next, label).float()

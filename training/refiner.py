@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from flowturbo.errors import FlowTurboError
 from flowturbo.nets.checkpoint import (
     KNOWN_HEADS,
-    build_network,
-    check_refiner,
-    load_checkpoint,
+    WEIGHTS_KEYS,
+    load_predictor,
+    load_refiner,
     sha256,
 )
 from flowturbo.nets.sit import SiT, SiTConfig, refiner_config
@@ -78,7 +78,7 @@ def train(
     def loss_of(network: nn.Module, generator: torch.Generator) -> Tensor:
         draws = recipe.draw(plan.batch, source, generator).mine()
         data = source.read(draws.row).to(device())
-        return regression_loss(recipe.rule, predictor, network, null, data, draws.to(device()))
+        return regression_loss(recipe, predictor, network, null, data, draws.to(device()))
 
     depends_on = {**asdict(recipe), **asdict(model.config), "rows": len(source), **(identity or {})}
     ema = fit(
@@ -95,21 +95,23 @@ def main(argv: Sequence[str]) -> int:
         _run(args)
     except (FlowTurboError, FloatingPointError, OSError) as error:
         tell("refiner", error)
-        return 2
-    finally:
-        processes().destroy_process_group()
+        return 2  # on GPUs, to leave the group would wait for the others; the launcher ends them
+    processes().destroy_process_group()
     return 0
 
 
 def _run(args: argparse.Namespace) -> None:
-    recipe = Recipe(Rule(args.recipe), *args.step_range, *args.train_guidance)
+    if args.out.suffix != ".safetensors" or args.out.is_dir():
+        raise PlanError(f"--out must be a file that ends in .safetensors, got {args.out}")
+    (low, high), (least, most) = args.step_range, args.train_guidance
+    recipe = Recipe(Rule(args.recipe), low, high, least, most, args.guidance_channels)
     plan = replace(PAPER, **{name: getattr(args, name) for name in _PLAN_OPTIONS})
     plan.check_processes(processes().num_processes)
-    predictor = build_network(
-        load_checkpoint(args.predictor, args.weights),
-        reads_velocity=False,
-        num_heads=args.num_heads,
-    )
+    predictor = load_predictor(args.predictor, args.weights, args.num_heads)
+    if args.guidance_channels > (channels := predictor.config.latent_channels):
+        raise PlanError(
+            f"--guidance-channels must be 1 to {channels}, got {args.guidance_channels}"
+        )
     model = _model(args, predictor.config)
     vae = _load_vae(args.vae, predictor.config) if args.vae else None
     source = _open_data(args, predictor.config, vae)
@@ -120,6 +122,7 @@ def _run(args: argparse.Namespace) -> None:
         schedule=args.sample_schedule,
         guidance_scale=args.guidance_scale,
         precision=plan.precision,
+        guided_channels=recipe.guided_channels,
     )
     trained = train(
         source,
@@ -133,7 +136,10 @@ def _run(args: argparse.Namespace) -> None:
         preview=preview if args.sample_every else None,
     )
     if processes().is_main_process:
-        names = ("recipe", "step_range", "train_guidance", "start", "steps", "out_weights")
+        names = (
+            *("recipe", "step_range", "train_guidance", "guidance_channels"),
+            *("start", "steps", "out_weights"),
+        )
         notes = {name: str(getattr(args, name)) for name in names}
         save_weights(getattr(trained, args.out_weights), args.out, notes=notes)
         print(f"{args.out}: {args.out_weights} weights after {plan.steps} steps")
@@ -145,6 +151,7 @@ def _identity(args: argparse.Namespace, source: Shards | EncodedImages) -> dict[
     return {
         **{name: sha256(path) if path else "" for name, path in files.items()},
         "weights": str(args.weights),
+        "start_weights": str(args.start_weights),
         "predictor_heads": str(args.num_heads),
         "data": source.digest,
     }
@@ -155,9 +162,7 @@ def _model(args: argparse.Namespace, predictor: SiTConfig) -> SiT:
     if args.start and (args.width or args.depth != 1):
         raise PlanError("--start has a depth and a width of its own: leave --depth and --width out")
     if args.start:
-        checkpoint = load_checkpoint(args.start, args.weights)
-        model = build_network(checkpoint, reads_velocity=True, num_heads=args.heads)
-        check_refiner(model.config, predictor)
+        model = load_refiner(args.start, predictor, args.start_weights, args.heads)
         return model.requires_grad_(True)
     torch.manual_seed(args.seed)
     model = SiT(_architecture(args, predictor))
@@ -194,6 +199,7 @@ def _open_data(
 ) -> Shards | EncodedImages:
     """Latents if there is an index of them, else images; says what was skipped."""
     source: Shards | EncodedImages
+    empty = ""
     if not args.data.is_dir():
         raise DataError(f"{args.data} is not a folder")
     if is_sharded(args.data):
@@ -209,11 +215,12 @@ def _open_data(
         size = model.latent_size * 2 ** (len(vae.config.block_out_channels) - 1)
         pictures = list_pictures(args.data, size, flip=args.flip, skip_bad=args.skip_bad)
         source = EncodedImages(pictures, vae, model, skip_bad=args.skip_bad)
+        empty = f" ({pictures.empty} empty)"
     if processes().is_main_process:
         classes = len(source.class_names)
         print(
-            f"{len(source)} images ({source.skipped} skipped) of {classes} classes, ids 0 to "
-            f"{classes - 1}; the predictor knows {model.num_classes}"
+            f"{len(source)} images ({source.skipped} skipped) of {classes} classes{empty}, ids 0 "
+            f"to {classes - 1}; the predictor knows {model.num_classes}"
         )
     return source
 
@@ -233,7 +240,8 @@ def _parser() -> argparse.ArgumentParser:
     pace = Pace()
     add = parser.add_argument
     add("--predictor", type=Path, required=True, help="SiT checkpoint, .pt or .safetensors")
-    add("--weights", choices=("model", "ema"), help="of a .pt that holds both")
+    both = "of a .pt that holds both"
+    add("--weights", choices=WEIGHTS_KEYS, help=f"the predictor's, {both} (default: ema)")
     add("--num-heads", type=positive, help="the predictor's, where its width does not tell")
     add("--data", type=Path, required=True, help="folder of latents, or of images")
     add("--vae", type=Path, help="AutoencoderKL folder, for images and for pictures of samples")
@@ -264,7 +272,14 @@ def _parser() -> argparse.ArgumentParser:
         default=[Recipe().smallest_scale, Recipe().largest_scale],
         help="range of the guidance scales at which velocities are refined",
     )
+    add(
+        "--guidance-channels",
+        type=positive,
+        default=Recipe().guided_channels,
+        help="channels that guidance acts on, here and in samples",
+    )
     add("--start", type=Path, help="refiner checkpoint to start from, not random weights")
+    add("--start-weights", choices=WEIGHTS_KEYS, help=f"its, {both} (default: model)")
     add("--depth", type=positive, default=1, help="blocks of the refiner")
     add("--width", type=positive, help="of the refiner (default: the predictor's)")
     add("--heads", type=positive, help="of the refiner, where the width does not tell")
@@ -278,7 +293,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--ema-decay", type=float, default=PAPER.ema_decay, help="of the averaged weights")
     add("--precision", choices=("bf16", "fp32"), default=PAPER.precision, help="of products")
     add("--sample-every", type=natural, default=1000, help="steps between sample grids, 0 is none")
-    add("--sample-schedule", default="H1P5R3", help="steps H, P and R")
+    add("--sample-schedule", default="H1P5R3", help="steps H, P and R, or H1P5R3@2")
     add("--guidance-scale", type=float, default=1.5, help="of the samples")
     add("--save-every-s", type=float, default=pace.save_every_s, help="seconds between states")
     add("--log-every", type=positive, default=pace.log_every, help="steps between figures")

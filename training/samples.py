@@ -1,7 +1,7 @@
 """Pictures of what a refiner makes while it is trained."""
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from flowturbo.latents import noise
 from flowturbo.nets.sit import GUIDED_CHANNELS, SiT
 from flowturbo.nets.vae import Decoder
+from flowturbo.program import time_grid
 from flowturbo.schedule import Schedule
 from training.loop import device
 from training.plan import PlanError
@@ -34,11 +35,12 @@ class RefinerPreview:
         guidance_scale: float = 1.5,
         images: int = 16,
         precision: str = "bf16",
+        guided_channels: int = GUIDED_CHANNELS,
     ) -> None:
-        self.every, self.steps = every, Schedule.parse(schedule).steps
-        if other := set(self.steps) - set("HPR"):
+        self.every, self._schedule = every, Schedule.parse(schedule)
+        if other := set(self._schedule.steps) - set("HPR"):
             raise PlanError(f"steps must be H, P or R, got {sorted(other)[0]} in {schedule}")
-        self._predictor, self._scale = predictor, guidance_scale
+        self._predictor, self._scale, self._guided = predictor, guidance_scale, guided_channels
         self._decode = Decoder(vae).to(device()) if vae else _as_colours
         config = predictor.config
         shape = (config.latent_channels, config.latent_size, config.latent_size)
@@ -51,7 +53,9 @@ class RefinerPreview:
         """[H, W, 3] uint8: a near square of images that the refiner `network` had a part in."""
         x, label = self._noise.to(device()), self._label.to(device())
         with self._autocast():
-            latent = sample(self._predictor, network, x, label, self.steps, self._scale)
+            latent = sample(
+                self._predictor, network, x, label, self._schedule, self._scale, self._guided
+            )
         return tile(self._decode(latent).cpu().numpy())
 
     def _autocast(self) -> AbstractContextManager[None]:
@@ -59,11 +63,17 @@ class RefinerPreview:
 
 
 def sample(
-    predictor: SiT, refiner: nn.Module, x: Tensor, label: Tensor, steps: Sequence[str], scale: float
+    predictor: SiT,
+    refiner: nn.Module,
+    x: Tensor,
+    label: Tensor,
+    schedule: Schedule,
+    scale: float,
+    guided_channels: int = GUIDED_CHANNELS,
 ) -> Tensor:
     """Latents [B, C, h, w] from noise `x` of that shape, of class ids `label` [B].
 
-    `steps` H, P and R on the uniform grid as the public code takes them (`flowturbo.program`,
+    Steps H, P and R on the schedule's grid as the public code takes them (`flowturbo.program`,
     variant `reference`). Guided, the batch is doubled, as in SiT: the rows with the null label
     follow the conditional ones.
     """
@@ -78,13 +88,14 @@ def sample(
         out = network(read, torch.full((len(x),), t, device=x.device), label).float()
         if not guided:
             return out
-        c, u = out[:, :GUIDED_CHANNELS].chunk(2)
+        c, u = out[:, :guided_channels].chunk(2)
         mixed = u + scale * (c - u)
-        return torch.cat([torch.cat([mixed, mixed]), out[:, GUIDED_CHANNELS:]], 1)
+        return torch.cat([torch.cat([mixed, mixed]), out[:, guided_channels:]], 1)
 
-    h, v = 1 / len(steps), None
-    for i, step in enumerate(steps):
-        t, t_next = i * h, (i + 1) * h
+    v = None
+    grid = time_grid(len(schedule), schedule.shift)
+    for step, (t, t_next) in zip(schedule.steps, pairwise(grid), strict=True):
+        h = t_next - t
         if step == "R" and v is not None:
             d = v + evaluate(refiner, x, t, v)
             d_next = d + evaluate(refiner, x + h * d, t_next, v)

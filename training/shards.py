@@ -64,6 +64,9 @@ class Shards:
             rows.append(start + good)
             self._labels.append(label)
             start += len(label)
+        means = [path for path, file in zip(paths, self._files, strict=True) if not _has_std(file)]
+        if 0 < len(means) < len(paths):
+            raise DataError(f"{means[0]} has no std, others have: all shards must, or none")
         known = torch.cat([torch.empty(0, dtype=torch.int64), *rows])
         broken = _not_finite(paths, skip_bad=skip_bad)
         at = [self._starts[shard] + row for shard, row in broken]
@@ -78,19 +81,16 @@ class Shards:
     def read(self, rows: Tensor) -> Latents:
         return Latents.cat([self._read(int(row)) for row in self._rows[rows]])
 
-    def labels(self) -> Tensor:
-        """Class ids [N] of all rows."""
-        return torch.cat(self._labels)[self._rows]
-
     def _read(self, row: int) -> Latents:
         shard = bisect.bisect_right(self._starts, row) - 1
         at, file = row - self._starts[shard], self._files[shard]
-        held = {
-            name: file.get_slice(name)[at : at + 1].float()
-            for name in ("mean", "std")
-            if name in file.keys()  # noqa: SIM118
-        }
+        names = ("mean", "std") if _has_std(file) else ("mean",)
+        held = {name: file.get_slice(name)[at : at + 1].float() for name in names}
         return Latents(label=self._labels[shard][at : at + 1], **held)
+
+
+def _has_std(file: Any) -> bool:
+    return "std" in file.keys()  # noqa: SIM118
 
 
 def is_sharded(folder: Path) -> bool:
@@ -127,20 +127,27 @@ _FIELDS = {
 def _read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX
     try:
-        index = json.loads(path.read_text())
+        index = read_object(path)
     except FileNotFoundError:
         raise DataError(
             f"{folder} has no {INDEX}: python -m training.latents writes it when all is encoded"
         ) from None
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}") from error
-    if not isinstance(index, dict):
-        raise DataError(f"{path} must be an object, got {reprlib.repr(index)}")
     for name, (allowed, fits) in _FIELDS.items():
         if not fits(index.get(name)):
             found = reprlib.repr(index[name]) if name in index else "none"
             raise DataError(f"{path}: {name} must be {allowed}, got {found}")
     return index
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A file of JSON that is an object; raises DataError."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path} must be an object, got {reprlib.repr(found)}")
+    return found
 
 
 def _open_shard(path: Path, shape: tuple[int, int, int], count: int) -> tuple[Any, Tensor]:

@@ -17,7 +17,7 @@ from flowturbo.errors import RepositoryError, RequestError
 from flowturbo.generate import Infer, awaited, image_block, in_chunks
 from flowturbo.guidance import Guidance, Tensors, gather, spread
 from flowturbo.latents import noise
-from flowturbo.nets.checkpoint import CheckpointError, build_network, load_checkpoint, sha256
+from flowturbo.nets.checkpoint import CheckpointError, load_predictor, sha256
 from flowturbo.nets.sit import GUIDED_CHANNELS
 from flowturbo.presets import find_schedule
 from flowturbo.program import Network, PredictorCall, Variant, compile_program
@@ -174,9 +174,7 @@ class Exact:
         if guided_channels != GUIDED_CHANNELS:
             self.digest += f"_{guided_channels}guided"
         self._guided_channels = guided_channels
-        self._network = build_network(
-            load_checkpoint(checkpoint, weights), reads_velocity=False, num_heads=num_heads
-        )
+        self._network = load_predictor(checkpoint, weights, num_heads)
         config = self._network.config
         self.num_classes = config.num_classes
         self.latent_shape = (config.latent_channels, config.latent_size, config.latent_size)

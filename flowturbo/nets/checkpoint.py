@@ -34,11 +34,13 @@ class Checkpoint:
     metadata: Mapping[str, str]
 
 
-def load_checkpoint(path: str | Path, weights: str | None = None) -> Checkpoint:
+def load_checkpoint(
+    path: str | Path, weights: str | None = None, *, usual: str = "model"
+) -> Checkpoint:
     """Reads a `.pt` or `.safetensors` file.
 
-    `weights` says which weights of a `.pt` with several: "model" (the reference evaluates these) or
-    "ema". Raises CheckpointError.
+    `weights` says which weights of a `.pt` with several, "model" or "ema"; without it they are the
+    `usual` ones, if it has them. Raises CheckpointError.
     """
     path = Path(path)
     if not path.is_file():
@@ -47,7 +49,7 @@ def load_checkpoint(path: str | Path, weights: str | None = None) -> Checkpoint:
         raise CheckpointError(f"weights must be model or ema, got {weights!r}")
     if path.suffix == ".safetensors":
         return _load_safetensors(path)
-    return Checkpoint(path, _choose(path, _load_pt(path), weights), {})
+    return Checkpoint(path, _choose(path, _load_pt(path), weights, usual), {})
 
 
 def _load_pt(path: Path) -> Any:
@@ -72,13 +74,12 @@ def _load_safetensors(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
 
 
-def _choose(path: Path, content: Any, weights: str | None) -> Mapping[str, Tensor]:
+def _choose(path: Path, content: Any, weights: str | None, usual: str) -> Mapping[str, Tensor]:
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not named tensors")
     nested = [key for key in WEIGHTS_KEYS if isinstance(content.get(key), Mapping)]
     if nested:
-        # The public evaluation reads "model"; averaging is a choice that has to be made aloud.
-        key = weights or nested[0]
+        key = weights or (usual if usual in nested else nested[0])
         if key not in nested:
             raise CheckpointError(f"{path} has no {key!r} weights, it has {', '.join(nested)}")
         content = content[key]
@@ -100,12 +101,16 @@ def _without_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def infer_config(
-    checkpoint: Checkpoint, *, reads_velocity: bool, num_heads: int | None = None
+    checkpoint: Checkpoint,
+    *,
+    reads_velocity: bool,
+    num_heads: int | None = None,
+    known_heads: Mapping[int, int] = KNOWN_HEADS,
 ) -> SiTConfig:
     """The architecture of `checkpoint`, a refiner if it `reads_velocity`, else a predictor.
 
-    Heads leave no trace in the shapes: they are given, or come from the file's metadata or the
-    public configurations (by width). Raises CheckpointError.
+    Heads leave no trace in the shapes: they are given, or come from the file's metadata, or are
+    `known_heads` of the width. Raises CheckpointError.
     """
     patch = _shape(checkpoint, "x_embedder.proj.weight", 4)
     tokens = _shape(checkpoint, "pos_embed", 3)[1]
@@ -130,7 +135,7 @@ def infer_config(
         out_channels=out_channels,
         width=width,
         depth=depth,
-        num_heads=_heads(checkpoint, width, num_heads),
+        num_heads=_heads(checkpoint, num_heads, known_heads.get(width, 0), width, reads_velocity),
         num_classes=classes,
         mlp_ratio=hidden / width,
     )
@@ -152,13 +157,16 @@ def _latent_channels(
     return latent
 
 
-def _heads(checkpoint: Checkpoint, width: int, given: int | None) -> int:
+def _heads(
+    checkpoint: Checkpoint, given: int | None, known: int, width: int, reads_velocity: bool
+) -> int:
     stated = checkpoint.metadata.get("num_heads", "")
-    heads = given or (int(stated) if stated.isdecimal() else KNOWN_HEADS.get(width, 0))
+    heads = given or (int(stated) if stated.isdecimal() else known)
     if heads <= 0:
+        option = "--refiner-num-heads (training: --heads)" if reads_velocity else "--num-heads"
         raise CheckpointError(
             f"{checkpoint.path}: the number of heads at width {width} is not known, "
-            "give it with --num-heads"
+            f"give it with {option}"
         )
     if width % heads:
         raise CheckpointError(f"num_heads {heads} does not divide the width {width}")
@@ -176,14 +184,50 @@ def _shape(checkpoint: Checkpoint, key: str, dims: int) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
 
+def load_predictor(path: Path, weights: str | None = None, num_heads: int | None = None) -> SiT:
+    """The predictor in `path`; of a `.pt` that holds both, the averaged weights, as SiT takes them.
+
+    Raises CheckpointError.
+    """
+    checkpoint = load_checkpoint(path, weights, usual="ema")
+    return build_network(checkpoint, reads_velocity=False, num_heads=num_heads)
+
+
+def load_refiner(
+    path: Path, predictor: SiTConfig, weights: str | None = None, num_heads: int | None = None
+) -> SiT:
+    """The refiner in `path`; of a `.pt` that holds both, the last weights, as FlowTurbo takes them.
+
+    One as wide as the `predictor` has its heads, if nothing else is said. Raises CheckpointError
+    also for another latent size or other classes than the predictor's.
+    """
+    network = build_network(
+        load_checkpoint(path, weights, usual="model"),
+        reads_velocity=True,
+        num_heads=num_heads,
+        known_heads={**KNOWN_HEADS, predictor.width: predictor.num_heads},
+    )
+    for key in ("latent_channels", "latent_size", "num_classes"):
+        got, want = getattr(network.config, key), getattr(predictor, key)
+        if got != want:
+            raise CheckpointError(f"the refiner has {key} {got}, the predictor {want}")
+    return network
+
+
 def build_network(
-    checkpoint: Checkpoint, *, reads_velocity: bool, num_heads: int | None = None
+    checkpoint: Checkpoint,
+    *,
+    reads_velocity: bool,
+    num_heads: int | None = None,
+    known_heads: Mapping[int, int] = KNOWN_HEADS,
 ) -> SiT:
     """The network of `checkpoint` in float32, for evaluation (arguments as `infer_config`).
 
     Raises CheckpointError naming the first tensor that is missing, unknown or of another shape.
     """
-    config = infer_config(checkpoint, reads_velocity=reads_velocity, num_heads=num_heads)
+    config = infer_config(
+        checkpoint, reads_velocity=reads_velocity, num_heads=num_heads, known_heads=known_heads
+    )
     with torch.device("meta"):
         model = SiT(config)
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
@@ -201,14 +245,6 @@ def build_network(
     network = SiT(config)
     network.load_state_dict(weights)
     return network.eval().requires_grad_(False)
-
-
-def check_refiner(refiner: SiTConfig, predictor: SiTConfig) -> None:
-    """Raises CheckpointError for a refiner of another latent size or other classes."""
-    for key in ("latent_channels", "latent_size", "num_classes"):
-        got, want = getattr(refiner, key), getattr(predictor, key)
-        if got != want:
-            raise CheckpointError(f"the refiner has {key} {got}, the predictor {want}")
 
 
 def sha256(path: Path) -> str:
