@@ -117,6 +117,7 @@ def _measure(study: Study, args: argparse.Namespace) -> None:
     _check_same(study, settings, args.json)
     refiners = [name for name in bench.repositories if name != MAIN]
     study |= settings
+    study.setdefault("date", datetime.date.today().isoformat())  # of the last point, where one is
     study["refiners"] = list(dict.fromkeys([*study.get("refiners", []), *refiners]))
     points = [point for point in unique(sections_of(study)) if _can_run(point, bench)]
     wanted = [point for point in points if re.search(args.only, str(point))]

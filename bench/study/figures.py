@@ -66,6 +66,8 @@ def family(sampler: str) -> tuple[str, str] | None:
 def _curves(study: Study, axes: Any) -> bool:
     """Fréchet distance and distance to the exact solution, against time and evaluations."""
     groups = _groups(study)
+    if not groups:
+        return False
     for row, (value, label) in enumerate(
         (("frechet_distance", "Fréchet distance"), ("from_exact", "distance to the exact solution"))
     ):
@@ -92,7 +94,7 @@ def _curves(study: Study, axes: Any) -> bool:
             axis.tick_params(axis="x", which="minor", labelsize=7)
             axis.grid(alpha=0.3, which="both")
     axes[0][0].legend(fontsize=8)
-    return bool(groups)
+    return True
 
 
 def _groups(study: Study) -> dict[tuple[str, str], list[Found]]:

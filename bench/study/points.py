@@ -135,7 +135,7 @@ def sections(
         found.append(
             Section(
                 "Refiners",
-                _REFINERS_TEXT,
+                _REFINERS_TEXT + "\n".join(f"- `{n}`: {_options(n)}" for n in refiners),
                 tuple(
                     Point(Recipe(sampler, each), size.others, name)
                     for sampler, each in (
@@ -155,7 +155,7 @@ The same predictor with other refiners. `main` is the glyphs' own (weights/glyph
 others are trained by `python -m bench.study.refiners`, with these options of
 `python -m training.refiner`:
 
-""" + "\n".join(f"- `{name}`: `{options}`" for name, options in REFINERS.items())
+"""
 _SOLVERS = (
     "H4 H8 H12 H1P2Z1@3 H1P3Z1@3 H2P3Z1@3 A4@2 A6@3 A8@3 H1P2R1@2 H1P5R3 H1P5R3@2 H2P4R2 H1P2R1 "
     "H1P5 H1P5Z3 H1P5T3 H2P4Z2 H1P1Z1@3 "
@@ -168,6 +168,11 @@ _RIVALS = (
     "H1P5R3@2 H1P5T3@2 H1P5Z3@2 H1P5@2 H1P6@2 H1P3R1@3 H1P3T1@3 H1P3Z1@3 H1P3@3 H1P4@3"
 )
 _COMPONENTS = "H8 H7R1 H6R2 H5R3 H7R2 H5P2R2 H3P4R2 H3P3R2 H2P8R2 H2P4R2 H1P6R2 H1P5R3"
+
+
+def _options(refiner: str) -> str:
+    options = REFINERS[refiner]
+    return f"`{options}`" if options else "none, its defaults are the paper's"
 
 
 def sections_of(study: Mapping[str, Any]) -> tuple[Section, ...]:

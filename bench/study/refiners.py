@@ -25,6 +25,7 @@ _ON = f"{_ALL} --learning-rate 5e-4 --start refiner.safetensors"
 
 # Options of `python -m training.refiner`; --start is a file in the folder of the glyphs' weights.
 REFINERS = {
+    "full": "",  # the defaults: the paper's 30,000 steps of batch 18
     "paper": _SHORT,
     "reference": f"{_SHORT} --recipe reference",
     "deep": f"{_SHORT} --depth 2",
@@ -63,15 +64,8 @@ def _train(args: argparse.Namespace) -> None:
         refiner = out / f"{name}_{_digest(options, weights)}.safetensors"
         if not refiner.exists():
             training = ["--predictor", weights / "predictor.safetensors", "--data", data]
-            training += [
-                "--sample-every",
-                0,
-                "--runs",
-                refiner.with_suffix(".run"),
-                "--out",
-                refiner,
-            ]
-            _run("training.refiner", *training, *_options(options, weights))
+            training += ["--runs", refiner.with_suffix(".run"), "--out", refiner]
+            _run("training.refiner", *training, "--sample-every=0", *_options(options, weights))
         # As the pipeline that it is compared with, whatever would be the fastest now.
         form = ["--precision", pipeline.precision, "--runtime", pipeline.runtime]
         parts = ["--predictor", weights / "predictor.safetensors", "--refiner", refiner]
