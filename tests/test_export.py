@@ -78,7 +78,7 @@ def test_safetensors_and_half_precision(tmp_path: Path) -> None:
 def test_files_of_the_public_training_script(tmp_path: Path) -> None:
     """Weights twice, the optimizer's state, the arguments; names as wrappers left them."""
     weights = SiT(SMALL).state_dict()
-    wrapped = {f"module._orig_mod.{key}": value for key, value in weights.items()}
+    wrapped = {f"_orig_mod.module._orig_mod.{key}": value for key, value in weights.items()}
     arguments = argparse.Namespace(model="SiT-XL/2", lr=5e-5)
     content = {"model": wrapped, "ema": weights, "opt": {"state": {}}, "args": arguments}
     torch.save(content, tmp_path / "c.pt")

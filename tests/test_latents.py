@@ -204,6 +204,40 @@ def test_a_corrupt_image_stops_the_encoding(
     assert left.label.bincount().tolist() == [4, 3, 4]
 
 
+@pytest.mark.parametrize(
+    ("image", "said"),
+    [
+        (Image.fromarray(np.arange(4096, dtype=np.uint16).reshape(64, 64)), "more than 8 bits"),
+        (Image.new("RGB", (1, 51)), "1 x 51 pixels are too thin"),
+    ],
+)
+def test_images_that_would_not_be_themselves(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], image: Image.Image, said: str
+) -> None:
+    image.save(images / "bee" / "0.png")
+    assert run(images, tmp_path / "out") == 2
+    assert said in capsys.readouterr().err
+    for name in ("ant", "bee", "cat"):
+        for path in (images / name).iterdir():
+            image.save(path.with_suffix(".png"))
+    for path in [p for p in images.rglob("*.*") if p.suffix != ".png"]:
+        path.unlink()
+    assert run(images, tmp_path / "other", "--skip-bad") == 2
+    assert "none of the 12 images is usable" in capsys.readouterr().err
+
+
+def test_sizes_that_the_vae_cannot_make(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(images, tmp_path / "out", "--image-size", "30") == 2
+    assert "--image-size must be a multiple of the VAE's 4, got 30" in capsys.readouterr().err
+
+
+def test_a_name_that_is_not_unicode(images: Path, tmp_path: Path) -> None:
+    (images / "ant" / "0.png").rename(os.fsdecode(os.fsencode(images / "ant") + b"/caf\xe9.png"))
+    assert run(images, tmp_path / "out") == 0
+
+
 def test_images_encoded_as_they_are_read(images: Path, vae: AutoencoderKL) -> None:
     pictures = list_pictures(images, 64)
     source = EncodedImages(pictures, vae, MODEL)
@@ -260,6 +294,17 @@ def test_a_wrong_label(shards: Path) -> None:
     assert everything.label.tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2]
     kept = [k for k in range(6) if k != 2]
     torch.testing.assert_close(everything.mean[6:], tensors["mean"][kept].float())
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float8_e4m3fn])
+def test_a_shard_of_another_type(shards: Path, dtype: torch.dtype) -> None:
+    path = shards / "shard-00000.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "mean": tensors["mean"].to(dtype)}, path)
+    with pytest.raises(DataError, match="others in BF16, F16, F32, F64; got "):
+        Shards(shards, MODEL)
+    left = Shards(shards, MODEL, skip_bad=True)
+    assert (len(left), left.skipped) == (6, 6)
 
 
 def test_a_broken_shard(shards: Path) -> None:

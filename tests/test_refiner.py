@@ -24,7 +24,7 @@ from flowturbo.nets.checkpoint import build_network, infer_config, load_checkpoi
 from flowturbo.nets.sit import SiT, SiTConfig
 from flowturbo.schedule import Schedule
 from training.data import InMemory, Latents
-from training.loop import save_weights
+from training.loop import alone, save_weights
 from training.plan import Plan, PlanError
 from training.recipe import Recipe, Rule, regression_loss
 from training.refiner import main
@@ -193,8 +193,8 @@ def test_latents_are_drawn_from_their_posterior() -> None:
 
 def test_a_killed_run_goes_on_as_if_it_had_not_been(data: Path, tmp_path: Path) -> None:
     """SIGKILL in the middle, and the same command again."""
-    assert main(arguments(data, tmp_path / "whole", "--flip")) == 0
-    command = arguments(data, tmp_path / "killed", "--flip", "--save-every-s", "0")
+    assert main(arguments(data, tmp_path / "whole")) == 0
+    command = arguments(data, tmp_path / "killed", "--save-every-s", "0")
     process = subprocess.Popen([sys.executable, "-m", "training.refiner", *command], cwd=ROOT)
     state = tmp_path / "killed" / "refiner.state.pt"
     deadline = time.monotonic() + 60
@@ -350,6 +350,14 @@ def test_pictures_while_training(data: Path, tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("channels", [1, 2])
+def test_pictures_of_few_channels(channels: int) -> None:
+    torch.manual_seed(0)
+    few = replace(CONFIG, in_channels=channels, latent_channels=channels, out_channels=channels)
+    preview = RefinerPreview(SiT(few), every=1, images=4, guided_channels=channels)
+    assert preview(SiT(replace(few, in_channels=2 * channels))).shape == (2 * 16, 2 * 16, 3)
+
+
 def test_tiles() -> None:
     images = np.arange(1, 4, dtype=np.uint8)[:, None, None, None] * np.ones((2, 2, 3), np.uint8)
     assert tile(images)[::2, ::2, 0].tolist() == [[1, 2], [3, 0]]
@@ -369,6 +377,8 @@ def test_tiles() -> None:
         (("--sample-schedule", "R3"), "no velocity cached"),
         (("--sample-schedule", "E4"), "steps must be H, P or R, got E in E4"),
         (("--guidance-channels", "5"), "--guidance-channels must be 1 to 4, got 5"),
+        (("--guidance-scale", "nan"), "guidance scale must be 0 to 100, got nan"),
+        (("--flip",), "--flip is for images"),
         (("--vae", "nowhere"), "no config.json"),
         (("--predictor", "nowhere.pt"), "nowhere.pt does not exist"),
     ],
@@ -402,6 +412,48 @@ def test_a_full_disk_is_told_in_a_line(
     said = capsys.readouterr().err.splitlines()[-1]
     assert said == f"refiner: [Errno 28] No space left on device: '{path}'"
     assert not path.exists()
+    assert not path.with_suffix(".partial").is_symlink()
+
+
+def test_a_large_state_on_a_full_disk(data: Path, tmp_path: Path) -> None:
+    """Larger than what is held before it is written, so that it is cut in its middle."""
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)); "
+    program = (
+        f"{limited}from training.refiner import main; import sys; sys.exit(main(sys.argv[1:]))"
+    )
+    command = arguments(data, tmp_path, "--steps", "1", "--width", "128", "--heads", "2")
+    done = subprocess.run(
+        [sys.executable, "-c", program, *command], cwd=ROOT, capture_output=True, text=True
+    )
+    path = tmp_path / "refiner.state.pt"
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1] == f"refiner: [Errno 27] File too large: '{path}'"
+    assert not [*tmp_path.glob("*.partial")]
+
+
+def test_a_folder_in_use_is_refused(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As by the processes of a launcher that was killed."""
+    with alone(tmp_path):
+        assert main(arguments(data, tmp_path, "--steps", "1")) == 2
+    assert f"{tmp_path} is in use: another run" in capsys.readouterr().err
+    assert main(arguments(data, tmp_path, "--steps", "1")) == 0
+
+
+def test_a_run_does_not_go_on_with_other_latents(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the same names, number and shape."""
+    write_shards(tmp_path / "latents", torch.arange(48) % CLASSES)
+    given = ("--steps", "2", "--data", str(tmp_path / "latents"))
+    assert main(arguments(data, tmp_path, *given)) == 0
+    path = tmp_path / "latents" / "shard-00001.safetensors"
+    tensors = load_file(path)
+    tensors["mean"][0] *= 2
+    save_file(tensors, path)
+    assert main(arguments(data, tmp_path, *given)) == 2
+    assert "was trained with {'data': " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage", ["empty", "text", "cut", "other"])

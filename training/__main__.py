@@ -88,7 +88,7 @@ def _run(args: argparse.Namespace) -> None:
         Recipe(),
         PLANS["refiner"],
         args.runs,
-        identity={**latents, "predictor": digest_of(velocity)},
+        identity={**latents, "predictor": digest_of(velocity.state_dict())},
         preview=RefinerPreview(velocity, every=500, vae=vae, guidance_scale=3.0),
     )
     save_weights(change.ema, args.out / "refiner.safetensors")

@@ -111,8 +111,7 @@ class EncodedImages:
         bad = sorted({*beyond, *_bad_rows(pictures, skip_bad=skip_bad)})
         self._rows = np.delete(np.arange(len(pictures)), bad)
         self.class_names = pictures.class_names
-        text = "\n".join([*pictures.identity(), vae_digest(vae)])
-        self.digest = hashlib.sha256(text.encode()).hexdigest()
+        self.digest = text_digest(*pictures.identity(), vae_digest(vae))
         self.skipped = len(bad)
         if not len(self._rows):
             raise DataError("none of the images is usable, at least 1 is needed")
@@ -163,6 +162,11 @@ def to_unit(images: np.ndarray) -> Tensor:
     return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+def text_digest(*lines: str) -> str:
+    """Of lines of text, also of file names that are not Unicode."""
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
 def vae_digest(vae: AutoencoderKL) -> str:
     """Of everything the latents depend on."""
-    return digest_of(vae, f"{vae.config.scaling_factor} {vae.config.shift_factor}")
+    return digest_of(vae.state_dict(), f"{vae.config.scaling_factor} {vae.config.shift_factor}")

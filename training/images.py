@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from flowturbo.errors import FlowTurboError
 
 _CHUNK = 256
+_LONGEST = 50  # of a picture's sides, in shorter ones
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 
 
@@ -31,6 +32,10 @@ class Picture:
         """[size, size, 3] uint8; raises DataError."""
         try:
             with Image.open(self.path) as file:
+                if file.mode.startswith(("I", "F")):  # which Pillow would cut off at white
+                    raise ValueError(f"its {file.mode} pixels have more than 8 bits")
+                if max(file.size) > _LONGEST * min(file.size):  # of no use, but of much memory
+                    raise ValueError(f"{file.width} x {file.height} pixels are too thin")
                 image = center_crop(file.convert("RGB"), size)
         except Exception as error:  # Pillow's decoders raise whatever the bytes make them do
             reason = " ".join(str(error).split())

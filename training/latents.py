@@ -6,7 +6,6 @@ Writes shards of latents (safetensors: `mean`, `std` [n, C, h, w] in the flow mo
 """
 
 import argparse
-import hashlib
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,10 +22,10 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from flowturbo.errors import FlowTurboError
-from flowturbo.nets.vae import load_vae
-from training.data import Latents, encode, finite, vae_digest
+from flowturbo.nets.vae import latent_factor, load_vae
+from training.data import Latents, encode, finite, text_digest, vae_digest
 from training.images import DataError, list_pictures
-from training.loop import device, processes, tell, whole
+from training.loop import alone, device, processes, tell, whole
 from training.shards import INDEX, SETTINGS, read_object
 
 
@@ -90,10 +89,13 @@ class Writer:
     def write(self) -> None:
         """Writes the shards that are not there yet, then the index.
 
-        Raises DataError also for a folder that was begun with other images, VAE or storage.
+        Raises DataError also for a folder that was begun with other images, VAE or storage, and
+        where no image is left, PlanError where another run is at work in it.
         """
-        state = processes()
-        self.out.mkdir(parents=True, exist_ok=True)
+        with alone(self.out):
+            self._write(processes())
+
+    def _write(self, state: PartialState) -> None:
         self._check_settings(state)
         todo = [k for k, path in enumerate(self.paths) if not path.exists()]
         state.wait_for_everyone()  # nobody looks what is to do while another is already at work
@@ -150,7 +152,7 @@ class Writer:
     def _check_settings(self, state: PartialState) -> None:
         path = self.out / SETTINGS
         settings = {
-            "images": hashlib.sha256("\n".join(self.images.identity()).encode()).hexdigest(),
+            "images": text_digest(*self.images.identity()),
             "count": len(self.images),
             "image_size": self.images.size,
             "vae": vae_digest(self.vae),
@@ -179,6 +181,11 @@ class Writer:
                 raise DataError(f"{path} is no shard from here, remove it: {error}") from error
             shards.append({"file": path.name, "count": count, "skipped": skipped})
         config = self.vae.config
+        count = sum(shard["count"] for shard in shards)
+        if not count:
+            raise DataError(
+                f"none of the {len(self.images)} images is usable, at least 1 is needed"
+            )
         return {
             "latent_shape": list(self.none.mean.shape[1:]),
             "image_size": self.images.size,
@@ -188,7 +195,7 @@ class Writer:
             "dtype": self.storage.dtype,
             "num_classes": len(self.images.class_names),
             "class_names": list(self.images.class_names),
-            "count": sum(shard["count"] for shard in shards),
+            "count": count,
             "skipped": sum(shard["skipped"] for shard in shards),
             "shards": shards,
         }
@@ -205,6 +212,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         vae = load_vae(args.vae)
         size = args.image_size or vae.config.sample_size
+        if size % (factor := latent_factor(vae)):
+            raise DataError(f"--image-size must be a multiple of the VAE's {factor}, got {size}")
         images = list_pictures(args.images, size, flip=args.flip, skip_bad=args.skip_bad)
         storage = Storage(args.dtype, args.mean_only, args.shard)
         Writer(images, vae, args.out, storage, batch=args.batch, skip_bad=args.skip_bad).write()

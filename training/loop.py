@@ -1,13 +1,15 @@
 """One resumable training loop for every network here, on a CPU, a GPU, or several by Accelerate."""
 
+import fcntl
 import hashlib
+import io
 import json
 import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -88,42 +90,45 @@ def fit(
     processes. State is saved in `folder`, the loss at the end in `<name>.json`; TensorBoard's files
     are in `<name>/`, and there are the pictures of `preview`. Raises PlanError for a state of
     another plan or `identity` (what else the steps depend on) and for a `folder` that not all
-    processes share, FloatingPointError for a loss that is no number.
+    processes share or that another run is at work in, FloatingPointError for a loss that is no
+    number.
     """
     # Precision is the plan's: what `accelerate launch` may have been told is not asked.
     accelerator = Accelerator(mixed_precision="no")
     plan.check_processes(accelerator.num_processes)
-    folder.mkdir(parents=True, exist_ok=True)
-    model.to(accelerator.device).train()
-    average = AveragedModel(model, multi_avg_fn=_average(plan.ema_decay))
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=plan.learning_rate,
-        weight_decay=plan.weight_decay,
-        betas=plan.betas,
-    )
-    run = _Run(folder, name, {"model": model, "average": average, "optimizer": optimizer}, pace)
-    run.restore({**asdict(plan), **(identity or {})})
-    run.check_shared()
-    network = accelerator.prepare(model)
-    main = accelerator.is_main_process
-    with (
-        run.writer() if main else nullcontext() as writer,
-        tqdm(total=plan.steps, initial=run.step, desc=name, mininterval=5, disable=not main) as bar,
-    ):
-        while run.step < plan.steps:
-            loss, figures = _step(accelerator, network, optimizer, loss_of, plan, run.step)
-            average.update_parameters(model)
-            run.record(loss)
-            bar.set_postfix(loss=f"{run.progress['smooth_loss']:.4f}", refresh=False)
-            bar.update()
-            if writer:
-                if preview and run.step % preview.every == 0:
-                    run.show(writer, preview(average.module.eval()))
-                run.write(writer, figures, done=run.step == plan.steps)
-    if main:
-        run.report()
-    accelerator.wait_for_everyone()
+    with alone(folder):
+        model.to(accelerator.device).train()
+        average = AveragedModel(model, multi_avg_fn=_average(plan.ema_decay))
+        optimizer = torch.optim.AdamW(
+            [p for p in model.parameters() if p.requires_grad],
+            lr=plan.learning_rate,
+            weight_decay=plan.weight_decay,
+            betas=plan.betas,
+        )
+        run = _Run(folder, name, {"model": model, "average": average, "optimizer": optimizer}, pace)
+        run.restore({**asdict(plan), **(identity or {})})
+        run.check_shared()
+        network = accelerator.prepare(model)
+        main = accelerator.is_main_process
+        with (
+            run.writer() if main else nullcontext() as writer,
+            tqdm(
+                total=plan.steps, initial=run.step, desc=name, mininterval=5, disable=not main
+            ) as bar,
+        ):
+            while run.step < plan.steps:
+                loss, figures = _step(accelerator, network, optimizer, loss_of, plan, run.step)
+                average.update_parameters(model)
+                run.record(loss)
+                bar.set_postfix(loss=f"{run.progress['smooth_loss']:.4f}", refresh=False)
+                bar.update()
+                if writer:
+                    if preview and run.step % preview.every == 0:
+                        run.show(writer, preview(average.module.eval()))
+                    run.write(writer, figures, done=run.step == plan.steps)
+        if main:
+            run.report()
+        accelerator.wait_for_everyone()
     averaged: nn.Module = average.module
     return averaged.eval().requires_grad_(False)
 
@@ -242,8 +247,11 @@ class _Run:
         self.progress["seconds"] += now - self.saved_at
         self.saved_at = now
         state = {key: holder.state_dict() for key, holder in self.holders.items()}
+        # Not into the file: what a full disk makes of torch.save is not an OSError.
+        content = io.BytesIO()
+        torch.save({**state, "progress": self.progress, "plan": self.identity}, content)
         with whole(self.path) as file:
-            torch.save({**state, "progress": self.progress, "plan": self.identity}, file)
+            file.write(content.getbuffer())
 
 
 @contextmanager
@@ -255,15 +263,37 @@ def whole(path: Path) -> Iterator[BinaryIO]:
             yield file
         os.replace(partial, path)
     except OSError as error:
+        with suppress(OSError):
+            partial.unlink()  # on a full disk it is in the way
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def digest_of(model: nn.Module, notes: str = "") -> str:
-    """Of the names and values of what `model` holds, and of `notes`."""
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Nobody else works in `folder` meanwhile; the main process sees to it. Raises PlanError.
+
+    A launcher that is killed leaves its processes behind, and they go on.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not processes().is_main_process:
+        yield
+        return
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PlanError(f"{folder} is in use: another run is at work there") from None
+        except OSError:
+            pass  # some network file systems have no locks
+        yield
+
+
+def digest_of(tensors: Mapping[str, Tensor], notes: str = "") -> str:
+    """Of the names and values of `tensors`, and of `notes`."""
     digest = hashlib.sha256(notes.encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().numpy().data)
+        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

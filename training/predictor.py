@@ -65,7 +65,7 @@ def train(
         loss_of = _loss(data.mean, data.label, num_classes, plans[name].batch, draw_times)
         trained = fit(name, model, loss_of, plans[name], folder, identity=identity)
         model.load_state_dict(trained.state_dict())
-        identity = {**identity, "start": digest_of(model)}
+        identity = {**identity, "start": digest_of(model.state_dict())}
     return model.eval().requires_grad_(False)
 
 

@@ -24,7 +24,7 @@ from flowturbo.nets.checkpoint import (
     sha256,
 )
 from flowturbo.nets.sit import SiT, SiTConfig, refiner_config
-from flowturbo.nets.vae import load_vae
+from flowturbo.nets.vae import latent_factor, load_vae
 from training.data import EncodedImages, Source
 from training.images import DataError, list_pictures
 from training.latents import natural, positive
@@ -203,6 +203,8 @@ def _open_data(
     if not args.data.is_dir():
         raise DataError(f"{args.data} is not a folder")
     if is_sharded(args.data):
+        if args.flip:
+            raise PlanError(f"--flip is for images, {args.data} has latents: encode them with it")
         source = Shards(args.data, model, skip_bad=args.skip_bad)
         if vae and abs(vae.config.scaling_factor - source.scaling_factor) > 1e-6:
             raise DataError(
@@ -212,7 +214,7 @@ def _open_data(
     elif vae is None:
         raise DataError(f"{args.data} has no index of latents: images need --vae to encode them")
     else:
-        size = model.latent_size * 2 ** (len(vae.config.block_out_channels) - 1)
+        size = model.latent_size * latent_factor(vae)
         pictures = list_pictures(args.data, size, flip=args.flip, skip_bad=args.skip_bad)
         source = EncodedImages(pictures, vae, model, skip_bad=args.skip_bad)
         empty = f" ({pictures.empty} empty)"

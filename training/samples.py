@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from flowturbo.guidance import MAX_SCALE
 from flowturbo.latents import noise
 from flowturbo.nets.sit import GUIDED_CHANNELS, SiT
 from flowturbo.nets.vae import Decoder
@@ -22,7 +23,7 @@ class RefinerPreview:
 
     Without a `vae` the latents' first three channels are shown. A `guidance_scale` of 1 is none.
     Raises RequestError for a schedule that cannot be read, PlanError for one with steps other
-    than H, P and R.
+    than H, P and R and for a scale that is no use.
     """
 
     def __init__(
@@ -40,6 +41,10 @@ class RefinerPreview:
         self.every, self._schedule = every, Schedule.parse(schedule)
         if other := set(self._schedule.steps) - set("HPR"):
             raise PlanError(f"steps must be H, P or R, got {sorted(other)[0]} in {schedule}")
+        if not 0 <= guidance_scale <= MAX_SCALE:
+            raise PlanError(
+                f"the samples' guidance scale must be 0 to {MAX_SCALE:g}, got {guidance_scale}"
+            )
         self._predictor, self._scale, self._guided = predictor, guidance_scale, guided_channels
         self._decode = Decoder(vae).to(device()) if vae else _as_colours
         config = predictor.config
@@ -118,7 +123,8 @@ def tile(images: np.ndarray) -> np.ndarray:
 
 
 def _as_colours(latent: Tensor) -> Tensor:
-    """[B, C, h, w] of about unit scale to [B, 4h, 4w, 3] uint8, from three channels."""
-    levels = (latent[:, :3] * 0.2 + 0.5).clamp(0, 1) * 255
+    """[B, C, h, w] of about unit scale to [B, 4h, 4w, 3] uint8, from three channels or fewer."""
+    channels = torch.arange(3, device=latent.device).clamp(max=latent.shape[1] - 1)
+    levels = (latent[:, channels] * 0.2 + 0.5).clamp(0, 1) * 255
     large = levels.repeat_interleave(4, 2).repeat_interleave(4, 3)
     return large.round().permute(0, 2, 3, 1).to(torch.uint8)

@@ -17,17 +17,19 @@ from tqdm import tqdm
 from flowturbo.nets.sit import SiTConfig
 from training.data import Latents, finite
 from training.images import DataError
-from training.loop import mine, processes
+from training.loop import digest_of, mine, processes
 
 INDEX = "index.json"  # written when all shards are there
+_DTYPES = {"BF16", "F16", "F32", "F64"}  # of latents
 SETTINGS = "settings.json"  # what the shards depend on, from the start
 
 
 class Shards:
     """A folder that `python -m training.latents` wrote: shards of latents, mapped into memory.
 
-    All is read once at the start, to find latents that are not finite; several processes share
-    that work. `skipped` counts what `skip_bad` left out. Raises DataError for these, for a broken
+    All is read once at the start, to find latents that are not finite and for the `digest` of what
+    there is to use; several processes share that work. `skipped` counts what `skip_bad` left out.
+    Raises DataError for these, for a broken
     shard, and for what does not fit `model` (any, when None): another shape, unknown labels.
     """
 
@@ -42,8 +44,7 @@ class Shards:
         if model:
             check_shape(folder / INDEX, self.shape, model)
         stated = (folder / name for name in (INDEX, SETTINGS))
-        text = b"".join(path.read_bytes() for path in stated if path.exists())
-        self.digest = hashlib.sha256(text).hexdigest()
+        digest = hashlib.sha256(b"".join(p.read_bytes() for p in stated if p.exists()))
         self.skipped = 0
         self._files, self._starts, self._labels, paths, rows = [], [], [], [], []
         start = 0
@@ -68,12 +69,14 @@ class Shards:
         if 0 < len(means) < len(paths):
             raise DataError(f"{means[0]} has no std, others have: all shards must, or none")
         known = torch.cat([torch.empty(0, dtype=torch.int64), *rows])
-        broken = _not_finite(paths, skip_bad=skip_bad)
+        broken, digests = _read_all(paths, skip_bad=skip_bad)
         at = [self._starts[shard] + row for shard, row in broken]
         self._rows = known[~torch.isin(known, torch.tensor(at, dtype=torch.int64))]
         self.skipped += len(known) - len(self._rows)
         if not len(self._rows):
             raise DataError(f"{folder} has no usable latents, at least 1 is needed")
+        digest.update("".join(digests).encode() + self._rows.numpy().tobytes())
+        self.digest = digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -155,40 +158,47 @@ def _open_shard(path: Path, shape: tuple[int, int, int], count: int) -> tuple[An
     try:
         file = safe_open(path, framework="pt")
         stated = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        dtypes = {file.get_slice(name).get_dtype() for name in stated if name != "label"}
         label = file.get_tensor("label") if "label" in stated else torch.empty(0)
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path} is not a readable safetensors file: {error}") from error
     tensors = {"mean": (count, *shape), "label": (count,)}
     if "std" in stated:
         tensors["std"] = tensors["mean"]
-    if stated != tensors or label.dtype != torch.int64:
+    if stated != tensors or label.dtype != torch.int64 or not dtypes <= _DTYPES:
+        allowed, found = (", ".join(sorted(each)) for each in (_DTYPES, dtypes))
         raise DataError(
-            f"{path} must have the tensors {tensors}, labels in int64; got {stated}, {label.dtype}"
+            f"{path} must have the tensors {tensors}, labels in int64, others in {allowed}; "
+            f"got {stated}, {label.dtype}, {found}"
         )
     return file, label
 
 
-def _not_finite(paths: Sequence[Path], *, skip_bad: bool) -> Sequence[tuple[int, int]]:
-    """Shard and row of latents that are not finite, found by all processes together.
+def _read_all(
+    paths: Sequence[Path], *, skip_bad: bool
+) -> tuple[Sequence[tuple[int, int]], Sequence[str]]:
+    """Shard and row of latents that are not finite, and each shard's digest.
 
-    A shard is held at a time. Raises DataError, unless they are skipped.
+    Found by all processes together; a shard is held at a time. Raises DataError for latents that
+    are not finite, unless they are skipped.
     """
     share = mine(torch.arange(len(paths))).tolist()
     quiet = not processes().is_main_process
-    bad = []
+    bad, digests = [], []
     for shard in tqdm(share, "check", unit="shard", delay=2, disable=quiet):
         with safe_open(paths[shard], framework="pt") as file:
-            names = [name for name in file.keys() if name != "label"]  # noqa: SIM118
-            good = finite(*(file.get_tensor(name) for name in names))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        digests.append((shard, digest_of(tensors)))
+        good = finite(*(tensor for name, tensor in tensors.items() if name != "label"))
         bad += [(shard, row) for row in (~good).nonzero()[:, 0].tolist()]
-    bad = sorted(gather_object(bad))
+    bad, digests = sorted(gather_object(bad)), sorted(gather_object(digests))
     if bad and not skip_bad:
         shard, row = bad[0]
         raise DataError(
             f"{paths[shard]}: the latents of row {row} are not finite "
             f"({len(bad)} such rows; --skip-bad leaves them out)"
         )
-    return bad
+    return bad, [digest for _, digest in digests]
 
 
 def _known(path: Path, label: Tensor, model: SiTConfig | None, *, skip_bad: bool) -> Tensor:

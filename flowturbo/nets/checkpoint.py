@@ -94,10 +94,7 @@ def _choose(path: Path, content: Any, weights: str | None, usual: str) -> Mappin
 
 def _without_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Names as the network has them: without those that DDP and torch.compile put in front."""
-    return {
-        key.removeprefix("module.").removeprefix("_orig_mod."): value
-        for key, value in tensors.items()
-    }
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): each for key, each in tensors.items()}
 
 
 def infer_config(
@@ -152,7 +149,7 @@ def _latent_channels(
         )
         raise CheckpointError(
             f"{checkpoint.path}: {in_channels} channels in and {out_channels} out do not fit a "
-            f"{role} ({fits}); are --predictor and --refiner swapped?"
+            f"{role} ({fits}); are predictor and refiner swapped?"
         )
     return latent
 

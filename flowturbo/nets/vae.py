@@ -22,6 +22,12 @@ def load_vae(folder: str | Path) -> AutoencoderKL:
     return frozen
 
 
+def latent_factor(vae: AutoencoderKL) -> int:
+    """How many pixels wide a latent's pixel is."""
+    factor: int = 2 ** (len(vae.config.block_out_channels) - 1)
+    return factor
+
+
 class Decoder(nn.Module):
     """Latents [B, C, h, w] float32 in the flow model's scale to images [B, H, W, 3] uint8.
 
