@@ -103,15 +103,20 @@ def open_models(
     repository: Path, pipeline: Pipeline, threads: int | None = None
 ) -> dict[str, Model]:
     """The composed models that `repository` has, by name, in the runtime it was made for."""
-    present = [contract.PREDICTOR]
-    present += [contract.REFINER] * pipeline.has_refiner
-    present += [contract.DECODER] * pipeline.has_decoder
     return {
         name: open_model(
             repository / name / "1" / "model.onnx", pipeline.precision, threads, pipeline.runtime
         )
-        for name in present
+        for name in models_of(pipeline)
     }
+
+
+def models_of(pipeline: Pipeline) -> list[str]:
+    """The names of the composed models that `pipeline` has."""
+    present = [contract.PREDICTOR]
+    present += [contract.REFINER] * pipeline.has_refiner
+    present += [contract.DECODER] * pipeline.has_decoder
+    return present
 
 
 def _integers(name: str, values: int | Sequence[int] | np.ndarray) -> np.ndarray:

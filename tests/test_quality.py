@@ -1,6 +1,7 @@
 """Quality: figures against known distributions, images that resume, baselines on the real model."""
 
 import json
+import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from torch import nn
 
 from bench.quality import __main__ as command
 from bench.quality import judges
-from bench.quality.engine import Engine, Exact, Recipe, distances, find_sampler, velocity
+from bench.quality.engine import BATCH, Engine, Exact, Recipe, distances, find_sampler, velocity
 from bench.quality.evaluate import Eyes, served
 from bench.quality.images import ImageFolder, Speed
 from bench.quality.judges import Classifier, Inception, load_reference
@@ -35,7 +36,7 @@ from flowturbo.errors import FlowTurboError, RequestError
 from flowturbo.guidance import Guidance
 from flowturbo.latents import noise
 from flowturbo.nets.checkpoint import CheckpointError
-from flowturbo.repository import Pipeline
+from flowturbo.repository import Pipeline, Settings
 from flowturbo.serving.tritonserver import ServerAddress
 from training.classifier import Seen
 from training.frechet import Reference, Statistics
@@ -305,6 +306,7 @@ def test_the_command_goes_on_with_its_images(
         (["--schedule", "P4", "--reference", "nowhere.npz"], "nowhere.npz"),
         (["--schedule", "P4", "--reference", __file__], "neither a folder of images nor an .npz"),
         (["--schedule", "P4", "--exact", "2", "--predictor", "missing.pt"], "missing.pt"),
+        (["--schedule", "P4", "--reference", "{other}"], "other.npz has mu of 2048 features, this"),
     ],
 )
 def test_what_is_wrong_is_said_before_images_are_made(
@@ -314,15 +316,37 @@ def test_what_is_wrong_is_said_before_images_are_made(
     tmp_path: Path,
     capsys: pytest.CaptureFixture,
 ) -> None:
+    other = tmp_path / "other.npz"
+    np.savez(other, mu=np.zeros(2048), sigma=np.eye(2048))
+    words = [str(word).format(other=other) for word in words]
     words = ["--repository", glyphs_repository, "--weights", GLYPHS, "--out", tmp_path, *words]
     assert command.main([*map(str, words), "--images", "20"]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("quality: ")
     assert said in line
     assert not list(tmp_path.rglob("*.png"))
-    for refused in (["--server=localhost:1", "--exact=2"], ["--npz"], ["--images=0"]):
+    for refused in (
+        ["--server=localhost:1", "--exact=2"],
+        ["--npz"],
+        ["--images=1"],
+        ["--exact=-1"],
+    ):
         with pytest.raises(SystemExit):
             command.main(refused)
+
+
+def test_a_service_that_takes_few_images_is_judged_too(
+    golden_repository: Path, tmp_path: Path
+) -> None:
+    repository = tmp_path / "models"
+    shutil.copytree(golden_repository, repository)
+    config = repository / "flowturbo" / "config.pbtxt"
+    most = re.compile(r'(key: "max_images", value: { string_value: )"\d+"')
+    config.write_text(most.sub(r'\1"8"', config.read_text()))
+    engine = Engine(repository)
+    assert Settings.load(repository).max_images == 8
+    seeds = np.arange(BATCH)
+    assert engine.generate(seeds % 3, seeds, "H1").latent.shape[0] == BATCH
 
 
 def test_rows_are_written_as_they_are_done(

@@ -177,8 +177,13 @@ def test_a_study_makes_images(
 
 
 def test_a_report_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert study.main(["--report-only", "--json", str(tmp_path / "study.json")]) == 2
-    assert "study.json" in capsys.readouterr().err
+    file = tmp_path / "study.json"
+    for words, said in (("--report-only", "study.json"), ("--rounds=0", "--rounds must be 1")):
+        assert study.main([words, "--json", str(file)]) == 2
+        assert said in capsys.readouterr().err
+    file.write_text('{"points": {}}')
+    assert study.main(["--report-only", "--json", str(file)]) == 2
+    assert "study.json is not a study's" in capsys.readouterr().err
 
 
 def test_points_of_other_settings_are_not_mixed(

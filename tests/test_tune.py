@@ -164,8 +164,6 @@ def test_distances_fall_as_the_order_says(golden_repository: Path, tmp_path: Pat
     first = Distances(pipeline, guidance, solved[:20]).score(schedule("H8"), 20)
     assert distances.score(schedule("H8"), 20).value == pytest.approx(first.value, rel=1e-4)
     assert measured(golden_repository, 2, guidance).max_rows == 4
-    with pytest.raises(ValueError, match="--images 33 is 66 rows, a batch has 1 to 64"):
-        measured(golden_repository, 33, guidance)
 
 
 def test_command(
@@ -190,6 +188,17 @@ def test_command(
     assert "--latents must be at least 50, got 9" in capsys.readouterr().err
     assert main([*common, "--latency-ms", "0"]) == 2
     assert "no schedule takes 0 ms or less" in capsys.readouterr().err
+    assert main([*common, "--latency-ms", "nan"]) == 2
+    assert "--latency-ms must be a finite number, got nan" in capsys.readouterr().err
+    for images, guidance, most in (("0", "1", 64), ("65", "1", 64), ("33", "1.5", 32)):
+        more = ("--images", images, "--guidance-scale", guidance, "--latency-ms", "26")
+        assert main([*common, *more]) == 2
+        assert f"--images must be 1 to {most} here, got {images}" in capsys.readouterr().err
+    stated = json.loads(file.read_text())
+    del stated["times_ms"][contract.REFINER]
+    (tmp_path / "some.json").write_text(json.dumps(stated))
+    assert main([*common, "--times", str(tmp_path / "some.json"), "--latency-ms", "26"]) == 2
+    assert "some.json has no times of velocity_refiner" in capsys.readouterr().err
 
 
 def test_what_runs_elsewhere_is_not_measured_here(

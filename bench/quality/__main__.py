@@ -7,6 +7,7 @@ A Fréchet distance depends on the number of images: compare at equal numbers on
 
 import argparse
 import contextlib
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -98,8 +99,9 @@ def main(argv: Sequence[str]) -> int:
         parser.error("--variant and --exact are of this process: leave them out with --server")
     if args.npz and not args.out:
         parser.error("--npz is written to the folder --out")
-    if args.images < 1:
-        parser.error(f"--images must be 1 or more, got {args.images}")
+    for name, least in (("images", 2), ("exact", 0), ("in_flight", 1)):
+        if (value := getattr(args, name)) < least:
+            parser.error(f"--{name.replace('_', '-')} must be {least} or more, got {value}")
     try:
         _measure(args)
     except (FlowTurboError, flowturbo_client.FlowTurboError, OSError, ValueError) as error:
@@ -182,11 +184,12 @@ def _row(
     recipe: Recipe,
     args: argparse.Namespace,
 ) -> Row:
-    pipeline, source = task.pipeline, "process" if engine else "server"
+    pipeline, source = task.pipeline, "process" if engine else f"server {args.server}"
     said = described(recipe, task.repository, source)
-    name = f"{recipe}_{pipeline.precision}_{source}_{said['models']}"
+    words = re.sub(r"[^\w.-]+", "-", source)
+    name = f"{recipe}_{pipeline.precision}_{words}_{said['models']}"
     folder = ImageFolder(images / name, said, pipeline.num_classes)
-    made, evaluations = _fill(folder, engine, recipe, args)
+    made, evaluations = _fill(task, folder, engine, recipe, args)
     if args.npz:
         folder.to_npz(images / f"{name}.npz", args.images)
     row = {"schedule": recipe.sampler, "precision": pipeline.precision, **asdict(recipe)}
@@ -198,7 +201,11 @@ def _row(
 
 
 def _fill(
-    folder: ImageFolder, engine: Engine | None, recipe: Recipe, args: argparse.Namespace
+    task: Task,
+    folder: ImageFolder,
+    engine: Engine | None,
+    recipe: Recipe,
+    args: argparse.Namespace,
 ) -> tuple[Speed, tuple[int, int] | None]:
     """Makes the images; also says how often each network was evaluated for one, where known."""
     if engine:
@@ -206,7 +213,8 @@ def _fill(
         return folder.fill(args.images, make), make.evaluations
     with FlowTurboClient(args.server) as client:
         asked = served(client, recipe)
-        made = folder.fill(args.images, asked, batch=SERVED_BATCH, in_flight=args.in_flight)
+        batch = min(SERVED_BATCH, Settings.load(task.repository).max_images)
+        made = folder.fill(args.images, asked, batch=batch, in_flight=args.in_flight)
     assert recipe.schedule is not None  # a server runs nothing else
     return made, schedule_evaluations(recipe.schedule)
 

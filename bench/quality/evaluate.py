@@ -12,9 +12,15 @@ from typing import Any
 import numpy as np
 from flowturbo_client import FlowTurboClient
 
-from bench.quality.engine import Engine, Exact, Make, Recipe, distances, schedule_evaluations
-from bench.quality.images import BATCH, ImageFolder
-from bench.quality.judges import Classifier, Inception, Judge, load_reference
+from bench.quality.engine import BATCH, Engine, Exact, Make, Recipe, distances, schedule_evaluations
+from bench.quality.images import ImageFolder
+from bench.quality.judges import (
+    Classifier,
+    Inception,
+    Judge,
+    check_reference,
+    load_reference,
+)
 from bench.quality.metrics import Figures, figures
 from flowturbo import contract
 from flowturbo.guidance import Guidance
@@ -42,7 +48,8 @@ class Eyes:
         """The glyphs' classifier and features in `weights`, unless the others are given.
 
         For models of `num_classes` classes. Raises ValueError for Inception without a reference,
-        and without Inception for models of other classes than the glyphs'.
+        without Inception for models of other classes than the glyphs', and for a reference of
+        features that the judge has not.
         """
         if inception is not None and reference is None:
             raise ValueError(f"{inception} needs a reference of its own: --reference")
@@ -53,7 +60,10 @@ class Eyes:
                 f"{max(other)}: give --inception and --reference"
             )
         judge = Classifier(weights) if inception is None else Inception(inception)
-        return cls(judge, load_reference(reference or weights / "features.npz", judge))
+        path = reference or weights / "features.npz"
+        known = load_reference(path, judge)
+        check_reference(path, known, judge)
+        return cls(judge, known)
 
     @property
     def digest(self) -> str:

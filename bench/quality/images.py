@@ -19,9 +19,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from bench.quality.engine import Make
+from bench.quality.engine import BATCH, Make
 
-BATCH = 25  # images made at once; the models take 32 guided ones
 _RECIPE, _SPEED = "recipe.json", "speed.json"
 
 

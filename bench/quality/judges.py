@@ -137,6 +137,19 @@ def load_reference(path: Path, judge: Judge) -> Reference:
     return Reference(known.pooled, known.spatial, seen.pooled)
 
 
+def check_reference(path: Path, reference: Reference, judge: Judge) -> None:
+    """Raises ValueError unless `reference`, of `path`, is of as many features as `judge` sees."""
+    seen = judge(np.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8))
+    for name, known, found in (
+        ("mu", reference.pooled, seen.pooled),
+        ("mu_s", reference.spatial, seen.spatial),
+    ):
+        if known and len(known.mean) != found.shape[1]:
+            raise ValueError(
+                f"{path} has {name} of {len(known.mean)} features, this judge sees {found.shape[1]}"
+            )
+
+
 def _reference_of(seen: Seen) -> Reference:
     return Reference(Statistics.of(seen.pooled), Statistics.of(seen.spatial), seen.pooled)
 

@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.observe import hardware, write_json
-from bench.quality.engine import Engine, Exact, check_decoder, schedule_evaluations
+from bench.quality.engine import BATCH, Engine, Exact, check_decoder, schedule_evaluations
 from bench.quality.evaluate import Eyes, models_digest
-from bench.quality.images import BATCH
 from bench.study import report
 from bench.study.measure import BASELINE, Bench, stability
 from bench.study.points import MAIN, Point, Size, sections_of, unique
@@ -49,6 +48,8 @@ def main(argv: Sequence[str]) -> int:
     """
     args = _parser().parse_args(argv)
     try:
+        if args.rounds < 1:
+            raise ValueError(f"--rounds must be 1 or more, got {args.rounds}")
         known = args.report_only or args.json.exists()
         study: Study = json.loads(args.json.read_text()) if known else {"points": {}}
         if not args.report_only:

@@ -128,7 +128,10 @@ def _evaluations(found: Found) -> int:
 
 
 def _name_best(
-    axis: Any, groups: dict[tuple[str, str], list[Found]], cost: Callable[[Found], float], value: str
+    axis: Any,
+    groups: dict[tuple[str, str], list[Found]],
+    cost: Callable[[Found], float],
+    value: str,
 ) -> None:
     """Names FlowTurbo's points that no cheaper one of it equals, and the paper's."""
     ours = [each for (name, _), found in groups.items() if name.startswith(_OURS) for each in found]

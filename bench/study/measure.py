@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from bench.quality.engine import Engine, Exact, Made, Recipe, distances
+from bench.quality.engine import BATCH, Engine, Exact, Made, Recipe, distances
 from bench.quality.evaluate import Eyes, Local, described, exact_latents
-from bench.quality.images import BATCH, ImageFolder
+from bench.quality.images import ImageFolder
 from bench.quality.metrics import half_width, mean_without
 from bench.study.points import MAIN, Point
 from flowturbo.guidance import Guidance

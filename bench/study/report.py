@@ -43,7 +43,12 @@ said, in process, batches of 25 images, decoder included. {curves:,} images a po
 
 
 def write(study: Study, json_path: Path, path: Path) -> Path:
-    """Writes the report to `path` and its figures beside the JSON; returns `path`."""
+    """Writes the report to `path` and its figures beside the JSON; returns `path`.
+
+    Raises ValueError for a study that was never begun.
+    """
+    if "size" not in study:
+        raise ValueError(f"{json_path} is not a study's")
     plots = figures.draw(study, json_path)
     path.parent.mkdir(parents=True, exist_ok=True)
     findings = json_path.with_name(f"{json_path.stem}_findings.md")

@@ -9,6 +9,7 @@ process. Writes presets for `python -m export --presets`.
 
 import argparse
 import datetime
+import math
 import statistics
 import sys
 import time
@@ -25,7 +26,7 @@ from bench.quality.evaluate import Eyes, Local, described, models_digest
 from bench.quality.images import ImageFolder
 from bench.quality.metrics import BLOCKS
 from bench.tune import choice, report
-from bench.tune.candidates import Cost, candidates, measured
+from bench.tune.candidates import Cost, candidates, check_images, measured
 from bench.tune.choice import Rated
 from bench.tune.scores import Distances, Score, solve
 from bench.tune.search import finalists, search
@@ -33,7 +34,9 @@ from export.install import read_build
 from flowturbo import LocalPipeline, contract
 from flowturbo.errors import FlowTurboError
 from flowturbo.guidance import Guidance
+from flowturbo.local import models_of
 from flowturbo.presets import DEFAULT, built_in
+from flowturbo.repository import Settings
 from flowturbo.schedule import Schedule
 
 CAP = 3  # times the time of the paper's fast schedule, where no latency is asked for
@@ -83,18 +86,25 @@ def _tune(args: argparse.Namespace) -> str:
         raise ValueError(f"--latents must be at least {FEWEST}, got {args.latents}")
     if args.judged < FEWEST:
         raise ValueError(f"--judged must be at least {FEWEST}, got {args.judged}")
-    pipeline = LocalPipeline(args.repository)
+    if not math.isfinite(args.latency_ms or 0.0):
+        raise ValueError(f"--latency-ms must be a finite number, got {args.latency_ms:g}")
+    pipeline = Engine(args.repository)
     scale = args.guidance_scale
     guidance = Guidance(pipeline.settings.default_guidance_scale if scale is None else scale)
     elsewhere = runs_elsewhere(args.repository, pipeline)
-    cost = Cost.of(_times(args, guidance, elsewhere), args.images, guidance)
+    check_images(args.images, guidance, pipeline.pipeline, Settings.load(args.repository))
+    cost = Cost.of(_times(args, pipeline, guidance, elsewhere), args.images, guidance)
     paper = built_in(has_refiner=pipeline.pipeline.has_refiner)[DEFAULT]
     cap_ms = CAP * cost.ms(paper) if args.latency_ms is None else args.latency_ms
-    judge = _judge(args) if args.metric == "frechet" else None  # refused before the search
+    judge = None
+    if args.metric == "frechet":  # refused before the search
+        check_decoder(args.repository, pipeline.pipeline)
+        classes = pipeline.pipeline.num_classes
+        judge = Eyes.open(args.weights, args.inception, args.reference, classes)
     stages, metric = _search(args, pipeline, guidance, cost, paper, cap_ms)
     tried = stages[-1]
     if judge:
-        tried, metric = _judged(args, *judge, tried, paper, guidance), "Fréchet distance"
+        tried, metric = _judged(args, pipeline, judge, tried, paper, guidance), "Fréchet distance"
     found = choice.choose(tried, paper, cap_ms, args.quality)
     times_of = str(args.times) if args.times else "this process"
     figures_of = f"the ONNX files in {pipeline.pipeline.runtime}, in this process"
@@ -129,9 +139,14 @@ def runs_elsewhere(repository: Path, pipeline: LocalPipeline) -> str | None:
     return "on a GPU" if pipeline.pipeline.on_gpu and not pipeline.on_gpu else None
 
 
-def _times(args: argparse.Namespace, guidance: Guidance, elsewhere: str | None) -> BlockTimes:
+def _times(
+    args: argparse.Namespace, pipeline: Engine, guidance: Guidance, elsewhere: str | None
+) -> BlockTimes:
     if args.times:
-        return BlockTimes.read(args.times, args.engine, args.precision)
+        times = BlockTimes.read(args.times, args.engine, args.precision)
+        if missing := set(models_of(pipeline.pipeline)) - times.times_ms.keys():
+            raise ValueError(f"{args.times} has no times of {min(missing)}")
+        return times
     if args.engine or args.precision:
         raise ValueError("--engine and --precision choose from a report, which --times is to name")
     if elsewhere:
@@ -167,13 +182,6 @@ def _search(
     score = Distances(pipeline, guidance, solved).score
     stages = search(within | {paper: cost.ms(paper)}, score, args.latents, [paper])
     return stages, f"distance to {whose}"
-
-
-def _judge(args: argparse.Namespace) -> tuple[Engine, Eyes]:
-    engine = Engine(args.repository)
-    check_decoder(args.repository, engine.pipeline)
-    classes = engine.pipeline.num_classes
-    return engine, Eyes.open(args.weights, args.inception, args.reference, classes)
 
 
 def _judged(

@@ -11,7 +11,7 @@ from flowturbo import contract
 from flowturbo.generate import models_called
 from flowturbo.guidance import Guidance
 from flowturbo.program import compile_program
-from flowturbo.repository import Pipeline
+from flowturbo.repository import Pipeline, Settings
 from flowturbo.schedule import Schedule
 
 MOST_EVALUATIONS = 32  # of the predictor: the paper's longest schedule has 25
@@ -33,7 +33,7 @@ class Cost:
     @classmethod
     def of(cls, times: BlockTimes, images: int, guidance: Guidance) -> Cost:
         """Of `images` images, which are one batch; raises ValueError for more than is measured."""
-        rows = images * (2 if guidance.used else 1)
+        rows = rows_of(images, guidance)
         of_rows = {model: images if model == contract.DECODER else rows for model in times.times_ms}
         block_ms = {model: times.table(model, n)[n] for model, n in of_rows.items()}
         return cls(block_ms, times.overhead_ms)
@@ -45,12 +45,21 @@ class Cost:
         return sum(self.block_ms[model] + self.overhead_ms for model in models)
 
 
+def rows_of(images: int, guidance: Guidance) -> int:
+    """Of a request's calls to the step blocks."""
+    return images * (2 if guidance.used else 1)
+
+
+def check_images(images: int, guidance: Guidance, pipeline: Pipeline, settings: Settings) -> None:
+    """Raises ValueError unless `images` are one request, and one batch."""
+    most = min(settings.max_images, pipeline.max_rows // rows_of(1, guidance))
+    if not 1 <= images <= most:
+        raise ValueError(f"--images must be 1 to {most} here, got {images}")
+
+
 def measured(repository: Path, images: int, guidance: Guidance) -> BlockTimes:
-    """What Cost needs of `repository`, measured here; raises ValueError for too many images."""
-    rows, most = images * (2 if guidance.used else 1), Pipeline.load(repository).max_rows
-    if not 1 <= rows <= most:
-        raise ValueError(f"--images {images} is {rows} rows, a batch has 1 to {most}")
-    return BlockTimes(measure(repository, sizes=(images, rows)))
+    """What Cost needs of `repository`, measured here."""
+    return BlockTimes(measure(repository, sizes=(images, rows_of(images, guidance))))
 
 
 def candidates(*, has_refiner: bool) -> list[Schedule]:

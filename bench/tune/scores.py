@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.quality.engine import Exact, distances
+from bench.quality.engine import BATCH, Exact, distances
 from bench.quality.evaluate import exact_latents, kept, models_digest
-from bench.quality.images import BATCH
 from bench.quality.metrics import half_width, mean_without
 from flowturbo import LocalPipeline
 from flowturbo.guidance import Guidance
