@@ -20,6 +20,7 @@ Found = dict[str, Any]
 _FAMILIES = (
     ("UniPC, shifted", r"unipc.*@.*", "s:"),
     ("UniPC", r"unipc.*", "s-"),
+    ("DPM-Solver++, shifted", r"dpm.*@.*", "D:"),
     ("DPM-Solver++", r"dpm.*", "D-"),
     ("Heun", r"H\d+", "o-"),
     ("Heun, shifted", r"H\d+@.*", "o:"),
@@ -30,6 +31,7 @@ _FAMILIES = (
     ("FlowTurbo", r"H\d+(P\d+)?R\d+", "*"),
     ("FlowTurbo, shifted", r"H\d+(P\d+)?R\d+@.*", "P"),
     ("FlowTurbo, T for R", r"H\d+(P\d+)?T\d+", "X"),
+    ("FlowTurbo, T for R, shifted", r"H\d+(P\d+)?T\d+@.*", "x"),
     ("FlowTurbo, Z for R", r"H\d+(P\d+)?Z\d+", "H"),
     ("FlowTurbo, Z for R, shifted", r"H\d+(P\d+)?Z\d+@.*", "h"),
 )

@@ -158,9 +158,9 @@ others are trained by `python -m bench.study.refiners`, with these options of
 """
 _SOLVERS = (
     "H4 H8 H12 H1P2Z1@3 H1P3Z1@3 H2P3Z1@3 A4@2 A6@3 A8@3 H1P2R1@2 H1P5R3 H1P5R3@2 H2P4R2 H1P2R1 "
-    "H1P5 H1P5Z3 H1P5T3 H2P4Z2 H1P1Z1@3 "
+    "H1P5 H1P5Z3 H1P5T3 H2P4Z2 H1P1Z1@3 H1P3T2@1.5 H1P4Z1@1.5 H1P2Z1@2 H1P3Z1@2 "
     "A8 unipc:8 unipc:8@2 dpm:8 E8 H4@1.5 H8@1.5 P7 A12 H2P9Z1@2 unipc:12 unipc:6@2 dpm:12 E16 P11 "
-    "H16 H2P8R2 H5P7R3 H8P9R5"
+    "H16 H2P8R2 H5P7R3 H8P9R5 A5@2 A6@2 A12@3 unipc:6@3 unipc:8@3 dpm:8@3"
 )
 _ON_GRIDS, _SHIFTS = "H4 H8 A8 H1P5R3", ("", "@1.5", "@2", "@3", "@4")
 _RIVALS = (
@@ -171,8 +171,8 @@ _COMPONENTS = "H8 H7R1 H6R2 H5R3 H7R2 H5P2R2 H3P4R2 H3P3R2 H2P8R2 H2P4R2 H1P6R2 
 
 
 def _options(refiner: str) -> str:
-    options = REFINERS[refiner]
-    return f"`{options}`" if options else "none, its defaults are the paper's"
+    options = REFINERS.get(refiner)
+    return f"`{options}`" if options else "no more, it is of an earlier list"
 
 
 def sections_of(study: Mapping[str, Any]) -> tuple[Section, ...]:

@@ -25,7 +25,6 @@ _ON = f"{_ALL} --learning-rate 5e-4 --start refiner.safetensors"
 
 # Options of `python -m training.refiner`; --start is a file in the folder of the glyphs' weights.
 REFINERS = {
-    "full": "",  # the defaults: the paper's 30,000 steps of batch 18
     "paper": _SHORT,
     "reference": f"{_SHORT} --recipe reference",
     "deep": f"{_SHORT} --depth 2",
