@@ -27,6 +27,8 @@ _ON = f"{_ALL} --learning-rate 5e-4 --start refiner.safetensors"
 REFINERS = {
     "paper": _SHORT,
     "reference": f"{_SHORT} --recipe reference",
+    "to 0.2": f"{_SHORT} --step-range 0 0.2",
+    "from 0.06": f"{_SHORT} --step-range 0.06 0.12",
     "deep": f"{_SHORT} --depth 2",
     "narrow": f"{_SHORT} --width 96 --heads 3",
     "guided": f"{_ON} --steps 2200 --train-guidance 1 4",
