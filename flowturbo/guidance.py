@@ -42,6 +42,11 @@ class Guidance:
         """Whether any evaluation is guided."""
         return self.scale != 1.0
 
+    @property
+    def rows(self) -> int:
+        """Rows of an image in a network evaluation: two where it is guided."""
+        return 2 if self.used else 1
+
     def active(self, t: float) -> bool:
         """Whether an evaluation at time `t` is guided."""
         # The ends come as float32: compared as such, a time named as an end is within.

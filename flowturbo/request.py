@@ -37,7 +37,7 @@ class GenerationRequest:
     @property
     def rows(self) -> int:
         """Rows of a network evaluation: two a guided image."""
-        return len(self.labels) * (2 if self.guidance.used else 1)
+        return len(self.labels) * self.guidance.rows
 
     @property
     def needs_decoder(self) -> bool:

@@ -116,14 +116,8 @@ def arguments(glyphs_repository: Path, tmp_path: Path, monkeypatch: pytest.Monke
         monkeypatch.setattr(module, "BATCH", 6)  # images that are timed and solved exactly
     words = ["--repository", glyphs_repository, "--weights", GLYPHS, "--images", 24]
     words += ["--other-images", 20, "--rounds", 1, "--work", tmp_path / "work"]
-    words += [
-        "--refiners",
-        tmp_path / "none",
-        "--json",
-        tmp_path / "study.json",
-        "--report",
-        tmp_path / "quality.md",
-    ]
+    words += ["--refiners", tmp_path / "none"]
+    words += ["--json", tmp_path / "study.json", "--report", tmp_path / "quality.md"]
     return [*map(str, words)]
 
 

@@ -93,9 +93,9 @@ class Writer:
         where no image is left, PlanError where another run is at work in it.
         """
         with alone(self.out):
-            self._write(processes())
+            self._write_missing(processes())
 
-    def _write(self, state: PartialState) -> None:
+    def _write_missing(self, state: PartialState) -> None:
         self._check_settings(state)
         todo = [k for k, path in enumerate(self.paths) if not path.exists()]
         state.wait_for_everyone()  # nobody looks what is to do while another is already at work

@@ -20,8 +20,8 @@ from training.images import DataError
 from training.loop import digest_of, mine, processes
 
 INDEX = "index.json"  # written when all shards are there
-_DTYPES = {"BF16", "F16", "F32", "F64"}  # of latents
 SETTINGS = "settings.json"  # what the shards depend on, from the start
+_DTYPES = {"BF16", "F16", "F32", "F64"}  # of latents
 
 
 class Shards:
@@ -29,8 +29,8 @@ class Shards:
 
     All is read once at the start, to find latents that are not finite and for the `digest` of what
     there is to use; several processes share that work. `skipped` counts what `skip_bad` left out.
-    Raises DataError for these, for a broken
-    shard, and for what does not fit `model` (any, when None): another shape, unknown labels.
+    Raises DataError for these, for a broken shard, and for what does not fit `model` (any, when
+    None): another shape, unknown labels.
     """
 
     def __init__(

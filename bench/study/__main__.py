@@ -210,7 +210,7 @@ def _evaluations(points: Sequence[Point], bench: Bench) -> float:
     beside = schedule_evaluations(Schedule.parse(BASELINE))[0]
     total = 0.0
     for guidance in {point.recipe.guidance for point in points}:
-        total += timed * _EXACT_EVALUATIONS * (2 if guidance.used else 1)
+        total += timed * _EXACT_EVALUATIONS * guidance.rows
     for point in points:
         schedule, (name, _, steps) = point.recipe.schedule, point.recipe.sampler.partition(":")
         if schedule is not None:
@@ -218,8 +218,7 @@ def _evaluations(points: Sequence[Point], bench: Bench) -> float:
             each = predictor + _REFINER_COST * refiner
         else:
             each = _ADAPTIVE_EVALUATIONS if name == "dopri5" else float(read_shift(steps)[0])
-        rows = 2 if point.recipe.guidance.used else 1
-        total += rows * (point.images * each + timed * beside)
+        total += point.recipe.guidance.rows * (point.images * each + timed * beside)
     return total
 
 

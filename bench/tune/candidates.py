@@ -33,7 +33,7 @@ class Cost:
     @classmethod
     def of(cls, times: BlockTimes, images: int, guidance: Guidance) -> Cost:
         """Of `images` images, which are one batch; raises ValueError for more than is measured."""
-        rows = rows_of(images, guidance)
+        rows = images * guidance.rows
         of_rows = {model: images if model == contract.DECODER else rows for model in times.times_ms}
         block_ms = {model: times.table(model, n)[n] for model, n in of_rows.items()}
         return cls(block_ms, times.overhead_ms)
@@ -45,21 +45,16 @@ class Cost:
         return sum(self.block_ms[model] + self.overhead_ms for model in models)
 
 
-def rows_of(images: int, guidance: Guidance) -> int:
-    """Of a request's calls to the step blocks."""
-    return images * (2 if guidance.used else 1)
-
-
 def check_images(images: int, guidance: Guidance, pipeline: Pipeline, settings: Settings) -> None:
     """Raises ValueError unless `images` are one request, and one batch."""
-    most = min(settings.max_images, pipeline.max_rows // rows_of(1, guidance))
+    most = min(settings.max_images, pipeline.max_rows // guidance.rows)
     if not 1 <= images <= most:
         raise ValueError(f"--images must be 1 to {most} here, got {images}")
 
 
 def measured(repository: Path, images: int, guidance: Guidance) -> BlockTimes:
     """What Cost needs of `repository`, measured here."""
-    return BlockTimes(measure(repository, sizes=(images, rows_of(images, guidance))))
+    return BlockTimes(measure(repository, sizes=(images, images * guidance.rows)))
 
 
 def candidates(*, has_refiner: bool) -> list[Schedule]:
