@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from flowturbo.errors import RequestError
 from flowturbo.latents import noise
-from flowturbo.nets.checkpoint import build_network, load_checkpoint
+from flowturbo.nets.checkpoint import build_network
 from flowturbo.nets.sit import GUIDED_CHANNELS, SiT
 from flowturbo.nets.vae import Decoder, load_vae
+from flowturbo.nets.weights import load_checkpoint
 from flowturbo.schedule import Schedule
 
 PRECISIONS = ("fp32", "bf16")

@@ -26,6 +26,7 @@ from bench.web import WebClient, running_web
 from flowturbo.errors import RepositoryError
 from flowturbo.presets import BUILT_IN, DEFAULT
 from flowturbo.repository import Pipeline, Settings
+from flowturbo.request import default_guidance_scale
 from flowturbo.serving.tritonserver import running_server
 
 LONE_SHARE = 0.5  # of the window of concurrent clients: one client's requests vary less
@@ -116,7 +117,7 @@ class Plan:
                 f"{repository} must have a refiner and a decoder, and run on a CPU, as PyTorch does"
             )
         settings = Settings.load(repository)
-        paper, scale = BUILT_IN[DEFAULT], settings.default_guidance_scale
+        paper, scale = BUILT_IN[DEFAULT], default_guidance_scale(pipeline, settings)
         precisions = ["fp32"] + ["bf16"] * (pipeline.precision == "bf16")
         usual = [
             Form(compiled, precision) for precision in precisions for compiled in (False, True)

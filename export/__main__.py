@@ -20,7 +20,7 @@ from export.runtime import candidates
 from export.source import Source
 from export.verify import verify_repository
 from flowturbo.errors import FlowTurboError
-from flowturbo.nets.checkpoint import WEIGHTS_KEYS
+from flowturbo.nets.weights import WEIGHTS_KEYS
 from flowturbo.onnx_session import RUNTIMES
 from flowturbo.serving.installation import cache_folder
 
@@ -93,6 +93,17 @@ def _source_parser() -> argparse.ArgumentParser:
     add("--refiner-weights", choices=WEIGHTS_KEYS, help=f"the refiner's, {both} (default: model)")
     add("--num-heads", type=_positive, help="attention heads, where the width does not tell")
     add("--refiner-num-heads", type=_positive, help="the refiner's, where they differ")
+    add(
+        "--num-classes",
+        type=_positive,
+        help="classes of the predictor, where its file does not state them "
+        "(default: the rows of its label table less one, the null class)",
+    )
+    add(
+        "--reverse-time",
+        action="store_true",
+        help="the predictor has noise at t = 1 and answers noise - data, as REPA's do",
+    )
     add("--guidance-channels", type=_positive, default=3, help="channels that guidance acts on")
     add("--repository", type=Path, default=Path("model_repository"))
     return parser

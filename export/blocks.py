@@ -27,7 +27,7 @@ class StepBlock(nn.Module):
     ) -> Tensor:
         """The network's guided output at times `t`, with guidance scales `scale` [B, 1, 1, 1]."""
         # A label out of range, or a padding row's, must not fail the rows that share its batch.
-        known = label[:, 0].clamp(0, self.network.config.num_classes)
+        known = label[:, 0].clamp(0, self.network.config.label_rows - 1)
         output = self.network(read, t.flatten(), known).float()
         conditional, unconditional = members
         guided, rest = output[:, : self.guidance_channels], output[:, self.guidance_channels :]

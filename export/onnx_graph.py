@@ -56,7 +56,7 @@ class Exported:
             if spec.dims[0] == "C":
                 made[spec.name] = torch.randn(shape, generator=generator)
         if "label" in made:
-            ids = torch.randint(self.config.num_classes + 1, (rows, 1), generator=generator)
+            ids = torch.randint(self.config.label_rows, (rows, 1), generator=generator)
             made |= {"label": ids, "pair": _pairs(rows)}
         return made
 

@@ -21,8 +21,8 @@ from export.quantize import quantize
 from export.runtime import Execution, Trial, attempt, candidates, choose
 from export.source import Source, modules, source_digests
 from flowturbo import contract
-from flowturbo.nets.checkpoint import CheckpointError, sha256
 from flowturbo.nets.sit import SiTConfig
+from flowturbo.nets.weights import CheckpointError, sha256
 from flowturbo.presets import Presets, find_schedule, load_presets, read_presets
 from flowturbo.repository import Settings
 from flowturbo.schedule import Schedule
@@ -151,9 +151,11 @@ def _is_installed(repository: Path, fingerprint: dict[str, Any]) -> bool:
 def _check_names(options: Options, config: SiTConfig) -> None:
     names = options.names()
     if names and len(names) != config.num_classes:
+        hint = f"; --num-classes {len(names)} says that its label table has no null class"
+        hint = hint if len(names) == config.label_rows else ""
         raise CheckpointError(
             f"{options.class_names} has {len(names)} names, "
-            f"the predictor {config.num_classes} classes"
+            f"the predictor {config.num_classes} classes{hint}"
         )
     twice = [name for name in names if names.count(name) > 1 or not name.strip()]
     if twice:
@@ -215,6 +217,7 @@ def _write(
         "latent_shape": exported.latent_shape,
         "sizes": exported.sizes(expected),
         "num_classes": exported.config.num_classes,
+        "null_class": exported.config.null_class,
         "class_names": options.names(),
         "max_rows": options.deployment.max_rows,
         "command": options.command,

@@ -7,14 +7,10 @@ from pathlib import Path
 from export.blocks import PredictorBlock, RefinerBlock
 from export.onnx_graph import Exported
 from flowturbo import contract
-from flowturbo.nets.checkpoint import (
-    CheckpointError,
-    load_predictor,
-    load_refiner,
-    sha256,
-)
+from flowturbo.nets.checkpoint import load_predictor, load_refiner
 from flowturbo.nets.sit import SiTConfig
 from flowturbo.nets.vae import Decoder, load_vae
+from flowturbo.nets.weights import CheckpointError, sha256
 
 
 @dataclass(frozen=True)
@@ -28,6 +24,8 @@ class Source:
     refiner_weights: str | None
     num_heads: int | None
     refiner_num_heads: int | None
+    num_classes: int | None
+    reverse_time: bool
     guidance_channels: int
 
     def files(self) -> dict[str, Path]:
@@ -47,7 +45,13 @@ def source_digests(source: Source) -> dict[str, str]:
 
 def modules(source: Source) -> Iterator[Exported]:
     """What is to be exported, in float32, each checked against the predictor."""
-    predictor = load_predictor(source.predictor, source.weights, source.num_heads)
+    predictor = load_predictor(
+        source.predictor,
+        source.weights,
+        source.num_heads,
+        num_classes=source.num_classes,
+        reverse_time=source.reverse_time,
+    )
     config = predictor.config
     shape = (config.latent_channels, config.latent_size, config.latent_size)
     channels = source.guidance_channels

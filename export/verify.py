@@ -27,7 +27,7 @@ from flowturbo.request import parse_request
 from flowturbo.schedule import Schedule
 
 IMAGES = 2
-GUIDANCE_SCALE = 1.5
+GUIDANCE_SCALE = 1.5  # where the predictor has a null class
 _ROW = "{:<28} {:<32} {:>10} {:>10} {:>10}  {}"
 Forms = dict[str, Evaluate]  # by model
 
@@ -104,10 +104,11 @@ def _forms(
 
 
 def _latent(pipeline: Pipeline, schedule: str, forms: Forms) -> np.ndarray:
+    scale = GUIDANCE_SCALE if pipeline.null_class else 1.0
     tensors: Tensors = {
         "label": np.arange(IMAGES) % pipeline.num_classes,
         "seed": np.arange(IMAGES),
-        "guidance_scale": np.array([GUIDANCE_SCALE], dtype=np.float32),
+        "guidance_scale": np.array([scale], dtype=np.float32),
         "schedule": np.array([schedule], dtype=object),
     }
     request = parse_request(tensors, ["latent"], pipeline, Settings())

@@ -130,10 +130,11 @@ def plan(request: GenerationRequest, pipeline: Pipeline, program: Program) -> Te
             f"{len(noise)}: ask for fewer images, or the model {contract.ORCHESTRATOR}"
         )
     labels = request.labels[:, None]
-    null = np.array([[pipeline.null_label]], dtype=np.int64)
+    if guidance.used:
+        labels = alternate(labels, np.array([[pipeline.null_label]], dtype=np.int64))
     tensors = {
         contract.PLAN_NOISE: noise,
-        contract.PLAN_LABEL: alternate(labels, null) if guidance.used else labels,
+        contract.PLAN_LABEL: labels,
         contract.PLAN_PAIR: pair_rows(len(noise), guided=guidance.used),
     }
     for index, call in enumerate(program.calls):

@@ -88,7 +88,7 @@ def image_block(
     return guided_block(
         evaluate,
         conditioning={"label": labels[:, None]},
-        null={"label": np.array([[pipeline.null_label]], dtype=np.int64)},
+        null={"label": np.array([[pipeline.null_label]], dtype=np.int64)} if guidance.used else {},
         guidance=guidance,
     )
 

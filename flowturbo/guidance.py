@@ -75,12 +75,13 @@ def guided_block(
 ) -> AwaitedBlock:
     """The sampler's block over `run`, for images with `conditioning` (tensors [n, ...]).
 
-    `null` holds the unconditional value of each tensor ([1, ...]: null label, empty prompt). State
+    `null` holds the unconditional value of each tensor ([1, ...]: null label, empty prompt), and
+    nothing where guidance is not used. State
     has a row or two an image throughout; a call outside the guidance interval sends only the
     conditional ones and costs half. A refiner step of which one evaluation is inside has both, and
     scale 1 for the other.
     """
-    paired = {name: alternate(value, null[name]) for name, value in conditioning.items()}
+    paired = {name: alternate(value, null[name]) for name, value in conditioning.items() if null}
 
     async def block(call: BlockCall, x: Array, v: Array) -> tuple[Array, Array]:
         if any(guidance.active(t) for t in call.times):

@@ -17,6 +17,7 @@ BUILD_FILE = "build.json"  # beside each composed model's config, written by exp
 _BUILD_KEYS = (
     "latent_shape",
     "num_classes",
+    "null_class",
     "class_names",
     "max_rows",
     "precision",
@@ -33,8 +34,9 @@ class Pipeline:
 
     `latent_shape` is (C, h, w); `max_rows` is the most rows that one execution of a composed model
     takes; `precision` is what the networks compute in and `runtime` what runs their ONNX files on
-    a CPU (onnx_session.RUNTIMES); `on_gpu` says whether the service runs them on GPUs; `null_label`
-    is the class id of the unconditional rows; `presets` are the schedules that have a name.
+    a CPU (onnx_session.RUNTIMES); `on_gpu` says whether the service runs them on GPUs; `presets`
+    are the schedules that have a name. Without `null_class` the networks were trained with classes
+    alone and cannot be guided.
     """
 
     latent_shape: tuple[int, int, int]
@@ -47,9 +49,11 @@ class Pipeline:
     runtime: str = "onnxruntime"
     on_gpu: bool = False
     presets: Presets = field(default_factory=built_in)
+    null_class: bool = True
 
     @property
     def null_label(self) -> int:
+        """The class id of the unconditional rows; only for pipelines with a null class."""
         return self.num_classes
 
     @classmethod
@@ -76,6 +80,7 @@ class Pipeline:
             has_refiner=has_refiner,
             has_decoder=builds[contract.DECODER] is not None,
             presets=load_presets(repository, has_refiner=has_refiner),
+            null_class=predictor["null_class"],
         )
 
     def name_of(self, label: int) -> str:
@@ -99,7 +104,7 @@ def _read_build(repository: Path, name: str) -> dict[str, Any] | None:
 
 
 def _check_fit(name: str, build: Mapping[str, Any], predictor: Mapping[str, Any]) -> None:
-    for key in ("latent_shape", "num_classes", "fingerprint"):
+    for key in ("latent_shape", "num_classes", "null_class", "fingerprint"):
         if key in build and build[key] != predictor[key]:
             raise RepositoryError(
                 f"{name} and {contract.PREDICTOR} come from different exports (they differ in "

@@ -78,7 +78,7 @@ def parse_request(
         seeds=tensors.get("seed", seeds),
         initial_noise=given_noise,
         schedule=schedule,
-        guidance=_guidance(tensors, settings),
+        guidance=_guidance(tensors, pipeline, settings),
         output_format=output_format,
         outputs=_wanted(frozenset(outputs), output_format, pipeline),
     )
@@ -164,14 +164,28 @@ def _decode(name: str, value: Any) -> str:
         raise RequestError(f"{name} must be UTF-8 text, got {value[:40]!r}") from None
 
 
-def _guidance(tensors: Mapping[str, np.ndarray], settings: Settings) -> Guidance:
-    scale = settings.default_guidance_scale
+def _guidance(
+    tensors: Mapping[str, np.ndarray], pipeline: Pipeline, settings: Settings
+) -> Guidance:
+    scale = default_guidance_scale(pipeline, settings)
     if "guidance_scale" in tensors:
         scale = float(tensors["guidance_scale"][0])
-    if "guidance_interval" not in tensors:
-        return Guidance(scale)
-    low, high = (float(t) for t in tensors["guidance_interval"])
-    return Guidance(scale, (low, high))
+    interval = Guidance().interval
+    if "guidance_interval" in tensors:
+        low, high = (float(t) for t in tensors["guidance_interval"])
+        interval = low, high
+    guidance = Guidance(scale, interval)
+    if guidance.used and not pipeline.null_class:
+        raise RequestError(
+            "guidance needs a network that also knows images without a class, this one was trained "
+            f"with classes alone: guidance_scale must be 1, got {scale:g}"
+        )
+    return guidance
+
+
+def default_guidance_scale(pipeline: Pipeline, settings: Settings) -> float:
+    """The scale of a request that names none: the setting's, or 1 where guidance is impossible."""
+    return settings.default_guidance_scale if pipeline.null_class else 1.0
 
 
 def _check_start(tensors: Mapping[str, np.ndarray], count: int) -> None:

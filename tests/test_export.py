@@ -1,6 +1,5 @@
 """Checkpoints of the public families load and export; what does not fit is named."""
 
-import argparse
 import json
 import shutil
 from dataclasses import replace
@@ -9,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from support import GOLDEN, GOLDEN_EXPORT, run_export
 
 from export.blocks import PredictorBlock
@@ -24,14 +22,6 @@ from export.parity import (
 )
 from flowturbo import LocalPipeline, contract
 from flowturbo.errors import RepositoryError
-from flowturbo.nets.checkpoint import (
-    CheckpointError,
-    build_network,
-    infer_config,
-    load_checkpoint,
-    load_predictor,
-    load_refiner,
-)
 from flowturbo.nets.sit import SiT, SiTConfig
 from flowturbo.onnx_session import open_model
 
@@ -52,124 +42,6 @@ def write(path: Path, config: SiTConfig = SMALL, **changes: torch.Tensor | None)
     tensors = SiT(config).state_dict() | {k.replace("__", "."): v for k, v in changes.items()}
     torch.save({key: value for key, value in tensors.items() if value is not None}, path)
     return path
-
-
-@pytest.mark.parametrize("patch_size", [2, 4, 8])
-@pytest.mark.parametrize("width", [384, 768, 1024, 1152])
-def test_public_configurations(tmp_path: Path, patch_size: int, width: int) -> None:
-    heads = {384: 6, 768: 12, 1024: 16, 1152: 16}[width]
-    config = replace(SMALL, patch_size=patch_size, width=width, num_heads=heads, latent_size=16)
-    read = infer_config(load_checkpoint(write(tmp_path / "p.pt", config)), reads_velocity=False)
-    assert read == config
-    refiner = replace(config, in_channels=8)
-    path = write(tmp_path / "r.pt", refiner)
-    assert infer_config(load_checkpoint(path), reads_velocity=True) == refiner
-
-
-def test_safetensors_and_half_precision(tmp_path: Path) -> None:
-    network = SiT(SMALL)
-    half = {key: value.half() for key, value in network.state_dict().items()}
-    save_file(half, tmp_path / "p.safetensors", {"num_heads": "4"})
-    loaded = build_network(load_checkpoint(tmp_path / "p.safetensors"), reads_velocity=False)
-    assert loaded.config.num_heads == 4
-    assert loaded.pos_embed.dtype is torch.float32
-
-
-def test_files_of_the_public_training_script(tmp_path: Path) -> None:
-    """Weights twice, the optimizer's state, the arguments; names as wrappers left them."""
-    weights = SiT(SMALL).state_dict()
-    wrapped = {f"_orig_mod.module._orig_mod.{key}": value for key, value in weights.items()}
-    arguments = argparse.Namespace(model="SiT-XL/2", lr=5e-5)
-    content = {"model": wrapped, "ema": weights, "opt": {"state": {}}, "args": arguments}
-    torch.save(content, tmp_path / "c.pt")
-    assert load_checkpoint(tmp_path / "c.pt").tensors.keys() == weights.keys()
-    torch.save(weights, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    assert load_checkpoint(tmp_path / "old.pt").tensors.keys() == weights.keys()
-
-
-def test_model_or_ema_is_a_choice() -> None:
-    model, ema = (
-        load_checkpoint(GOLDEN / "refiner.pt", weights).tensors for weights in ("model", "ema")
-    )
-    assert any(not torch.equal(model[key], ema[key]) for key in model)
-    default = load_checkpoint(GOLDEN / "refiner.pt").tensors
-    assert all(torch.equal(model[key], default[key]) for key in model)
-    with pytest.raises(CheckpointError, match="no 'ema'"):
-        load_checkpoint(GOLDEN / "predictor.pt", "ema")
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"pos_embed": None}, "no tensor 'pos_embed'"),
-        ({"blocks__0__attn__proj__bias": None}, "no tensor 'blocks.0.attn.proj.bias'"),
-        (
-            {"blocks__0__attn__qkv__weight": torch.zeros(5, 384)},
-            r"blocks.0.attn.qkv.weight must have shape \(1152, 384\), got \(5, 384\)",
-        ),
-        ({"extra": torch.zeros(1)}, "unknown tensor 'extra'"),
-        ({"pos_embed": torch.zeros(1, 3, 384)}, "3 tokens"),
-        ({"x_embedder__proj__weight": torch.zeros(384, 16)}, "must have 4 dimensions"),
-    ],
-)
-def test_what_does_not_fit_is_named(
-    tmp_path: Path, changes: dict[str, torch.Tensor | None], said: str
-) -> None:
-    checkpoint = load_checkpoint(write(tmp_path / "p.pt", **changes))
-    with pytest.raises(CheckpointError, match=said):
-        build_network(checkpoint, reads_velocity=False)
-
-
-def test_what_is_read_of_each_role(tmp_path: Path) -> None:
-    """SiT's code reads a predictor's averaged weights, FlowTurbo's a refiner's last ones."""
-
-    def both(name: str, config: SiTConfig) -> Path:
-        state = SiT(config).state_dict()
-        kinds = {"model": 1.0, "ema": 2.0}
-        torch.save(
-            {k: {**state, "pos_embed": 0 * state["pos_embed"] + v} for k, v in kinds.items()},
-            tmp_path / name,
-        )
-        return tmp_path / name
-
-    def kind(network: SiT) -> float:
-        return float(network.pos_embed.mean())
-
-    path = both("p.pt", SMALL)
-    predictor = load_predictor(path, num_heads=12)
-    assert (kind(predictor), kind(load_predictor(path, "model"))) == (2, 1)
-    path = both("r.pt", replace(SMALL, in_channels=8))
-    refiner = load_refiner(path, predictor.config)
-    assert (kind(refiner), kind(load_refiner(path, predictor.config, "ema"))) == (1, 2)
-    # Heads: what is asked, what the file says, the predictor's at its width, those of the width.
-    save_file(refiner.state_dict(), tmp_path / "r.safetensors", {"num_heads": "4"})
-    noted = tmp_path / "r.safetensors"
-    assert load_refiner(noted, predictor.config, num_heads=2).config.num_heads == 2
-    assert load_refiner(noted, predictor.config).config.num_heads == 4
-    assert refiner.config.num_heads == 12
-    wider = replace(predictor.config, width=768)
-    assert load_refiner(path, wider).config.num_heads == 6
-
-
-def test_heads_and_roles(tmp_path: Path) -> None:
-    path = write(tmp_path / "r.pt", replace(SMALL, in_channels=8, width=32))
-    with pytest.raises(CheckpointError, match="give it with --refiner-num-heads .*--heads"):
-        load_refiner(path, SMALL)
-    with pytest.raises(CheckpointError, match="give it with --num-heads"):
-        infer_config(load_checkpoint(GOLDEN / "predictor.pt"), reads_velocity=False)
-    with pytest.raises(CheckpointError, match="swapped"):
-        infer_config(load_checkpoint(GOLDEN / "predictor.pt"), reads_velocity=True, num_heads=2)
-
-
-@pytest.mark.parametrize(
-    "content", [b"not a checkpoint", b"", b"\x80\x04\x95.\x00", b"PK\x03\x04broken"]
-)
-@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_files_that_are_no_checkpoints(tmp_path: Path, content: bytes, suffix: str) -> None:
-    path = tmp_path / f"broken{suffix}"
-    path.write_bytes(content)
-    with pytest.raises(CheckpointError, match="broken"):
-        load_checkpoint(path)
 
 
 def test_a_file_that_computes_something_else_is_refused(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from flowturbo_client import FlowTurboClient
 from support import GOLDEN, GoldenCase, golden_cases
 
 from flowturbo import LocalPipeline
-from flowturbo.nets.checkpoint import build_network, load_checkpoint
+from flowturbo.nets.checkpoint import build_network
+from flowturbo.nets.weights import load_checkpoint
 from flowturbo.serving.tritonserver import ServerAddress
 
 CASES = pytest.mark.parametrize(

@@ -35,7 +35,7 @@ from bench.quality.samplers import Counted
 from flowturbo.errors import FlowTurboError, RequestError
 from flowturbo.guidance import Guidance
 from flowturbo.latents import noise
-from flowturbo.nets.checkpoint import CheckpointError
+from flowturbo.nets.weights import CheckpointError
 from flowturbo.repository import Pipeline, Settings
 from flowturbo.serving.tritonserver import ServerAddress
 from training.classifier import Seen

@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from support import GOLDEN, ROOT, golden_cases
 from torch import Tensor
 
-from flowturbo.nets.checkpoint import build_network, infer_config, load_checkpoint
+from flowturbo.nets.checkpoint import build_network, infer_config
 from flowturbo.nets.sit import SiT, SiTConfig
+from flowturbo.nets.weights import load_checkpoint
 from flowturbo.schedule import Schedule
 from training.data import InMemory, Latents
 from training.loop import alone, save_weights
@@ -265,6 +266,24 @@ def test_a_loss_that_is_no_number_is_told_in_a_line(
     assert main(arguments(data, tmp_path, *more)) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("refiner: loss is ") and said.endswith("at step 0")
+
+
+def test_a_predictor_without_a_null_class(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every row keeps its label; guidance, which needs the null class, is refused."""
+    torch.manual_seed(0)
+    unguided = SiT(replace(CONFIG, null_class=False))
+    save_weights(unguided, tmp_path / "predictor.safetensors")
+    common = ("--predictor", str(tmp_path / "predictor.safetensors"), "--steps", "3")
+    for option, asked in (("--train-guidance", ("1", "2")), ("--guidance-scale", ("1.5",))):
+        assert main(arguments(data, tmp_path, *common, option, *asked)) == 2
+        said = capsys.readouterr().err
+        assert f"has no null class: {option} must be 1, got {' '.join(asked)}" in said
+    assert main(arguments(data, tmp_path, *common, "--sample-every", "2")) == 0
+    made = load_checkpoint(tmp_path / "refiner.safetensors")
+    assert made.integer("num_classes") == CLASSES
+    assert not infer_config(made, reads_velocity=True).null_class
 
 
 def test_a_batch_that_cannot_be_shared() -> None:

@@ -1,5 +1,6 @@
 """Requests are checked at the edge, and errors say the value and what is allowed."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from flowturbo.errors import RequestError
 from flowturbo.latents import noise
 from flowturbo.presets import built_in
 from flowturbo.repository import Pipeline, Settings
-from flowturbo.request import parse_request
+from flowturbo.request import default_guidance_scale, parse_request
 
 PIPELINE = Pipeline((4, 16, 16), 36, tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"), 64, True, True)
 SETTINGS = Settings(max_images=8)
@@ -118,3 +119,17 @@ def test_no_outputs_named_means_what_can_be_given() -> None:
     latents_only = Pipeline((4, 16, 16), 36, (), 64, True, False)
     request = parse_request({"label": ints(1)}, everything, latents_only, SETTINGS)
     assert request.outputs == {"latent", "seed", "class_name"}
+
+
+def test_networks_without_a_null_class_are_unguided() -> None:
+    alone = replace(PIPELINE, null_class=False)
+
+    def guidance(**tensors: np.ndarray) -> Any:
+        label = {"label": ints(35)}
+        return parse_request(label | tensors, ["latent"], alone, SETTINGS).guidance
+
+    assert guidance().scale == 1 == default_guidance_scale(alone, SETTINGS)
+    assert guidance(guidance_scale=floats(1)).scale == 1
+    for scale in (0, 1.5, 3):
+        with pytest.raises(RequestError, match=f"trained with classes alone.* 1, got {scale}"):
+            guidance(guidance_scale=floats(scale))

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from bench.quality.engine import Engine, Recipe
 from bench.quality.judges import Classifier
-from flowturbo.nets.checkpoint import build_network, load_checkpoint
+from flowturbo.nets.checkpoint import build_network
+from flowturbo.nets.weights import load_checkpoint
 from training import __main__ as stages
 from training.fonts import font_paths
 from training.frechet import Statistics, frechet_distance

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from flowturbo.errors import FlowTurboError
-from flowturbo.nets.checkpoint import sha256
 from flowturbo.nets.sit import SiT, refiner_config
 from flowturbo.nets.vae import load_vae
+from flowturbo.nets.weights import sha256
 from training import autoencoder, classifier, predictor, refiner
 from training.data import InMemory, vae_digest
 from training.frechet import Reference, Statistics

@@ -1,6 +1,7 @@
 """Where training reads latents: memory, images encoded as they are read, or training.shards."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flowturbo.nets.sit import SiTConfig
+from flowturbo.nets.vae import latent_scale
 from training.images import DataError, Pictures
 from training.loop import device, digest_of, mine
 
@@ -145,13 +147,13 @@ def _bad_rows(pictures: Pictures, *, skip_bad: bool) -> Sequence[int]:
 def encode(vae: AutoencoderKL, images: np.ndarray) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation [B, C, h, w] of the latents of `images` [B, H, W, 3] uint8.
 
-    Both float32, on the VAE's device and in the flow model's scale: (z - shift) * scaling factor.
+    Both float32, on the VAE's device and in the flow model's scale (`latent_scale`).
     """
-    scale, shift = float(vae.config.scaling_factor), float(vae.config.shift_factor or 0.0)
+    mean, std = (values.to(vae.device) for values in latent_scale(vae))
     # Also where training's products are bfloat16: latents are encoded once, or as if they were.
     with torch.autocast(vae.device.type, enabled=False):
         posterior = vae.encode(to_unit(images).to(vae.device)).latent_dist
-    return (posterior.mean - shift) * scale, posterior.std * scale
+    return (posterior.mean - mean) / std, posterior.std / std
 
 
 def to_unit(images: np.ndarray) -> Tensor:
@@ -169,4 +171,5 @@ def text_digest(*lines: str) -> str:
 
 def vae_digest(vae: AutoencoderKL) -> str:
     """Of everything the latents depend on."""
-    return digest_of(vae.state_dict(), f"{vae.config.scaling_factor} {vae.config.shift_factor}")
+    config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
+    return digest_of(vae.state_dict(), json.dumps(config, sort_keys=True))

@@ -305,13 +305,14 @@ def save_weights(
 ) -> None:
     """Writes `model` as safetensors with `notes` as metadata.
 
-    A SiT's heads cannot be read off its shapes, so they are noted too.
+    A SiT's heads and classes cannot be read off its shapes, so they are noted too.
     """
-    heads = {"num_heads": str(model.config.num_heads)} if isinstance(model, SiT) else {}
+    stated = ("num_heads", "num_classes") if isinstance(model, SiT) else ()
+    own = {name: str(getattr(model.config, name)) for name in stated}
     tensors = {key: value.cpu().to(dtype).contiguous() for key, value in model.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as file:
-        file.write(save(tensors, {**heads, **(notes or {})}))
+        file.write(save(tensors, {**own, **(notes or {})}))
 
 
 def _average(decay: float) -> Callable[..., None]:

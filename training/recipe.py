@@ -109,7 +109,7 @@ def regression_loss(
     recipe: Recipe,
     predictor: nn.Module,
     refiner: nn.Module,
-    null_label: int,
+    null_label: int | None,
     data: Latents,
     draws: Draws,
 ) -> Tensor:
@@ -120,9 +120,12 @@ def regression_loss(
 
     With a guidance scale other than 1 the step is taken with the guided velocity and the refiner
     reads it, as in sampling; it learns the change of the row's own. Guided in turn, what it learned
-    is the change of the guided velocity.
+    is the change of the guided velocity. Without a null class (`null_label` None) every row keeps
+    its label, and the scales must be 1.
     """
-    label = torch.where(draws.dropped, null_label, data.label)
+    label = data.label
+    if null_label is not None:
+        label = torch.where(draws.dropped, null_label, data.label)
     t, t_next = draws.t, draws.t + draws.step
     at, step = (value[:, None, None, None] for value in (t, draws.step))
     # The loop's choice of attention is for going backwards, which the predictor does not.
@@ -132,6 +135,7 @@ def regression_loss(
         if (draws.scale == 1).all():
             own = velocity = moved = predictor(x, t, first).float()
         else:
+            assert null_label is not None, "guided training needs a null class"
             null = torch.full_like(label, null_label)
             c, u = (predictor(x, t, y).float() for y in (data.label, null))
             own = torch.where((first == null_label)[:, None, None, None], u, c)

@@ -16,15 +16,10 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from flowturbo.errors import FlowTurboError
-from flowturbo.nets.checkpoint import (
-    KNOWN_HEADS,
-    WEIGHTS_KEYS,
-    load_predictor,
-    load_refiner,
-    sha256,
-)
+from flowturbo.nets.checkpoint import KNOWN_HEADS, load_predictor, load_refiner
 from flowturbo.nets.sit import SiT, SiTConfig, refiner_config
 from flowturbo.nets.vae import latent_factor, load_vae
+from flowturbo.nets.weights import WEIGHTS_KEYS, sha256
 from training.data import EncodedImages, Source
 from training.images import DataError, list_pictures
 from training.latents import natural, positive
@@ -45,6 +40,8 @@ PAPER = Plan(
     betas=(0.9, 0.999),
     ema_decay=0.9999,
 )
+
+SAMPLE_SCALE = 1.5  # of guidance, in SiT's published samples
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ def train(
     data from others.
     """
     predictor = predictor.to(device()).eval().requires_grad_(False)
-    null = predictor.config.num_classes
+    null = predictor.config.num_classes if predictor.config.null_class else None
 
     def loss_of(network: nn.Module, generator: torch.Generator) -> Tensor:
         draws = recipe.draw(plan.batch, source, generator).mine()
@@ -107,11 +104,18 @@ def _run(args: argparse.Namespace) -> None:
     recipe = Recipe(Rule(args.recipe), low, high, least, most, args.guidance_channels)
     plan = replace(PAPER, **{name: getattr(args, name) for name in _PLAN_OPTIONS})
     plan.check_processes(processes().num_processes)
-    predictor = load_predictor(args.predictor, args.weights, args.num_heads)
+    predictor = load_predictor(
+        args.predictor,
+        args.weights,
+        args.num_heads,
+        num_classes=args.num_classes,
+        reverse_time=args.reverse_time,
+    )
     if args.guidance_channels > (channels := predictor.config.latent_channels):
         raise PlanError(
             f"--guidance-channels must be 1 to {channels}, got {args.guidance_channels}"
         )
+    scale = _sample_scale(args, predictor.config)
     model = _model(args, predictor.config)
     vae = _load_vae(args.vae, predictor.config) if args.vae else None
     source = _open_data(args, predictor.config, vae)
@@ -120,7 +124,7 @@ def _run(args: argparse.Namespace) -> None:
         args.sample_every,
         vae=vae,
         schedule=args.sample_schedule,
-        guidance_scale=args.guidance_scale,
+        guidance_scale=scale,
         precision=plan.precision,
         guided_channels=recipe.guided_channels,
     )
@@ -153,8 +157,21 @@ def _identity(args: argparse.Namespace, source: Shards | EncodedImages) -> dict[
         "weights": str(args.weights),
         "start_weights": str(args.start_weights),
         "predictor_heads": str(args.num_heads),
+        "predictor_classes": str(args.num_classes),
+        "reverse_time": str(args.reverse_time),
         "data": source.digest,
     }
+
+
+def _sample_scale(args: argparse.Namespace, predictor: SiTConfig) -> float:
+    """The guidance scale of the samples; raises PlanError for guidance without a null class."""
+    asked = {"--train-guidance": args.train_guidance, "--guidance-scale": [args.guidance_scale]}
+    for option, scales in asked.items():
+        if not predictor.null_class and any(scale not in (None, 1.0) for scale in scales):
+            shown = " ".join(f"{scale:g}" for scale in scales)
+            raise PlanError(f"{args.predictor} has no null class: {option} must be 1, got {shown}")
+    default = SAMPLE_SCALE if predictor.null_class else 1.0
+    return default if args.guidance_scale is None else float(args.guidance_scale)
 
 
 def _model(args: argparse.Namespace, predictor: SiTConfig) -> SiT:
@@ -245,6 +262,8 @@ def _parser() -> argparse.ArgumentParser:
     both = "of a .pt that holds both"
     add("--weights", choices=WEIGHTS_KEYS, help=f"the predictor's, {both} (default: ema)")
     add("--num-heads", type=positive, help="the predictor's, where its width does not tell")
+    add("--num-classes", type=positive, help="the predictor's, where its file does not state them")
+    add("--reverse-time", action="store_true", help="the predictor has noise at t = 1, as REPA's")
     add("--data", type=Path, required=True, help="folder of latents, or of images")
     add("--vae", type=Path, help="AutoencoderKL folder, for images and for pictures of samples")
     add("--flip", action="store_true", help="images also mirrored (of latents: when encoding)")
@@ -296,7 +315,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--precision", choices=("bf16", "fp32"), default=PAPER.precision, help="of products")
     add("--sample-every", type=natural, default=1000, help="steps between sample grids, 0 is none")
     add("--sample-schedule", default="H1P5R3", help="steps H, P and R, or H1P5R3@2")
-    add("--guidance-scale", type=float, default=1.5, help="of the samples")
+    add(
+        "--guidance-scale",
+        type=float,
+        help=f"of the samples (default: {SAMPLE_SCALE}, or 1 without a null class)",
+    )
     add("--save-every-s", type=float, default=pace.save_every_s, help="seconds between states")
     add("--log-every", type=positive, default=pace.log_every, help="steps between figures")
     return parser

@@ -19,6 +19,7 @@ from bench.capacity.report import plot, print_check, print_plan
 from flowturbo.errors import RepositoryError
 from flowturbo.presets import BUILT_IN, DEFAULT
 from flowturbo.repository import Pipeline, Settings
+from flowturbo.request import default_guidance_scale
 
 
 def main() -> None:
@@ -64,6 +65,8 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
     settings = Settings() if args.times else Settings.load(args.repository)
     times = _times(args)
     guidance = settings.default_guidance_scale
+    if not args.times:
+        guidance = default_guidance_scale(Pipeline.load(args.repository), settings)
     replica_of = partial(
         Replica.of,
         times,

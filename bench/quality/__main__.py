@@ -41,7 +41,7 @@ from bench.quality.images import ImageFolder, Speed
 from flowturbo.errors import FlowTurboError, RequestError
 from flowturbo.presets import DEFAULT, built_in
 from flowturbo.repository import Pipeline, Settings
-from flowturbo.request import default_schedule
+from flowturbo.request import default_guidance_scale, default_schedule
 
 PREDICTOR = "predictor.safetensors"  # of the weights folder, beside the classifier
 Row = dict[str, Any]
@@ -75,7 +75,7 @@ class Task:
         samplers = dict.fromkeys(find_sampler(text, pipeline) for text in texts)
         scale = args.guidance_scale
         if scale is None:
-            scale = settings.default_guidance_scale
+            scale = default_guidance_scale(pipeline, settings)
         interval, variant = tuple(args.guidance_interval), args.variant or settings.variant
         recipes = tuple(Recipe(sampler, scale, interval, variant) for sampler in samplers)
         for recipe in recipes:

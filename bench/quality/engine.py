@@ -17,8 +17,9 @@ from flowturbo.errors import RepositoryError, RequestError
 from flowturbo.generate import Infer, awaited, image_block, in_chunks
 from flowturbo.guidance import Guidance, Tensors, gather, spread
 from flowturbo.latents import noise
-from flowturbo.nets.checkpoint import CheckpointError, load_predictor, sha256
+from flowturbo.nets.checkpoint import load_predictor
 from flowturbo.nets.sit import GUIDED_CHANNELS
+from flowturbo.nets.weights import CheckpointError, sha256
 from flowturbo.presets import find_schedule
 from flowturbo.program import Network, PredictorCall, Variant, compile_program
 from flowturbo.repository import Pipeline
@@ -174,6 +175,8 @@ class Exact:
         guided_channels: int = GUIDED_CHANNELS,
         weights: str | None = None,
         num_heads: int | None = None,
+        num_classes: int | None = None,
+        reverse_time: bool = False,
     ) -> None:
         self.digest = sha256(checkpoint)[:12]
         if weights:
@@ -182,8 +185,12 @@ class Exact:
             self.digest += f"_{num_heads}heads"
         if guided_channels != GUIDED_CHANNELS:
             self.digest += f"_{guided_channels}guided"
+        if reverse_time:
+            self.digest += "_reversed"
         self._guided_channels = guided_channels
-        self._network = load_predictor(checkpoint, weights, num_heads)
+        self._network = load_predictor(
+            checkpoint, weights, num_heads, num_classes=num_classes, reverse_time=reverse_time
+        )
         config = self._network.config
         self.num_classes = config.num_classes
         self.latent_shape = (config.latent_channels, config.latent_size, config.latent_size)
@@ -200,6 +207,8 @@ class Exact:
             guided_channels=options["guidance_channels"],
             weights=options["weights"],
             num_heads=options["num_heads"],
+            num_classes=options["num_classes"],
+            reverse_time=options["reverse_time"],
         )
         pipeline = Pipeline.load(repository)
         if (found.latent_shape, found.num_classes) != (pipeline.latent_shape, pipeline.num_classes):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flowturbo.errors import FlowTurboError
-from flowturbo.nets.checkpoint import sha256
+from flowturbo.nets.weights import sha256
 from flowturbo.repository import Pipeline
 from training.__main__ import glyph_latents
 

@@ -37,6 +37,7 @@ from flowturbo.guidance import Guidance
 from flowturbo.local import models_of
 from flowturbo.presets import DEFAULT, built_in
 from flowturbo.repository import Settings
+from flowturbo.request import default_guidance_scale
 from flowturbo.schedule import Schedule
 
 CAP = 3  # times the time of the paper's fast schedule, where no latency is asked for
@@ -90,7 +91,9 @@ def _tune(args: argparse.Namespace) -> str:
         raise ValueError(f"--latency-ms must be a finite number, got {args.latency_ms:g}")
     pipeline = Engine(args.repository)
     scale = args.guidance_scale
-    guidance = Guidance(pipeline.settings.default_guidance_scale if scale is None else scale)
+    if scale is None:
+        scale = default_guidance_scale(pipeline.pipeline, pipeline.settings)
+    guidance = Guidance(scale)
     elsewhere = runs_elsewhere(args.repository, pipeline)
     check_images(args.images, guidance, pipeline.pipeline, Settings.load(args.repository))
     cost = Cost.of(_times(args, pipeline, guidance, elsewhere), args.images, guidance)

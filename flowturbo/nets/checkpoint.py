@@ -1,100 +1,29 @@
-"""Checkpoints to networks: the architecture is read off the tensor shapes."""
+"""Checkpoints to SiT networks: the architecture is read off the tensor shapes."""
 
-import argparse
-import hashlib
+import logging
 import math
 import re
-import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from flowturbo.errors import FlowTurboError
 from flowturbo.nets.sit import SiT, SiTConfig
+from flowturbo.nets.weights import Checkpoint, CheckpointError, load_checkpoint, load_exactly
 
 # Width to heads of the public configurations: S, B, L, XL.
 KNOWN_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
-WEIGHTS_KEYS = ("model", "ema")
-
-
-class CheckpointError(FlowTurboError):
-    """A checkpoint cannot be read, or does not fit the architecture."""
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A file's tensors by name, and its text metadata (safetensors only)."""
-
-    path: Path
-    tensors: Mapping[str, Tensor]
-    metadata: Mapping[str, str]
-
-
-def load_checkpoint(
-    path: str | Path, weights: str | None = None, *, usual: str = "model"
-) -> Checkpoint:
-    """Reads a `.pt` or `.safetensors` file.
-
-    `weights` says which weights of a `.pt` with several, "model" or "ema"; without it they are the
-    `usual` ones, if it has them. Raises CheckpointError.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint {path} does not exist")
-    if weights not in (None, *WEIGHTS_KEYS):
-        raise CheckpointError(f"weights must be model or ema, got {weights!r}")
-    if path.suffix == ".safetensors":
-        return _load_safetensors(path)
-    return Checkpoint(path, _choose(path, _load_pt(path), weights, usual), {})
-
-
-def _load_pt(path: Path) -> Any:
-    try:
-        # The public training script keeps its command line beside the weights: a plain namespace.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            mmap = zipfile.is_zipfile(path)  # files from before torch 1.6 cannot be mapped
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # the unpickler raises whatever the bytes make it do
-        reason = str(error).partition("\n")[0]
-        raise CheckpointError(f"{path} is not a checkpoint of plain tensors: {reason}") from error
-
-
-def _load_safetensors(path: Path) -> Checkpoint:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            return Checkpoint(path, _without_wrappers(tensors), file.metadata() or {})
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
-
-
-def _choose(path: Path, content: Any, weights: str | None, usual: str) -> Mapping[str, Tensor]:
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not named tensors")
-    nested = [key for key in WEIGHTS_KEYS if isinstance(content.get(key), Mapping)]
-    if nested:
-        key = weights or (usual if usual in nested else nested[0])
-        if key not in nested:
-            raise CheckpointError(f"{path} has no {key!r} weights, it has {', '.join(nested)}")
-        content = content[key]
-    elif weights == "ema":
-        raise CheckpointError(f"{path} holds one set of weights and no 'ema'")
-    bad = [k for k, v in content.items() if not (isinstance(k, str) and isinstance(v, Tensor))]
-    if bad or not content:
-        found = f"{bad[0]!r} is no named tensor" if bad else "it is empty"
-        raise CheckpointError(f"{path} is not a state dict: {found}")
-    return _without_wrappers(content)
-
-
-def _without_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names as the network has them: without those that DDP and torch.compile put in front."""
-    return {re.sub(r"^(module\.|_orig_mod\.)+", "", key): each for key, each in tensors.items()}
+_LABEL_TABLE = "y_embedder.embedding_table.weight"
+_TRAINING_ONLY = "projectors."  # REPA's (arXiv 2410.06940), which no sampler reads
+# Training arguments that say what a network predicts, and the values that are served.
+_CONVENTIONS = {"path_type": ("linear",), "prediction": ("velocity", "v")}
+_CLEAR = 0.3  # a cosine that tells the direction of time
+_NEAR_NOISE = 0.8
+_LAST_DIFFUSION_STEP = 999.0  # of DiT's 1000
+_logger = logging.getLogger(__name__)
 
 
 def infer_config(
@@ -102,16 +31,18 @@ def infer_config(
     *,
     reads_velocity: bool,
     num_heads: int | None = None,
+    num_classes: int | None = None,
     known_heads: Mapping[int, int] = KNOWN_HEADS,
 ) -> SiTConfig:
     """The architecture of `checkpoint`, a refiner if it `reads_velocity`, else a predictor.
 
     Heads leave no trace in the shapes: they are given, or come from the file's metadata, or are
-    `known_heads` of the width. Raises CheckpointError.
+    `known_heads` of the width. The number of classes comes from the file's own statement, else from
+    `num_classes`; where neither says it, the last row of the label table is the null class, as in
+    the public checkpoints. Raises CheckpointError.
     """
     patch = _shape(checkpoint, "x_embedder.proj.weight", 4)
     tokens = _shape(checkpoint, "pos_embed", 3)[1]
-    classes = _shape(checkpoint, "y_embedder.embedding_table.weight", 2)[0] - 1
     final = _shape(checkpoint, "final_layer.linear.weight", 2)[0]
     hidden = _shape(checkpoint, "blocks.0.mlp.fc1.weight", 2)[0]
     width, in_channels, patch_size, _ = patch
@@ -124,6 +55,7 @@ def infer_config(
         )
     blocks = (re.match(r"blocks\.(\d+)\.", key) for key in checkpoint.tensors)
     depth = 1 + max(int(block[1]) for block in blocks if block)
+    classes, null_class = _classes(checkpoint, num_classes)
     return SiTConfig(
         latent_size=side * patch_size,
         patch_size=patch_size,
@@ -135,7 +67,31 @@ def infer_config(
         num_heads=_heads(checkpoint, num_heads, known_heads.get(width, 0), width, reads_velocity),
         num_classes=classes,
         mlp_ratio=hidden / width,
+        null_class=null_class,
     )
+
+
+def _classes(checkpoint: Checkpoint, given: int | None) -> tuple[int, bool]:
+    """The number of classes, and whether the label table has a row more: the null class."""
+    rows = _shape(checkpoint, _LABEL_TABLE, 2)[0]
+    stated = checkpoint.integer("num_classes")
+    if given and stated and given != stated:
+        raise CheckpointError(
+            f"{checkpoint.path} states {stated} classes, --num-classes says {given}: leave it out"
+        )
+    classes = stated or given or rows - 1
+    if not classes:
+        raise CheckpointError(
+            f"{checkpoint.path} has a label table of 1 row and does not say how many classes that "
+            "is: give --num-classes 1"
+        )
+    if rows not in (classes, classes + 1):
+        source = "the file states" if stated else "--num-classes says"
+        raise CheckpointError(
+            f"{checkpoint.path} has a label table of {rows} rows, {source} {classes} classes: "
+            f"{classes} rows are needed, or {classes + 1} with the null class of guidance"
+        )
+    return classes, rows > classes
 
 
 def _latent_channels(
@@ -157,8 +113,7 @@ def _latent_channels(
 def _heads(
     checkpoint: Checkpoint, given: int | None, known: int, width: int, reads_velocity: bool
 ) -> int:
-    stated = checkpoint.metadata.get("num_heads", "")
-    heads = given or (int(stated) if stated.isdecimal() else known)
+    heads = given or checkpoint.integer("num_heads") or known
     if heads <= 0:
         option = "--refiner-num-heads (training: --heads)" if reads_velocity else "--num-heads"
         raise CheckpointError(
@@ -181,13 +136,29 @@ def _shape(checkpoint: Checkpoint, key: str, dims: int) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
 
-def load_predictor(path: Path, weights: str | None = None, num_heads: int | None = None) -> SiT:
+def load_predictor(
+    path: Path,
+    weights: str | None = None,
+    num_heads: int | None = None,
+    *,
+    num_classes: int | None = None,
+    reverse_time: bool = False,
+) -> SiT:
     """The predictor in `path`; of a `.pt` that holds both, the averaged weights, as SiT takes them.
 
-    Raises CheckpointError.
+    `reverse_time` is for networks that answer noise - data with noise at t = 1 (REPA's). What a
+    network answers is compared with what its convention promises (`check_convention`). Raises
+    CheckpointError.
     """
     checkpoint = load_checkpoint(path, weights, usual="ema")
-    return build_network(checkpoint, reads_velocity=False, num_heads=num_heads)
+    _check_arguments(checkpoint)
+    network = build_network(
+        checkpoint, reads_velocity=False, num_heads=num_heads, num_classes=num_classes
+    )
+    if reverse_time:
+        network.config = replace(network.config, reverse_time=True)
+    check_convention(network, Path(path))
+    return network
 
 
 def load_refiner(
@@ -198,16 +169,25 @@ def load_refiner(
     One as wide as the `predictor` has its heads, if nothing else is said. Raises CheckpointError
     also for another latent size or other classes than the predictor's.
     """
+    checkpoint = load_checkpoint(path, weights, usual="model")
+    classes = predictor.num_classes
+    fits = _shape(checkpoint, _LABEL_TABLE, 2)[0] in (classes, classes + 1)
     network = build_network(
-        load_checkpoint(path, weights, usual="model"),
+        checkpoint,
         reads_velocity=True,
         num_heads=num_heads,
+        num_classes=classes if fits and not checkpoint.integer("num_classes") else None,
         known_heads={**KNOWN_HEADS, predictor.width: predictor.num_heads},
     )
     for key in ("latent_channels", "latent_size", "num_classes"):
         got, want = getattr(network.config, key), getattr(predictor, key)
         if got != want:
             raise CheckpointError(f"the refiner has {key} {got}, the predictor {want}")
+    if predictor.null_class and not network.config.null_class:
+        raise CheckpointError(
+            f"{path} has no row for the null class, the predictor has one: with guidance both are "
+            "evaluated without a class, so the refiner needs one too"
+        )
     return network
 
 
@@ -216,6 +196,7 @@ def build_network(
     *,
     reads_velocity: bool,
     num_heads: int | None = None,
+    num_classes: int | None = None,
     known_heads: Mapping[int, int] = KNOWN_HEADS,
 ) -> SiT:
     """The network of `checkpoint` in float32, for evaluation (arguments as `infer_config`).
@@ -223,37 +204,76 @@ def build_network(
     Raises CheckpointError naming the first tensor that is missing, unknown or of another shape.
     """
     config = infer_config(
-        checkpoint, reads_velocity=reads_velocity, num_heads=num_heads, known_heads=known_heads
+        checkpoint,
+        reads_velocity=reads_velocity,
+        num_heads=num_heads,
+        num_classes=num_classes,
+        known_heads=known_heads,
     )
-    with torch.device("meta"):
-        model = SiT(config)
-    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    for key, shape in expected.items():
-        if key not in checkpoint.tensors:
-            raise CheckpointError(f"{checkpoint.path} has no tensor {key!r} of shape {shape}")
-        got = tuple(checkpoint.tensors[key].shape)
-        if got != shape:
-            raise CheckpointError(f"{checkpoint.path}: {key} must have shape {shape}, got {got}")
-    unknown = sorted(checkpoint.tensors.keys() - expected.keys())
-    if unknown:
-        raise CheckpointError(f"{checkpoint.path} has an unknown tensor {unknown[0]!r}")
-    weights = {key: value.float() for key, value in checkpoint.tensors.items()}
     # The time embedder's frequencies are a buffer outside the state dict: made, not loaded.
     network = SiT(config)
-    network.load_state_dict(weights)
+    tensors = checkpoint.tensors
+    load_exactly(
+        network,
+        {key: value for key, value in tensors.items() if not key.startswith(_TRAINING_ONLY)},
+        checkpoint.path,
+    )
     return network.eval().requires_grad_(False)
 
 
-def sha256(path: Path) -> str:
-    """Digest of a file, or of the names and contents of a folder's files."""
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist")
-    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
-    digest = hashlib.sha256()
-    for file in files:
-        if path.is_dir():
-            digest.update(file.name.encode())
-        with file.open("rb") as content:
-            while chunk := content.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()
+def _check_arguments(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError for a network that predicts no velocity of a linear path."""
+    if (model := checkpoint.text("model")).lower().startswith("dit"):
+        raise CheckpointError(
+            f"{checkpoint.path} was trained as {model}: a DiT predicts the noise of a diffusion "
+            "process, a network that predicts the velocity of a flow is needed"
+        )
+    for name, allowed in _CONVENTIONS.items():
+        stated = checkpoint.text(name)
+        if stated and stated.lower() not in allowed:
+            raise CheckpointError(
+                f"{checkpoint.path} was trained with {name} {stated!r}, which is not served: "
+                f"allowed is {' or '.join(allowed)}"
+            )
+
+
+@torch.no_grad()
+def check_convention(network: SiT, path: Path) -> None:
+    """Compares what the predictor answers for noise with what a velocity must be there.
+
+    At t = 0 the state x is noise and v(x, 0) = data - noise, so that the cosine between v and -x is
+    near 1. One below -0.3 means that time runs the other way; one in between is logged; a network
+    that answers 0 throughout, as one that was never trained, gives no verdict. Raises
+    CheckpointError for time that runs the other way and for a DiT, which answers the noise itself
+    at t = 999.
+    """
+    config, count = network.config, 4
+    shape = (config.latent_channels, config.latent_size, config.latent_size)
+    x = torch.randn((count, *shape), generator=torch.Generator().manual_seed(0))
+    label = torch.arange(count) % config.num_classes
+
+    def cosine(t: float, direction: Tensor) -> float:
+        answer = network(x, torch.full((count,), t), label).flatten(1).double()
+        if not answer.isfinite().all():
+            raise CheckpointError(f"{path} answers noise with values that are not finite")
+        return float(F.cosine_similarity(answer, direction.flatten(1)).mean())
+
+    if not config.reverse_time and cosine(_LAST_DIFFUSION_STEP, x) > _NEAR_NOISE:
+        raise CheckpointError(
+            f"{path} answers the noise itself at t = 999, as a DiT does, which predicts the noise "
+            "of a diffusion process: a network that predicts the velocity of a flow is needed"
+        )
+    found = cosine(0.0, -x)
+    if found < -_CLEAR:
+        remedy = "leave --reverse-time out" if config.reverse_time else "give --reverse-time"
+        raise CheckpointError(
+            f"{path}: time runs the other way: the cosine between v(noise, t=0) and -noise is "
+            f"{found:.3f}, near 1 is expected; {remedy}"
+        )
+    if 0 < abs(found) <= _CLEAR:
+        _logger.warning(
+            "%s: the cosine between v(noise, t=0) and -noise is %.3f, near 1 is expected of a "
+            "trained velocity network",
+            path,
+            found,
+        )

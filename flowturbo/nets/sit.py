@@ -23,7 +23,9 @@ class SiTConfig:
 
     `in_channels` counts what the network reads: C for a predictor, 2C for a refiner, which reads
     [x, v]. `latent_channels` is C; of `out_channels` outputs the first C are the velocity (public
-    checkpoints also carry an unused variance in the others).
+    checkpoints also carry an unused variance in the others). With `null_class` the label table has
+    one row more than there are classes, for guidance. With `reverse_time` the weights answer
+    noise - data with noise at t = 1 (REPA, arXiv 2410.06940); the network turns both round.
     """
 
     latent_size: int
@@ -36,6 +38,12 @@ class SiTConfig:
     num_heads: int
     num_classes: int
     mlp_ratio: float = 4.0
+    null_class: bool = True
+    reverse_time: bool = False
+
+    @property
+    def label_rows(self) -> int:
+        return self.num_classes + self.null_class
 
     @property
     def tokens_per_side(self) -> int:
@@ -44,7 +52,9 @@ class SiTConfig:
 
 def refiner_config(predictor: SiTConfig) -> SiTConfig:
     """One block of the predictor's width that reads [x, v], as the published refiner."""
-    return replace(predictor, depth=1, in_channels=2 * predictor.latent_channels)
+    return replace(
+        predictor, depth=1, in_channels=2 * predictor.latent_channels, reverse_time=False
+    )
 
 
 class PatchEmbed(nn.Module):
@@ -82,11 +92,11 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Class id, [B], to [B, width]; id `num_classes` is the null label of guidance."""
+    """Row of the label table, [B], to [B, width]."""
 
-    def __init__(self, num_classes: int, width: int) -> None:
+    def __init__(self, rows: int, width: int) -> None:
         super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, width)
+        self.embedding_table = nn.Embedding(rows, width)
 
     def forward(self, label: Tensor) -> Tensor:
         out: Tensor = self.embedding_table(label)
@@ -166,7 +176,8 @@ class SiT(nn.Module):
     """Velocity network: v(x, t, label).
 
     A predictor reads x [B, C, h, w]; a refiner reads [x, v] [B, 2C, h, w] and returns the change of
-    the velocity (FlowTurbo, Eq. 6). Time t is in [0, 1] with noise at 0, [B]; label is [B] int64.
+    the velocity (FlowTurbo, Eq. 6). Time t is in [0, 1] with noise at 0, [B]; label is [B] int64,
+    `num_classes` for the null class.
     It computes, and answers, in the type of its parameters, whatever that of x.
     """
 
@@ -175,18 +186,20 @@ class SiT(nn.Module):
         self.config = config
         self.x_embedder = PatchEmbed(config)
         self.t_embedder = TimestepEmbedder(config.width)
-        self.y_embedder = LabelEmbedder(config.num_classes, config.width)
+        self.y_embedder = LabelEmbedder(config.label_rows, config.width)
         positions = position_embedding(config.width, config.tokens_per_side)
         self.pos_embed = nn.Parameter(torch.from_numpy(positions)[None], requires_grad=False)
         self.blocks = nn.ModuleList(SiTBlock(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        reverse = self.config.reverse_time
         tokens = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed
-        c = self.t_embedder(t) + self.y_embedder(label)
+        c = self.t_embedder(1 - t if reverse else t) + self.y_embedder(label)
         for block in self.blocks:
             tokens = block(tokens, c)
-        return self.unpatchify(self.final_layer(tokens, c))[:, : self.config.latent_channels]
+        out = self.unpatchify(self.final_layer(tokens, c))[:, : self.config.latent_channels]
+        return -out if reverse else out
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
         """[B, tokens, patch*patch*out] to [B, out, h, w]."""

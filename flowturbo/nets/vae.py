@@ -1,25 +1,169 @@
 """The VAE: a diffusers `AutoencoderKL` folder."""
 
+import inspect
+import json
+import math
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from flowturbo.nets.checkpoint import CheckpointError
+from flowturbo.nets.weights import (
+    CheckpointError,
+    load_exactly,
+    read_pt,
+    read_safetensors,
+    without_wrappers,
+)
+
+CONFIG = "config.json"
+_CLASS = "AutoencoderKL"
+_STEM = "diffusion_pytorch_model"
+_IMAGE_CHANNELS = 3
+# Layers of the attention as diffusers named them before 0.12, and today.
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_OLD_NAME = re.compile(r"(.*\.mid_block\.attentions\.\d+)\.(query|key|value|proj_attn)\.(.*)")
+_LDM = ("first_stage_model.", "encoder.down.", "decoder.up.")
 
 
 def load_vae(folder: str | Path) -> AutoencoderKL:
-    """The VAE in `folder` (config.json and weights), float32; raises CheckpointError."""
+    """The VAE in `folder` (config.json and weights), float32, exactly as its files say.
+
+    Weights are `diffusion_pytorch_model.safetensors` (or `.bin`), in shards with an index, or of
+    one variant such as `fp16`. Raises CheckpointError naming the field or tensor that does not fit.
+    """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} is not a diffusers AutoencoderKL folder: no config.json")
+    config = _read_config(folder)
+    path, tensors = _read_weights(folder)
     try:
-        vae = AutoencoderKL.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
-        raise CheckpointError(f"{folder} does not load as an AutoencoderKL: {error}") from error
+        vae = AutoencoderKL.from_config(config)
+    except Exception as error:  # whatever its constructor makes of the values
+        raise CheckpointError(f"{folder / CONFIG} describes no {_CLASS}: {error}") from error
+    _check_config(folder / CONFIG, vae)
+    try:
+        load_exactly(vae, _todays_names(without_wrappers(path, tensors)), path)
+    except CheckpointError as error:
+        if not any(name.startswith(_LDM) for name in tensors):
+            raise
+        raise CheckpointError(
+            f"{error}. The names are of an LDM checkpoint: convert it with diffusers "
+            "(AutoencoderKL.from_single_file, save_pretrained)"
+        ) from error
     frozen: AutoencoderKL = vae.float().eval().requires_grad_(False)
     return frozen
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    if not path.is_file():
+        inner = folder / "vae"
+        hint = f"; give {inner}" if (inner / CONFIG).is_file() else ""
+        raise CheckpointError(f"{folder} is not a diffusers {_CLASS} folder: no {CONFIG}{hint}")
+    config = _read_json(path)
+    if (found := config.get("_class_name")) != _CLASS:
+        raise CheckpointError(f"{path}: _class_name must be {_CLASS}, got {found!r}")
+    known = inspect.signature(AutoencoderKL.__init__).parameters
+    unknown = [name for name in config if not name.startswith("_") and name not in known]
+    for name in unknown:
+        if config[name] is not None:
+            raise CheckpointError(
+                f"{path}: {name} is {config[name]!r}, which this {_CLASS} does not know and would "
+                "leave out"
+            )
+    return {name: value for name, value in config.items() if name not in unknown}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text("utf-8-sig"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} must be an object, got {type(found).__name__}")
+    return found
+
+
+def _check_config(path: Path, vae: AutoencoderKL) -> None:
+    """Raises CheckpointError for values that the formulas of the latents' scale do not cover."""
+    config = vae.config
+    for name in ("in_channels", "out_channels"):
+        if (found := getattr(config, name)) != _IMAGE_CHANNELS:
+            raise CheckpointError(f"{path}: {name} must be {_IMAGE_CHANNELS} (RGB), got {found!r}")
+    numbers = {name: getattr(config, name) for name in ("scaling_factor", "shift_factor")}
+    lists = {name: getattr(config, name) for name in ("latents_mean", "latents_std")}
+    if not _is_number(numbers["scaling_factor"]) or numbers["scaling_factor"] <= 0:
+        raise CheckpointError(
+            f"{path}: scaling_factor must be a number above 0, got {numbers['scaling_factor']!r}"
+        )
+    if numbers["shift_factor"] is not None and not _is_number(numbers["shift_factor"]):
+        raise CheckpointError(
+            f"{path}: shift_factor must be a number, got {numbers['shift_factor']!r}"
+        )
+    given = [name for name, value in lists.items() if value is not None]
+    if len(given) == 1:
+        raise CheckpointError(
+            f"{path} has {given[0]} alone: latents_mean and latents_std go together"
+        )
+    for name in given:
+        values, count = lists[name], config.latent_channels
+        fits = isinstance(values, list | tuple) and len(values) == count
+        fits = fits and all(map(_is_number, values))
+        if not fits or name == "latents_std" and min(values) <= 0:
+            above = " above 0" if name == "latents_std" else ""
+            raise CheckpointError(f"{path}: {name} must be {count} numbers{above}, got {values!r}")
+    if given and numbers["shift_factor"]:
+        raise CheckpointError(
+            f"{path} has latents_mean and shift_factor {numbers['shift_factor']}: one of the two"
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """The file that has the weights, or the index of its shards, and the tensors by name."""
+    path = _weights_file(folder)
+    if path.suffix == ".bin":
+        return path, read_pt(path)
+    if path.suffix == ".safetensors":
+        return path, read_safetensors(path)[0]
+    files = _read_json(path).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+        raise CheckpointError(f"{path} must have a weight_map of tensors to files")
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(files.values())):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{path} names {name}, which is not there")
+        tensors |= read_safetensors(folder / name)[0]
+    return path, tensors
+
+
+def _weights_file(folder: Path) -> Path:
+    plain = [f"{_STEM}.safetensors", f"{_STEM}.safetensors.index.json", f"{_STEM}.bin"]
+    for name in plain:
+        if (folder / name).is_file():
+            return folder / name
+    # A variant: fp16 as diffusers names it, in one file or in shards.
+    patterns = (rf"{_STEM}\.(\w+)\.safetensors", rf"{_STEM}\.safetensors\.index\.(\w+)\.json")
+    names = sorted(path.name for path in folder.iterdir())
+    found = [name for name in names if any(re.fullmatch(p, name) for p in patterns)]
+    if not found:
+        raise CheckpointError(f"{folder} has no weights: {', '.join(plain)} or a variant is needed")
+    if len(found) > 1:
+        raise CheckpointError(f"{folder} has several sets of weights, keep one: {', '.join(found)}")
+    return folder / found[0]
+
+
+def _todays_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def renamed(name: str) -> str:
+        old = re.fullmatch(_OLD_NAME, name)
+        return f"{old[1]}.{_OLD_ATTENTION[old[2]]}.{old[3]}" if old else name
+
+    return {renamed(name): tensor for name, tensor in tensors.items()}
 
 
 def latent_factor(vae: AutoencoderKL) -> int:
@@ -28,21 +172,49 @@ def latent_factor(vae: AutoencoderKL) -> int:
     return factor
 
 
+def latent_scale(vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, [1, C, 1, 1] float32, of what the VAE encodes.
+
+    The flow model's latent is (z - mean) / std, and z is latent * std + mean, as diffusers'
+    pipelines compute with latents_mean, latents_std, shift_factor and scaling_factor.
+    """
+    config = vae.config
+    count = config.latent_channels
+    means = config.latents_mean or [config.shift_factor or 0.0] * count
+    stds = [value / config.scaling_factor for value in config.latents_std or [1.0] * count]
+    mean, std = (torch.tensor(values, dtype=torch.float32) for values in (means, stds))
+    return mean.view(1, count, 1, 1), std.view(1, count, 1, 1)
+
+
 class Decoder(nn.Module):
     """Latents [B, C, h, w] float32 in the flow model's scale to images [B, H, W, 3] uint8.
 
     The VAE computes in the type of its parameters, the rounding to levels in float32.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
         self.vae = vae
-        self.scale = float(vae.config.scaling_factor)
-        self.shift = float(vae.config.shift_factor or 0.0)
+        mean, std = latent_scale(vae)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
 
     def forward(self, latent: Tensor) -> Tensor:
-        z = (latent / self.scale + self.shift).to(self.vae.decoder.conv_in.weight.dtype)
+        return to_levels(self.pixels(latent))
+
+    def pixels(self, latent: Tensor) -> Tensor:
+        """Images [B, 3, H, W] float32, of which [-1, 1] is shown."""
+        z = (latent * self.std + self.mean).to(self.vae.decoder.conv_in.weight.dtype)
         if self.vae.post_quant_conv is not None:
             z = self.vae.post_quant_conv(z)
-        pixels = (self.vae.decoder(z).float() * 0.5 + 0.5).clamp(0, 1) * 255
-        return pixels.round().permute(0, 2, 3, 1).to(torch.uint8)
+        out: Tensor = self.vae.decoder(z).float()
+        return out
+
+
+def to_levels(pixels: Tensor) -> Tensor:
+    """[B, 3, H, W] float32 in [-1, 1] to [B, H, W, 3] uint8."""
+    levels = (pixels * 0.5 + 0.5).clamp(0, 1) * 255
+    return levels.round().permute(0, 2, 3, 1).to(torch.uint8)
