@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from export.blocks import PredictorBlock, RefinerBlock
+from export.blocks import DecoderBlock, PredictorBlock, RefinerBlock
 from export.onnx_graph import Exported
 from flowturbo import contract
 from flowturbo.nets.sit import SiT, SiTConfig, refiner_config
@@ -81,7 +81,9 @@ def pipeline_modules(size: Size) -> list[Exported]:
     made: dict[str, nn.Module] = {
         contract.PREDICTOR: PredictorBlock(random_network(config, 0), 3),
         contract.REFINER: RefinerBlock(random_network(refiner_config(config), 1), 3),
-        contract.DECODER: Decoder(random_vae(size.vae_channels, config.latent_channels)),
+        contract.DECODER: DecoderBlock(
+            Decoder(random_vae(size.vae_channels, config.latent_channels))
+        ),
     }
     return [Exported(model, module, shape, config) for model, module in made.items()]
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from flowturbo.nets.sit import SiT
+from flowturbo.nets.vae import Decoder, to_levels
 
 Members = tuple[Tensor, Tensor]  # of each row's pair, the conditional and the unconditional row
 
@@ -67,6 +68,19 @@ class RefinerBlock(StepBlock):
         read = torch.where(reads_refined > 0.5, d, velocity)
         d_next = refine(d, x + h * d, read, end, scale_end)
         return x + h / 2 * (d + d_next), d
+
+
+class DecoderBlock(nn.Module):
+    """Latents [B, C, h, w] to images and their magnitudes, as in `flowturbo.contract`."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        pixels = self.decoder.pixels(latent)
+        # A sum keeps NaN and infinity, where a maximum need not, and images lose both.
+        return to_levels(pixels), pixels.abs().mean((1, 2, 3))[:, None]
 
 
 def columns(scalars: Tensor) -> tuple[Tensor, ...]:

@@ -77,6 +77,9 @@ def _configs(
     sizes = _sizes(repository)
     finisher = _python_model(contract.FINISHER, sizes, *_FINISHER_TENSORS)
     yield finisher, "finisher", {_PART: "all"}
+    if pipeline.has_decoder:
+        checker = _python_model(contract.CHECKER, sizes, *_CHECKER_TENSORS)
+        yield checker, "checker", {_PART: "all"}
     for schedule in schedules:
         program = compile_program(schedule, variant=Variant(settings.variant))
         yield _planner(program, pipeline, settings, sizes), "planner", {_PART: str(schedule)}
@@ -85,6 +88,7 @@ def _configs(
 
 
 _FINISHER_TENSORS = contract.FINISHER_INPUTS, contract.FINISHER_OUTPUTS
+_CHECKER_TENSORS = contract.CHECKER_INPUTS, contract.CHECKER_OUTPUTS
 
 
 def _sizes(repository: Path) -> dict[int | str, int]:
@@ -150,4 +154,7 @@ def _steps(program: Program, pipeline: Pipeline) -> Iterable[Step]:
         {"latent": "latent"} | ({decoded: decoded} if pipeline.has_decoder else {}),
     )
     if pipeline.has_decoder:
-        yield Step(contract.DECODER, {"latent": decoded}, {"image": "image"})
+        outputs = {"image": contract.DECODED_IMAGE, "magnitude": contract.DECODED_MAGNITUDE}
+        yield Step(contract.DECODER, {"latent": decoded}, outputs)
+        checked = {name: name for name in outputs.values()}
+        yield Step(contract.CHECKER, checked, {"image": "image"})

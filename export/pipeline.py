@@ -1,5 +1,6 @@
 """One pipeline's checkpoints to verified models, installed in a repository together."""
 
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from export.ensemble import (
 )
 from export.onnx_graph import Exported, export_onnx, to_precision
 from export.parity import block_outputs, torch_evaluation
+from export.peaks import HALVES, LARGEST, PeakOf
 from export.quantize import quantize
 from export.runtime import Execution, Trial, attempt, candidates, choose
 from export.source import Source, modules, source_digests
@@ -173,15 +175,20 @@ def _write_models(options: Options, fingerprint: dict[str, Any], staged: Path) -
         builds[exported.model], trials[exported.model] = _write(
             exported, options, fingerprint, staged / exported.model
         )
-    chosen = choose(trials)
-    if len(candidates(options.deployment)) > 1:
-        print(f"fastest here: {chosen}")
+    chosen: dict[str, Execution] = {}
+    for kept in (False, True):  # those that were asked for in float16 and stay in float32
+        group = {m: of for m, of in trials.items() if builds[m]["kept_in_float32"] == kept}
+        if group:
+            execution = choose(group)
+            chosen |= dict.fromkeys(group, execution)
+            if len(candidates(options.deployment)) > 1:
+                print(f"fastest here: {execution}")
     for model, build in builds.items():
-        parity = trials[model][chosen].parity
+        parity = trials[model][chosen[model]].parity
         print(f"{model}: {', '.join(f'{name} off by {e:.1e}' for name, e in parity.items())}")
         times = {str(execution): trial.times_ms for execution, trial in trials[model].items()}
         install.write_build(
-            staged / model, build | asdict(chosen) | {"parity": parity, "times_ms": times}
+            staged / model, build | asdict(chosen[model]) | {"parity": parity, "times_ms": times}
         )
 
 
@@ -193,11 +200,22 @@ def _write(
     Its configuration comes later.
     """
     (folder / "1").mkdir(parents=True)
-    # A float32 file is run in bfloat16 too.
-    precision = "fp32" if options.deployment.precision == AUTO else options.deployment.precision
+    deployment = options.deployment
     source = options.source.files()[exported.model]
     print(f"{exported.model}: PyTorch in float32 ... ", end="", flush=True)
-    expected = block_outputs(exported, torch_evaluation(exported))
+    with PeakOf() if deployment.precision in HALVES else nullcontext() as watch:
+        expected = block_outputs(exported, torch_evaluation(exported))
+    too_large = watch is not None and not watch.peak.fits_half
+    if watch and too_large:
+        print(
+            f"{watch.peak}, float16 ends at {LARGEST:.0f}: stays in float32 "
+            "(bf16 has float32's range) ... ",
+            end="",
+            flush=True,
+        )
+        deployment = replace(deployment, precision="fp32")
+    # A float32 file is run in bfloat16 too.
+    precision = "fp32" if deployment.precision == AUTO else deployment.precision
     to_precision(exported.module, precision)
     print(f"{source} to ONNX in {precision} ... ", end="", flush=True)
     path = folder / "1" / "model.onnx"
@@ -205,7 +223,7 @@ def _write(
     if precision == "fp8" and exported.model != contract.DECODER:
         quantize(exported, path)
     print("verify ... ", end="", flush=True)
-    open_to, (_, opt_rows, _) = candidates(options.deployment), options.deployment.profile
+    open_to, (_, opt_rows, _) = candidates(deployment), deployment.profile
     trials = attempt(exported, path, expected, open_to, opt_rows)
     print(", ".join(map(_shown, trials, trials.values())), flush=True)
     if options.deployment.engine == "python":
@@ -220,6 +238,8 @@ def _write(
         "null_class": exported.config.null_class,
         "class_names": options.names(),
         "max_rows": options.deployment.max_rows,
+        "kept_in_float32": too_large,
+        "peak": watch.peak.magnitude if watch else None,
         "command": options.command,
         "onnx_sha256": sha256(folder / "1"),
         "files": sorted(file.name for file in (folder / "1").iterdir()),

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.blocks import PredictorBlock, RefinerBlock
+from export.blocks import DecoderBlock, PredictorBlock, RefinerBlock
 from export.onnx_graph import Exported
 from flowturbo import contract
 from flowturbo.nets.checkpoint import load_predictor, load_refiner
@@ -67,7 +67,8 @@ def modules(source: Source) -> Iterator[Exported]:
         )
         found.append(Exported(contract.REFINER, RefinerBlock(refiner, channels), shape, config))
     if source.vae:
-        found.append(Exported(contract.DECODER, _decoder(source.vae, config), shape, config))
+        decoder = DecoderBlock(_decoder(source.vae, config))
+        found.append(Exported(contract.DECODER, decoder, shape, config))
     yield from found
 
 

@@ -58,7 +58,11 @@ BLOCK_OUTPUTS = (
     TensorSpec("velocity_next", np.float32, ("C", "h", "w")),
 )
 DECODER_INPUTS = (TensorSpec("latent", np.float32, ("C", "h", "w")),)
-DECODER_OUTPUTS = (TensorSpec("image", np.uint8, ("H", "W", 3)),)
+DECODER_OUTPUTS = (
+    TensorSpec("image", np.uint8, ("H", "W", 3)),
+    # Mean magnitude of the pixels before they are rounded to levels: not finite where one is not.
+    TensorSpec("magnitude", np.float32, (1,)),
+)
 
 COMPOSED = {
     PREDICTOR: (BLOCK_INPUTS, BLOCK_OUTPUTS),
@@ -68,6 +72,7 @@ COMPOSED = {
 
 # An ensemble, a model for one schedule (ensemble.py): its tensors, and those between its steps.
 FINISHER = "flowturbo_finisher"
+CHECKER = "flowturbo_checker"
 PLAN_NOISE = "noise_rows"
 PLAN_LABEL = "label_rows"
 PLAN_PAIR = "pair_rows"
@@ -90,6 +95,13 @@ FINISHER_INPUTS = (
 )
 DECODER_LATENT = "decoder_latent"
 FINISHER_OUTPUTS = (ENSEMBLE_LATENT, replace(ENSEMBLE_LATENT, name=DECODER_LATENT))
+DECODED_IMAGE = "decoded_image"
+DECODED_MAGNITUDE = "decoded_magnitude"
+CHECKER_INPUTS = (
+    replace(ENSEMBLE_IMAGE, name=DECODED_IMAGE),
+    TensorSpec(DECODED_MAGNITUDE, np.float32, (-1, 1)),
+)
+CHECKER_OUTPUTS = (ENSEMBLE_IMAGE,)
 
 
 def plan_scalars(index: int) -> str:

@@ -21,5 +21,9 @@ class DeadlineError(CancelledError):
     """The request's deadline passed before the image was done."""
 
 
+class NotFiniteError(FlowTurboError):
+    """A result has NaN or infinity: an error, never a black picture."""
+
+
 class RepositoryError(FlowTurboError):
     """The model repository lacks something, or its parts do not fit each other."""

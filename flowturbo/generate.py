@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from flowturbo import contract
+from flowturbo.errors import NotFiniteError, RequestError
 from flowturbo.guidance import Guidance, Tensors, gather, guided_block, spread
 from flowturbo.latents import encode_images
 from flowturbo.program import Network, Program, Variant, compile_program
@@ -48,11 +49,38 @@ async def make_images(
     """The latent and the image that `request` needs, by these names."""
     infer = in_chunks(infer, pipeline.max_rows)
     made: Tensors = {}
-    if request.needs_decoder or "latent" in request.outputs:
-        made["latent"] = await _latent(request, pipeline, program, infer)
-    if request.needs_decoder:
-        (made["image"],) = await infer(contract.DECODER, {"latent": made["latent"]})
+    try:
+        if request.needs_decoder or "latent" in request.outputs:
+            made["latent"] = await _latent(request, pipeline, program, infer)
+            check_finite(made["latent"], "latent")
+        if request.needs_decoder:
+            made["image"] = await decode(infer, made["latent"])
+    except NotFiniteError as error:
+        if request.initial_noise is None:
+            raise
+        largest = np.abs(request.initial_noise).max()
+        raise RequestError(
+            f"initial_noise must be standard normal, got values up to {largest:.3g}: {error}"
+        ) from error
     return made
+
+
+async def decode(infer: AwaitedInfer, latent: Array) -> Array:
+    """Images [n, H, W, 3] uint8 of `latent` [n, C, h, w]; raises NotFiniteError."""
+    image, magnitude = await infer(contract.DECODER, {"latent": latent})
+    check_finite(magnitude, "image")
+    return image
+
+
+def check_finite(values: Array, what: str) -> None:
+    """Raises NotFiniteError unless all of `values` [n, ...] are finite; `what` names them."""
+    finite = np.isfinite(values).reshape(len(values), -1).all(1)
+    if not finite.all():
+        raise NotFiniteError(
+            f"the {what} of image {int(finite.argmin()) + 1} of {len(values)} is not finite: the "
+            "networks left the range of the precision that they compute in; export them with "
+            "--precision bf16 or fp32"
+        )
 
 
 def complete(

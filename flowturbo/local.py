@@ -12,7 +12,7 @@ from flowturbo.generate import generate, program_for
 from flowturbo.guidance import Tensors
 from flowturbo.onnx_session import Model, open_model
 from flowturbo.program import Program, Variant, compile_program
-from flowturbo.repository import Pipeline, Settings
+from flowturbo.repository import Pipeline, Settings, read_build
 from flowturbo.request import GenerationRequest, default_schedule, parse_request
 from flowturbo.schedule import Schedule
 
@@ -105,9 +105,10 @@ def open_models(
     """The composed models that `repository` has, by name, in the runtime it was made for."""
     return {
         name: open_model(
-            repository / name / "1" / "model.onnx", pipeline.precision, threads, pipeline.runtime
+            repository / name / "1" / "model.onnx", build["precision"], threads, build["runtime"]
         )
         for name in models_of(pipeline)
+        if (build := read_build(repository, name))
     }
 
 

@@ -33,7 +33,7 @@ class Pipeline:
     """What the exported networks take and give.
 
     `latent_shape` is (C, h, w); `max_rows` is the most rows that one execution of a composed model
-    takes; `precision` is what the networks compute in and `runtime` what runs their ONNX files on
+    takes; `precision` is what the predictor computes in and `runtime` what runs its ONNX file on
     a CPU (onnx_session.RUNTIMES); `on_gpu` says whether the service runs them on GPUs; `presets`
     are the schedules that have a name. Without `null_class` the networks were trained with classes
     alone and cannot be guided.
@@ -59,7 +59,7 @@ class Pipeline:
     @classmethod
     def load(cls, repository: Path) -> "Pipeline":
         """Reads the build files of `repository`; raises RepositoryError, saying what is missing."""
-        builds = {name: _read_build(repository, name) for name in contract.COMPOSED}
+        builds = {name: read_build(repository, name) for name in contract.COMPOSED}
         predictor = builds[contract.PREDICTOR]
         if predictor is None:
             path = repository / contract.PREDICTOR / BUILD_FILE
@@ -88,7 +88,8 @@ class Pipeline:
         return self.class_names[label] if self.class_names else str(label)
 
 
-def _read_build(repository: Path, name: str) -> dict[str, Any] | None:
+def read_build(repository: Path, name: str) -> dict[str, Any] | None:
+    """A composed model's build record, None without one; raises RepositoryError."""
     path = repository / name / BUILD_FILE
     if not path.exists():
         return None

@@ -3,12 +3,16 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import tritonclient.grpc as triton
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
+from tritonclient.utils import np_to_triton_dtype
 
 from flowturbo.contract import TensorSpec
 
@@ -79,3 +83,37 @@ def run_export(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """`python -m export` as a user runs it."""
     command = [sys.executable, "-m", "export", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+
+
+class Caller:
+    """A plain client of Triton's gRPC protocol, for what the product's own client cannot ask."""
+
+    def __init__(self, url: str) -> None:
+        self._client = triton.InferenceServerClient(url)
+        self._pool = ThreadPoolExecutor(16)
+
+    def __enter__(self) -> "Caller":
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._pool.shutdown()
+        self._client.close()
+
+    def infer(self, model: str, outputs: list[str], **tensors: Any) -> list[np.ndarray]:
+        """The outputs of one request, in the order asked for; a string is one of BYTES [1]."""
+        wanted = [triton.InferRequestedOutput(name) for name in outputs]
+        inputs = [_input(name, value) for name, value in tensors.items()]
+        answer = self._client.infer(model, inputs, outputs=wanted, client_timeout=60)
+        return [answer.as_numpy(name) for name in outputs]
+
+    def begin(self, model: str, outputs: list[str], **tensors: Any) -> Future[list[np.ndarray]]:
+        """A request that runs beside others."""
+        return self._pool.submit(lambda: self.infer(model, outputs, **tensors))
+
+
+def _input(name: str, value: Any) -> triton.InferInput:
+    array = np.array([value.encode()], object) if isinstance(value, str) else np.asarray(value)
+    dtype = "BYTES" if array.dtype == object else np_to_triton_dtype(array.dtype)
+    tensor = triton.InferInput(name, list(array.shape), dtype)
+    tensor.set_data_from_numpy(array)
+    return tensor

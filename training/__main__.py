@@ -109,9 +109,9 @@ def glyph_latents(vae: Path, runs: Path, seed: int = 0) -> Path:
     """The folder of the data's latents by the VAE in the folder `vae`; the first run makes them."""
     images = load_or_render(runs / "data", IMAGES, seed)
     digest = sha256(vae / "diffusion_pytorch_model.safetensors")[:12]
-    folder = runs / "data" / f"latents-{IMAGES}-{seed}-{digest}"
+    folder = runs / "data" / f"latents-{IMAGES}-{seed}-{digest}"  # other images: written again
     storage = Storage(dtype="float32", mean_only=True)
-    Writer(GlyphImages(images, seed), load_vae(vae), folder, storage, batch=256).write()
+    Writer(GlyphImages(images), load_vae(vae), folder, storage, batch=256).write()
     return folder
 
 

@@ -110,11 +110,15 @@ class EncodedImages:
                 f"{picture.path.parent}: class folder {picture.label + 1} of "
                 f"{len(pictures.class_names)}, the predictor has {model.num_classes} classes"
             )
-        bad = sorted({*beyond, *_bad_rows(pictures, skip_bad=skip_bad)})
-        self._rows = np.delete(np.arange(len(pictures)), bad)
+        bad = _bad_rows(pictures, skip_bad=skip_bad)
+        self._rows = np.delete(np.arange(len(pictures)), sorted({*beyond, *bad}))
         self.class_names = pictures.class_names
-        self.digest = text_digest(*pictures.identity(), vae_digest(vae))
-        self.skipped = len(bad)
+        how = json.dumps(pictures.settings, sort_keys=True)
+        rows = map(str, self._rows)
+        self.digest = text_digest(*pictures.identity(), how, vae_digest(vae), *rows)
+        unknown = (f"{pictures.name(row)} is of a class that the predictor lacks" for row in beyond)
+        self.left_out = [*unknown, *(reason for row, reason in bad.items() if row not in beyond)]
+        self.skipped = len(self.left_out)
         if not len(self._rows):
             raise DataError("none of the images is usable, at least 1 is needed")
 
@@ -132,15 +136,15 @@ class EncodedImages:
         return Latents(mean.cpu(), torch.tensor(labels), std.cpu())
 
 
-def _bad_rows(pictures: Pictures, *, skip_bad: bool) -> Sequence[int]:
-    """Rows that cannot be decoded, found by all processes together."""
+def _bad_rows(pictures: Pictures, *, skip_bad: bool) -> dict[int, str]:
+    """Rows that cannot be decoded, and why, found by all processes together."""
     rows = mine(torch.arange(len(pictures))).tolist()
     checked = zip(rows, tqdm(pictures.read(rows), "check", len(rows)), strict=True)
     bad = [(row, str(image)) for row, (image, _) in checked if isinstance(image, DataError)]
     bad = sorted(gather_object(bad))
     if bad and not skip_bad:
         raise DataError(f"{bad[0][1]} ({len(bad)} such images; --skip-bad leaves them out)")
-    return [row for row, _ in bad]
+    return dict(bad)
 
 
 @torch.no_grad()

@@ -1,13 +1,16 @@
 """The glyphs data set: 64 x 64 RGB letters and digits in random fonts, colours and poses."""
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import PIL
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
@@ -63,7 +66,6 @@ class GlyphImages:
     """The data set `images` [N, 64, 64, 3] uint8, labelled, for `training.latents`."""
 
     images: np.ndarray
-    seed: int
     class_names: tuple[str, ...] = CLASS_NAMES
     size: int = IMAGE_SIZE
 
@@ -77,19 +79,24 @@ class GlyphImages:
     def name(self, row: int) -> str:
         return f"glyph {row}"
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"image_size": self.size}
+
     def identity(self) -> list[str]:
-        return [f"glyphs {len(self.images)} {self.seed}"]
+        return [hashlib.sha256(image.tobytes()).hexdigest() for image in self.images]
 
 
 def load_or_render(folder: Path, count: int, seed: int) -> np.ndarray:
     """The data set, [count, 64, 64, 3] uint8, rendered once and then read from `folder`.
 
-    Image i depends on (seed, i) and the installed fonts alone.
+    Image i depends on (seed, i), the installed fonts and Pillow, which draws them: each
+    combination has a file of its own.
     """
-    path = folder / f"images-{count}-{seed}.npy"
+    fonts = [str(p) for p in font_paths()]
+    path = folder / f"images-{count}-{seed}-{_digest_of(fonts)}.npy"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        fonts = [str(p) for p in font_paths()]
         partial_path = path.with_suffix(".partial.npy")
         out = np.lib.format.open_memmap(
             partial_path, "w+", np.uint8, (count, IMAGE_SIZE, IMAGE_SIZE, 3)
@@ -105,3 +112,11 @@ def load_or_render(folder: Path, count: int, seed: int) -> np.ndarray:
         partial_path.rename(path)
     loaded: np.ndarray = np.load(path, mmap_mode="r")
     return loaded
+
+
+def _digest_of(fonts: Sequence[str]) -> str:
+    """Twelve digits that tell these fonts, and the library that draws them, from others."""
+    digest = hashlib.sha256(PIL.__version__.encode())
+    for font in fonts:
+        digest.update(Path(font).name.encode() + Path(font).read_bytes())
+    return digest.hexdigest()[:12]

@@ -8,10 +8,10 @@ Writes shards of latents (safetensors: `mean`, `std` [n, C, h, w] in the flow mo
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,9 +24,12 @@ from tqdm import tqdm
 from flowturbo.errors import FlowTurboError
 from flowturbo.nets.vae import latent_factor, load_vae
 from training.data import Latents, encode, finite, text_digest, vae_digest
-from training.images import DataError, list_pictures
+from training.images import DataError, list_pictures, unused
 from training.loop import alone, device, processes, tell, whole
 from training.shards import INDEX, SETTINGS, read_object
+
+# Fields of the VAE's configuration that its latents are scaled by.
+_SCALE = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
 
 class Images(Protocol):
@@ -38,6 +41,10 @@ class Images(Protocol):
     @property
     def size(self) -> int: ...
 
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """How they are read, as JSON has it."""
+
     def __len__(self) -> int: ...
 
     def read(self, rows: Iterable[int]) -> Iterator[tuple[np.ndarray | DataError, int]]:
@@ -47,7 +54,7 @@ class Images(Protocol):
         """Which image that is, for people."""
 
     def identity(self) -> list[str]:
-        """What tells these images from others."""
+        """For each image, what tells it from others, and from a later one in the same file."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ class Writer:
     """Encodes `images` into the folder `out`, `batch` at a time.
 
     An image that cannot be read, or whose latents are not finite numbers (of the storage's type),
-    raises DataError, or is left out with `skip_bad`.
+    raises DataError, or is left out with `skip_bad`; the index says which and why.
     """
 
     def __init__(
@@ -79,32 +86,39 @@ class Writer:
         self.images, self.out, self.storage = images, out, storage
         self.dtype = getattr(torch, storage.dtype)
         self.vae, self.batch, self.skip_bad = vae.to(device()).eval(), batch, skip_bad
+        self.left_out: list[str] = []  # of the shard at work
         # One black image tells what no latents at all look like.
         black = np.zeros((1, images.size, images.size, 3), np.uint8)
         self.none = self._encode([(black[0], 0)])[:0]
         self.paths = [
             out / f"shard-{k:05d}.safetensors" for k in range(-(-len(images) // storage.shard))
         ]
+        self.digests = self._digests()
 
     def write(self) -> None:
-        """Writes the shards that are not there yet, then the index.
+        """Writes the shards that are not there yet, or whose images have changed, then the index.
 
-        Raises DataError also for a folder that was begun with other images, VAE or storage, and
-        where no image is left, PlanError where another run is at work in it.
+        Raises DataError also for a folder that was begun with another VAE, storage or way to read
+        images, for images that change meanwhile, and where no image is left, PlanError where
+        another run is at work in it.
         """
         with alone(self.out):
             self._write_missing(processes())
 
     def _write_missing(self, state: PartialState) -> None:
         self._check_settings(state)
-        todo = [k for k, path in enumerate(self.paths) if not path.exists()]
+        todo = [k for k in range(len(self.paths)) if not self._is_current(k)]
         state.wait_for_everyone()  # nobody looks what is to do while another is already at work
+        if state.is_main_process:
+            self._remove_outdated(todo)
         share = todo[state.process_index :: state.num_processes]
         with tqdm(total=sum(len(self._rows(k)) for k in share), desc="encode", unit="image") as bar:
             for shard in share:
                 self._write_shard(shard, bar)
         state.wait_for_everyone()
         if state.is_main_process:
+            if self._digests() != self.digests:
+                raise DataError("images changed while they were encoded: run the command again")
             _write(self.out / INDEX, json.dumps(self._index(), indent=1).encode())
 
     def _rows(self, shard: int) -> range:
@@ -113,13 +127,14 @@ class Writer:
 
     def _write_shard(self, shard: int, bar: tqdm) -> None:
         rows, parts = self._rows(shard), [self.none]
+        self.left_out.clear()
         for start in range(0, len(rows), self.batch):
             batch = rows[start : start + self.batch]
             parts.append(self._usable(batch))
             bar.update(len(batch))
         tensors = Latents.cat(parts).tensors(self.dtype)
-        skipped = len(rows) - len(tensors["label"])
-        _write(self.paths[shard], save(tensors, {"skipped": str(skipped)}))
+        stated = {"images": self.digests[shard], "left_out": json.dumps(self.left_out)}
+        _write(self.paths[shard], save(tensors, stated))
 
     def _usable(self, rows: range) -> Latents:
         """The latents of the images at `rows`, without those to be left out."""
@@ -143,18 +158,42 @@ class Writer:
     def _leave_out(self, what: str) -> None:
         if not self.skip_bad:
             raise DataError(f"{what}; --skip-bad leaves such images out")
+        self.left_out.append(what)
 
     def _encode(self, good: Sequence[tuple[np.ndarray, int]]) -> Latents:
         mean, std = encode(self.vae, np.stack([image for image, _ in good]))
         label = torch.tensor([label for _, label in good])
         return Latents(mean.cpu(), label, None if self.storage.mean_only else std.cpu())
 
+    def _digests(self) -> list[str]:
+        """Of the images of each shard."""
+        lines = self.images.identity()
+        parts = (self._rows(shard) for shard in range(len(self.paths)))
+        return [text_digest(*lines[rows.start : rows.stop]) for rows in parts]
+
+    def _is_current(self, shard: int) -> bool:
+        path = self.paths[shard]
+        return path.exists() and _stated(path)[1].get("images") == self.digests[shard]
+
+    def _remove_outdated(self, todo: Sequence[int]) -> None:
+        """Removes shards of other images, and the index as soon as any shard is to be written."""
+        changed = [self.paths[k] for k in todo if self.paths[k].exists()]
+        surplus = sorted(set(self.out.glob("shard-*.safetensors")) - set(self.paths))
+        for path in (*changed, *surplus):
+            path.unlink()
+        if todo or surplus:
+            (self.out / INDEX).unlink(missing_ok=True)
+        if changed or surplus:
+            print(
+                f"images have changed: {len(changed)} of {len(self.paths)} shards are encoded "
+                f"again, {len(surplus)} removed",
+                file=sys.stderr,
+            )
+
     def _check_settings(self, state: PartialState) -> None:
         path = self.out / SETTINGS
         settings = {
-            "images": text_digest(*self.images.identity()),
-            "count": len(self.images),
-            "image_size": self.images.size,
+            **self.images.settings,
             "vae": vae_digest(self.vae),
             **asdict(self.storage),
         }
@@ -165,40 +204,49 @@ class Writer:
         different = [key for key in settings if begun.get(key) != settings[key]]
         if different:
             key = different[0]
+            said = f"{key} {begun.get(key)!r}, now it is {settings[key]!r}"
             raise DataError(
-                f"{self.out} was begun with {key} {begun.get(key)!r}, now it is {settings[key]!r}: "
-                "take another --out or remove it"
+                f"{self.out} was begun with {'another VAE' if key == 'vae' else said}: "
+                f"take another --out or remove {self.out}"
             )
 
     def _index(self) -> dict:
-        shards = []
+        shards, left_out, total = [], [], 0
         for path in self.paths:
-            try:
-                with safe_open(path, framework="pt") as file:
-                    count = file.get_slice("label").get_shape()[0]
-                    skipped = int(file.metadata()["skipped"])
-            except (SafetensorError, LookupError, TypeError, ValueError) as error:
-                raise DataError(f"{path} is no shard from here, remove it: {error}") from error
-            shards.append({"file": path.name, "count": count, "skipped": skipped})
+            count, stated = _stated(path)
+            shards.append({"file": path.name, "count": count})
+            left_out += stated["left_out"]
+            total += count
         config = self.vae.config
-        count = sum(shard["count"] for shard in shards)
-        if not count:
+        if not total:
             raise DataError(
                 f"none of the {len(self.images)} images is usable, at least 1 is needed"
             )
         return {
             "latent_shape": list(self.none.mean.shape[1:]),
             "image_size": self.images.size,
-            "scaling_factor": config.scaling_factor,
-            "shift_factor": config.shift_factor,
+            "vae": vae_digest(self.vae),
+            **{name: getattr(config, name) for name in _SCALE},
             "posterior": "mean" if self.storage.mean_only else "mean and std",
             "dtype": self.storage.dtype,
             "num_classes": len(self.images.class_names),
             "class_names": list(self.images.class_names),
-            "count": count,
-            "skipped": sum(shard["skipped"] for shard in shards),
+            "count": total,
+            "skipped": len(left_out),
+            "left_out": left_out,
             "shards": shards,
         }
+
+
+def _stated(path: Path) -> tuple[int, dict[str, Any]]:
+    """How many latents a shard has, and its metadata; raises DataError for other files."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            count = file.get_slice("label").get_shape()[0]
+            metadata = file.metadata()
+            return count, {**metadata, "left_out": json.loads(metadata["left_out"])}
+    except (SafetensorError, LookupError, TypeError, ValueError) as error:
+        raise DataError(f"{path} is no shard from here, remove it: {error}") from error
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -214,14 +262,22 @@ def main(argv: Sequence[str]) -> int:
         size = args.image_size or vae.config.sample_size
         if size % (factor := latent_factor(vae)):
             raise DataError(f"--image-size must be a multiple of the VAE's {factor}, got {size}")
-        images = list_pictures(args.images, size, flip=args.flip, skip_bad=args.skip_bad)
+        images = list_pictures(
+            args.images,
+            size,
+            flip=args.flip,
+            skip_bad=args.skip_bad,
+            as_stored=args.ignore_orientation,
+        )
         storage = Storage(args.dtype, args.mean_only, args.shard)
         Writer(images, vae, args.out, storage, batch=args.batch, skip_bad=args.skip_bad).write()
         if processes().is_main_process:
             index = json.loads((args.out / INDEX).read_text())
+            for line in unused(index["left_out"], images.skipped):
+                print(line, file=sys.stderr)
             print(
-                f"{index['count']} latents in {args.out}, {index['skipped']} images "
-                f"and {images.empty} empty class folders skipped"
+                f"{index['count']} latents in {args.out}; {index['skipped']} images left out, "
+                f"{len(images.skipped)} other files skipped, {images.empty} classes without images"
             )
     except (FlowTurboError, OSError) as error:
         tell("latents", error)
@@ -243,6 +299,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="folder for shards and index")
     add("--image-size", type=positive, help="pixels (default: the VAE's sample_size)")
     add("--flip", action="store_true", help="encode every image twice, once mirrored")
+    add(
+        "--ignore-orientation",
+        action="store_true",
+        help="take images as they are stored, not turned as their EXIF data say",
+    )
     add("--dtype", choices=("float16", "float32"), default=default.dtype)
     add("--mean-only", action="store_true", help="store no standard deviations: train on the means")
     add("--shard", type=positive, default=default.shard, help="images a shard (default: 4096)")

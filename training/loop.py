@@ -312,7 +312,20 @@ def save_weights(
     tensors = {key: value.cpu().to(dtype).contiguous() for key, value in model.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as file:
-        file.write(save(tensors, {**own, **(notes or {})}))
+        file.write(_in_order(save(tensors, {**own, **(notes or {})})))
+
+
+def _in_order(content: bytes) -> bytes:
+    """A safetensors file whose metadata are sorted: equal weights and notes make equal files."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = (
+        json.dumps(header, separators=(",", ":"), ensure_ascii=False)
+        .encode()
+        .ljust(-(-size // 8) * 8)
+    )
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
 def _average(decay: float) -> Callable[..., None]:

@@ -20,8 +20,8 @@ from flowturbo.nets.checkpoint import KNOWN_HEADS, load_predictor, load_refiner
 from flowturbo.nets.sit import SiT, SiTConfig, refiner_config
 from flowturbo.nets.vae import latent_factor, load_vae
 from flowturbo.nets.weights import WEIGHTS_KEYS, sha256
-from training.data import EncodedImages, Source
-from training.images import DataError, list_pictures
+from training.data import EncodedImages, Source, vae_digest
+from training.images import DataError, list_pictures, unused
 from training.latents import natural, positive
 from training.loop import Preview, device, fit, processes, save_weights, tell
 from training.plan import Pace, Plan, PlanError
@@ -216,29 +216,38 @@ def _open_data(
 ) -> Shards | EncodedImages:
     """Latents if there is an index of them, else images; says what was skipped."""
     source: Shards | EncodedImages
-    empty = ""
+    counted, skipped = "", None
     if not args.data.is_dir():
         raise DataError(f"{args.data} is not a folder")
     if is_sharded(args.data):
-        if args.flip:
-            raise PlanError(f"--flip is for images, {args.data} has latents: encode them with it")
+        for option in ("flip", "ignore_orientation"):
+            if getattr(args, option):
+                raise PlanError(
+                    f"--{option.replace('_', '-')} is for images, {args.data} has latents: encode "
+                    "them with it"
+                )
         source = Shards(args.data, model, skip_bad=args.skip_bad)
-        if vae and abs(vae.config.scaling_factor - source.scaling_factor) > 1e-6:
-            raise DataError(
-                f"{args.data} was encoded with scaling factor {source.scaling_factor}, "
-                f"{args.vae} has {vae.config.scaling_factor}"
-            )
+        if vae and vae_digest(vae) != source.vae:
+            raise DataError(f"{args.data} was encoded with another VAE than {args.vae}")
     elif vae is None:
         raise DataError(f"{args.data} has no index of latents: images need --vae to encode them")
     else:
         size = model.latent_size * latent_factor(vae)
-        pictures = list_pictures(args.data, size, flip=args.flip, skip_bad=args.skip_bad)
+        pictures = list_pictures(
+            args.data,
+            size,
+            flip=args.flip,
+            skip_bad=args.skip_bad,
+            as_stored=args.ignore_orientation,
+        )
         source = EncodedImages(pictures, vae, model, skip_bad=args.skip_bad)
-        empty = f" ({pictures.empty} empty)"
+        counted, skipped = f" ({pictures.empty} empty)", pictures.skipped
     if processes().is_main_process:
+        for line in unused(source.left_out, skipped):
+            print(line, file=sys.stderr)
         classes = len(source.class_names)
         print(
-            f"{len(source)} images ({source.skipped} skipped) of {classes} classes{empty}, ids 0 "
+            f"{len(source)} images ({source.skipped} skipped) of {classes} classes{counted}, ids 0 "
             f"to {classes - 1}; the predictor knows {model.num_classes}"
         )
     return source
@@ -267,6 +276,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", type=Path, required=True, help="folder of latents, or of images")
     add("--vae", type=Path, help="AutoencoderKL folder, for images and for pictures of samples")
     add("--flip", action="store_true", help="images also mirrored (of latents: when encoding)")
+    add(
+        "--ignore-orientation",
+        action="store_true",
+        help="take images as they are stored, not turned as their EXIF data say",
+    )
     add("--skip-bad", action="store_true", help="leave out, and count, data that cannot be used")
     add("--out", type=Path, required=True, help="the refiner's safetensors file")
     add("--out-weights", choices=("ema", "model"), default="ema", help="averaged, or the last")

@@ -28,9 +28,9 @@ class Shards:
     """A folder that `python -m training.latents` wrote: shards of latents, mapped into memory.
 
     All is read once at the start, to find latents that are not finite and for the `digest` of what
-    there is to use; several processes share that work. `skipped` counts what `skip_bad` left out.
-    Raises DataError for these, for a broken shard, and for what does not fit `model` (any, when
-    None): another shape, unknown labels.
+    there is to use; several processes share that work. `skipped` counts what `skip_bad` left out,
+    `left_out` says why. Raises DataError for these, for a broken shard, one that the index does not
+    name, and for what does not fit `model` (any, when None): another shape, unknown labels.
     """
 
     def __init__(
@@ -39,13 +39,17 @@ class Shards:
         index = _read_index(folder)
         channels, height, width = index["latent_shape"]
         self.shape: tuple[int, int, int] = (channels, height, width)
-        self.scaling_factor = float(index["scaling_factor"])
+        self.vae: str = index["vae"]  # digest of the VAE that encoded them
         self.class_names: tuple[str, ...] = tuple(index["class_names"])
         if model:
             check_shape(folder / INDEX, self.shape, model)
         stated = (folder / name for name in (INDEX, SETTINGS))
         digest = hashlib.sha256(b"".join(p.read_bytes() for p in stated if p.exists()))
-        self.skipped = 0
+        self.skipped, self.left_out = 0, list[str]()
+        named = {entry["file"] for entry in index["shards"]}
+        for path in sorted(folder.glob("*.safetensors")):
+            if path.name not in named:
+                raise DataError(f"{path} is not in {INDEX}: remove it, or encode again")
         self._files, self._starts, self._labels, paths, rows = [], [], [], [], []
         start = 0
         for entry in index["shards"]:
@@ -53,12 +57,15 @@ class Shards:
             try:
                 file, label = _open_shard(path, self.shape, entry["count"])
                 good = _known(path, label, model, skip_bad=skip_bad)
-            except DataError:
+            except DataError as error:
                 if not skip_bad:
                     raise
                 self.skipped += entry["count"]
+                self.left_out.append(f"all of a shard: {error}")
                 continue
-            self.skipped += len(label) - len(good)
+            if unknown := len(label) - len(good):
+                self.skipped += unknown
+                self.left_out.append(f"{path}: {unknown} rows of labels that the predictor lacks")
             paths.append(path)
             self._files.append(file)
             self._starts.append(start)
@@ -73,6 +80,7 @@ class Shards:
         at = [self._starts[shard] + row for shard, row in broken]
         self._rows = known[~torch.isin(known, torch.tensor(at, dtype=torch.int64))]
         self.skipped += len(known) - len(self._rows)
+        self.left_out += [f"{paths[shard]}: row {row} is not finite" for shard, row in broken]
         if not len(self._rows):
             raise DataError(f"{folder} has no usable latents, at least 1 is needed")
         digest.update("".join(digests).encode() + self._rows.numpy().tobytes())
@@ -113,7 +121,7 @@ _FIELDS = {
             isinstance(value, list) and len(value) == 3 and all(_whole(side, 1) for side in value)
         ),
     ),
-    "scaling_factor": ("a number", lambda value: isinstance(value, int | float)),
+    "vae": ("a digest", lambda value: isinstance(value, str)),
     "class_names": ("a list of names", lambda value: isinstance(value, list)),
     "shards": (
         "a list of objects with file and count",

@@ -14,7 +14,7 @@ from bench.quality.samplers import Counted, Velocity
 from export.install import read_build
 from flowturbo import LocalPipeline, contract
 from flowturbo.errors import RepositoryError, RequestError
-from flowturbo.generate import Infer, awaited, image_block, in_chunks
+from flowturbo.generate import Infer, awaited, decode, image_block, in_chunks
 from flowturbo.guidance import Guidance, Tensors, gather, spread
 from flowturbo.latents import noise
 from flowturbo.nets.checkpoint import load_predictor
@@ -138,7 +138,7 @@ class Engine(LocalPipeline):
 
         counted = Counted(velocity(infer, self.pipeline, labels, recipe.guidance))
         latent = samplers.parse(recipe.sampler)(counted, noise(seeds, self.pipeline.latent_shape))
-        (image,) = infer(contract.DECODER, {"latent": latent})
+        image = run(decode(chunked, latent))
         return Made(latent, image, counted.evaluations, 0)
 
 

@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -22,12 +21,12 @@ from training import classifier
 from training.classifier import SPATIAL_CHANNELS, Seen
 from training.frechet import Reference, Statistics
 from training.glyphs import IMAGE_SIZE
+from training.images import Skipped, find_images, read_image, unused
 from training.loop import device
 
 _BATCH = 50
 _READ = 500  # pictures of a folder in memory at a time
 _FIDELITY = "torch_fidelity"
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 class Judge(Protocol):
@@ -155,21 +154,26 @@ def _reference_of(seen: Seen) -> Reference:
 
 
 def _pictures(folder: Path) -> Iterator[np.ndarray]:
-    """All pictures below `folder`, [n, H, W, 3] uint8 of at most _READ at a time."""
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _PICTURES)
+    """All pictures below `folder`, [n, H, W, 3] uint8 of at most _READ at a time.
+
+    They are found and read as training does (training.images); files that are none are told.
+    """
+    skipped = Skipped()
+    paths = find_images(folder, skipped)
+    for line in unused([], skipped):
+        print(f"{folder}: {line}", file=sys.stderr)
     if len(paths) < 2:
         raise ValueError(f"{folder} must have 2 images or more, it has {len(paths)}")
-    with Image.open(paths[0]) as first:
-        size = first.size
+    size = read_image(paths[0]).size
     for start in range(0, len(paths), _READ):
         yield np.stack([_picture(path, size, paths[0]) for path in paths[start : start + _READ]])
 
 
 def _picture(path: Path, size: tuple[int, int], first: Path) -> np.ndarray:
-    with Image.open(path) as picture:
-        if picture.size != size:
-            raise ValueError(
-                f"pictures must be of one size, {path} has {picture.width} x {picture.height} "
-                f"pixels and {first} {size[0]} x {size[1]}"
-            )
-        return np.asarray(picture.convert("RGB"))
+    picture = read_image(path)
+    if picture.size != size:
+        raise ValueError(
+            f"pictures must be of one size, {path} has {picture.width} x {picture.height} "
+            f"pixels and {first} {size[0]} x {size[1]}"
+        )
+    return np.asarray(picture)

@@ -6,13 +6,16 @@ import triton_python_backend_utils as pb_utils
 
 from flowturbo import contract
 from flowturbo.ensemble import conditional_rows
+from flowturbo.generate import check_finite
+from flowturbo.serving.metrics import outcome_of
+from flowturbo.serving.triton_io import error_response
 
 
 class TritonPythonModel:
     """Leaves the unconditional rows out, which no step of an ensemble can do by itself."""
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Every request's conditional rows."""
+        """Every request's conditional rows, or what is wrong with them."""
         return [self._answer(request) for request in requests]
 
     def _answer(self, request: Any) -> Any:
@@ -21,5 +24,9 @@ class TritonPythonModel:
             for spec in contract.FINISHER_INPUTS
         )
         latent = conditional_rows(rows, pair)
+        try:
+            check_finite(latent, "latent")
+        except Exception as error:
+            return error_response("finisher", error, outcome_of(error))
         wanted = request.requested_output_names()
         return pb_utils.InferenceResponse([pb_utils.Tensor(name, latent) for name in wanted])

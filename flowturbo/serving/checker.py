@@ -1,0 +1,30 @@
+"""Triton Python-backend model: the last step of an ensemble, which lets finite images through."""
+
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+from flowturbo import contract
+from flowturbo.generate import check_finite
+from flowturbo.serving.metrics import outcome_of
+from flowturbo.serving.triton_io import error_response
+
+
+class TritonPythonModel:
+    """An image that is not finite is an error to its caller, never a black picture."""
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """Every request's images, or what is wrong with them."""
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request: Any) -> Any:
+        image, magnitude = (
+            pb_utils.get_input_tensor_by_name(request, spec.name).as_numpy()
+            for spec in contract.CHECKER_INPUTS
+        )
+        try:
+            check_finite(magnitude, "image")
+        except Exception as error:
+            return error_response("checker", error, outcome_of(error))
+        (output,) = contract.CHECKER_OUTPUTS
+        return pb_utils.InferenceResponse([pb_utils.Tensor(output.name, image)])

@@ -1,0 +1,266 @@
+"""Image folders: every file is used, or counted and named; one rule for all kinds of pixels."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bench.quality import judges
+from training.images import (
+    SUFFIXES,
+    DataError,
+    Picture,
+    Pictures,
+    Skipped,
+    center_crop,
+    find_images,
+    list_pictures,
+    read_image,
+)
+
+RNG = np.random.default_rng(0)
+RED_LEFT = np.zeros((80, 80, 3), np.uint8)
+RED_LEFT[:, :40, 0] = 255
+
+
+def picture(path: Path, **options: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(RNG.integers(0, 256, (80, 80, 3), dtype=np.uint8)).save(path, **options)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three pictures each of cat and dog."""
+    for name in ("cat", "dog"):
+        for k in range(3):
+            picture(tmp_path / "train" / name / f"{k}.jpg")
+    return tmp_path / "train"
+
+
+def test_the_crop_is_the_middle_of_the_shorter_side() -> None:
+    """A wide image whose left, middle and right third differ, shrunk and enlarged."""
+    thirds = np.repeat(np.array([10, 120, 240], np.uint8), 200)
+    image = Image.fromarray(np.tile(thirds[None, :, None], (200, 1, 3)))
+    for size in (32, 150, 256):
+        cut = np.asarray(center_crop(image, size))
+        assert cut.shape == (size, size, 3)
+        # Bicubic resampling mixes the edges of the third.
+        assert (cut[:, size // 8 : -size // 8] == 120).all()
+    assert np.array_equal(np.asarray(center_crop(image, 200)), np.full((200, 200, 3), 120))
+
+
+def test_every_suffix_is_read(folder: Path) -> None:
+    formats = {"jfif": "JPEG", "jpe": "JPEG", "pnm": "PPM", "pbm": "PPM", "pgm": "PPM"}
+    for suffix in SUFFIXES:
+        name = suffix.removeprefix(".")
+        options = {"format": formats[name]} if name in formats else {}
+        picture(folder / "cat" / f"x{suffix.upper()}", **options)
+    pictures = list_pictures(folder, 64)
+    assert len(pictures) == 6 + len(SUFFIXES)
+    assert not any(isinstance(read, DataError) for read, _ in pictures.read(range(len(pictures))))
+
+
+def links(folder: Path) -> None:
+    picture(folder.parent / "disk" / "more" / "0.png")
+    os.symlink(folder.parent / "disk", folder / "cat" / "linked")
+    picture(folder.parent / "birds" / "0.png")
+    os.symlink(folder.parent / "birds", folder / "bird")
+
+
+Change = Callable[[Path], object]
+CASES: dict[str, tuple[Change, int, dict[str, int]]] = {
+    "a hidden file": (
+        lambda f: (f / "cat" / "._0.jpg").write_bytes(b"\0\5\x16\7"),
+        6,
+        {"hidden": 1},
+    ),
+    "a hidden folder": (
+        lambda f: picture(f / "cat" / ".ipynb_checkpoints" / "0-checkpoint.jpg"),
+        6,
+        {"hidden": 1},
+    ),
+    "an archive's folder": (
+        lambda f: picture(f / "__MACOSX" / "cat" / "0.jpg"),
+        6,
+        {"system folder": 1},
+    ),
+    "a file server's folder": (
+        lambda f: picture(f / "cat" / "@eaDir" / "0.jpg" / "THUMB_M.jpg"),
+        6,
+        {"system folder": 1},
+    ),
+    "a file system's folder": (lambda f: (f / "lost+found").mkdir(), 6, {"system folder": 1}),
+    "no images": (
+        lambda f: [(f / "cat" / name).write_text("") for name in ("a.txt", "b.txt", "c")],
+        6,
+        {"no image file (.txt)": 2, "no image file (no suffix)": 1},
+    ),
+    "an image beside the classes": (
+        lambda f: picture(f / "stray.jpg"),
+        6,
+        {"beside the class folders, not in one": 1},
+    ),
+    "a broken link": (
+        lambda f: os.symlink("/nowhere/1.jpg", f / "cat" / "9.jpg"),
+        6,
+        {"broken link": 1},
+    ),
+    "a link to a folder above": (
+        lambda f: os.symlink(f, f / "cat" / "up"),
+        6,
+        {"link to a folder above it": 1},
+    ),
+    "a pipe": (lambda f: os.mkfifo(f / "cat" / "9.jpg"), 6, {"no regular file": 1}),
+    "links": (links, 8, {}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_files_are_used_or_counted(folder: Path, name: str) -> None:
+    change, count, reasons = CASES[name]
+    change(folder)
+    pictures = list_pictures(folder, 64)
+    assert len(pictures) == count
+    assert pictures.class_names == (("bird", "cat", "dog") if name == "links" else ("cat", "dog"))
+    assert {reason: len(paths) for reason, paths in pictures.skipped.paths.items()} == reasons
+    assert len(pictures.skipped) == sum(reasons.values())
+    for reason, paths in pictures.skipped.paths.items():
+        assert f"{len(paths)} {reason} ({paths[0]}" in str(pictures.skipped)
+
+
+def test_a_class_without_images_keeps_its_id(folder: Path) -> None:
+    (folder / "bird").mkdir()
+    (folder / "cow").mkdir()
+    with pytest.raises(DataError, match="bird has no images"):
+        list_pictures(folder, 64)
+    pictures = list_pictures(folder, 64, skip_bad=True)
+    assert pictures.class_names == ("bird", "cat", "cow", "dog")
+    assert pictures.empty == 2
+    assert [picture.label for picture in pictures.pictures] == [1, 1, 1, 3, 3, 3]
+
+
+def test_folders_that_cannot_be_used(folder: Path) -> None:
+    with pytest.raises(DataError, match="nowhere is not a folder"):
+        list_pictures(folder / "nowhere", 64)
+    with pytest.raises(DataError, match="cat has no subfolders"):
+        list_pictures(folder / "cat", 64)
+    for path in folder.rglob("*.jpg"):
+        path.rename(path.with_suffix(".heic"))
+    with pytest.raises(DataError, match=r"cat has no images \(.avif, .*: 6 no image file \(.heic"):
+        list_pictures(folder, 64, skip_bad=True)
+
+
+def load(image: Image.Image, tmp_path: Path, suffix: str = ".png", **options: object) -> np.ndarray:
+    image.save(tmp_path / f"image{suffix}", **options)
+    return Picture(tmp_path / f"image{suffix}", 0).load(64)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
+def test_images_are_turned_as_their_exif_says(tmp_path: Path, suffix: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: the left as stored is the top as shown
+    pixels = load(Image.fromarray(RED_LEFT), tmp_path, suffix, exif=exif)
+    assert (pixels[:24, :, 0] > 200).all() and (pixels[40:, :, 0] < 60).all()
+    if suffix != ".tif":  # Pillow itself turns these
+        stored = Picture(tmp_path / f"image{suffix}", 0, as_stored=True).load(64)
+        assert (stored[:, :24, 0] > 200).all() and (stored[:, 40:, 0] < 60).all()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr"])
+def test_modes_that_have_no_transparency(tmp_path: Path, mode: str) -> None:
+    white_left = Image.fromarray(np.where(RED_LEFT[..., :1] > 0, 255, 0).repeat(3, 2).astype("u1"))
+    pixels = load(
+        white_left.convert(mode), tmp_path, ".jpg" if mode in ("CMYK", "YCbCr") else ".png"
+    )
+    assert (pixels[:, :24] > 250).all() and (pixels[:, 40:] < 5).all()
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "P"])
+def test_transparent_parts_are_white(tmp_path: Path, mode: str) -> None:
+    pixels = np.zeros((80, 80, 4), np.uint8)
+    pixels[:, :40, 3] = 255  # black on the left, nothing on the right
+    image, options = Image.fromarray(pixels).convert(mode), {}
+    if mode == "P":
+        image = Image.fromarray(np.repeat([[0] * 40 + [1] * 40], 80, 0).astype(np.uint8), "P")
+        image.putpalette([0, 0, 0, 9, 9, 9])
+        options = {"transparency": 1}
+    shown = load(image, tmp_path, **options)
+    assert (shown[:, :24] == 0).all() and (shown[:, 40:] == 255).all()
+
+
+def test_16_bit_pixels_keep_their_upper_bits(tmp_path: Path) -> None:
+    grey = (np.arange(64 * 64).reshape(64, 64) * 16).astype(np.uint16)
+    for suffix in (".png", ".tif"):
+        shown = load(Image.fromarray(grey), tmp_path, suffix)
+        assert np.array_equal(shown, (grey >> 8)[..., None].repeat(3, 2))
+
+
+def test_the_first_frame_is_read(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
+    for suffix in (".gif", ".webp", ".tif"):
+        options = {"save_all": True, "append_images": frames[1:]}
+        shown = load(frames[0], tmp_path, suffix, **options)
+        assert (shown[..., 0] > 240).all() and (shown[..., 2] < 15).all()
+
+
+@pytest.mark.parametrize(
+    ("image", "suffix", "said"),
+    [
+        (Image.new("I", (64, 64), 70_000), ".tif", "range of its I pixels"),
+        (Image.new("F", (64, 64), 0.5), ".tif", "range of its F pixels"),
+        (Image.new("RGB", (1, 51)), ".png", "1 x 51 pixels are too thin"),
+    ],
+)
+def test_images_that_would_not_be_themselves(
+    tmp_path: Path, image: Image.Image, suffix: str, said: str
+) -> None:
+    with pytest.raises(DataError, match=f"image{suffix} is not a readable image: .*{said}"):
+        load(image, tmp_path, suffix)
+
+
+def test_a_cut_file_is_refused(tmp_path: Path) -> None:
+    path = picture(tmp_path / "0.jpg")
+    path.write_bytes(path.read_bytes()[:600])
+    with pytest.raises(DataError, match="0.jpg is not a readable image"):
+        read_image(path)
+
+
+def test_the_identity_tells_files_and_settings_apart(folder: Path) -> None:
+    def stated(**options: bool) -> tuple[object, ...]:
+        pictures: Pictures = list_pictures(folder, 64, **options)
+        return pictures.identity(), pictures.settings
+
+    before = stated()
+    assert stated() == before
+    for option in ("flip", "as_stored"):
+        assert stated(**{option: True}) != before
+    path = folder / "cat" / "0.jpg"
+    there = path.stat()
+    os.utime(path, ns=(there.st_atime_ns, there.st_mtime_ns + 1))
+    touched = stated()
+    assert touched != before
+    path.write_bytes(path.read_bytes() + b"\0")
+    os.utime(path, ns=(there.st_atime_ns, there.st_mtime_ns))
+    assert stated() not in (before, touched)
+    path.rename(folder / "dog" / "9.jpg")
+    assert len(stated()[0]) == 6 and stated() != before
+
+
+def test_the_bench_reads_folders_as_training_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A reference of 16-bit, transparent and BMP images, beside a hidden file."""
+    grey = np.full((64, 64), 0x8000, np.uint16)
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    Image.new("RGBA", (64, 64)).save(tmp_path / "b.png")
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "c.bmp")
+    (tmp_path / "._a.png").write_bytes(b"\0\5\x16\7")
+    found = np.concatenate(list(judges._pictures(tmp_path)))
+    assert [image[0, 0].tolist() for image in found] == [[128] * 3, [255] * 3, [255, 0, 0]]
+    assert f"skipped: 1 hidden ({tmp_path / '._a.png'})" in capsys.readouterr().err
+    skipped = Skipped()
+    assert len(find_images(tmp_path, skipped)) == 3
