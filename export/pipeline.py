@@ -28,6 +28,7 @@ from flowturbo.nets.weights import CheckpointError, sha256
 from flowturbo.presets import Presets, find_schedule, load_presets, read_presets
 from flowturbo.repository import Settings
 from flowturbo.schedule import Schedule
+from flowturbo.textfile import read_lines
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,8 @@ class Options:
     command: str
 
     def names(self) -> list[str]:
-        """The classes' names, none if none were given."""
-        if not self.class_names:
-            return []
-        try:
-            return self.class_names.read_text("utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise CheckpointError(f"{self.class_names} is not a text file: {error}") from error
+        """The classes' names, none if none were given; raises TextFileError."""
+        return read_lines(self.class_names) if self.class_names else []
 
 
 def export_pipeline(options: Options) -> None:
@@ -159,11 +155,14 @@ def _check_names(options: Options, config: SiTConfig) -> None:
             f"{options.class_names} has {len(names)} names, "
             f"the predictor {config.num_classes} classes{hint}"
         )
-    twice = [name for name in names if names.count(name) > 1 or not name.strip()]
-    if twice:
-        raise CheckpointError(
-            f"{options.class_names}: names must be unique, got {twice[0]!r} twice"
-        )
+    for line, name in enumerate(names, 1):
+        if not name.strip():
+            raise CheckpointError(f"{options.class_names}: line {line} must be a name, it is empty")
+        if (first := names.index(name) + 1) < line:
+            raise CheckpointError(
+                f"{options.class_names}: names must be unique, {name!r} is in lines {first} and "
+                f"{line}"
+            )
 
 
 def _write_models(options: Options, fingerprint: dict[str, Any], staged: Path) -> None:

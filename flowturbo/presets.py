@@ -13,6 +13,7 @@ from pathlib import Path
 from flowturbo import contract
 from flowturbo.errors import RepositoryError, RequestError
 from flowturbo.schedule import Schedule
+from flowturbo.textfile import TextFileError, read_text
 
 PRESETS_FILE = "presets.json"
 # Until a repository has its own: three of the schedules that the paper publishes figures of, for
@@ -65,9 +66,9 @@ def load_presets(repository: Path, *, has_refiner: bool) -> Presets:
 def read_presets(path: Path, *, has_refiner: bool) -> Presets:
     """The presets in a file; raises RepositoryError for what cannot be read or served."""
     try:
-        stated = json.loads(path.read_text("utf-8"))["presets"]
+        stated = json.loads(read_text(path))["presets"]
         texts = {name: str(preset["schedule"]) for name, preset in stated.items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (TextFileError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise RepositoryError(
             f'{path} must be JSON as {{"presets": {{"fast": {{"schedule": "H1P5R3"}}}}}}, it is '
             f"not: {type(error).__name__}: {error}"

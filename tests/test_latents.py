@@ -217,7 +217,7 @@ def test_images_that_change_are_encoded_again(
     for path in (images / "cat").iterdir():
         path.unlink()
     (images / "cat").rmdir()
-    assert "1 removed" in encode_all()[0]
+    assert "2 removed" in encode_all()[0]
     check()
 
 

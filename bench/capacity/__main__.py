@@ -16,10 +16,11 @@ from bench.capacity.block_times import BlockTimes, measure
 from bench.capacity.plan import check, plan
 from bench.capacity.replica import Replica
 from bench.capacity.report import plot, print_check, print_plan
-from flowturbo.errors import RepositoryError
+from flowturbo.errors import FlowTurboError
 from flowturbo.presets import BUILT_IN, DEFAULT
 from flowturbo.repository import Pipeline, Settings
 from flowturbo.request import default_guidance_scale
+from flowturbo.textfile import read_text
 
 
 def main() -> None:
@@ -32,7 +33,7 @@ def main() -> None:
         report = _report(args)
     except KeyError as error:
         parser.error(f"{args.check or args.times} lacks {error}")
-    except (RepositoryError, ValueError, OSError) as error:
+    except (FlowTurboError, ValueError, OSError) as error:
         parser.error(str(error))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +86,7 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
         if args.json:
             plot(found, schedule, args.json.with_suffix(".png"))
     if args.check:
-        checked = check(json.loads(args.check.read_text()), replica_of)
+        checked = check(json.loads(read_text(args.check)), replica_of)
         report["check"] = [asdict(c) for c in checked]
         print_check(checked)
     return report

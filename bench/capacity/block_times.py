@@ -15,6 +15,7 @@ import numpy as np
 from flowturbo import contract
 from flowturbo.local import open_models
 from flowturbo.repository import Pipeline
+from flowturbo.textfile import read_text
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 REPETITIONS = 7
@@ -51,7 +52,7 @@ class BlockTimes:
         cls, path: Path, engine: str | None = None, precision: str | None = None
     ) -> "BlockTimes":
         """From a JSON file: {"times_ms": {model: {rows: ms}}}, or what bench.gpu_check writes."""
-        document = json.loads(path.read_text())
+        document = json.loads(read_text(path))
         if not isinstance(document, dict) or not {"times_ms", "blocks"} & document.keys():
             raise ValueError(f"{path} has neither 'times_ms' nor the 'blocks' of bench.gpu_check")
         overhead = float(document.get("overhead_ms", OVERHEAD_MS))

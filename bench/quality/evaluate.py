@@ -12,7 +12,16 @@ from typing import Any
 import numpy as np
 from flowturbo_client import FlowTurboClient
 
-from bench.quality.engine import BATCH, Engine, Exact, Make, Recipe, distances, schedule_evaluations
+from bench.quality.engine import (
+    BATCH,
+    EXACT_TOLERANCE,
+    Engine,
+    Exact,
+    Make,
+    Recipe,
+    distances,
+    schedule_evaluations,
+)
 from bench.quality.images import ImageFolder
 from bench.quality.judges import (
     Classifier,
@@ -30,6 +39,8 @@ from training.classifier import Seen
 from training.frechet import Reference
 from training.glyphs import CLASS_NAMES
 
+# Options of the export that came later, where they change nothing: older digests stay the same.
+_UNSET = [("num_classes", None), ("reverse_time", False)]
 SERVED_BATCH, IN_FLIGHT = 8, 8  # images a request, and requests at a time
 _TIMEOUT_S = 600.0
 
@@ -87,7 +98,10 @@ def models_digest(repository: Path) -> str:
         build = json.loads(path.read_text()) if path.exists() else {}
         made_from = build.get("fingerprint", {})
         stated.append([build.get(key) for key in ("engine", "runtime", "precision")])
-        stated.append([made_from.get("sha256"), made_from.get("options")])
+        options = made_from.get("options")
+        if options:
+            options = {name: of for name, of in options.items() if (name, of) not in _UNSET}
+        stated.append([made_from.get("sha256"), options])
     return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -136,7 +150,8 @@ def served(client: FlowTurboClient, recipe: Recipe) -> Make:
 def exact_latents(exact: Exact, guidance: Guidance, count: int, folder: Path) -> Array:
     """Latents [count, C, h, w] at the end of the flow of seeds 0 to `count`, kept in `folder`."""
     low, high = guidance.interval
-    path = folder / f"exact_{exact.digest}_g{guidance.scale:g}_{low:g}_{high:g}_{count}.npy"
+    name = f"exact_{exact.digest}_within{EXACT_TOLERANCE:g}_g{guidance.scale:g}_{low:g}_{high:g}"
+    path = folder / f"{name}_{count}.npy"
 
     def solve() -> Array:
         parts = np.array_split(np.arange(count), -(-count // BATCH))

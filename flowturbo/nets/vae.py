@@ -18,6 +18,7 @@ from flowturbo.nets.weights import (
     read_safetensors,
     without_wrappers,
 )
+from flowturbo.textfile import TextFileError, read_text
 
 CONFIG = "config.json"
 _CLASS = "AutoencoderKL"
@@ -78,8 +79,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text("utf-8-sig"))
-    except ValueError as error:
+        found = json.loads(read_text(path))
+    except (TextFileError, ValueError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} must be an object, got {type(found).__name__}")

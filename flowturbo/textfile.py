@@ -1,0 +1,33 @@
+"""Text files that people write, on whatever system."""
+
+from pathlib import Path
+
+from flowturbo.errors import FlowTurboError
+
+
+class TextFileError(FlowTurboError):
+    """A text file cannot be read as such: the message names it and what is allowed."""
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, with or without a byte order mark; raises TextFileError."""
+    try:
+        # Bytes, since reading as text would turn every kind of line end into a newline.
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TextFileError(f"{path} must be UTF-8 text: {error}") from error
+    if "\0" in text:
+        raise TextFileError(f"{path} must be UTF-8 text, it has NUL characters")
+    return text
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file, without the blanks behind them and empty lines at the end.
+
+    Lines end at newlines alone (perhaps after a carriage return): other characters that Unicode
+    counts as line ends may stand in a name. Raises TextFileError.
+    """
+    lines = [line.rstrip(" \t\r") for line in read_text(path).split("\n")]
+    while lines and not lines[-1]:
+        lines.pop()
+    return lines
