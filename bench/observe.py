@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import tritonclient.grpc
+from flowturbo_client.settings import Settings
 
 from flowturbo import contract
 from flowturbo.repository import BUILD_FILE
@@ -128,7 +129,7 @@ class Observer:
 
         Raises tritonclient's InferenceServerException if the server does not answer.
         """
-        self._client = tritonclient.grpc.InferenceServerClient(url)
+        self._client = connect(url)
         known = {model.name for model in self._client.get_model_repository_index().models}
         self._models = [name for name in contract.COMPOSED if name in known]
         self._pid = listening_process(int(url.rpartition(":")[2]))
@@ -227,9 +228,15 @@ def write_json(document: Any, path: Path) -> None:
     partial.replace(path)
 
 
+def connect(url: str) -> Any:
+    """Triton's own client; like the service's, it uses no proxy to reach this machine."""
+    settings = Settings(url, contract.ORCHESTRATOR, timeout_s=60, retries=0, credentials=None)
+    return tritonclient.grpc.InferenceServerClient(**settings.channel())
+
+
 def described_server(url: str, repository: Path) -> dict[str, Any]:
     """Version and settings as the server states them; engine and precision from the repository."""
-    with contextlib.closing(tritonclient.grpc.InferenceServerClient(url)) as client:
+    with contextlib.closing(connect(url)) as client:
         config = client.get_model_config(contract.ORCHESTRATOR).config
         version = client.get_server_metadata().version
     builds = {name: repository / name / BUILD_FILE for name in contract.COMPOSED}

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flowturbo_client.address import is_local
 
 from flowturbo import contract
 from flowturbo.serving.installation import SetupError, cache_folder
@@ -180,6 +181,8 @@ def _run_once(tool: PerfAnalyzer, url: str, entries: Sequence[Entry], load: Load
             *("--percentile=95", "-s", _ANY_SPREAD, f"--max-trials={_STABLE_WINDOWS}"),
             "--max-threads=1",
         ]
+        direct = {"no_grpc_proxy": url.rpartition(":")[0]} if is_local(url) else {}
+        tool = replace(tool, environment=tool.environment | direct)
         done = _execute(tool, arguments, load.seconds + _START_AND_END_S)
         if export.exists():
             return _read_export(export.read_bytes())

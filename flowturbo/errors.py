@@ -13,6 +13,10 @@ class BusyError(FlowTurboError):
     """The server is at its limit of requests in flight; trying again later is safe."""
 
 
+class UnavailableError(FlowTurboError):
+    """Something that the server needs is gone or exhausted; the request itself is fine."""
+
+
 class CancelledError(FlowTurboError):
     """The caller went away before the image was done."""
 

@@ -1,11 +1,14 @@
 """Seeds to noise, and images to files."""
 
+import base64
 import io
 import secrets
 
 import numpy as np
 
-FORMATS = ("raw", "png", "jpeg", "webp")
+_FILES = ("png", "jpeg", "webp")
+BASE64 = "_base64"  # a file as text, which JSON can hold
+FORMATS = ("raw", *_FILES, *(f"{name}{BASE64}" for name in _FILES))
 MAX_SEED = 2**63 - 1
 
 
@@ -25,10 +28,14 @@ def noise(seeds: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
 
 
 def encode_images(images: np.ndarray, output_format: str) -> np.ndarray:
-    """Images [n, H, W, 3] uint8 as files, [n] of bytes; `output_format` is png, jpeg or webp."""
+    """Images [n, H, W, 3] uint8 as files, [n] of bytes; `output_format` is of FORMATS, not raw."""
     from PIL import Image
 
-    return np.array([_encode(Image.fromarray(image), output_format) for image in images], object)
+    name = output_format.removesuffix(BASE64)
+    files = [_encode(Image.fromarray(image), name) for image in images]
+    if output_format.endswith(BASE64):
+        files = [base64.b64encode(file) for file in files]
+    return np.array(files, object)
 
 
 def _encode(image, output_format: str) -> bytes:  # type: ignore[no-untyped-def]

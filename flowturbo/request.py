@@ -23,7 +23,7 @@ class GenerationRequest:
     """What one request asks for: n images that share a schedule and a guidance.
 
     `labels` and `seeds` are [n] int64; `initial_noise`, [n, C, h, w] float32, stands instead of the
-    seeds (then 0) where it is given; `outputs` are the names of the tensors to answer with.
+    seeds (then 0) where it is given; `outputs` names the tensors to answer with, in order.
     """
 
     labels: np.ndarray
@@ -32,7 +32,7 @@ class GenerationRequest:
     schedule: Schedule
     guidance: Guidance
     output_format: str
-    outputs: frozenset[str]
+    outputs: tuple[str, ...]
 
     @property
     def rows(self) -> int:
@@ -41,7 +41,7 @@ class GenerationRequest:
 
     @property
     def needs_decoder(self) -> bool:
-        return bool(self.outputs & {"image", "encoded_image"})
+        return bool({"image", "encoded_image"} & set(self.outputs))
 
     def start(self, pipeline: Pipeline) -> np.ndarray:
         """The noise to start from, [n, C, h, w] float32."""
@@ -58,7 +58,8 @@ def parse_request(
 ) -> GenerationRequest:
     """Checks input `tensors` (contract.REQUEST_INPUTS) and the names of the outputs asked for.
 
-    Raises RequestError with the value and what is allowed.
+    All of the outputs means that the request named none: it gets those that its pipeline and its
+    output format have. Raises RequestError with the value and what is allowed.
     """
     for name, tensor in tensors.items():
         _check_tensor(name, tensor, pipeline)
@@ -80,7 +81,7 @@ def parse_request(
         schedule=schedule,
         guidance=_guidance(tensors, pipeline, settings),
         output_format=output_format,
-        outputs=_wanted(frozenset(outputs), output_format, pipeline),
+        outputs=_wanted(tuple(dict.fromkeys(outputs)), output_format, pipeline),
     )
     _check_outputs(request, pipeline)
     return request
@@ -203,13 +204,13 @@ def _check_start(tensors: Mapping[str, np.ndarray], count: int) -> None:
         raise RequestError("initial_noise must be finite, got NaN or infinity")
 
 
-def _wanted(outputs: frozenset[str], output_format: str, pipeline: Pipeline) -> frozenset[str]:
-    """The outputs to answer with; all of them means that the request named none."""
-    if outputs != {spec.name for spec in contract.REQUEST_OUTPUTS}:
+def _wanted(outputs: tuple[str, ...], output_format: str, pipeline: Pipeline) -> tuple[str, ...]:
+    if set(outputs) != {spec.name for spec in contract.REQUEST_OUTPUTS}:
         return outputs
+    lacking = {"encoded_image"} if output_format == "raw" else set()
     if not pipeline.has_decoder:
-        return outputs - {"image", "encoded_image"}
-    return outputs - {"encoded_image"} if output_format == "raw" else outputs
+        lacking = {"image", "encoded_image"}
+    return tuple(name for name in outputs if name not in lacking)
 
 
 def _check_outputs(request: GenerationRequest, pipeline: Pipeline) -> None:
@@ -219,7 +220,8 @@ def _check_outputs(request: GenerationRequest, pipeline: Pipeline) -> None:
         )
     if "encoded_image" in request.outputs and request.output_format == "raw":
         raise RequestError(
-            "encoded_image needs output_format png, jpeg or webp, got raw: ask for image instead"
+            f"encoded_image needs output_format {', '.join(FORMATS[1:])}, got raw: ask for image "
+            "instead"
         )
     if request.needs_decoder and not pipeline.has_decoder:
         raise RequestError(

@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for note in check_repository(options.repository):
             print(f"note: {note}", file=sys.stderr, flush=True)
         installation = find_server(options.tritonserver)
+        for note in installation.notes:
+            print(f"note: {note}", file=sys.stderr, flush=True)
         check_backends(options.repository, installation)
         models = (contract.PREDICTOR, *_OPTIONAL)
         check_engines(options.repository, models, tensorrt_version(), compute_capabilities())

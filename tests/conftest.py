@@ -1,5 +1,6 @@
 """Real exports and real servers, made once a run."""
 
+import os
 import subprocess
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -9,6 +10,9 @@ import pytest
 from support import GOLDEN_EXPORT, ROOT, run_export
 
 from flowturbo.serving.tritonserver import ServerAddress, running_server
+
+# Servers of the tests are on this machine, wherever its user's other calls go through.
+os.environ["no_proxy"] = ",".join(filter(None, ("127.0.0.1,localhost", os.environ.get("no_proxy"))))
 
 
 @pytest.fixture(scope="session")

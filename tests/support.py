@@ -99,12 +99,24 @@ class Caller:
         self._pool.shutdown()
         self._client.close()
 
-    def infer(self, model: str, outputs: list[str], **tensors: Any) -> list[np.ndarray]:
+    def infer(
+        self, model: str, outputs: list[str], class_count: int = 0, **tensors: Any
+    ) -> list[np.ndarray]:
         """The outputs of one request, in the order asked for; a string is one of BYTES [1]."""
-        wanted = [triton.InferRequestedOutput(name) for name in outputs]
-        inputs = [_input(name, value) for name, value in tensors.items()]
-        answer = self._client.infer(model, inputs, outputs=wanted, client_timeout=60)
+        answer = self._ask(model, outputs, class_count, tensors)
         return [answer.as_numpy(name) for name in outputs]
+
+    def output_names(self, model: str, outputs: list[str] | None, **tensors: Any) -> list[str]:
+        """The names of the outputs, in the order that they came in."""
+        answer = self._ask(model, outputs, 0, tensors).get_response()
+        return [output.name for output in answer.outputs]
+
+    def _ask(
+        self, model: str, outputs: list[str] | None, class_count: int, tensors: dict[str, Any]
+    ) -> triton.InferResult:
+        wanted = [triton.InferRequestedOutput(name, class_count) for name in outputs or ()] or None
+        inputs = [_input(name, value) for name, value in tensors.items()]
+        return self._client.infer(model, inputs, outputs=wanted, client_timeout=60)
 
     def begin(self, model: str, outputs: list[str], **tensors: Any) -> Future[list[np.ndarray]]:
         """A request that runs beside others."""

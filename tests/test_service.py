@@ -1,10 +1,13 @@
 """The service on a real Triton server: independence, batching, errors, deadlines, cancellation."""
 
+import base64
 import json
 import random
 import shutil
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,10 +22,13 @@ from flowturbo_client import (
     InvalidRequestError,
     ServerBusyError,
 )
-from support import GLYPHS
+from support import GLYPHS, Caller
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from flowturbo import LocalPipeline, contract
+from flowturbo.generate import program_for
+from flowturbo.program import Variant
+from flowturbo.request import parse_request
 from flowturbo.serving.tritonserver import ServerAddress, running_server
 
 ReadMetrics = Callable[[ServerAddress], dict[str, float]]
@@ -75,13 +81,109 @@ def test_presets(client: FlowTurboClient) -> None:
         client.generate("A", 1, "better")
 
 
-@pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])
+FILES = ("png", "jpeg", "webp")
+
+
+@pytest.mark.parametrize("output_format", [*FILES, *(f"{name}_base64" for name in FILES)])
 def test_encoded_images(client: FlowTurboClient, output_format: str) -> None:
     raw = client.generate("G", seeds=5).images
     assert raw is not None
     encoded = client.generate("G", seeds=5, output_format=output_format)
     difference = np.abs(np.asarray(encoded.pil()[0]).astype(int) - raw[0])
-    assert difference.mean() < (0.001 if output_format == "png" else 12)
+    assert difference.mean() < (0.001 if output_format.startswith("png") else 12)
+    (data,) = encoded.encoded
+    assert data.isascii() == output_format.endswith("_base64")
+
+
+@pytest.fixture(scope="module")
+def caller(glyphs_server: ServerAddress) -> Iterator[Caller]:
+    with Caller(glyphs_server.grpc) as opened:
+        yield opened
+
+
+LABEL_JSON = {"name": "label", "shape": [1], "datatype": "INT64", "data": [0]}
+PNG_TEXT = {"name": "output_format", "shape": [1], "datatype": "BYTES", "data": ["png_base64"]}
+
+
+def test_answers_over_http_are_json(glyphs_server: ServerAddress, client: FlowTurboClient) -> None:
+    """Images as files too, on both of Triton's endpoints."""
+    seed = {"name": "seed", "shape": [1], "datatype": "INT64", "data": [5]}
+    body = {"inputs": [LABEL_JSON, seed, PNG_TEXT], "outputs": [{"name": "encoded_image"}]}
+    status, answer = post(glyphs_server, "infer", body)
+    assert status == 200
+    (text,) = answer["outputs"][0]["data"]
+    scalars = {"label": 0, "seed": 5, "output_format": "png_base64"}
+    status, answer = post(glyphs_server, "generate", scalars)
+    assert (status, answer["encoded_image"]) == (200, text)
+    expected = client.generate(0, 5, output_format="png").encoded
+    assert base64.b64decode(text) == expected[0]
+
+
+def test_outputs_come_in_the_contracts_order(caller: Caller, glyphs_server: ServerAddress) -> None:
+    """Triton keeps the names that were asked for as a set: no order of them reaches the model."""
+    order = [spec.name for spec in contract.REQUEST_OUTPUTS]
+    for wanted in (["seed", "latent"], ["class_name", "image"], ["latent", "seed", "image"]):
+        names = [spec for spec in order if spec in wanted]
+        found = caller.output_names(contract.ORCHESTRATOR, wanted, label=np.array([0]))
+        assert found == names
+        body = {"inputs": [LABEL_JSON], "outputs": [{"name": name} for name in wanted]}
+        _, answer = post(glyphs_server, "infer", body)
+        assert [output["name"] for output in answer["outputs"]] == names
+    assert caller.output_names(contract.ORCHESTRATOR, None, label=np.array([0])) == [
+        name for name in order if name != "encoded_image"
+    ]
+
+
+def test_outputs_in_process_come_in_the_order_asked_for(glyphs_repository: Path) -> None:
+    pipeline = LocalPipeline(glyphs_repository)
+    wanted = ["seed", "image", "class_name", "latent"]
+    request = parse_request({"label": np.array([0])}, wanted, pipeline.pipeline, pipeline.settings)
+    program = program_for(request.schedule, Variant.REFERENCE)
+    assert list(pipeline.run(request, program)) == wanted
+
+
+@pytest.mark.parametrize("name", [spec.name for spec in contract.REQUEST_OUTPUTS])
+def test_a_request_for_classification_does_not_end_the_server(
+    glyphs_server: ServerAddress, caller: Caller, name: str
+) -> None:
+    """Triton's own extension: answered for numbers, refused for text."""
+    number = {spec.name: spec.dtype is not np.object_ for spec in contract.REQUEST_OUTPUTS}[name]
+    extended = {"name": name, "parameters": {"classification": 2}}
+    body = {"inputs": [LABEL_JSON, PNG_TEXT], "outputs": [extended]}
+    status, answer = post(glyphs_server, "infer", body)
+    assert (status == 200) == number
+    assert number or "class result not available" in answer["error"]
+    tensors = {"label": np.array([0]), "output_format": "png_base64"}
+    if number:
+        caller.infer(contract.ORCHESTRATOR, [name], class_count=2, **tensors)
+    else:
+        with pytest.raises(InferenceServerException, match="class result not available"):
+            caller.infer(contract.ORCHESTRATOR, [name], class_count=2, **tensors)
+    assert caller.infer(contract.ORCHESTRATOR, ["seed"], label=np.array([1]))
+
+
+@pytest.mark.parametrize("shape", [[2**62], [2**63 - 1], [2**32, 2**32], [10**12], [0, 2**62]])
+def test_a_huge_shape_does_not_end_the_server(
+    glyphs_server: ServerAddress, caller: Caller, shape: list[int]
+) -> None:
+    """The server would make room for so many numbers before it looks at those that are there."""
+    body = {"inputs": [{**LABEL_JSON, "shape": shape}], "outputs": [{"name": "seed"}]}
+    status, answer = post(glyphs_server, "infer", body)
+    assert status == 400 and "2^28 elements" in answer["error"]
+    assert caller.infer(contract.ORCHESTRATOR, ["seed"], label=np.array([1]))
+
+
+def post(address: ServerAddress, endpoint: str, body: dict[str, Any], **headers: str) -> Any:
+    """Status and answer of Triton's HTTP front end."""
+    url = f"http://{address.http}/v2/models/{contract.ORCHESTRATOR}/{endpoint}"
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(request, timeout=60) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.load(error)
 
 
 def test_server_seeds_repeat(client: FlowTurboClient) -> None:

@@ -1,11 +1,13 @@
 """The asyncio client: `FlowTurboClient` with `await`."""
 
 import asyncio
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import grpc
 import tritonclient.grpc.aio
@@ -24,7 +26,7 @@ from .tensors import Labels, Seeds
 
 
 class AsyncFlowTurboClient:
-    """A connection to a FlowTurbo server, used from one event loop.
+    """A connection to a FlowTurbo server; each event loop that uses it has a channel of its own.
 
     Cancelling a task that awaits `generate` cancels the request on the server too.
     """
@@ -41,7 +43,8 @@ class AsyncFlowTurboClient:
         """As `FlowTurboClient`."""
         self._settings = Settings(url, model, timeout_s, retries, credentials)
         self._closed = False
-        self._channel: Any = None
+        self._channels: WeakKeyDictionary[asyncio.AbstractEventLoop, Any] = WeakKeyDictionary()
+        self._lock = threading.Lock()  # loops may run in several threads
 
     async def generate(
         self,
@@ -105,10 +108,13 @@ class AsyncFlowTurboClient:
             return False
 
     async def close(self) -> None:
-        """Close the connection; requests still awaited are cancelled."""
+        """Close the connection; requests still awaited in this event loop are cancelled."""
         self._closed = True
-        if self._channel is not None:
-            await self._channel.close()
+        with self._lock:
+            channel = self._channels.pop(asyncio.get_running_loop(), None)
+            self._channels.clear()  # the channels of other loops end with them
+        if channel is not None:
+            await channel.close()
 
     async def __aenter__(self) -> "AsyncFlowTurboClient":
         """Return this client."""
@@ -136,8 +142,10 @@ class AsyncFlowTurboClient:
         return self._settings.translated(timeout_s)
 
     def _triton(self) -> Any:
-        # Made at the first call: a gRPC aio channel belongs to the loop that runs when it is made.
-        if self._channel is None:
-            channel = self._settings.channel()
-            self._channel = tritonclient.grpc.aio.InferenceServerClient(**channel)
-        return self._channel
+        # Made at a loop's first call: a gRPC aio channel belongs to the loop that runs then.
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            if loop not in self._channels:
+                channel = tritonclient.grpc.aio.InferenceServerClient(**self._settings.channel())
+                self._channels[loop] = channel
+            return self._channels[loop]

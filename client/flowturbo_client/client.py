@@ -60,7 +60,8 @@ class FlowTurboClient:
 
         `labels`: class ids or class names, one or n of them. `seeds`: as many, >= 0; if None the
         server chooses and reports them. `initial_noise`: float [n, C, h, w], instead of seeds.
-        `output_format`: raw, or png, jpeg or webp to have files in `Generation.encoded`.
+        `output_format`: raw, or png, jpeg or webp to have files in `Generation.encoded`
+        (png_base64, jpeg_base64 or webp_base64: as text).
         `outputs`: of "image" and "latent". Raises FlowTurboError's subclasses.
         """
         request = build_request(

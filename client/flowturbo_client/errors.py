@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 from tritonclient.utils import InferenceServerException
 
+from .address import proxy_hint
+
 
 class FlowTurboError(Exception):
     """Base of all errors of this client."""
@@ -68,7 +70,7 @@ def _unavailable(message: str, url: str) -> FlowTurboError:
         return ServerBusyError(f"{url} refused the request ({message}): try again later")
     return ConnectionFailedError(
         f"cannot reach {url} ({message}): check that the server runs and that "
-        "this is its gRPC port (8001 by default)"
+        f"this is its gRPC port (8001 by default){proxy_hint(url)}"
     )
 
 

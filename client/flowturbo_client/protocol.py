@@ -1,8 +1,11 @@
 """The model's contract: one request out, one `Generation` in. Both clients use only this."""
 
+import base64
+import binascii
 import io
 import struct
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +30,8 @@ class Generation:
     images: NDArray[np.uint8] | None
     """[n, H, W, 3], or None if not requested raw."""
     encoded: tuple[bytes, ...] | None
-    """n image files in the requested `output_format`, or None."""
+    """n image files in the requested `output_format` (of the formats that end in _base64: their
+    text), or None."""
     latents: NDArray[np.float32] | None
     """[n, C, h, w], or None if not requested."""
     seeds: NDArray[np.int64]
@@ -152,5 +156,7 @@ def _array(result: InferResult, name: str, n: int) -> Any:
 
 
 def _decoded(data: bytes) -> Image.Image:
+    with suppress(binascii.Error):  # a file has other characters than base64's
+        data = base64.b64decode(data, validate=True)
     with Image.open(io.BytesIO(data)) as image:
         return image.convert("RGB")

@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc
 
+from .address import is_local
 from .errors import FlowTurboError, InvalidRequestError, translated
 
 _MAX_TIMEOUT_S = 1e9
@@ -65,10 +66,12 @@ class Settings:
 
     def channel(self) -> dict[str, Any]:
         """Arguments of tritonclient's InferenceServerClient, sync and aio alike."""
+        # A proxy on another machine cannot reach a server on this one.
+        direct = [("grpc.enable_http_proxy", 0)] if is_local(self.url) else []
         return {
             "url": self.url,
             "creds": self.credentials,
-            "channel_args": list(_CHANNEL_ARGS),
+            "channel_args": [*_CHANNEL_ARGS, *direct],
         }
 
     def translated(self, timeout_s: float) -> AbstractContextManager[None]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from flowturbo_client import (
@@ -85,3 +86,23 @@ def test_errors(triton, nobody):
                 await away.generate(0)
 
     asyncio.run(scenario())
+
+
+def test_one_client_in_several_event_loops(triton):
+    """One after the other, as asyncio.run makes them, and in two threads at once."""
+    client = AsyncFlowTurboClient(triton.url)
+
+    async def seed(value: int) -> int:
+        return int((await client.generate("A", value)).seeds[0])
+
+    assert [asyncio.run(seed(k)) for k in range(3)] == [0, 1, 2]
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(lambda k: asyncio.run(seed(k)), range(3, 9))) == list(range(3, 9))
+
+    async def close() -> None:
+        assert await seed(9) == 9
+        await client.close()
+
+    asyncio.run(close())
+    with pytest.raises(FlowTurboError, match="closed"):
+        asyncio.run(seed(10))

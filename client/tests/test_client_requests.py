@@ -1,8 +1,12 @@
 """What is put into a request and read from an answer, and what is refused before sending."""
 
+import base64
+import io
+
 import numpy as np
 import pytest
 from flowturbo_client import FlowTurboClient, InvalidRequestError, ServerError
+from PIL import Image
 
 
 def test_every_argument_reaches_its_tensor(triton):
@@ -67,6 +71,18 @@ def test_a_format_asks_for_files_and_keeps_them(triton):
     assert [data[:4] for data in result.encoded] == [b"\x89PNG"] * 2
     assert result.latents.shape == (2, 2, 1, 1)
     assert [image.getpixel((0, 0)) for image in result.pil()] == [(7, 7, 7), (8, 8, 8)]
+
+
+def test_files_as_text(triton):
+    """Base64 text is kept as the server sent it, and shown as the image it is."""
+    png = io.BytesIO()
+    Image.new("RGB", (2, 2), (1, 2, 3)).save(png, "PNG")
+    text = base64.b64encode(png.getvalue())
+    triton.script = [{"encoded_image": np.array([text], dtype=object)}]
+    with FlowTurboClient(triton.url) as client:
+        result = client.generate(0, 1, output_format="png_base64")
+    assert result.encoded == (text,)
+    assert result.pil()[0].getpixel((1, 1)) == (1, 2, 3)
 
 
 def test_pil_of_raw_images_and_of_none(triton):

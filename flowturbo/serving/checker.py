@@ -6,7 +6,6 @@ import triton_python_backend_utils as pb_utils
 
 from flowturbo import contract
 from flowturbo.generate import check_finite
-from flowturbo.serving.metrics import outcome_of
 from flowturbo.serving.triton_io import error_response
 
 
@@ -25,6 +24,6 @@ class TritonPythonModel:
         try:
             check_finite(magnitude, "image")
         except Exception as error:
-            return error_response("checker", error, outcome_of(error))
+            return error_response("checker", error)
         (output,) = contract.CHECKER_OUTPUTS
         return pb_utils.InferenceResponse([pb_utils.Tensor(output.name, image)])

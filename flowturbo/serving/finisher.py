@@ -7,7 +7,6 @@ import triton_python_backend_utils as pb_utils
 from flowturbo import contract
 from flowturbo.ensemble import conditional_rows
 from flowturbo.generate import check_finite
-from flowturbo.serving.metrics import outcome_of
 from flowturbo.serving.triton_io import error_response
 
 
@@ -27,6 +26,6 @@ class TritonPythonModel:
         try:
             check_finite(latent, "latent")
         except Exception as error:
-            return error_response("finisher", error, outcome_of(error))
+            return error_response("finisher", error)
         wanted = request.requested_output_names()
         return pb_utils.InferenceResponse([pb_utils.Tensor(name, latent) for name in wanted])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import os
@@ -30,11 +31,15 @@ class SetupError(ServerError):
 
 @dataclass(frozen=True)
 class Installation:
-    """A server that can be started; `backends` is None where the server has its own."""
+    """A server that can be started; `backends` is None where the server has its own.
+
+    `notes` say what should be known about it.
+    """
 
     binary: Path
     backends: Path | None = None
     environment: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def find_server(explicit: Path | None = None) -> Installation:
@@ -77,7 +82,37 @@ def _prepare_wheel(wheel: Path) -> Installation:
         "PATH": _path_list(Path(sys.executable).parent, os.environ.get("PATH")),
     }
     _check_stub(backends / "python" / _STUB, environment)
-    return Installation(wheel / "bin/tritonserver", backends, environment)
+    notes = []
+    try:
+        guard = _build_guard(cache_folder())
+        environment["LD_PRELOAD"] = _path_list(guard, os.environ.get("LD_PRELOAD"))
+    except (OSError, subprocess.SubprocessError) as error:
+        notes.append(
+            "a request for classification of a BYTES output, and one of a huge shape over HTTP, end "
+            f"this server (release 24.10); what keeps it from that could not be compiled: {error}"
+        )
+    return Installation(wheel / "bin/tritonserver", backends, environment, tuple(notes))
+
+
+def _build_guard(cache: Path) -> Path:
+    """The compiled server_guard.c, kept in `cache`.
+
+    Raises OSError or SubprocessError where it cannot be made.
+    """
+    source = Path(__file__).with_name("server_guard.c")
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()[:12]
+    target = cache / f"server_guard-{digest}.so"
+    if not target.exists():
+        compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+        if compiler is None:
+            raise FileNotFoundError("no C compiler is here (cc; Debian's package gcc)")
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix="building-") as scratch:
+            made = Path(scratch) / target.name
+            options = ["-O2", "-fPIC", "-shared", "-o", str(made), str(source), "-ldl"]
+            subprocess.run([compiler, *options], check=True, capture_output=True, timeout=120)
+            made.rename(target)
+    return target
 
 
 def _path_list(*parts: Path | str | None) -> str:

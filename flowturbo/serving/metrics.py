@@ -6,26 +6,11 @@ whole request.
 
 import threading
 from collections.abc import Mapping
-from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from flowturbo import errors
+from flowturbo.serving.outcomes import CODES
 
-# Outcomes of failed requests and their codes in pb_utils.TritonError.
-CODES = {
-    "invalid": "INVALID_ARG",
-    "busy": "UNAVAILABLE",
-    "deadline": "CANCELLED",  # Triton has no code for a deadline; the message tells the two apart
-    "cancelled": "CANCELLED",
-    "error": "INTERNAL",
-}
-_OUTCOMES = (  # a deadline is a cancellation too: first match wins
-    (errors.RequestError, "invalid"),
-    (errors.BusyError, "busy"),
-    (errors.DeadlineError, "deadline"),
-    (errors.CancelledError, "cancelled"),
-)
 LATENCY_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
@@ -70,10 +55,3 @@ class Metrics:
             self._requests[outcome].increment(1)
             if outcome == "ok":
                 self._duration.observe(seconds)
-
-
-def outcome_of(result: Any) -> str:
-    """The outcome under which an answer, or an exception, is counted."""
-    if not isinstance(result, BaseException):
-        return "ok"
-    return next((name for kind, name in _OUTCOMES if isinstance(result, kind)), "error")

@@ -7,6 +7,7 @@ schedules, share batches.
 
 import json
 import math
+import os
 import threading
 import time
 from collections import Counter
@@ -23,7 +24,6 @@ from flowturbo.errors import (
     BusyError,
     CancelledError,
     DeadlineError,
-    FlowTurboError,
     RequestError,
 )
 from flowturbo.generate import AwaitedInfer, complete, make_images, models_called, program_for
@@ -33,9 +33,12 @@ from flowturbo.repository import Pipeline, read_ensembles
 from flowturbo.request import GenerationRequest, default_schedule, parse_request
 from flowturbo.serving.deadlines import Deadlines
 from flowturbo.serving.engines import compute_capabilities
+from flowturbo.serving.forwarded import Forwarded
 from flowturbo.serving.gather import Gatherer
-from flowturbo.serving.metrics import Metrics, outcome_of
+from flowturbo.serving.metrics import Metrics
+from flowturbo.serving.outcomes import outcome_of
 from flowturbo.serving.triton_io import (
+    call_model,
     error_response,
     read_settings,
     read_tensors,
@@ -96,6 +99,7 @@ class TritonPythonModel:
         self._pipeline = Pipeline.load(repository_of(args))
         default_schedule(self._pipeline, self._settings)  # found wanting now, not by a request
         self._ensembles = read_ensembles(repository_of(args), self._settings.variant)
+        self._forwarded = Forwarded.by_server(os.getpid())
         self._metrics = Metrics(tuple(contract.COMPOSED))
         self._gather = Gatherer(
             _call_block,
@@ -132,14 +136,15 @@ class TritonPythonModel:
 
     def _read(self, request: Any) -> GenerationRequest:
         parameters = json.loads(request.parameters() or "{}")
-        if parameters:
+        if own := [name for name in sorted(parameters) if name not in self._forwarded]:
             raise RequestError(
-                f"unknown request parameter {sorted(parameters)[0]!r}, none is allowed: "
+                f"unknown request parameter {own[0]!r}, none is allowed: "
                 "settings of a request are input tensors"
             )
-        return parse_request(
-            read_tensors(request), request.requested_output_names(), self._pipeline, self._settings
-        )
+        # The server keeps the names as a set: what order they were asked for in is not known here.
+        asked = set(request.requested_output_names())
+        wanted = [spec.name for spec in contract.REQUEST_OUTPUTS if spec.name in asked]
+        return parse_request(read_tensors(request), wanted, self._pipeline, self._settings)
 
     def _start(self, job: Job, request: GenerationRequest) -> None:
         self._admit()
@@ -207,7 +212,7 @@ class TritonPythonModel:
         wanted = ["image"] * request.needs_decoder + ["latent"] * ("latent" in request.outputs)
         if not wanted:
             return {}
-        made = _call(ensemble, ensemble_inputs(request), wanted)
+        made = call_model(ensemble, ensemble_inputs(request), wanted)
         for model in models_called(program):
             job.executed[model] += request.rows
         job.executed[contract.DECODER] = len(request.labels) * request.needs_decoder
@@ -250,7 +255,7 @@ class TritonPythonModel:
                 result = error
         outcome = outcome_of(result)
         if isinstance(result, BaseException):
-            response = error_response("flowturbo", result, outcome)
+            response = error_response("flowturbo", result)
         # Counted first: whoever has the answer finds it in the metrics.
         self._metrics.finished(outcome, time.monotonic() - job.arrived)
         try:
@@ -277,18 +282,4 @@ def _tensors(arrays: Tensors) -> list[Any]:
 
 def _call_block(model: str, tensors: Tensors) -> tuple[np.ndarray, ...]:
     """One blocking evaluation of a composed model, its outputs in the contract's order."""
-    return _call(model, tensors, [spec.name for spec in contract.COMPOSED[model][1]])
-
-
-def _call(model: str, tensors: Tensors, names: list[str]) -> tuple[np.ndarray, ...]:
-    """One blocking call of another model, its outputs in the order of `names`."""
-    response = pb_utils.InferenceRequest(
-        model_name=model,
-        requested_output_names=names,
-        inputs=_tensors(tensors),
-        preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
-    ).exec()
-    if response.has_error():
-        raise FlowTurboError(f"{model}: {response.error().message()}")
-    by_name = {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}
-    return tuple(by_name[name] for name in names)
+    return call_model(model, tensors, [spec.name for spec in contract.COMPOSED[model][1]])

@@ -9,7 +9,6 @@ from flowturbo.generate import program_for
 from flowturbo.program import Variant
 from flowturbo.repository import Pipeline
 from flowturbo.request import default_schedule
-from flowturbo.serving.metrics import outcome_of
 from flowturbo.serving.triton_io import (
     error_response,
     read_settings,
@@ -38,4 +37,4 @@ class TritonPythonModel:
             planned = plan(checked, self._pipeline, self._program)
             return pb_utils.InferenceResponse([pb_utils.Tensor(*item) for item in planned.items()])
         except Exception as error:
-            return error_response("planner", error, outcome_of(error))
+            return error_response("planner", error)

@@ -1,15 +1,17 @@
 """What the Python-backend models share: settings, input tensors and errors, as Triton has them."""
 
 import json
+import traceback
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from flowturbo.errors import FlowTurboError, RequestError
+from flowturbo.errors import RequestError
+from flowturbo.guidance import Tensors
 from flowturbo.repository import Settings
-from flowturbo.serving.metrics import CODES
+from flowturbo.serving.outcomes import CODES, as_told, failure, incomplete, outcome_of
 
 
 def repository_of(args: dict[str, str]) -> Path:
@@ -38,12 +40,33 @@ def _array(tensor: Any) -> np.ndarray:
     return array.copy()
 
 
-def error_response(model: str, error: BaseException, outcome: str) -> Any:
+def error_response(model: str, error: BaseException) -> Any:
     """The answer that carries `error`, logged if it is the server's own."""
-    message = str(error)
-    if not isinstance(error, FlowTurboError):
-        message = f"internal error, {type(error).__name__}: {error}"
-    if outcome == "error":
-        pb_utils.Logger.log_error(f"{model}: {message}")
+    told = as_told(error)
+    outcome = outcome_of(told)
+    if told is not error:
+        lines = "".join(traceback.format_exception(error)).rstrip()
+        pb_utils.Logger.log_error(f"{model}: {told}\n{lines}")
+    elif outcome in ("error", "unavailable"):
+        pb_utils.Logger.log_error(f"{model}: {told}")
     code = getattr(pb_utils.TritonError, CODES[outcome])
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(told), code))
+
+
+def call_model(model: str, tensors: Tensors, names: list[str]) -> tuple[np.ndarray, ...]:
+    """One blocking call of another model, its outputs in the order of `names`.
+
+    Raises FlowTurboError where it answers with an error, UnavailableError where it is gone.
+    """
+    response = pb_utils.InferenceRequest(
+        model_name=model,
+        requested_output_names=names,
+        inputs=[pb_utils.Tensor(name, value) for name, value in tensors.items()],
+        preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
+    ).exec()
+    if response.has_error():
+        raise failure(model, response.error().message())
+    by_name = {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}
+    if missing := [name for name in names if name not in by_name]:
+        raise incomplete(model, missing)
+    return tuple(by_name[name] for name in names)

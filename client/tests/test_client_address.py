@@ -1,0 +1,108 @@
+"""A proxy of the environment is for other machines, and is named where it is in the way."""
+
+import asyncio
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+from flowturbo_client import AsyncFlowTurboClient, ConnectionFailedError, FlowTurboClient
+from flowturbo_client.address import is_local, proxy_hint
+
+
+@pytest.fixture
+def proxy(monkeypatch) -> Iterator[list[bytes]]:
+    """A proxy that refuses everything, and what it was asked."""
+    asked: list[bytes] = []
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            with connection:
+                asked.append(connection.recv(300).split(b"\r\n")[0])
+                connection.sendall(b"HTTP/1.1 403 Forbidden\r\n\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        for name in ("no_proxy", "no_grpc_proxy", "grpc_proxy", "https_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        url = f"http://user:secret@127.0.0.1:{listener.getsockname()[1]}"
+        monkeypatch.setenv("http_proxy", url)
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield asked
+        listener.shutdown(socket.SHUT_RDWR)
+    thread.join(timeout=10)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_this_machine_is_reached_directly(triton, proxy, host):
+    url = triton.url.replace("127.0.0.1", host)
+    with FlowTurboClient(url) as client:
+        assert client.generate("A", 1).seeds.tolist() == [1]
+        assert client.is_ready()
+
+    async def generate() -> int:
+        async with AsyncFlowTurboClient(url) as client:
+            return int((await client.generate("A", 2)).seeds[0])
+
+    assert asyncio.run(generate()) == 2
+    assert proxy == []
+
+
+def test_a_proxy_in_the_way_is_named(proxy):
+    with FlowTurboClient("images.example.test:8001", retries=0) as client:
+        with pytest.raises(ConnectionFailedError) as caught:
+            client.generate("A", 1)
+    said = str(caught.value)
+    assert "calls go through the proxy 127.0.0.1:" in said
+    assert "(http_proxy): no_proxy=images.example.test leaves it out" in said
+    assert "secret" not in said
+    assert proxy and proxy[0].startswith(b"CONNECT images.example.test:8001")
+
+
+@pytest.mark.parametrize(
+    ("url", "local"),
+    [
+        ("localhost:8001", True),
+        ("LOCALHOST.:8001", True),
+        ("a.localhost:8001", True),
+        ("127.0.0.1:8001", True),
+        ("127.3.2.1", True),
+        ("0.0.0.0:8001", True),
+        ("[::1]:8001", True),
+        ("::1", True),
+        ("[::ffff:127.0.0.1]:8001", True),
+        ("dns:///localhost:8001", True),
+        ("dns://8.8.8.8/localhost:8001", True),
+        ("ipv4:127.0.0.1:8001,127.0.0.2:8001", True),
+        ("ipv6:[::1]:8001", True),
+        ("unix:/run/triton.sock", True),
+        ("ipv4:127.0.0.1:8001,10.0.0.2:8001", False),
+        ("10.0.0.1:8001", False),
+        ("[2001:db8::1]:8001", False),
+        ("localhost.example.com:8001", False),
+        ("images:8001", False),
+    ],
+)
+def test_what_is_this_machine(url, local):
+    assert is_local(url) == local
+
+
+@pytest.mark.parametrize(
+    ("environment", "named"),
+    [
+        ({}, None),
+        ({"HTTP_PROXY": "http://p:1"}, None),  # gRPC does not look at it
+        ({"http_proxy": "http://p:1"}, "p:1 (http_proxy)"),
+        ({"http_proxy": "http://p:1", "grpc_proxy": "http://q:2"}, "q:2 (grpc_proxy)"),
+        ({"https_proxy": "http://p"}, "p (https_proxy)"),
+        ({"http_proxy": "http://p:1", "no_proxy": "a, .example.com"}, None),
+        ({"http_proxy": "http://p:1", "no_proxy": "other.org"}, "p:1 (http_proxy)"),
+    ],
+)
+def test_which_proxy_is_named(environment, named):
+    hint = proxy_hint("images.example.com:8001", environment)
+    assert (named in hint) if named else hint == ""

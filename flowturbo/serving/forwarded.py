@@ -1,0 +1,66 @@
+"""Request parameters that are not the caller's: headers that Triton's front ends forward.
+
+Started with `--http-header-forward-pattern` or `--grpc-header-forward-pattern`, the server hands
+headers (for tracing, say, or authentication) to models as request parameters, and tells them apart
+from others by nothing but their names. So the flags are read off the server's own command line.
+"""
+
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+_FLAGS = ("--http-header-forward-pattern", "--grpc-header-forward-pattern")
+_SERVER = "tritonserver"
+_logger = logging.getLogger(__name__)
+
+
+class Forwarded:
+    """Whether a parameter is a header that the server forwards."""
+
+    def __init__(self, patterns: Sequence[str]) -> None:
+        self._patterns = [_compiled(pattern) for pattern in patterns]
+
+    @classmethod
+    def by_server(cls, process: int, proc: Path = Path("/proc")) -> "Forwarded":
+        """As the server above the process of this id says; nothing where there is none."""
+        return cls(find_patterns(_server_arguments(process, proc)))
+
+    def __contains__(self, name: str) -> bool:
+        # The server's own search (RE2's PartialMatch) finds a pattern anywhere in a name.
+        return any(pattern.search(name) for pattern in self._patterns)
+
+
+def find_patterns(arguments: Sequence[str]) -> list[str]:
+    """The patterns in a server's command line, given as `--flag=pattern` or `--flag pattern`."""
+    found = []
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        flag, given, pattern = word.partition("=")
+        if flag in _FLAGS and (value := pattern if given else following):
+            found.append(value)
+    return found
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:  # the server's syntax (RE2) has a little that Python's lacks
+        _logger.warning(
+            "header pattern %r cannot be read (%s): any parameter passes", pattern, error
+        )
+        return re.compile("")
+
+
+def _server_arguments(process: int, proc: Path) -> list[str]:
+    """The command line of the nearest process above `process` that is a server."""
+    while process > 1:
+        try:
+            words = (proc / str(process) / "cmdline").read_bytes().split(b"\0")
+            # "pid (name) state parent ...": proc(5)
+            parent = (proc / str(process) / "stat").read_text().rpartition(")")[2].split()[1]
+        except (OSError, IndexError):
+            return []
+        if Path(words[0].decode(errors="replace")).name == _SERVER:
+            return [word.decode(errors="replace") for word in words]
+        process = int(parent)
+    return []

@@ -1,0 +1,75 @@
+"""How a request ended: the outcome under which it is counted, its gRPC code, and its message."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from flowturbo import errors
+
+# Outcomes of failed requests and their codes in pb_utils.TritonError.
+CODES = {
+    "invalid": "INVALID_ARG",
+    "busy": "UNAVAILABLE",
+    "unavailable": "UNAVAILABLE",
+    "deadline": "CANCELLED",  # Triton has no code for a deadline; the message tells the two apart
+    "cancelled": "CANCELLED",
+    "error": "INTERNAL",
+}
+_OUTCOMES = (  # a deadline is a cancellation too: first match wins
+    (errors.RequestError, "invalid"),
+    (errors.BusyError, "busy"),
+    (errors.UnavailableError, "unavailable"),
+    (errors.DeadlineError, "deadline"),
+    (errors.CancelledError, "cancelled"),
+)
+_DEAD = ("is not healthy", "is not ready", "not available", "stub process", "broken pipe")
+_NO_MEMORY = ("shared memory", "out of memory", "cannot allocate", "bad_alloc")
+
+
+def outcome_of(result: Any) -> str:
+    """The outcome under which an answer, or an exception, is counted."""
+    if not isinstance(result, BaseException):
+        return "ok"
+    told = as_told(result)
+    return next((name for kind, name in _OUTCOMES if isinstance(told, kind)), "error")
+
+
+def as_told(error: BaseException) -> errors.FlowTurboError:
+    """`error` as a caller is told it: a sentence, whatever was raised."""
+    if isinstance(error, errors.FlowTurboError):
+        return error
+    kind, reason = type(error).__name__, str(error) or "no reason given"
+    if isinstance(error, MemoryError) or _has(reason, _NO_MEMORY):
+        return errors.UnavailableError(
+            f"the server is out of memory ({kind}: {reason}): ask for fewer images, or try again "
+            "later; its --shm-mb and the container's shared memory may be too small"
+        )
+    return errors.FlowTurboError(
+        f"the server failed on this request ({kind}: {reason}); its log has the details"
+    )
+
+
+def failure(model: str, message: str) -> errors.FlowTurboError:
+    """What a composed `model` that answered with an error `message` makes of the request."""
+    if _has(message, _DEAD):
+        return errors.UnavailableError(
+            f"{model} cannot answer, its process has ended or hangs ({message.rstrip('.')}): "
+            "the server has to be restarted"
+        )
+    if _has(message, _NO_MEMORY):
+        return errors.UnavailableError(
+            f"{model} has no memory for this request ({message.rstrip('.')}): ask for fewer "
+            "images, or try again later"
+        )
+    return errors.FlowTurboError(f"{model}: {message}")
+
+
+def incomplete(model: str, missing: Iterable[str]) -> errors.UnavailableError:
+    """What a composed `model` that answered without some outputs makes of the request."""
+    return errors.UnavailableError(
+        f"{model} answered without {', '.join(missing)}, as happens when its process ends "
+        "meanwhile: the server has to be restarted"
+    )
+
+
+def _has(text: str, parts: Iterable[str]) -> bool:
+    return any(part in text.lower() for part in parts)
