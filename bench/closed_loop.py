@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -17,6 +17,7 @@ import numpy as np
 from bench.baseline import TorchPipeline
 from flowturbo.errors import FlowTurboError
 
+Span = tuple[float, float]  # when a request began and ended, in seconds
 LEAD = 0.1  # of the window: time for callers that started together to fall into their stride
 
 
@@ -61,15 +62,20 @@ def closed_loop(
         start_s = time.perf_counter() + LEAD * seconds
         end_s = start_s + seconds
         loops = [pool.submit(_spans, call, end_s) for _ in range(clients)]
-        spans = [span for loop in loops for span in loop.result() if span[1] > start_s]
-    shares = ((min(end, end_s) - max(begin, start_s)) / (end - begin) for begin, end in spans)
-    latencies_ms = tuple((end - begin) * 1e3 for begin, end in spans)
-    return Measured(images * sum(shares) / seconds, latencies_ms)
+        return measured([span for loop in loops for span in loop.result()], start_s, end_s, images)
 
 
-def _spans(call: Callable[[], object], end_s: float) -> list[tuple[float, float]]:
+def measured(spans: Sequence[Span], start_s: float, end_s: float, images: int) -> Measured:
+    """Of requests for `images` images each that took `spans`, in a window of time."""
+    within = [(begin, end) for begin, end in spans if end > start_s and begin < end_s]
+    shares = ((min(end, end_s) - max(begin, start_s)) / (end - begin) for begin, end in within)
+    latencies_ms = tuple((end - begin) * 1e3 for begin, end in within)
+    return Measured(images * sum(shares) / (end_s - start_s), latencies_ms)
+
+
+def _spans(call: Callable[[], object], end_s: float) -> list[Span]:
     """Start and end of each call, in seconds of `perf_counter`; the last ends after `end_s`."""
-    spans: list[tuple[float, float]] = []
+    spans: list[Span] = []
     while not spans or spans[-1][1] < end_s:
         begin_s = time.perf_counter()
         call()

@@ -1,6 +1,7 @@
 """The measuring commands run here, small: what they say of speed is for real machines."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 from support import ROOT
 
+from bench.latent_size import fitted
 from bench.networks import SIZES, XL, matrix_flops
 
 
@@ -40,7 +42,15 @@ def test_latent_size(glyphs_repository: Path, tmp_path: Path) -> None:
     run("bench.latent_size", "--repository", glyphs_repository, "--side", 4, 8, "--out", out)
     report = json.loads(out.read_text())
     assert [point["tokens"] for point in report["points"]] == [4, 16]
-    assert report["line"]["slope_ms"] > 0  # four times the tokens take longer
+    assert all(math.isfinite(figure) for figure in report["line"].values())
+
+
+def test_the_line_through_latent_sizes() -> None:
+    """Times that rise by 3 ms for each token, from 5 ms on."""
+    report = fitted({side: 5 + 3.0 * (side // 2) ** 2 for side in (4, 8, 16)})
+    assert report["line"]["slope_ms"] == pytest.approx(3)
+    assert report["line"]["intercept_ms"] == pytest.approx(5)
+    assert [point["tokens"] for point in report["points"]] == [4, 16, 64]
 
 
 def test_xl_check_small(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import multiprocessing
-import time
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from support import ROOT, run_export
 
 from bench import compare, compare_report
 from bench.baseline import TorchPipeline
-from bench.closed_loop import Work, closed_loop, torch_process
+from bench.closed_loop import Work, closed_loop, measured, torch_process
 from bench.web import WebClient, running_web
 from flowturbo import LocalPipeline
 from flowturbo.errors import FlowTurboError, RequestError
@@ -91,12 +91,25 @@ def test_web_server_refuses(
 
 
 @pytest.mark.parametrize("clients", [1, 4])
-def test_closed_loop_measures_a_known_rate(clients: int) -> None:
-    """Every call takes 20 ms and makes two images: 100 images a second and client."""
-    found = closed_loop(lambda: time.sleep(0.02), clients, seconds=0.5, images=2)
-    # A busy machine is late to wake the callers, never early.
-    assert 40 * clients < found.images_per_s <= 100 * clients
-    assert found.percentile(0) >= 20
+def test_a_known_rate(clients: int) -> None:
+    """Every call takes 20 ms and makes two images: 100 images a second and client.
+
+    Wherever the window lies among the calls: 0.5 s, from 3 and a half calls on.
+    """
+    spans = [(0.02 * k, 0.02 * (k + 1)) for k in range(40)] * clients
+    found = measured(spans, 0.07, 0.57, images=2)
+    assert found.images_per_s == pytest.approx(100 * clients)
+    assert found.latencies_ms == pytest.approx([20] * len(found.latencies_ms))
+    assert len(found.latencies_ms) == 26 * clients  # those that touch the window
+
+
+@pytest.mark.parametrize("clients", [1, 4])
+def test_every_client_of_a_closed_loop_calls(clients: int) -> None:
+    """Once to warm up, and until the window ends."""
+    callers: list[int] = []
+    found = closed_loop(lambda: callers.append(threading.get_ident()), clients, seconds=0.05)
+    assert len(callers) >= 2 * clients
+    assert len(found.latencies_ms) >= clients and found.images_per_s > 0
 
 
 def test_closed_loop_passes_errors_on() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -205,13 +206,14 @@ def test_images_that_change_are_encoded_again(
 
     _, first = encode_all()
     assert encode_all()[1] == first
-    Image.new("RGB", (64, 64), "red").save(images / "bee" / "0.png")
+    spare = [images / "ant" / "3.bmp", images / "cat" / "3.bmp"]
+    shutil.copy(spare[0], images / "bee" / "3.bmp")
     said, second = encode_all()
     assert "images have changed: 1 of 3 shards are encoded again, 0 removed" in said
     assert {name for name in first if first[name] != second[name]} == {"shard-00001.safetensors"}
     check()
     (images / "ant" / "0.png").rename(images / "cat" / "9.png")
-    Image.new("RGB", (64, 64), "blue").save(images / "cat" / "4.png")
+    shutil.copy(spare[1], images / "cat" / "4.bmp")
     assert "3 of 4 shards are encoded again" in encode_all()[0]
     check()
     for path in (images / "cat").iterdir():

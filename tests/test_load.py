@@ -15,6 +15,7 @@ from bench import load, perf_analyzer
 from bench.observe import listening_process, observing
 from bench.perf_analyzer import Answer, Load, PerfAnalyzerError, Result, entry
 from flowturbo import contract
+from flowturbo.generate import models_called
 from flowturbo.program import compile_program
 from flowturbo.schedule import Schedule
 from flowturbo.serving.tritonserver import ServerAddress
@@ -58,7 +59,11 @@ def check_overload(point: load.Point) -> None:
     assert counts["failed"] == 0
     assert sum(counts.values()) == round(point["rate"] * point["seconds"])
     assert point["server"]["requests"] == sum(counts.values())
-    assert point["latency_ms"]["refused"]["p50"] < point["latency_ms"]["answered"]["p50"]
+    # Those that were refused cost no evaluation.
+    calls = models_called(compile_program(Schedule.parse(load.SCHEDULE)))
+    for model in (contract.PREDICTOR, contract.REFINER):
+        rows = point["server"]["models"][model]["rows"]
+        assert rows == 2 * calls.count(model) * counts["answered"]
 
 
 def check_report(out: Path) -> None:
@@ -94,9 +99,6 @@ def test_observed_work_is_that_of_the_program(glyphs_server: ServerAddress) -> N
     assert rows == {contract.PREDICTOR: 4, contract.REFINER: 4, contract.DECODER: 2}
     assert found.requests == 3
     assert found.rows_per_execution == 4
-    # One after the other: the models cannot have computed longer than it took.
-    assert 0 < sum(found.busy_share(name) for name in found.models) < 1
-    assert 0 < found.compute_s < found.wall_s
     for work in found.models.values():
         assert sum(work.shares().values()) == pytest.approx(1)
     assert found.cpu_s is not None and found.cpu_s > 0

@@ -82,7 +82,10 @@ BAD: list[tuple[str, dict[str, np.ndarray]]] = [
         "finite",
         {"label": ints(1), "initial_noise": np.full((1, 4, 16, 16), np.nan, np.float32)},
     ),
-    ("raw, png, jpeg, webp, got 'gif'", {"label": ints(1), "output_format": text("gif")}),
+    (
+        "raw, png, jpeg, webp, png_base64, .*, got 'gif'",
+        {"label": ints(1), "output_format": text("gif")},
+    ),
     ("unknown input 'lable'", {"lable": ints(1)}),
 ]
 
@@ -113,12 +116,18 @@ def test_encoded_image_needs_a_format() -> None:
 def test_no_outputs_named_means_what_can_be_given() -> None:
     everything = tuple(spec.name for spec in contract.REQUEST_OUTPUTS)
     raw = parse(everything, label=ints(1))
-    assert raw.outputs == {"image", "latent", "seed", "class_name"}
+    assert raw.outputs == ("image", "latent", "seed", "class_name")
     png = parse(everything, label=ints(1), output_format=text("png"))
-    assert png.outputs == set(everything)
+    assert png.outputs == everything
     latents_only = Pipeline((4, 16, 16), 36, (), 64, True, False)
     request = parse_request({"label": ints(1)}, everything, latents_only, SETTINGS)
-    assert request.outputs == {"latent", "seed", "class_name"}
+    assert request.outputs == ("latent", "seed", "class_name")
+
+
+def test_outputs_keep_the_order_asked_for() -> None:
+    assert parse(("seed", "image", "latent", "seed"), label=ints(1)).outputs == (
+        *("seed", "image", "latent"),
+    )
 
 
 def test_networks_without_a_null_class_are_unguided() -> None:

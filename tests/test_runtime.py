@@ -57,18 +57,15 @@ def test_the_glyphs_model_runs_in_the_fastest(glyphs_repository: Path) -> None:
         for model in contract.COMPOSED
     }
     (chosen,) = {Execution(b["runtime"], b["precision"]) for b in builds.values()}
-    totals: dict[str, float] = {}
-    for calls, build in zip((7, 6, 1), builds.values(), strict=True):
-        for execution, times in build["times_ms"].items():
-            for rows, ms in times.items():
-                assert ms > 0
-                key = f"{execution} {rows}"
-                totals[key] = totals.get(key, 0.0) + calls * ms
-    costs = {
-        e: totals[f"{e} 2"] * totals[f"{e} 16"] for e in builds[contract.PREDICTOR]["times_ms"]
+    trials = {
+        model: {
+            Execution(*name.split()): Trial({}, {int(rows): ms for rows, ms in times.items()})
+            for name, times in build["times_ms"].items()
+        }
+        for model, build in builds.items()
     }
-    assert str(ORT) in costs
-    assert str(chosen) == min(costs, key=lambda execution: costs[execution])
+    assert all(ORT in of_model for of_model in trials.values())
+    assert chosen == choose(trials)
 
 
 def test_each_runtime_gives_the_same_images(golden_repository: Path, tmp_path: Path) -> None:

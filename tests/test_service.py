@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ from flowturbo.request import parse_request
 from flowturbo.serving.tritonserver import ServerAddress, running_server
 
 ReadMetrics = Callable[[ServerAddress], dict[str, float]]
-LONG = {"schedule": "E250", "labels": [0] * 16}  # far longer than any test waits
+# As much as one request may ask for: 250 steps of 128 rows. No test waits for its end.
+LONG = {"schedule": "E250", "labels": [0] * 64}
+LONG_STEP_ROWS, LONG_ROWS = 128, 250 * 128
 PREDICTED = 'nv_inference_count{model="velocity_predictor",version="1"}'
 
 
@@ -46,7 +49,7 @@ def outcome(name: str) -> str:
     return f'flowturbo_requests_total{{outcome="{name}"}}'
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, "waited too long"
@@ -337,13 +340,9 @@ def test_a_cancelled_request_stops(
     glyphs_server: ServerAddress, client: FlowTurboClient, read_metrics: ReadMetrics
 ) -> None:
     before = read_metrics(glyphs_server)
-    inputs = [triton.InferInput("label", [16], "INT64")]
-    inputs[0].set_data_from_numpy(np.zeros(16, dtype=np.int64))
-    inputs.append(triton.InferInput("schedule", [1], "BYTES"))
-    inputs[1].set_data_from_numpy(text(b"E250"))
-    with triton.InferenceServerClient(glyphs_server.grpc) as raw:
-        call = raw.async_infer("flowturbo", inputs, callback=lambda result, error: None)
-        wait_until(lambda: read_metrics(glyphs_server)[PREDICTED] >= before[PREDICTED] + 64)
+    with long_request(glyphs_server) as call:
+        begun = before[PREDICTED] + LONG_STEP_ROWS
+        wait_until(lambda: read_metrics(glyphs_server)[PREDICTED] >= begun)
         call.cancel()
         at_cancel = read_metrics(glyphs_server)[PREDICTED]
         wait_until(
@@ -353,20 +352,35 @@ def test_a_cancelled_request_stops(
             )
         )
     # The step under way ends, and perhaps some that began before the cancellation had arrived.
-    assert rests(lambda: read_metrics(glyphs_server)) - at_cancel <= 3 * 32
+    assert rests(lambda: read_metrics(glyphs_server)) - at_cancel <= 3 * LONG_STEP_ROWS
+
+
+@contextmanager
+def long_request(address: ServerAddress) -> Iterator[Any]:
+    """A request of LONG under way, which is gone afterwards; yields its gRPC call."""
+    inputs = [
+        triton.InferInput("label", [64], "INT64"),
+        triton.InferInput("schedule", [1], "BYTES"),
+    ]
+    inputs[0].set_data_from_numpy(np.zeros(64, dtype=np.int64))
+    inputs[1].set_data_from_numpy(text(b"E250"))
+    with triton.InferenceServerClient(address.grpc) as raw:
+        call = raw.async_infer("flowturbo", inputs, callback=lambda result, error: None)
+        try:
+            yield call
+        finally:
+            call.cancel()
 
 
 def test_an_expired_request_stops(
     glyphs_server: ServerAddress, client: FlowTurboClient, read_metrics: ReadMetrics
 ) -> None:
     before = read_metrics(glyphs_server)
-    started = time.monotonic()
     with pytest.raises(DeadlineExceededError):
         client.generate(**LONG, timeout_s=0.5)
-    assert time.monotonic() - started < 5
     expired = before[outcome("deadline")] + 1
     wait_until(lambda: read_metrics(glyphs_server)[outcome("deadline")] == expired)
-    rests(lambda: read_metrics(glyphs_server))
+    assert rests(lambda: read_metrics(glyphs_server)) - before[PREDICTED] < LONG_ROWS
 
 
 def test_metrics_count_what_was_done(
@@ -399,17 +413,13 @@ def test_a_full_server_refuses_at_once(
     assert f'{setting}64"' in config.read_text()
     config.write_text(config.read_text().replace(f'{setting}64"', f'{setting}2"'))
     with running_server(repository) as address, FlowTurboClient(address.grpc, retries=0) as client:
-        with ThreadPoolExecutor(2) as pool:
-            running = [pool.submit(client.generate, **LONG, timeout_s=15) for _ in range(2)]
+        with long_request(address), long_request(address):
             wait_until(lambda: read_metrics(address)["flowturbo_requests_in_flight"] == 2)
             for _ in range(3):
-                started = time.monotonic()
                 with pytest.raises(ServerBusyError, match="at most 2 are allowed"):
                     client.generate(1, schedule="E1")
-                assert time.monotonic() - started < 5
-            for job in running:
-                with pytest.raises(DeadlineExceededError):
-                    job.result()
+            # Both are still under way: none of the three has waited for a place.
+            assert read_metrics(address)["flowturbo_requests_in_flight"] == 2
         wait_until(lambda: read_metrics(address)["flowturbo_requests_in_flight"] == 0)
         assert client.generate(1, schedule="E1").images is not None
         assert read_metrics(address)[outcome("busy")] == 3

@@ -5,7 +5,7 @@ import math
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,11 +103,14 @@ def _of_blocks(
 
 
 def measure(
-    repository: Path, repetitions: int = REPETITIONS, sizes: tuple[int, ...] = ROWS
+    repository: Path,
+    repetitions: int = REPETITIONS,
+    sizes: tuple[int, ...] = ROWS,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, dict[int, float]]:
     """Median milliseconds of `repository`'s models by rows, the models in turn, in this process.
 
-    Of `sizes`, those that the models take.
+    Of `sizes`, those that the models take. `clock` is in seconds.
     """
     pipeline = Pipeline.load(repository)
     models = open_models(repository, pipeline)
@@ -116,9 +119,9 @@ def measure(
         for rows in (n for n in sizes if n <= pipeline.max_rows):
             for name, model in models.items():
                 inputs = _inputs(name, rows, pipeline)
-                started = time.perf_counter()
+                started = clock()
                 model(inputs)
-                taken[name, rows].append((time.perf_counter() - started) * 1e3)
+                taken[name, rows].append((clock() - started) * 1e3)
     medians: dict[str, dict[int, float]] = defaultdict(dict)
     for name, rows in sorted(taken):
         medians[name][rows] = statistics.median(taken[name, rows][1:])  # the first warms up

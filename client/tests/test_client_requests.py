@@ -44,7 +44,7 @@ def test_unset_arguments_are_left_to_the_server(triton):
     assert result.class_names == ("B",)
     assert result.images.shape == (1, 4, 6, 3) and (result.images == 100).all()
     assert result.encoded is None and result.latents is None
-    assert 0 < result.latency_s < 10
+    assert result.latency_s > 0
 
 
 @pytest.mark.parametrize(

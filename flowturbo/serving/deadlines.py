@@ -13,11 +13,14 @@ _LONGEST_WAIT_S = 3600.0  # a caller may name any deadline, a lock no wait of ce
 class Deadlines(Generic[Job]):
     """Calls `expired(job)`, on a thread of its own, for each job that is not done in time.
 
-    `expired` must not raise.
+    `expired` must not raise. Deadlines are times of `clock`, in seconds.
     """
 
-    def __init__(self, expired: Callable[[Job], None]) -> None:
+    def __init__(
+        self, expired: Callable[[Job], None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._expired = expired
+        self._clock = clock
         self._jobs: dict[int, Job] = {}
         self._due: list[tuple[float, int]] = []  # a heap; of jobs that are done too
         self._count = 0
@@ -27,7 +30,7 @@ class Deadlines(Generic[Job]):
         self._thread.start()
 
     def add(self, job: Job, deadline: float) -> int:
-        """Watches `job` until `deadline` (time.monotonic(), s); its ticket for `done`."""
+        """Watches `job` until `deadline`; its ticket for `done`."""
         with self._changed:
             self._count += 1
             self._jobs[self._count] = job
@@ -58,7 +61,7 @@ class Deadlines(Generic[Job]):
 
     def _next(self) -> Job | None:
         """Waits for the next deadline; None if nothing is due after all."""
-        wait_s = self._due[0][0] - time.monotonic() if self._due else None
+        wait_s = self._due[0][0] - self._clock() if self._due else None
         if wait_s is None or wait_s > 0:
             if not self._closed:
                 self._changed.wait(None if wait_s is None else min(wait_s, _LONGEST_WAIT_S))
