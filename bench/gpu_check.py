@@ -11,7 +11,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -46,6 +46,7 @@ PAPER_MS = {
     "H15": 154.8,
     "H24": 240.6,
 }
+ENGINES = ("PyTorch", "ONNX", "TensorRT")
 
 
 class Form(Protocol):
@@ -154,7 +155,8 @@ def main() -> None:
     exports = pipeline_modules(size)
     reference: dict[tuple[str, int], np.ndarray] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        for engine, precision, forms in _forms(exports, device, Path(scratch)):
+        wanted = args.engines, args.precisions
+        for engine, precision, forms in _forms(exports, device, Path(scratch), *wanted):
             times = list(_blocks(engine, precision, forms, exports, size, peaks, reference))
             report["blocks"] += map(asdict, times)
             report["schedules"] += map(asdict, _schedules(engine, precision, forms, size))
@@ -169,15 +171,29 @@ def main() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_check", description=__doc__)
     parser.add_argument("--size", choices=tuple(SIZES), help="default: xl on a GPU, else small")
+    parser.add_argument(
+        "--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="default: all"
+    )
+    parser.add_argument(
+        "--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="default: all"
+    )
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/gpu_check.json"))
     return parser
 
 
 def _forms(
-    exports: list[Exported], device: str, scratch: Path
+    exports: list[Exported],
+    device: str,
+    scratch: Path,
+    engines: Sequence[str],
+    precisions: Sequence[str],
 ) -> Iterator[tuple[str, str, dict[str, Form]]]:
-    """Every engine and precision that is here, one in memory at a time; float32 PyTorch first."""
-    for precision in (p for p in PRECISIONS if p != "fp8"):
+    """Those of `engines` and `precisions` that are here, one in memory at a time.
+
+    Float32 PyTorch comes first, whatever is wanted: others are compared with it.
+    """
+    wanted = [p for p in precisions if p != "fp8"] if "PyTorch" in engines else []
+    for precision in dict.fromkeys(("fp32", *wanted)):
         for compiled in (False, True) if device == "cuda" else (False,):
             label = "PyTorch compiled" if compiled else "PyTorch"
             yield (
@@ -185,7 +201,7 @@ def _forms(
                 precision,
                 {e.model: TorchForm(e, precision, device, compiled) for e in exports},
             )
-    for precision in PRECISIONS:
+    for precision in precisions if set(engines) & {"ONNX", "TensorRT"} else ():
         paths = {e.model: scratch / precision / e.model / "1" / "model.onnx" for e in exports}
         for exported in exports:
             paths[exported.model].parent.mkdir(parents=True)
@@ -194,7 +210,8 @@ def _forms(
             export_onnx(half, paths[exported.model])
             if precision == "fp8" and exported.model != contract.DECODER:
                 quantize(half, paths[exported.model])
-        for engine, make in (("ONNX", _onnx_forms), ("TensorRT", _tensorrt_forms)):
+        makers = {"ONNX": _onnx_forms, "TensorRT": _tensorrt_forms}
+        for engine, make in ((name, makers[name]) for name in makers if name in engines):
             try:
                 yield make(precision, paths, device)
             except Exception as error:  # one form that fails must not end the measurement

@@ -7,14 +7,20 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import ROOT
+from support import ROOT, run_module
 
 from bench.latent_size import fitted
 from bench.networks import SIZES, XL, matrix_flops
 
 
-def run(*arguments: str | Path | int) -> str:
-    command = [sys.executable, "-m", *map(str, arguments)]
+def run(module: str, *arguments: str | Path | int) -> None:
+    done = run_module(module, *arguments)
+    assert done.returncode == 0, done.stderr
+
+
+def output_of(module: str, *arguments: str | Path) -> str:
+    """Of a command that starts others."""
+    command = [sys.executable, "-m", module, *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -22,18 +28,16 @@ def run(*arguments: str | Path | int) -> str:
 
 def test_gpu_check(tmp_path: Path) -> None:
     out = tmp_path / "report.json"
-    run("bench.gpu_check", "--size", "small", "--out", out)
+    run("bench.gpu_check", "--size", "small", "--precisions", "bf16", "fp8", "--out", out)
     report = json.loads(out.read_text())
     forms = {(b["engine"], b["precision"]) for b in report["blocks"]}
-    assert {("PyTorch", p) for p in ("fp32", "bf16", "fp16")} <= forms
-    assert ("OnnxRuntime", "fp32") in forms
+    assert {("PyTorch", "fp32"), ("PyTorch", "bf16"), ("OnnxRuntime", "fp8")} <= forms
+    assert not [form for form in forms if "fp16" in form]
     assert len(report["blocks"]) == len(forms) * 3 * len(SIZES["small"].rows)
     assert len(report["schedules"]) == len(forms) * 7 * len(SIZES["small"].batches)
     assert all(b["ms"] > 0 for b in report["blocks"])
     blocks = [b for b in report["blocks"] if b["model"] != "vae_decoder"]
-    assert max(b["error"] for b in blocks if b["precision"] == "fp32") < 1e-4
     assert max(b["error"] for b in blocks if b["precision"] != "fp8") < 0.1
-    assert ("OnnxRuntime", "fp8") in forms
     assert out.with_suffix(".png").stat().st_size > 10_000
 
 
@@ -58,8 +62,8 @@ def test_xl_check_small(tmp_path: Path) -> None:
     out = tmp_path / "report.json"
     command = ("bench.xl_check", "--size", "small", "--folder", tmp_path / "work", "--out", out)
     options = ("--precision", "bf16", "--compute-capability", "8.9")
-    assert "trajectory H1P5R3" in run(*command, "--part", "export", *options)
-    said = run(*command, "--part", "train")
+    assert "trajectory H1P5R3" in output_of(*command, "--part", "export", *options)
+    said = output_of(*command, "--part", "train")
     assert "8 images (0 skipped) of 2 classes" in said
     assert "ema weights after 10 steps" in said
     steps = {r["step"]: r for r in json.loads(out.read_text())["runs"]}

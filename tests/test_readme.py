@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support import ROOT, run_module
 
-ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(sh|python)\n(.*?)```", README, re.DOTALL)
 COMMANDS = [
@@ -35,14 +35,16 @@ def test_commands(command: str) -> None:
         return
     if words[0] == "make":
         asked = ["make", "-n", *words[1:]]
-    elif words[0].endswith("flowturbo-client"):
-        asked = [sys.executable, "-m", "flowturbo_client", words[1], "--help"]
+        done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return
+    if words[0].endswith("flowturbo-client"):
+        done = run_module("flowturbo_client", words[1], "--help")
     else:
-        assert words[0].endswith("python")
-        asked = [sys.executable, *words[1 : 4 if "verify" in words else 3], "--help"]
-    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert words[0].endswith("python") and words[1] == "-m"
+        done = run_module(words[2], *words[3:4] * ("verify" in words), "--help")
     assert done.returncode == 0, done.stderr
-    for option in (word for word in words if word.startswith("--") and "--help" in asked):
+    for option in (word for word in words if word.startswith("--")):
         assert option in re.findall(r"--[\w-]+", done.stdout), f"{command}: no option {option}"
 
 
