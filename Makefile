@@ -1,11 +1,16 @@
-# Two commands matter: `make demo` and `make test`. Each sets up what it needs.
+# Two commands matter: `make demo` and `make test`. Each sets up what it needs. `make help` lists all.
 PYTHON ?= python3.11
 BIN := .venv/bin
 GLYPHS := weights/glyphs
 REPOSITORY := model_repository
 SOURCES := flowturbo export training bench examples client tests
 
-.PHONY: demo test check setup export serve quality study refiners train fonts bench gpu-check xl-check clean
+.PHONY: help demo test unit check format setup export serve quality study refiners train fonts \
+  bench gpu-check xl-check clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
 
 demo: export  ## serve the glyphs model and write picture grids to output/
 	$(BIN)/python examples/demo.py --repository $(REPOSITORY) --output output
@@ -13,12 +18,19 @@ demo: export  ## serve the glyphs model and write picture grids to output/
 test: check  ## lint, types and all tests
 	$(BIN)/pytest
 
-check: setup
+unit: setup  ## the tests that need no export and no server; seconds
+	$(BIN)/pytest tests/unit client/tests
+
+format: setup  ## formats the code, and mends what the linter can
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+check: setup  ## format, lint and types
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
 
-setup: .venv/.installed
+setup: .venv/.installed  ## the virtual environment, with everything that is needed here
 
 .venv/.installed: pyproject.toml client/pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

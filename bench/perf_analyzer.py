@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 from flowturbo_client.address import is_local
 
+from bench.downloads import DownloadError, debian_package, made_whole, run_step
 from flowturbo import contract
-from flowturbo.serving.installation import SetupError, cache_folder
 
 VERSION = "2.45.0"
 _WHEELS = (f"tritonclient=={VERSION}", "nvidia-cuda-runtime-cu12==12.9.79")
@@ -236,9 +236,11 @@ def find_perf_analyzer() -> PerfAnalyzer:
         raise PerfAnalyzerError(
             f"no perf_analyzer on PATH, and its wheel is for x86_64, not {os.uname().machine}"
         )
-    cache = cache_folder()
-    folder = _made_whole(cache / f"perf_analyzer-{VERSION}", _download)
-    libraries = [folder / _LIBRARIES, *_base64_folders(cache)]
+    try:
+        folder = made_whole(f"perf_analyzer-{VERSION}", _download)
+        libraries = [folder / _LIBRARIES, *_base64_folders()]
+    except DownloadError as error:
+        raise PerfAnalyzerError(str(error)) from error
     paths = [*map(str, libraries), os.environ.get("LD_LIBRARY_PATH", "")]
     tool = PerfAnalyzer(folder / _BINARY, {"LD_LIBRARY_PATH": os.pathsep.join(filter(None, paths))})
     tried = _execute(tool, ["--version"], timeout_s=60)
@@ -247,61 +249,20 @@ def find_perf_analyzer() -> PerfAnalyzer:
     return tool
 
 
-def _made_whole(target: Path, make: Callable[[Path], None]) -> Path:
-    """`target`, made by `make(folder)` if it is not there: all of it, or nothing."""
-    if target.exists():
-        return target
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix="building-") as scratch:
-            new = Path(scratch) / "new"
-            new.mkdir()
-            make(new)
-            if not target.exists():  # else somebody was faster, and theirs is whole
-                new.rename(target)
-    except OSError as error:
-        raise SetupError(
-            f"cannot write {target}: {error}; set XDG_CACHE_HOME to a writable folder"
-        ) from error
-    return target
-
-
 def _download(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
         wanted = ["--no-deps", "--only-binary=:all:", "--dest", scratch, *_WHEELS]
-        _install_step([*pip, *wanted], scratch, "or put a perf_analyzer on PATH")
+        run_step([*pip, *wanted], scratch, "or put a perf_analyzer on PATH")
         for wheel in Path(scratch).glob("*.whl"):
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(folder)
     (folder / _BINARY).chmod(0o755)  # archives of this module lose the mode
 
 
-def _base64_folders(cache: Path) -> list[Path]:
+def _base64_folders() -> list[Path]:
     """Where libb64 is, if not where the loader looks anyway."""
     with contextlib.suppress(OSError):
         ctypes.CDLL(_BASE64)
         return []
-    folder = _made_whole(cache / _BASE64_PACKAGE, _download_base64)
-    return [path.parent for path in folder.rglob(_BASE64)]
-
-
-def _download_base64(folder: Path) -> None:
-    remedy = f"run `apt-get install {_BASE64_PACKAGE}`: perf_analyzer needs its {_BASE64}"
-    with tempfile.TemporaryDirectory() as scratch:
-        # Package lists of its own: the system's may be absent, and need root to be fetched.
-        (Path(scratch) / "lists" / "partial").mkdir(parents=True)
-        apt = ["apt-get", "-q", "-o", f"Dir::State::lists={scratch}/lists"]
-        apt += ["-o", f"Dir::Cache={scratch}", "-o", "APT::Sandbox::User=root"]
-        for command in (["update"], ["download", _BASE64_PACKAGE]):
-            _install_step([*apt, *command], scratch, remedy)
-        for package in Path(scratch).glob("*.deb"):
-            _install_step(["dpkg", "-x", str(package), str(folder)], scratch, remedy)
-
-
-def _install_step(command: list[str], folder: str, remedy: str) -> None:
-    try:
-        subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=600)
-    except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or error
-        raise PerfAnalyzerError(f"`{' '.join(command)}` failed: {said}\n{remedy}") from error
+    return [path.parent for path in debian_package(_BASE64_PACKAGE).rglob(_BASE64)]

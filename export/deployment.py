@@ -148,10 +148,13 @@ def _use_tensorrt_provider(
     sizes: Mapping[int | str, int],
     digest: str,
 ) -> None:
-    """ONNX Runtime's TensorRT: without the engines' profile it would build one for each batch."""
+    """ONNX Runtime's TensorRT: without the engines' profile it would build one for each batch.
+
+    The networks are strongly typed since TensorRT 11: types are those of the file. What chose them
+    before (`precision_mode`, from which the backend makes `trt_fp16_enable` and its like) is gone.
+    """
     accelerators = config.optimization.execution_accelerators.gpu_execution_accelerator
     parameters = accelerators.add(name="tensorrt").parameters
-    parameters["precision_mode"] = deployment.precision.upper()
     parameters["trt_engine_cache_enable"] = "1"
     parameters["trt_engine_cache_path"] = ENGINE_CACHE
     # It knows its engines by name alone: other weights must not find these.

@@ -99,11 +99,12 @@ def build_engine(
     trt, started = builder.trt, time.monotonic()
     log = _log(trt)
     tool = trt.Builder(log)
-    network = tool.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    network = tool.create_network(_strong_typing(trt))
     _parse(trt.OnnxParser(network, log), onnx)
     config = tool.create_builder_config()
     config.progress_monitor = _progress(trt, plan.parent.parent.name)
-    config.clear_flag(trt.BuilderFlag.TF32)  # float32 blocks are verified as such
+    if (tf32 := getattr(trt.BuilderFlag, "TF32", None)) is not None:
+        config.clear_flag(tf32)  # float32 blocks are verified as such
     _add_profile(tool, config, network, profile)
     if builder.cross:
         config.num_compute_capabilities = 1
@@ -126,6 +127,15 @@ def build_engine(
         "seconds": round(time.monotonic() - started, 1),
         "bytes": plan.stat().st_size,
     }
+
+
+def _strong_typing(trt: ModuleType) -> int:
+    """The flags of a strongly typed network: none where there are no others (from TensorRT 11 on).
+
+    TensorRT 11 still has the flag and takes no notice of it; later releases may drop it.
+    """
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if flag is None else 1 << int(flag)
 
 
 def _parse(parser: Any, onnx: Path) -> None:

@@ -77,14 +77,15 @@ def _configs(
     sizes = _sizes(repository)
     finisher = _python_model(contract.FINISHER, sizes, *_FINISHER_TENSORS)
     yield finisher, "finisher", {_PART: "all"}
-    if pipeline.has_decoder:
+    checks = pipeline.has_decoder and not _checks_itself(repository)
+    if checks:
         checker = _python_model(contract.CHECKER, sizes, *_CHECKER_TENSORS)
         yield checker, "checker", {_PART: "all"}
     for schedule in schedules:
         program = compile_program(schedule, variant=Variant(settings.variant))
         yield _planner(program, pipeline, settings, sizes), "planner", {_PART: str(schedule)}
         record = {ENSEMBLE_SCHEDULE: str(schedule), "variant": settings.variant}
-        yield _ensemble(program, pipeline, sizes), None, record
+        yield _ensemble(program, pipeline, sizes, checks=checks), None, record
 
 
 _FINISHER_TENSORS = contract.FINISHER_INPUTS, contract.FINISHER_OUTPUTS
@@ -127,18 +128,26 @@ def _planner(
     return config
 
 
-def _ensemble(program: Program, pipeline: Pipeline, sizes: dict[int | str, int]) -> ModelConfig:
+def _checks_itself(repository: Path) -> bool:
+    """Whether the decoder refuses images that are not finite: the Python backend's does."""
+    engine: str = install.read_build(repository / contract.DECODER)["engine"]
+    return engine == "python"
+
+
+def _ensemble(
+    program: Program, pipeline: Pipeline, sizes: dict[int | str, int], *, checks: bool
+) -> ModelConfig:
     config = ModelConfig(name=ensemble_name(program.schedule), platform="ensemble")
     images = [contract.ENSEMBLE_IMAGE] if pipeline.has_decoder else []
     add_tensors(config, contract.ENSEMBLE_INPUTS, [*images, contract.ENSEMBLE_LATENT], sizes)
-    for step in _steps(program, pipeline):
+    for step in _steps(program, pipeline, checks=checks):
         entry = config.ensemble_scheduling.step.add(model_name=step.model, model_version=-1)
         entry.input_map.update(step.inputs)
         entry.output_map.update(step.outputs)
     return config
 
 
-def _steps(program: Program, pipeline: Pipeline) -> Iterable[Step]:
+def _steps(program: Program, pipeline: Pipeline, *, checks: bool) -> Iterable[Step]:
     planned = contract.plan_outputs(len(program.calls))
     yield Step(
         _planner_name(program.schedule),
@@ -153,7 +162,9 @@ def _steps(program: Program, pipeline: Pipeline) -> Iterable[Step]:
         {contract.LATENT_ROWS: latent_rows, contract.PLAN_PAIR: contract.PLAN_PAIR},
         {"latent": "latent"} | ({decoded: decoded} if pipeline.has_decoder else {}),
     )
-    if pipeline.has_decoder:
+    if pipeline.has_decoder and not checks:
+        yield Step(contract.DECODER, {"latent": decoded}, {"image": "image"})
+    if checks:
         outputs = {"image": contract.DECODED_IMAGE, "magnitude": contract.DECODED_MAGNITUDE}
         yield Step(contract.DECODER, {"latent": decoded}, outputs)
         checked = {name: name for name in outputs.values()}

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -16,7 +17,7 @@ from support import GLYPHS_SOURCE, GOLDEN, check_tensors, read_config, run_expor
 from tritonclient.grpc import model_config_pb2
 
 from export.deployment import Deployment, model_config
-from export.engine import EngineError, build_engine, find_builder
+from export.engine import EngineError, _strong_typing, build_engine, find_builder
 from flowturbo import LocalPipeline, contract
 from flowturbo.serving.engines import check_engines
 from flowturbo.serving.installation import SetupError
@@ -69,7 +70,8 @@ def test_onnxruntime_tensorrt_has_the_profile() -> None:
     form = Deployment(engine="onnxruntime", provider="tensorrt", max_rows=32, opt_rows=8)
     config = model_config(contract.PREDICTOR, SIZES, form, {}, "0123")
     (accelerator,) = config.optimization.execution_accelerators.gpu_execution_accelerator
-    assert accelerator.parameters["precision_mode"] == "FP32"
+    # TensorRT 11 takes the types of the file, and knows none of the options that chose others.
+    assert not [name for name in accelerator.parameters if "precision" in name or "fp16" in name]
     assert accelerator.parameters["trt_engine_cache_prefix"] == "velocity_predictor_0123"
     for end, rows in (("min", 1), ("opt", 8), ("max", 32)):
         shapes = dict(
@@ -273,3 +275,12 @@ def test_a_bad_label_is_its_own_rows_affair(glyphs_repository: Path) -> None:
 
 def test_profile_never_exceeds_the_largest_batch() -> None:
     assert replace(Deployment(), max_rows=8).profile == (1, 8, 8)
+
+
+def test_what_tensorrt_drops_is_not_asked_for() -> None:
+    """TensorRT 11 has the flag of strong typing still, a later one need not."""
+    today = SimpleNamespace(NetworkDefinitionCreationFlag=SimpleNamespace(STRONGLY_TYPED=1))
+    later = SimpleNamespace(NetworkDefinitionCreationFlag=SimpleNamespace())
+    assert (_strong_typing(today), _strong_typing(later)) == (2, 0)
+    rtx = find_builder("8.9").trt
+    assert _strong_typing(rtx) == 1 << int(rtx.NetworkDefinitionCreationFlag.STRONGLY_TYPED)

@@ -84,7 +84,7 @@ def scale(value: float) -> np.ndarray:
 def test_repository_has_the_ensembles_asked_for_last(repository: Path) -> None:
     generated = {path.name for path in repository.glob("flowturbo_*")} - {"flowturbo_stream"}
     names = {ensemble_name(schedule) for schedule in SCHEDULES}
-    around = {contract.FINISHER, contract.CHECKER, *(f"{name}_planner" for name in names)}
+    around = {contract.FINISHER, *(f"{name}_planner" for name in names)}
     assert generated == {*around, *names}
     config = read_config(repository / H1P5R3 / "config.pbtxt")
     check_tensors(config.input, contract.ENSEMBLE_INPUTS, {})

@@ -12,6 +12,7 @@ from flowturbo_client import FlowTurboClient
 from support import ROOT
 
 from bench import load, perf_analyzer
+from bench.downloads import made_whole
 from bench.observe import listening_process, observing
 from bench.perf_analyzer import Answer, Load, PerfAnalyzerError, Result, entry
 from flowturbo import contract
@@ -151,18 +152,20 @@ def test_fitted_line() -> None:
     assert line["largest_relative_error"] == pytest.approx(0, abs=1e-9)
 
 
-def test_cache_is_filled_whole_or_not_at_all(tmp_path: Path) -> None:
-    target = tmp_path / "cache" / "tool"
+def test_cache_is_filled_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cache = tmp_path / "flowturbo"
 
     def half(folder: Path) -> None:
         (folder / "part").write_text("half")
         raise zipfile.BadZipFile("cut off")
 
     with pytest.raises(zipfile.BadZipFile):
-        perf_analyzer._made_whole(target, half)
-    assert list(target.parent.iterdir()) == []
-    made = perf_analyzer._made_whole(target, lambda folder: (folder / "part").touch())
-    assert made == target
+        made_whole("tool", half)
+    assert list(cache.iterdir()) == []
+    assert made_whole("tool", lambda folder: (folder / "part").touch()) == cache / "tool"
     # A second time nothing is made.
-    perf_analyzer._made_whole(target, half)
-    assert [path.name for path in target.parent.iterdir()] == ["tool"]
+    made_whole("tool", half)
+    assert [path.name for path in cache.iterdir()] == ["tool"]

@@ -17,10 +17,13 @@ from torch import nn
 from torch.nn import functional as F
 from tritonclient.utils import InferenceServerException
 
+from export import ensemble
 from export.peaks import LARGEST, PeakOf
 from flowturbo import LocalPipeline, contract
 from flowturbo.errors import NotFiniteError, RequestError
 from flowturbo.generate import check_finite
+from flowturbo.repository import Settings
+from flowturbo.schedule import Schedule
 from flowturbo.serving.tritonserver import running_server
 
 BAD_LABEL = 5
@@ -53,7 +56,16 @@ def poisoned(glyphs_repository: Path, tmp_path_factory: pytest.TempPathFactory) 
     model = Path("1") / "model.onnx"
     poison(repository / contract.PREDICTOR / model, "embedding_table.weight", BAD_LABEL)
     poison(repository / contract.DECODER / model, "decoder.conv_out.bias", slice(None))
+    add_checked_ensemble(repository)
     return repository
+
+
+def add_checked_ensemble(repository: Path) -> None:
+    """E1 as for a decoder that cannot check its images itself, as those on a GPU."""
+    shutil.rmtree(repository / contract.FINISHER)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ensemble, "_checks_itself", lambda _repository: False)
+        ensemble.write_ensembles(repository, Settings.load(repository), [Schedule.parse("E1")])
 
 
 def test_in_process(poisoned: Path) -> None:
@@ -79,7 +91,7 @@ def test_through_the_server(caller: Caller) -> None:
     """Alone on an ensemble, in company on gathered batches, and on an ensemble by its own name."""
     good = {"label": np.array([4]), "seed": np.array([1])}
     bad = {"label": np.array([4, BAD_LABEL]), "seed": np.array([1, 2])}
-    for model in (contract.ORCHESTRATOR, "flowturbo_h1p5r3"):
+    for model in (contract.ORCHESTRATOR, "flowturbo_h1p5r3", "flowturbo_e1"):
         schedule = {} if model != contract.ORCHESTRATOR else {"schedule": "H1P5R3"}
         (latent,) = caller.infer(model, ["latent"], **good, **schedule)
         assert np.isfinite(latent).all()
@@ -100,6 +112,17 @@ def test_through_the_server(caller: Caller) -> None:
                 begun.result()
         else:
             assert np.isfinite(begun.result()[0]).all()
+
+
+def test_finite_images_pass_the_checker(glyphs_repository: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "models"
+    shutil.copytree(glyphs_repository, repository)
+    add_checked_ensemble(repository)
+    label, seed = np.array([3, 4]), np.array([1, 2])
+    with running_server(repository) as address, Caller(address.grpc) as caller:
+        (image,) = caller.infer("flowturbo_e1", ["image"], label=label, seed=seed)
+    expected = LocalPipeline(repository).generate(label, seed, "E1").image
+    assert np.abs(image.astype(int) - expected).max() <= 1
 
 
 class Attention(nn.Module):

@@ -16,7 +16,7 @@ from typing import Any
 from flowturbo.repository import BUILD_FILE
 from flowturbo.serving.installation import SetupError
 
-_TENSORRT = ("libnvinfer.so.11", "libnvinfer.so.10", "libnvinfer.so")
+_TENSORRT = ("libnvinfer.so.12", "libnvinfer.so.11", "libnvinfer.so.10", "libnvinfer.so")
 _CUDA = "libcuda.so.1"
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 

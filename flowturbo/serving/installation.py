@@ -88,8 +88,8 @@ def _prepare_wheel(wheel: Path) -> Installation:
         environment["LD_PRELOAD"] = _path_list(guard, os.environ.get("LD_PRELOAD"))
     except (OSError, subprocess.SubprocessError) as error:
         notes.append(
-            "a request for classification of a BYTES output, and one of a huge shape over HTTP, end "
-            f"this server (release 24.10); what keeps it from that could not be compiled: {error}"
+            "this server (release 24.10) ends at a request for classification of a BYTES output, or "
+            f"of a huge shape over HTTP; what keeps it from that could not be compiled: {error}"
         )
     return Installation(wheel / "bin/tritonserver", backends, environment, tuple(notes))
 

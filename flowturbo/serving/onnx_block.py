@@ -4,6 +4,7 @@ For servers that have only the Python backend. Triton's dynamic batcher may hand
 at once, whose rows are evaluated as one batch.
 """
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,13 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from flowturbo import contract
+from flowturbo.errors import NotFiniteError
+from flowturbo.generate import check_finite
 from flowturbo.onnx_session import open_model
+from flowturbo.serving.triton_io import error_response
+
+_MAGNITUDE = contract.DECODER_OUTPUTS[1].name
 
 
 class TritonPythonModel:
@@ -25,6 +32,7 @@ class TritonPythonModel:
             config["parameters"][name]["string_value"] for name in ("precision", "runtime")
         )
         self._model = open_model(folder / "model.onnx", precision, runtime=runtime)
+        self._name = config["name"]
         self._inputs = [entry["name"] for entry in config["input"]]
         self._outputs = [entry["name"] for entry in config["output"]]
 
@@ -38,10 +46,18 @@ class TritonPythonModel:
         outputs = self._model(dict(zip(self._inputs, joined, strict=True)))
         ends = np.cumsum([len(tensors[0]) for tensors in per_request])[:-1]
         split = zip(*(np.split(output, ends) for output in outputs), strict=True)
-        return [
-            pb_utils.InferenceResponse(list(map(pb_utils.Tensor, self._outputs, parts)))
-            for parts in split
-        ]
+        return [self._answer(*pair) for pair in zip(requests, split, strict=True)]
+
+    def _answer(self, request: Any, parts: tuple[np.ndarray, ...]) -> Any:
+        named = dict(zip(self._outputs, parts, strict=True))
+        # Whoever does not ask for the magnitude does not look whether the image is finite: then it
+        # is checked here.
+        if _MAGNITUDE in named and _MAGNITUDE not in request.requested_output_names():
+            try:
+                check_finite(named[_MAGNITUDE], "image")
+            except NotFiniteError as error:
+                return error_response(self._name, error)
+        return pb_utils.InferenceResponse(list(itertools.starmap(pb_utils.Tensor, named.items())))
 
     def _read(self, request: Any, name: str) -> np.ndarray:
         tensor: np.ndarray = pb_utils.get_input_tensor_by_name(request, name).as_numpy()
