@@ -8,6 +8,10 @@ from tritonclient.utils import InferenceServerException
 from .address import proxy_hint
 
 
+# What the server says when a model's process has ended, or memory; the transport never does.
+_GONE = ("has to be restarted", "out of memory", "no memory for this request")
+
+
 class FlowTurboError(Exception):
     """Base of all errors of this client."""
 
@@ -68,6 +72,8 @@ def _unavailable(message: str, url: str) -> FlowTurboError:
     # The server and the transport share this status, so only the text tells them apart.
     if message.lower().startswith("server is full"):
         return ServerBusyError(f"{url} refused the request ({message}): try again later")
+    if any(part in message for part in _GONE):
+        return ConnectionFailedError(f"the server at {url} cannot answer: {message}")
     return ConnectionFailedError(
         f"cannot reach {url} ({message}): check that the server runs and that "
         f"this is its gRPC port (8001 by default){proxy_hint(url)}"

@@ -79,6 +79,19 @@ def test_a_broken_connection_is_asked_again(triton):
     assert len(triton.requests) == 2
 
 
+def test_a_server_that_lost_a_model_is_asked_again(triton):
+    """It may be started again meanwhile; what is said then is the server's own reason."""
+    gone = "vae_decoder cannot answer, its process has ended: the server has to be restarted"
+    triton.script = [(StatusCode.UNAVAILABLE, gone)]
+    with FlowTurboClient(triton.url) as client:
+        client.generate(0)
+    assert len(triton.requests) == 2
+    triton.script = [(StatusCode.UNAVAILABLE, gone)]
+    with FlowTurboClient(triton.url, retries=0) as client:
+        with pytest.raises(ConnectionFailedError, match=f"cannot answer: {gone}$"):
+            client.generate(0)
+
+
 def test_nobody_there(nobody):
     with FlowTurboClient(nobody, timeout_s=5) as client:
         with pytest.raises(ConnectionFailedError, match=nobody):

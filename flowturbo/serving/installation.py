@@ -88,8 +88,8 @@ def _prepare_wheel(wheel: Path) -> Installation:
         environment["LD_PRELOAD"] = _path_list(guard, os.environ.get("LD_PRELOAD"))
     except (OSError, subprocess.SubprocessError) as error:
         notes.append(
-            "this server (release 24.10) ends at a request for classification of a BYTES output, or "
-            f"of a huge shape over HTTP; what keeps it from that could not be compiled: {error}"
+            "a request for classification of a BYTES output ends this server (release 24.10), one "
+            f"of a huge shape over HTTP too; the guard against both could not be compiled: {error}"
         )
     return Installation(wheel / "bin/tritonserver", backends, environment, tuple(notes))
 
