@@ -7,7 +7,6 @@ from tritonclient.utils import InferenceServerException
 
 from .address import proxy_hint
 
-
 # What the server says when a model's process has ended, or memory; the transport never does.
 _GONE = ("has to be restarted", "out of memory", "no memory for this request")
 
