@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 import torch
 from support import GOLDEN, GOLDEN_EXPORT, run_export
 
+from bench.networks import SMALL
 from export.blocks import PredictorBlock
 from export.install import install, installed_fingerprint
 from export.onnx_graph import Exported, export_onnx
@@ -22,30 +22,12 @@ from export.parity import (
 )
 from flowturbo import LocalPipeline, contract
 from flowturbo.errors import RepositoryError
-from flowturbo.nets.sit import SiT, SiTConfig
+from flowturbo.nets.sit import SiT
 from flowturbo.onnx_session import open_model
-
-SMALL = SiTConfig(
-    latent_size=8,
-    patch_size=4,
-    in_channels=4,
-    latent_channels=4,
-    out_channels=8,
-    width=384,
-    depth=1,
-    num_heads=6,
-    num_classes=5,
-)
-
-
-def write(path: Path, config: SiTConfig = SMALL, **changes: torch.Tensor | None) -> Path:
-    tensors = SiT(config).state_dict() | {k.replace("__", "."): v for k, v in changes.items()}
-    torch.save({key: value for key, value in tensors.items() if value is not None}, path)
-    return path
 
 
 def test_a_file_that_computes_something_else_is_refused(tmp_path: Path) -> None:
-    network = SiT(replace(SMALL, width=64, num_heads=2))
+    network = SiT(SMALL)
 
     def exported() -> Exported:
         return Exported(contract.PREDICTOR, PredictorBlock(network, 3), (4, 8, 8), network.config)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +21,10 @@ _LABEL_TABLE = "y_embedder.embedding_table.weight"
 _TRAINING_ONLY = "projectors."  # REPA's (arXiv 2410.06940), which no sampler reads
 # Training arguments that say what a network predicts, and the values that are served.
 _CONVENTIONS = {"path_type": ("linear",), "prediction": ("velocity", "v")}
+_LEFT_OUT = ("class_dropout_prob", "cfg_prob")  # the share of labels that training left out
 _CLEAR = 0.3  # a cosine that tells the direction of time
-_NEAR_NOISE = 0.8
+_NEAR_NOISE = 0.95
+_NEARER = 0.02
 _LAST_DIFFUSION_STEP = 999.0  # of DiT's 1000
 _logger = logging.getLogger(__name__)
 
@@ -39,7 +42,7 @@ def infer_config(
     Heads leave no trace in the shapes: they are given, or come from the file's metadata, or are
     `known_heads` of the width. The number of classes comes from the file's own statement, else from
     `num_classes`; where neither says it, the last row of the label table is the null class, as in
-    the public checkpoints. Raises CheckpointError.
+    the public checkpoints, unless the file says that training left no label out. Raises CheckpointError.
     """
     patch = _shape(checkpoint, "x_embedder.proj.weight", 4)
     tokens = _shape(checkpoint, "pos_embed", 3)[1]
@@ -74,24 +77,57 @@ def infer_config(
 def _classes(checkpoint: Checkpoint, given: int | None) -> tuple[int, bool]:
     """The number of classes, and whether the label table has a row more: the null class."""
     rows = _shape(checkpoint, _LABEL_TABLE, 2)[0]
-    stated = checkpoint.integer("num_classes")
-    if given and stated and given != stated:
+    stated = checkpoint.integers("num_classes")
+    fitting = _fitting(stated, rows)
+    if given and fitting and given not in fitting:
         raise CheckpointError(
-            f"{checkpoint.path} states {stated} classes, --num-classes says {given}: leave it out"
+            f"{checkpoint.path} states {fitting[0]} classes, --num-classes says {given}: leave it "
+            "out"
         )
-    classes = stated or given or rows - 1
+    if not given and len(fitting) > 1:
+        raise CheckpointError(
+            f"{checkpoint.path} has a label table of {rows} rows and states both {fitting[0]} and "
+            f"{fitting[1]} classes: say which with --num-classes"
+        )
+    source = "--num-classes says" if given else "the file states"
+    classes = given or [*fitting, *stated, _unstated_classes(checkpoint, rows)][0]
     if not classes:
         raise CheckpointError(
             f"{checkpoint.path} has a label table of 1 row and does not say how many classes that "
             "is: give --num-classes 1"
         )
     if rows not in (classes, classes + 1):
-        source = "the file states" if stated else "--num-classes says"
         raise CheckpointError(
             f"{checkpoint.path} has a label table of {rows} rows, {source} {classes} classes: "
             f"{classes} rows are needed, or {classes + 1} with the null class of guidance"
         )
+    if given and stated and not fitting:
+        _logger.warning(
+            "%s states %d classes, which does not fit its label table of %d rows: %d as asked for",
+            checkpoint.path,
+            stated[0],
+            rows,
+            given,
+        )
     return classes, rows > classes
+
+
+def _fitting(stated: list[int], rows: int) -> list[int]:
+    """The stated numbers of classes that a label table of `rows` rows can have."""
+    return [classes for classes in stated if rows in (classes, classes + 1)]
+
+
+def _unstated_classes(checkpoint: Checkpoint, rows: int) -> int:
+    """All rows if training left no label out, else all but the null class."""
+    dropped = [share for name in _LEFT_OUT for share in checkpoint.stated(name)]
+    return rows if dropped and not any(map(_above_0, dropped)) else rows - 1
+
+
+def _above_0(value: Any) -> bool:
+    try:
+        return float(value) > 0
+    except ValueError:
+        return True
 
 
 def _latent_channels(
@@ -113,11 +149,13 @@ def _latent_channels(
 def _heads(
     checkpoint: Checkpoint, given: int | None, known: int, width: int, reads_velocity: bool
 ) -> int:
-    heads = given or checkpoint.integer("num_heads") or known
+    stated = checkpoint.integers("num_heads", of_the_network=True)
+    heads = given or (stated[0] if len(stated) == 1 else 0) or (0 if stated else known)
     if heads <= 0:
         option = "--refiner-num-heads (training: --heads)" if reads_velocity else "--num-heads"
         raise CheckpointError(
-            f"{checkpoint.path}: the number of heads at width {width} is not known, "
+            f"{checkpoint.path}: the number of heads at width {width} is not known"
+            f"{' (stated: ' + ', '.join(map(str, stated)) + ')' if stated else ''}, "
             f"give it with {option}"
         )
     if width % heads:
@@ -170,13 +208,14 @@ def load_refiner(
     also for another latent size or other classes than the predictor's.
     """
     checkpoint = load_checkpoint(path, weights, usual="model")
-    classes = predictor.num_classes
-    fits = _shape(checkpoint, _LABEL_TABLE, 2)[0] in (classes, classes + 1)
+    classes, rows = predictor.num_classes, _shape(checkpoint, _LABEL_TABLE, 2)[0]
+    stated = _fitting(checkpoint.integers("num_classes"), rows) or [classes]
+    the_same = classes in _fitting(stated, rows)
     network = build_network(
         checkpoint,
         reads_velocity=True,
         num_heads=num_heads,
-        num_classes=classes if fits and not checkpoint.integer("num_classes") else None,
+        num_classes=classes if the_same else None,
         known_heads={**KNOWN_HEADS, predictor.width: predictor.num_heads},
     )
     for key in ("latent_channels", "latent_size", "num_classes"):
@@ -223,18 +262,19 @@ def build_network(
 
 def _check_arguments(checkpoint: Checkpoint) -> None:
     """Raises CheckpointError for a network that predicts no velocity of a linear path."""
-    if (model := checkpoint.text("model")).lower().startswith("dit"):
-        raise CheckpointError(
-            f"{checkpoint.path} was trained as {model}: a DiT predicts the noise of a diffusion "
-            "process, a network that predicts the velocity of a flow is needed"
-        )
-    for name, allowed in _CONVENTIONS.items():
-        stated = checkpoint.text(name)
-        if stated and stated.lower() not in allowed:
+    for model in checkpoint.stated("model", of_the_network=True):
+        if str(model).lower().startswith("dit"):
             raise CheckpointError(
-                f"{checkpoint.path} was trained with {name} {stated!r}, which is not served: "
-                f"allowed is {' or '.join(allowed)}"
+                f"{checkpoint.path} was trained as {model}: a DiT predicts the noise of a "
+                "diffusion process, a network that predicts the velocity of a flow is needed"
             )
+    for name, allowed in _CONVENTIONS.items():
+        for stated in checkpoint.stated(name, of_the_network=True):
+            if str(stated).lower() not in allowed:
+                raise CheckpointError(
+                    f"{checkpoint.path} was trained with {name} {stated!r}, which is not served: "
+                    f"allowed is {' or '.join(allowed)}"
+                )
 
 
 @torch.no_grad()
@@ -258,7 +298,12 @@ def check_convention(network: SiT, path: Path) -> None:
             raise CheckpointError(f"{path} answers noise with values that are not finite")
         return float(F.cosine_similarity(answer, direction.flatten(1)).mean())
 
-    if not config.reverse_time and cosine(_LAST_DIFFUSION_STEP, x) > _NEAR_NOISE:
+    def as_in_training(t: float) -> float:
+        return cosine(1 - t, -x) if config.reverse_time else cosine(t, x)
+
+    noise = as_in_training(_LAST_DIFFUSION_STEP)
+    # Velocity networks extrapolate to 0.86 there at most, and are no nearer to it than at t = 1.
+    if noise > _NEAR_NOISE and noise > as_in_training(1.0) + _NEARER:
         raise CheckpointError(
             f"{path} answers the noise itself at t = 999, as a DiT does, which predicts the noise "
             "of a diffusion process: a network that predicts the velocity of a flow is needed"

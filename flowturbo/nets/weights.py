@@ -1,7 +1,8 @@
 """Weight files: what they hold is read as the file says, or refused by name.
 
-Reading a `.pt` file runs no code: tensors and a few plain types are read, every other class is
-refused. Training arguments (`args`) are kept, because they say what the weights mean.
+Reading a `.pt` file runs no code and imports no class: what is neither a tensor nor a plain value is
+stood in for. That is refused where weights are expected, and does no harm beside them. Training
+arguments are kept, because they say what the weights mean.
 """
 
 import argparse
@@ -21,15 +22,30 @@ from torch import Tensor, nn
 from flowturbo.errors import FlowTurboError
 
 WEIGHTS_KEYS = ("model", "ema")
-ARGUMENTS_KEYS = ("args", "config", "cfg")
+ARGUMENTS_KEYS = ("args", "config", "cfg", "hparams", "hyper_parameters")
 # Parts of names that wrappers add: DDP, torch.compile, activation checkpoints, FSDP.
 _WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\."
 )
 _UPDATES = "n_averaged"  # how many updates torch's AveragedModel has had: no weight
-_STAND_INS = ("argparse", "collections", "numpy", "omegaconf", "pathlib", "typing")
-_PLAIN_BUILTINS = {f"builtins.{kind.__name__}" for kind in (bool, dict, float, int, list, str)}
-_ALLOWED = "tensors, argparse, pathlib, numpy scalars and omegaconf"
+_OF_THE_NETWORK = (
+    "",
+    "model",
+    "network",
+    "net",
+    "transport",
+)  # where arguments speak of the network itself
+_UNSTATED = re.compile(r"None|\?\?\?|.*\$\{.*|")  # omegaconf's missing values, and what it computes
+# The first instructions of pickle protocols 4 and 5, and those for bytes of protocol 3.
+_LATER_PROTOCOL = re.compile(
+    r"Unsupported operand (149|150|66|67)\b|Detected pickle protocol [3-9]"
+)
+_REFERENCE = re.compile(r"\$\{([\w.]+)\}")
+# What people have in place of weights, by its first bytes.
+_NO_WEIGHTS = {
+    b"version https://git-lfs": "is a Git LFS pointer, not the file: run `git lfs pull`",
+    b"<": "is a web page, not weights: download the file itself",
+}
 
 
 class CheckpointError(FlowTurboError):
@@ -40,34 +56,42 @@ class CheckpointError(FlowTurboError):
 class Checkpoint:
     """A file's tensors by name, and what it says of itself.
 
-    `metadata` is the text metadata of a safetensors file. `arguments` are the training arguments
-    of a `.pt` file, flat: an argument that stands in several places with several values is left
-    out.
+    `arguments` are the training arguments of a `.pt` file and the text metadata of a safetensors
+    file: plain values by dotted name, without the key that they stand under in the file.
     """
 
     path: Path
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str] = field(default_factory=dict)
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    arguments: tuple[tuple[str, Any], ...] = ()
 
-    def integer(self, name: str) -> int | None:
-        """A whole number above 0 that the file states, None where it states none."""
-        stated = self.arguments.get(name, self.metadata.get(name))
-        if stated is None:
-            return None
-        try:
-            value = int(stated)
-            fits = value > 0 and value == float(stated) and not isinstance(stated, bool)
-        except (TypeError, ValueError, OverflowError):
-            fits = False
-        if not fits:
-            raise CheckpointError(f"{self.path}: {name} must be an integer above 0, got {stated!r}")
-        return value
+    def stated(self, name: str, *, of_the_network: bool = False) -> list[Any]:
+        """The different values that the file states for an argument, in order.
 
-    def text(self, name: str) -> str:
-        """A training argument that is text, "" where there is none."""
-        stated = self.arguments.get(name)
-        return stated if isinstance(stated, str) else ""
+        With `of_the_network` only those that stand at the top or under the network's own name: an
+        encoder or a teacher has its own.
+        """
+        found = []
+        for path, value in self.arguments:
+            place, _, last = path.rpartition(".")
+            if last == name and (not of_the_network or place in _OF_THE_NETWORK):
+                found.append(value)
+        return list(dict.fromkeys(found))
+
+    def integers(self, name: str, *, of_the_network: bool = False) -> list[int]:
+        """The different whole numbers above 0 that the file states; raises CheckpointError."""
+        found = []
+        for stated in self.stated(name, of_the_network=of_the_network):
+            try:
+                fits = not isinstance(stated, bool) and float(stated) == int(float(stated)) > 0
+            except (ValueError, OverflowError):
+                fits = False
+            if not fits:
+                raise CheckpointError(
+                    f"{self.path}: {name} must be an integer above 0, got {stated!r}"
+                )
+            found.append(int(float(stated)))
+        return list(dict.fromkeys(found))
 
 
 def load_checkpoint(
@@ -79,22 +103,24 @@ def load_checkpoint(
     `usual` ones, if it has them. Raises CheckpointError.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint {path} does not exist")
     if weights not in (None, *WEIGHTS_KEYS):
         raise CheckpointError(f"weights must be model or ema, got {weights!r}")
     if path.suffix == ".safetensors":
         tensors, metadata = read_safetensors(path)
-        return Checkpoint(path, without_wrappers(path, tensors), metadata)
+        if weights == "ema":
+            raise CheckpointError(f"{path} holds one set of weights and no 'ema'")
+        stated = tuple((name, text) for name, text in metadata.items() if _is_stated(text))
+        return Checkpoint(path, without_wrappers(path, tensors), metadata, stated)
     content = _load_pt(path)
     chosen = _choose(path, content, weights, usual)
-    return Checkpoint(path, without_wrappers(path, chosen), arguments=_arguments(content))
+    return Checkpoint(path, without_wrappers(path, chosen), arguments=tuple(_arguments(content)))
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A file's tensors by name, and its text metadata; raises CheckpointError."""
     from safetensors import SafetensorError, safe_open
 
+    _check_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -108,24 +134,40 @@ def read_pt(path: Path) -> dict[str, Tensor]:
     return dict(_state_dict(path, _load_pt(path)))
 
 
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder: give the file with the weights")
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {path} does not exist")
+    with path.open("rb") as file:
+        start = file.read(64).lstrip()
+    for mark, what in _NO_WEIGHTS.items():
+        if start.startswith(mark):
+            raise CheckpointError(f"{path} {what}")
+
+
 def _load_pt(path: Path) -> Any:
-    in_zip = zipfile.is_zipfile(path)  # files from before torch 1.6 are not, and cannot be mapped
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace, *_numpy_scalars()]):
-            others = torch.serialization.get_unsafe_globals_in_checkpoint(path) if in_zip else []
-            stand_ins: list[Any] = [(_stand_in(path, name), name) for name in sorted(others)]
-            with torch.serialization.safe_globals(stand_ins):
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=in_zip)
-    except CheckpointError:
-        raise
-    except Exception as error:  # the unpickler raises whatever the bytes make it do
-        raise CheckpointError(f"{path} is not a checkpoint of plain tensors: {_why(error)}") from (
-            error
-        )
+    _check_file(path)
+    mmap = zipfile.is_zipfile(path)  # files from before torch 1.6 are not, and cannot be mapped
+    plain = [argparse.Namespace, *_numpy_scalars()]
+    stand_ins: dict[str, Callable[..., Any]] = {}
+    while True:
+        allowed: list[Any] = [*plain, *((made, name) for name, made in stand_ins.items())]
+        try:
+            with torch.serialization.safe_globals(allowed):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        except Exception as error:  # the unpickler raises whatever the bytes make it do
+            if not _add_stand_in(stand_ins, str(error)):
+                reason = _why(error)
+                raise CheckpointError(f"{path} cannot be read without running it: {reason}") from (
+                    error
+                )
 
 
 class _StandIn:
-    """Takes the place of an object that is no weight; its class is never imported, nothing runs."""
+    """Takes the place of an object that is no weight; `of` names its class."""
+
+    of = ""
 
     def __new__(cls, *_arguments: Any) -> "_StandIn":
         return super().__new__(cls)
@@ -138,26 +180,40 @@ class _StandIn:
             vars(self).update({str(name): value for name, value in state.items()})
 
 
-def _mapping(*_arguments: Any) -> OrderedDict[Any, Any]:
-    """In place of collections.defaultdict, whose items the unpickler would refuse."""
-    return OrderedDict()
+def _add_stand_in(stand_ins: dict[str, Callable[..., Any]], error: str) -> bool:
+    """Adds what would have helped against an unpickler's `error`; whether there is such a thing."""
+    if found := re.search(r"GLOBAL (\S+) was not an allowed", error):
+        name = found[1] if "." in found[1] else f"builtins.{found[1]}"
+        # Named as the class it stands for: so the unpickler's errors name that.
+        made: Callable[..., Any] = type(name, (_StandIn,), {"of": name, "__module__": "builtins"})
+    elif found := re.search(r"Can only (\w+) .*got <class '(.+?)'>", error):
+        # One of a dictionary's or a list's kin: the unpickler fills these kinds themselves.
+        name = found[2]
+        made = _AsList if found[1] in ("append", "extend") else _AsMapping
+        if stand_ins.get(name) is made:
+            return False
+        stand_ins[name] = made
+        return True
+    else:
+        return False
+    return stand_ins.setdefault(name, made) is made
 
 
-def _stand_in(path: Path, name: str) -> Callable[..., Any]:
-    if name == "collections.defaultdict":
-        return _mapping
-    if name in _PLAIN_BUILTINS or name.partition(".")[0] in _STAND_INS:
-        return _StandIn
-    raise CheckpointError(
-        f"{path} has an object of the class {name}, which is refused: reading it could run code. "
-        f"Allowed are {_ALLOWED}; save the weights alone, as torch.save(model.state_dict(), file)"
-    )
+# Classes, because the unpickler makes some objects by a class's __new__ and some by a call.
+class _AsMapping:
+    def __new__(cls, *_arguments: Any) -> OrderedDict[Any, Any]:  # type: ignore[misc]
+        return OrderedDict()
+
+
+class _AsList:
+    def __new__(cls, *_arguments: Any) -> list[Any]:  # type: ignore[misc]
+        return []
 
 
 def _numpy_scalars() -> list[Any]:
     """What a pickled numpy scalar is made of, under the names of numpy 1 and 2."""
     scalar = np.float64(0).__reduce__()[0]
-    kinds = {type(np.dtype(code)) for code in "?bhilqBHILQefdSU"}
+    kinds = {type(np.dtype(code)) for code in "?bhilqBHILQefdgFDGSUmMVO"}
     modules = ("numpy.core.multiarray", "numpy._core.multiarray")
     return [(np.dtype, "numpy.dtype"), *((scalar, f"{m}.scalar") for m in modules), *kinds]
 
@@ -166,15 +222,16 @@ def _why(error: Exception) -> str:
     """The reason of an unpickler's error, in a line."""
     text = str(error)
     if found := re.search(r"GLOBAL (\S+)", text):
-        return f"it has an object of the class {found[1]}; allowed are {_ALLOWED}"
-    if "Unsupported operand" in text:
+        return f"it has an object of the class {found[1]}, which is refused"
+    if re.search(_LATER_PROTOCOL, text):
         return "it was written with a pickle protocol above 2: save it with torch.save's default"
-    return text.partition("\n")[0] or type(error).__name__
+    reason = re.search(r"WeightsUnpickler error: (.+)", text)
+    return (reason[1] if reason else text).partition("\n")[0] or type(error).__name__
 
 
 def _choose(path: Path, content: Any, weights: str | None, usual: str) -> Mapping[str, Tensor]:
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not named tensors")
+        raise CheckpointError(f"{path} holds {_kind(content)}, not named tensors")
     nested = [key for key in WEIGHTS_KEYS if isinstance(content.get(key), Mapping)]
     if nested:
         key = weights or (usual if usual in nested else nested[0])
@@ -188,12 +245,20 @@ def _choose(path: Path, content: Any, weights: str | None, usual: str) -> Mappin
 
 def _state_dict(path: Path, content: Any) -> Mapping[str, Tensor]:
     if not isinstance(content, Mapping) or not content:
-        found = "it is empty" if content == {} else f"it is a {type(content).__name__}"
+        found = "it is empty" if content == {} else f"it is {_kind(content)}"
         raise CheckpointError(f"{path} is not a state dict: {found}")
     for key, value in content.items():
         if not (isinstance(key, str) and isinstance(value, Tensor)):
-            raise CheckpointError(f"{path} is not a state dict: {key!r} is no named tensor")
+            found = ", ".join(map(str, list(content)[:5]))
+            raise CheckpointError(
+                f"{path} is not a state dict: {key!r} is {_kind(value)}, not a tensor. It has "
+                f"{found}; tensors by name are needed, or model or ema, which have them"
+            )
     return content
+
+
+def _kind(value: Any) -> str:
+    return f"a {getattr(value, 'of', '') or type(value).__name__}"
 
 
 def without_wrappers(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -208,30 +273,54 @@ def without_wrappers(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Ten
     return found
 
 
-def _arguments(content: Any) -> dict[str, Any]:
-    """The training arguments in a file's `content`, flat."""
-    found: dict[str, Any] = {}
-    conflicting = set()
-    for key in ARGUMENTS_KEYS:
-        for name, value in _flat(content.get(key)):
-            if found.setdefault(name, value) != value:
-                conflicting.add(name)
-    return {name: value for name, value in found.items() if name not in conflicting}
+def _arguments(content: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+    """The training arguments in a file's `content`: dotted names and plain values."""
+    beside = {name: value for name, value in content.items() if name not in WEIGHTS_KEYS}
+    for name, value in beside.items():
+        if name in ARGUMENTS_KEYS:
+            leaves = dict(_leaves(value))
+            for path, leaf in leaves.items():
+                if isinstance(leaf, str) and (reference := re.fullmatch(_REFERENCE, leaf)):
+                    leaf = leaves.get(reference[1], leaf)
+                if _is_stated(leaf):
+                    yield path, leaf
+        elif _is_stated(value := _plain(value)):
+            yield str(name), value
 
 
-def _flat(value: Any) -> Iterator[tuple[str, Any]]:
-    """Names and values of the leaves of nested arguments."""
-    if isinstance(value, argparse.Namespace):
+def _leaves(value: Any, path: str = "", above: tuple[int, ...] = ()) -> Iterator[tuple[str, Any]]:
+    above = (*above, id(value))
+    for name, item in _members(value).items():
+        at = f"{path}.{name}" if path else str(name)
+        yield at, _plain(item)
+        if id(item) not in above:  # some hold what holds them
+            yield from _leaves(item, at, above)
+
+
+def _members(value: Any) -> Mapping[Any, Any]:
+    """What a container of arguments holds by name."""
+    if isinstance(value, _StandIn):
+        # omegaconf's containers keep their nodes in _content
+        public = {name: item for name, item in vars(value).items() if not name.startswith("_")}
+        value = vars(value).get("_content", public)
+    elif isinstance(value, argparse.Namespace):
         value = vars(value)
-    if isinstance(value, _StandIn):  # omegaconf's containers keep their nodes in `_content`
-        value = vars(value).get("_content")
-    for name, item in value.items() if isinstance(value, Mapping) else ():
-        if isinstance(item, _StandIn) and "_val" in vars(item):  # and its nodes a value each
-            item = vars(item)["_val"]
-        if isinstance(item, Mapping | argparse.Namespace | _StandIn):
-            yield from _flat(item)
-        else:
-            yield str(name), item.item() if isinstance(item, np.generic) else item
+    return value if isinstance(value, Mapping) else {}
+
+
+def _plain(value: Any) -> Any:
+    """A number or a text as such; None for anything else."""
+    if isinstance(value, _StandIn):
+        value = vars(value).get("_val")  # what omegaconf's nodes hold
+    if isinstance(value, np.generic) or type(value) is Tensor and value.numel() == 1:
+        value = value.item()
+    return value if isinstance(value, bool | int | float | str) else None
+
+
+def _is_stated(value: Any) -> bool:
+    if isinstance(value, str):
+        return not re.fullmatch(_UNSTATED, value)
+    return isinstance(value, bool | int | float)
 
 
 def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -252,6 +341,8 @@ def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -
     if unknown:
         raise CheckpointError(f"{path} has an unknown tensor {unknown[0]!r}")
     for key, value in tensors.items():
+        if (kind := _no_weight(value)) is not None:
+            raise CheckpointError(f"{path}: {key} must be a plain tensor, got {kind}")
         if not value.is_floating_point():
             raise CheckpointError(f"{path}: {key} must be floating-point, got {value.dtype}")
         if not value.float().isfinite().all():
@@ -260,6 +351,15 @@ def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -
     for key, value in module.state_dict().items():
         if not torch.equal(value, tensors[key].float()):
             raise CheckpointError(f"{path}: {key} is not in the network as the file has it")
+
+
+def _no_weight(value: Tensor) -> str | None:
+    """What a tensor is that holds no values of its own to read; None if it is a plain one."""
+    if type(value) not in (Tensor, nn.Parameter):
+        return type(value).__name__
+    if value.is_meta:
+        return "a meta tensor, which has no values"
+    return None if value.layout is torch.strided else str(value.layout)
 
 
 def sha256(path: Path) -> str:

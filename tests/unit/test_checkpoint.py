@@ -90,6 +90,8 @@ def test_model_or_ema_is_a_choice() -> None:
     assert all(torch.equal(model[key], default[key]) for key in model)
     with pytest.raises(CheckpointError, match="no 'ema'"):
         load_checkpoint(GOLDEN / "predictor.pt", "ema")
+    with pytest.raises(CheckpointError, match="no 'ema'"):
+        load_checkpoint(GLYPHS / "predictor.safetensors", "ema")
 
 
 @pytest.mark.parametrize(
@@ -166,8 +168,19 @@ def test_files_that_are_no_checkpoints(tmp_path: Path, content: bytes, suffix: s
         load_checkpoint(path)
 
 
-class Unknown(dict):
-    """A class that no checkpoint may hold."""
+class Settings:
+    """A class of a training script's own."""
+
+    def __init__(self, **values: Any) -> None:
+        vars(self).update(values)
+
+
+class Named(dict):
+    """One of a dictionary's kin."""
+
+
+class Listed(list):
+    """One of a list's kin."""
 
 
 def saved(path: Path, network: SiT, **beside: Any) -> Path:
@@ -186,8 +199,21 @@ def saved(path: Path, network: SiT, **beside: Any) -> Path:
         {"random": np.random.default_rng(0).integers(9, size=3)},
         {"args": argparse.Namespace(counts=defaultdict(list, a=[1]))},
         {"config": OmegaConf.create({"model": {"depth": 2}, "steps": [1, 2], "path": None})},
+        {"settings": Settings(lr=1e-4, inner=Settings())},
+        {"settings": Named(a=1), "more": Listed([1])},
+        {"args": argparse.Namespace(wide=np.longdouble(1), at=np.datetime64("2024-01-01"))},
     ],
-    ids=["path", "windows path", "numpy scalars", "numpy array", "defaultdict", "omegaconf"],
+    ids=[
+        "path",
+        "windows path",
+        "numpy scalars",
+        "numpy array",
+        "defaultdict",
+        "omegaconf",
+        "own class",
+        "kin of dict and list",
+        "rare numpy scalars",
+    ],
 )
 def test_training_arguments_do_not_stop_a_load(tmp_path: Path, beside: dict[str, Any]) -> None:
     network = SiT(SMALL)
@@ -196,11 +222,44 @@ def test_training_arguments_do_not_stop_a_load(tmp_path: Path, beside: dict[str,
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_refused_pickle_names_the_class(tmp_path: Path, zipped: bool) -> None:
-    content = {"model": SiT(SMALL).state_dict(), "settings": Unknown(a=1)}
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (Settings(a=1), r"holds a test_checkpoint\.Settings, not named tensors"),
+        ({"pos_embed": Settings()}, r"'pos_embed' is a test_checkpoint\.Settings, not a tensor"),
+        ({"net": {"pos_embed": torch.zeros(1)}, "step": 3}, "It has net, step; tensors by name"),
+        ({}, "is not a state dict: it is empty"),
+    ],
+)
+def test_weights_of_another_class_are_refused_by_name(
+    tmp_path: Path, content: Any, said: str, zipped: bool
+) -> None:
     torch.save(content, tmp_path / "c.pt", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(CheckpointError, match=r"class test_checkpoint\.Unknown"):
+    with pytest.raises(CheckpointError, match=said):
         load_checkpoint(tmp_path / "c.pt")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        (b"<!DOCTYPE html><html>", "is a web page"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_what_stands_in_place_of_weights(
+    tmp_path: Path, content: bytes, said: str, suffix: str
+) -> None:
+    path = tmp_path / f"c{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=said):
+        load_checkpoint(path)
+    path.unlink()
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load_checkpoint(path)
+    path.mkdir()
+    with pytest.raises(CheckpointError, match="is a folder: give the file"):
+        load_checkpoint(path)
 
 
 def test_code_in_a_pickle_does_not_run(tmp_path: Path) -> None:
@@ -252,6 +311,8 @@ def test_wrappers_are_stripped_wherever_they_stand(tmp_path: Path) -> None:
     [
         (torch.full((384,), torch.nan), "blocks.0.attn.proj.bias must be finite"),
         (torch.ones(384, dtype=torch.int8), "blocks.0.attn.proj.bias must be floating-point"),
+        (torch.ones(384).to_sparse(), "proj.bias must be a plain tensor, got torch.sparse_coo"),
+        (torch.ones(384, device="meta"), "proj.bias must be a plain tensor, got a meta tensor"),
     ],
 )
 def test_weights_that_cannot_be_weights(tmp_path: Path, value: torch.Tensor, said: str) -> None:
@@ -281,13 +342,32 @@ def test_classes_in_nested_arguments_and_metadata(tmp_path: Path) -> None:
     assert not load_predictor(path).config.null_class
     save_file(without_null_class(5).state_dict(), tmp_path / "c.safetensors", {"num_classes": "5"})
     assert not load_predictor(tmp_path / "c.safetensors").config.null_class
-    # Two statements that differ say nothing: the last row is the null class, as in public files.
-    unclear = {"data": {"num_classes": 5}, "model": {"num_classes": 1000}}
+    # Of several numbers the one that the table can have, else the user says which.
+    several = {"data": {"num_classes": 5}, "teacher": {"num_classes": 1000}}
+    path = saved(tmp_path / "c.pt", without_null_class(5), config=several)
+    assert not load_predictor(path).config.null_class
+    unclear = {"data": {"num_classes": 5}, "teacher": {"num_classes": 4}}
     path = saved(tmp_path / "c.pt", without_null_class(5), config=unclear)
-    assert load_predictor(path).config.num_classes == 4
+    with pytest.raises(CheckpointError, match="states both 5 and 4 classes: say which"):
+        load_predictor(path)
+    assert load_predictor(path, num_classes=4).config.null_class
+    # A value of omegaconf that refers to another one.
+    referring = OmegaConf.create({"classes": 5, "num_classes": "${classes}", "seed": "???"})
+    path = saved(tmp_path / "c.pt", without_null_class(5), config=referring)
+    assert not load_predictor(path).config.null_class
 
 
-def test_classes_by_option(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["class_dropout_prob", "cfg_prob"])
+@pytest.mark.parametrize("share", [0, 0.1])
+def test_no_null_class_where_training_left_no_label_out(
+    tmp_path: Path, name: str, share: float
+) -> None:
+    arguments = argparse.Namespace(**{name: share})
+    config = load_predictor(saved(tmp_path / "c.pt", SiT(SMALL), args=arguments)).config
+    assert (config.num_classes, config.null_class) == ((5, True) if share else (6, False))
+
+
+def test_classes_by_option(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = saved(tmp_path / "c.pt", without_null_class(5))
     assert load_predictor(path).config.num_classes == 4
     found = load_predictor(path, num_classes=5).config
@@ -304,6 +384,9 @@ def test_classes_by_option(tmp_path: Path) -> None:
     wrong = saved(tmp_path / "w.pt", SiT(SMALL), args=argparse.Namespace(num_classes=1000))
     with pytest.raises(CheckpointError, match="6 rows, the file states 1000 classes"):
         load_predictor(wrong)
+    caplog.clear()
+    assert load_predictor(wrong, num_classes=5).config.null_class
+    assert "states 1000 classes, which does not fit its label table of 6 rows" in caplog.messages[0]
     bad = saved(tmp_path / "b.pt", SiT(SMALL), args=argparse.Namespace(num_classes=0.5))
     with pytest.raises(CheckpointError, match="num_classes must be an integer above 0, got 0.5"):
         load_predictor(bad)
@@ -367,6 +450,9 @@ def test_a_diffusion_transformer_is_refused(tmp_path: Path, glyphs: SiT) -> None
     network = twin(glyphs, at=999.0, sign=-1.0)  # the noise at t = 999
     with pytest.raises(CheckpointError, match="as a DiT does"):
         check_convention(network, tmp_path / "c.pt")
+    network.config = replace(network.config, reverse_time=True)
+    with pytest.raises(CheckpointError, match="as a DiT does"):
+        check_convention(network, tmp_path / "c.pt")
     path = saved(tmp_path / "c.pt", SiT(SMALL), args=argparse.Namespace(model="DiT-XL/2"))
     with pytest.raises(CheckpointError, match="was trained as DiT-XL/2"):
         load_predictor(path)
@@ -379,10 +465,12 @@ def test_a_diffusion_transformer_is_refused(tmp_path: Path, glyphs: SiT) -> None
         ({"path_type": "Linear", "prediction": "score"}, "prediction 'score'"),
         ({"path_type": "Linear", "prediction": "velocity", "model": "SiT-XL/2"}, None),
         ({"path_type": "linear", "prediction": "v"}, None),
+        ({"transport": {"path_type": "VP"}}, "path_type 'VP'"),
+        ({"teacher": {"prediction": "noise", "num_heads": 7}, "model": {"num_heads": 4}}, None),
     ],
 )
 def test_other_paths_and_predictions_are_refused(
-    tmp_path: Path, arguments: dict[str, str], said: str | None
+    tmp_path: Path, arguments: dict[str, Any], said: str | None
 ) -> None:
     path = saved(tmp_path / "c.pt", SiT(SMALL), args=argparse.Namespace(**arguments))
     if said is None:
