@@ -4,18 +4,25 @@ A network whose values leave that range answers NaN on a GPU, where a CPU hides 
 computes float16 in float32 there. So the float32 network is watched, wherever the export runs.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from export.blocks import StepBlock
+from export.onnx_graph import Exported
+from export.parity import block_outputs, torch_evaluation
+from flowturbo.guidance import Tensors
+
 LARGEST = torch.finfo(torch.float16).max
 HEADROOM = 2.0  # other inputs than the few that are tried reach further
+_SMALL_TABLE, _ROWS = 64, 8  # labels, and rows in an evaluation
 HALVES = ("fp16", "fp8")  # an fp8 network computes in float16 between its matrix products
 
 
@@ -53,6 +60,13 @@ class PeakOf(TorchDispatchMode):
         super().__exit__(*error)
         self._plain_attention.__exit__(*error)
 
+    def look_at(self, name: str, tensor: Tensor) -> None:
+        """Takes `tensor` into account, as what `name` made."""
+        if tensor.is_floating_point() and tensor.numel():
+            found = float(tensor.detach().abs().max())
+            if not found <= self.peak.magnitude:  # true for NaN too
+                self.peak = Peak(found, name)
+
     def __torch_dispatch__(
         self,
         func: Callable[..., Any],
@@ -62,8 +76,42 @@ class PeakOf(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel():
-                found = float(tensor.detach().abs().max())
-                if not found <= self.peak.magnitude:  # true for NaN too
-                    self.peak = Peak(found, str(func))
+            if isinstance(tensor, Tensor):
+                self.look_at(str(func), tensor)
         return result
+
+
+def watched_outputs(exported: Exported) -> tuple[dict[str, np.ndarray], Peak]:
+    """The outputs that every form is held to, and the peak of the model.
+
+    That is the largest of its weights, of what it computes for these outputs and for `extremes`.
+    """
+    run = torch_evaluation(exported)
+    with PeakOf() as watch:
+        outputs = block_outputs(exported, run)
+        for inputs in extremes(exported):
+            run(inputs)
+    for name, parameter in exported.module.named_parameters():
+        watch.look_at(name, parameter)
+    return outputs, watch.peak
+
+
+def extremes(exported: Exported) -> Iterator[Tensors]:
+    """Inputs of a step block at both ends of the flow and in its middle, for the labels that count.
+
+    These are all labels of a small table. Of a large one they are those with the largest
+    embeddings, and the null class.
+    """
+    if not isinstance(exported.module, StepBlock):
+        return
+    table = exported.module.network.y_embedder.embedding_table.weight
+    labels = torch.arange(len(table))
+    if len(table) > _SMALL_TABLE:
+        largest = table.norm(dim=1).topk(_ROWS - 1).indices
+        labels = torch.cat([largest, labels[-1:]])
+    for part in labels.split(_ROWS):
+        made = exported.random_inputs(len(part), seed=0)
+        made |= {"label": part[:, None], "pair": torch.zeros_like(made["pair"])}
+        for t in (0.0, 0.5, 1.0):
+            made["scalars"] = torch.full_like(made["scalars"], t)
+            yield {name: value.numpy() for name, value in made.items()}

@@ -1,6 +1,5 @@
 """One pipeline's checkpoints to verified models, installed in a repository together."""
 
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from export.ensemble import (
 )
 from export.onnx_graph import Exported, export_onnx, to_precision
 from export.parity import block_outputs, torch_evaluation
-from export.peaks import HALVES, LARGEST, PeakOf
+from export.peaks import HALVES, LARGEST, watched_outputs
 from export.quantize import quantize
 from export.runtime import Execution, Trial, attempt, candidates, choose
 from export.source import Source, modules, source_digests
@@ -202,12 +201,15 @@ def _write(
     deployment = options.deployment
     source = options.source.files()[exported.model]
     print(f"{exported.model}: PyTorch in float32 ... ", end="", flush=True)
-    with PeakOf() if deployment.precision in HALVES else nullcontext() as watch:
+    peak = None
+    if deployment.precision in HALVES:
+        expected, peak = watched_outputs(exported)
+    else:
         expected = block_outputs(exported, torch_evaluation(exported))
-    too_large = watch is not None and not watch.peak.fits_half
-    if watch and too_large:
+    too_large = peak is not None and not peak.fits_half
+    if too_large:
         print(
-            f"{watch.peak}, float16 ends at {LARGEST:.0f}: stays in float32 "
+            f"{peak}, float16 ends at {LARGEST:.0f}: stays in float32 "
             "(bf16 has float32's range) ... ",
             end="",
             flush=True,
@@ -238,7 +240,7 @@ def _write(
         "class_names": options.names(),
         "max_rows": options.deployment.max_rows,
         "kept_in_float32": too_large,
-        "peak": watch.peak.magnitude if watch else None,
+        "peak": peak.magnitude if peak else None,
         "command": options.command,
         "onnx_sha256": sha256(folder / "1"),
         "files": sorted(file.name for file in (folder / "1").iterdir()),

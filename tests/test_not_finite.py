@@ -17,11 +17,16 @@ from torch import nn
 from torch.nn import functional as F
 from tritonclient.utils import InferenceServerException
 
+from bench.networks import SMALL
 from export import ensemble
-from export.peaks import LARGEST, PeakOf
+from export.blocks import PredictorBlock
+from export.onnx_graph import Exported
+from export.parity import block_outputs, torch_evaluation
+from export.peaks import LARGEST, PeakOf, watched_outputs
 from flowturbo import LocalPipeline, contract
 from flowturbo.errors import NotFiniteError, RequestError
 from flowturbo.generate import check_finite
+from flowturbo.nets.sit import SiT
 from flowturbo.repository import Settings
 from flowturbo.schedule import Schedule
 from flowturbo.serving.tritonserver import running_server
@@ -145,6 +150,28 @@ def test_peaks_within_attention_are_seen() -> None:
     with PeakOf() as watch:
         torch.ones(2).log().sub(torch.inf).mul(0)
     assert not watch.peak.fits_half  # neither infinity nor NaN fits
+
+
+@pytest.mark.parametrize("large", ["a label", "the null class", "a weight"])
+def test_peaks_of_rare_inputs_are_seen(large: str) -> None:
+    """Each is beyond float16, and none comes up in the outputs that forms are compared by."""
+    torch.manual_seed(0)
+    block, shape = PredictorBlock(SiT(replace(SMALL, num_classes=100)), 4), (4, 8, 8)
+    network = block.network
+    with torch.no_grad():
+        if large == "a weight":
+            final = network.final_layer  # reads ones, of which the bias takes the sum away again
+            final.adaLN_modulation[1].weight[:] = 0
+            final.adaLN_modulation[1].bias[:] = torch.tensor([1.0, -1.0]).repeat_interleave(64)
+            final.linear.weight[:], final.linear.bias[:] = -1e5 / 64, 1e5
+        else:
+            row = -1 if large == "the null class" else 50
+            network.y_embedder.embedding_table.weight[row] *= 1e3
+    exported = Exported(contract.PREDICTOR, block, shape, network.config)
+    assert not watched_outputs(exported)[1].fits_half
+    with PeakOf() as watch:
+        block_outputs(exported, torch_evaluation(exported))
+    assert watch.peak.fits_half
 
 
 @pytest.fixture

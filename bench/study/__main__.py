@@ -28,7 +28,8 @@ from bench.study.refiners import FOLDER, REFINERS
 from flowturbo import contract
 from flowturbo.errors import FlowTurboError
 from flowturbo.guidance import Guidance
-from flowturbo.repository import BUILD_FILE, Settings
+from flowturbo.repository import BUILD_FILE, Pipeline, Settings
+from flowturbo.request import default_guidance_scale
 from flowturbo.schedule import Schedule, read_shift
 
 STABILITY_IMAGES = 36
@@ -101,7 +102,8 @@ def _parser() -> argparse.ArgumentParser:
 def _measure(study: Study, args: argparse.Namespace) -> None:
     guided = args.guided_scale
     if guided is None:
-        guided = Settings.load(args.repository).default_guidance_scale
+        served = Settings.load(args.repository)
+        guided = default_guidance_scale(Pipeline.load(args.repository), served)
     bench = _bench(args)
     settings = {
         "hardware": {name: value for name, value in hardware().items() if name != "gib"},

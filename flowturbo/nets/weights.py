@@ -1,8 +1,8 @@
 """Weight files: what they hold is read as the file says, or refused by name.
 
-Reading a `.pt` file runs no code and imports no class: what is neither a tensor nor a plain value is
-stood in for. That is refused where weights are expected, and does no harm beside them. Training
-arguments are kept, because they say what the weights mean.
+Reading a `.pt` file runs no code and imports no class. An object that is neither a tensor nor a
+plain value is stood in for: it is refused in the place of weights, and does no harm beside them.
+Training arguments are kept, because they say what the weights mean.
 """
 
 import argparse
@@ -28,18 +28,11 @@ _WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\."
 )
 _UPDATES = "n_averaged"  # how many updates torch's AveragedModel has had: no weight
-_OF_THE_NETWORK = (
-    "",
-    "model",
-    "network",
-    "net",
-    "transport",
-)  # where arguments speak of the network itself
+# Where arguments speak of the network itself.
+_OF_THE_NETWORK = ("", "model", "network", "net", "transport")
 _UNSTATED = re.compile(r"None|\?\?\?|.*\$\{.*|")  # omegaconf's missing values, and what it computes
 # The first instructions of pickle protocols 4 and 5, and those for bytes of protocol 3.
-_LATER_PROTOCOL = re.compile(
-    r"Unsupported operand (149|150|66|67)\b|Detected pickle protocol [3-9]"
-)
+_LATER_PROTOCOL = re.compile(r"Unsupported operand (149|150|66|67)\b|Detected pickle protocol")
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 # What people have in place of weights, by its first bytes.
 _NO_WEIGHTS = {
