@@ -1,7 +1,7 @@
 """Ensembles: a model a schedule, whose steps Triton runs by itself."""
 
-import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from google.protobuf import text_format
@@ -12,10 +12,17 @@ from export.deployment import add_tensors
 from flowturbo import contract
 from flowturbo.ensemble import Step, block_steps, ensemble_name
 from flowturbo.program import Program, Variant, compile_program
-from flowturbo.repository import BUILD_FILE, ENSEMBLE_SCHEDULE, Pipeline, Settings
+from flowturbo.repository import (
+    BUILD_FILE,
+    ENSEMBLE_SCHEDULE,
+    Pipeline,
+    Settings,
+    read_record,
+)
 from flowturbo.schedule import Schedule
 
 _PART = "part_of_ensemble"
+_FILES = ("config.pbtxt", "1/model.py", BUILD_FILE)
 _MODEL_PY = '''"""A step of an ensemble; the code is the installed package's."""
 
 from flowturbo.serving.{} import TritonPythonModel
@@ -26,7 +33,7 @@ __all__ = ["TritonPythonModel"]
 
 def installed_ensembles(repository: Path) -> tuple[Schedule, ...]:
     """The schedules that have an ensemble in `repository`."""
-    builds = (json.loads((folder / BUILD_FILE).read_text()) for folder in _folders(repository))
+    builds = (read_record(folder / BUILD_FILE) for folder in _folders(repository))
     return tuple(Schedule.parse(b[ENSEMBLE_SCHEDULE]) for b in builds if ENSEMBLE_SCHEDULE in b)
 
 
@@ -39,53 +46,71 @@ def _folders(repository: Path) -> list[Path]:
     # flowturbo_stream, say, has no build record.
     records = sorted(repository.glob(f"{contract.ORCHESTRATOR}_*/{BUILD_FILE}"))
     return [
-        path.parent
-        for path in records
-        if json.loads(path.read_text()).keys() & {ENSEMBLE_SCHEDULE, _PART}
+        path.parent for path in records if read_record(path).keys() & {ENSEMBLE_SCHEDULE, _PART}
     ]
 
 
 def write_ensembles(staged: Path, settings: Settings, schedules: Sequence[Schedule]) -> None:
     """Writes an ensemble for each of `schedules` beside the finished models in `staged`."""
-    for config, code, build in _configs(staged, settings, schedules) if schedules else ():
-        _write(staged / config.name, config, code, build)
+    for model in _models(staged, settings, schedules) if schedules else ():
+        model.write(staged / model.config.name)
 
 
 def ensembles_are_installed(
     repository: Path, settings: Settings, schedules: Sequence[Schedule]
 ) -> bool:
     """Whether `repository` has exactly the ensembles of `schedules`, as they would be written."""
-    wanted = _configs(repository, settings, schedules) if schedules else ()
-    texts = {config.name: text_format.MessageToString(config) for config, _, _ in wanted}
-    installed = {path: repository / path / "config.pbtxt" for path in ensemble_models(repository)}
-    return texts == {name: path.read_text() for name, path in installed.items()}
+    wanted = _models(repository, settings, schedules) if schedules else ()
+    present = [repository / name for name in ensemble_models(repository)]
+    return {each.config.name: each.files() for each in wanted} == {
+        folder.name: {file: _text(folder / file) for file in _FILES} for folder in present
+    }
 
 
-def _write(folder: Path, config: ModelConfig, code: str | None, build: dict[str, str]) -> None:
-    (folder / "1").mkdir(parents=True)
-    (folder / "config.pbtxt").write_text(text_format.MessageToString(config))
-    if code:
-        (folder / "1" / "model.py").write_text(_MODEL_PY.format(code))
-    install.write_build(folder, build)
+def _text(path: Path) -> str | None:
+    return path.read_text() if path.is_file() else None
 
 
-def _configs(
+@dataclass(frozen=True)
+class _Model:
+    """A model of an ensemble: its code's module in `flowturbo.serving`, of which Triton has none
+    for the ensemble itself, and its build record.
+    """
+
+    config: ModelConfig
+    code: str | None
+    build: dict[str, str]
+
+    def files(self) -> dict[str, str | None]:
+        """The content of each file of its folder; None for one that it does not have."""
+        code = _MODEL_PY.format(self.code) if self.code else None
+        contents = text_format.MessageToString(self.config), code, install.record(self.build)
+        return dict(zip(_FILES, contents, strict=True))
+
+    def write(self, folder: Path) -> None:
+        (folder / "1").mkdir(parents=True)
+        for name, text in self.files().items():
+            if text is not None:
+                (folder / name).write_text(text)
+
+
+def _models(
     repository: Path, settings: Settings, schedules: Iterable[Schedule]
-) -> Iterable[tuple[ModelConfig, str | None, dict[str, str]]]:
-    """Each model, its code's module in `flowturbo.serving` (an ensemble has none), its record."""
+) -> Iterable[_Model]:
     pipeline = Pipeline.load(repository)
     sizes = _sizes(repository)
     finisher = _python_model(contract.FINISHER, sizes, *_FINISHER_TENSORS)
-    yield finisher, "finisher", {_PART: "all"}
+    yield _Model(finisher, "finisher", {_PART: "all"})
     checks = pipeline.has_decoder and not _checks_itself(repository)
     if checks:
         checker = _python_model(contract.CHECKER, sizes, *_CHECKER_TENSORS)
-        yield checker, "checker", {_PART: "all"}
+        yield _Model(checker, "checker", {_PART: "all"})
     for schedule in schedules:
         program = compile_program(schedule, variant=Variant(settings.variant))
-        yield _planner(program, pipeline, settings, sizes), "planner", {_PART: str(schedule)}
+        planner = _planner(program, pipeline, settings, sizes)
+        yield _Model(planner, "planner", {_PART: str(schedule)})
         record = {ENSEMBLE_SCHEDULE: str(schedule), "variant": settings.variant}
-        yield _ensemble(program, pipeline, sizes, checks=checks), None, record
+        yield _Model(_ensemble(program, pipeline, sizes, checks=checks), None, record)
 
 
 _FINISHER_TENSORS = contract.FINISHER_INPUTS, contract.FINISHER_OUTPUTS

@@ -6,15 +6,19 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
 from flowturbo import contract
 from flowturbo.errors import FlowTurboError
+from flowturbo.nets.weights import sha256
 from flowturbo.presets import PRESETS_FILE, presets_path
-from flowturbo.repository import BUILD_FILE
+from flowturbo.repository import BUILD_FILE, read_config, read_record
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMITTED = ROOT / "model_repository" / contract.ORCHESTRATOR
@@ -24,6 +28,8 @@ from flowturbo.serving.onnx_block import TritonPythonModel
 
 __all__ = ["TritonPythonModel"]
 '''
+# Fields of the orchestrator's configuration that belong to its code.
+_THIS_VERSIONS = ("name", "backend", "max_batch_size", "input", "output")
 _VERSIONED = ("torch", "onnx", "onnxscript", "diffusers", "onnxruntime", "openvino")
 
 
@@ -48,14 +54,18 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def read_build(folder: Path) -> dict[str, Any]:
-    """The build record in a model's folder."""
-    build: dict[str, Any] = json.loads((folder / BUILD_FILE).read_text())
-    return build
+    """The build record in a model's folder; raises RepositoryError for one that is none."""
+    return read_record(folder / BUILD_FILE)
 
 
 def write_build(folder: Path, build: dict[str, Any]) -> None:
     """The build record, into a model's folder."""
-    replace_text(folder / BUILD_FILE, json.dumps(build, indent=1) + "\n")
+    replace_text(folder / BUILD_FILE, record(build))
+
+
+def record(build: Mapping[str, Any]) -> str:
+    """A build record as its file has it."""
+    return json.dumps(build, indent=1) + "\n"
 
 
 def versions() -> dict[str, str]:
@@ -133,20 +143,66 @@ def install(staged: Path, repository: Path, replaced: Iterable[str]) -> None:
         raise
 
 
-def install_presets(file: Path, repository: Path) -> None:
-    """Puts a checked `file` of presets in the place of those in `repository`, at once."""
+def install_presets(text: str, repository: Path) -> None:
+    """Puts a checked `text` of presets in the place of those in `repository`, at once."""
     path = presets_path(repository)
     partial = path.with_suffix(".partial")
-    shutil.copyfile(file, partial)
+    partial.write_text(text)
     partial.replace(path)
 
 
+def mend_orchestrator(repository: Path) -> bool:
+    """Brings the code and the tensors of the repository's orchestrator, if it has one, up to date.
+
+    Its settings and instances stay. Returns whether there was anything to do. Raises
+    RepositoryError for a configuration that is none.
+    """
+    folder = repository / contract.ORCHESTRATOR
+    if not folder.is_dir():
+        return False
+    code, config = Path("1") / "model.py", Path("config.pbtxt")
+    wanted = read_config(COMMITTED / config)
+    found = read_config(folder / config) if (folder / config).is_file() else None
+    mended = ModelConfig()
+    mended.CopyFrom(wanted)
+    if found:
+        for name, value in found.parameters.items():
+            mended.parameters[name].CopyFrom(value)
+        if found.instance_group:
+            del mended.instance_group[:]
+            mended.instance_group.extend(found.instance_group)
+    path, text = folder / code, (COMMITTED / code).read_text()
+    same_code = path.is_file() and path.read_text() == text
+    same_config = found is not None and all(
+        getattr(found, name) == getattr(wanted, name) for name in _THIS_VERSIONS
+    )
+    if not same_code:
+        path.parent.mkdir(exist_ok=True)
+        replace_text(path, text)
+    if not same_config:
+        replace_text(folder / config, text_format.MessageToString(mended))
+    return not (same_code and same_config)
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """The digest of every file of a model's version, by name."""
+    return {file.name: sha256(file) for file in sorted((folder / "1").iterdir())}
+
+
+def is_whole(folder: Path, engine: Mapping[str, Any]) -> bool:
+    """Whether an engine's file is there, as long as its record says."""
+    path = folder / "1" / engine["file"]
+    return path.is_file() and path.stat().st_size == engine["bytes"]
+
+
 def installed_fingerprint(repository: Path, model: str) -> Any:
-    """What the installed model was made from; None where it is not whole."""
+    """What the installed model was made from; None where it is not whole or not as recorded."""
     folder = repository / model
     try:
         build = read_build(folder)
-    except (OSError, ValueError):
+        files = {name: sha256(folder / "1" / name) for name in build["files"]}
+        fingerprint = build["fingerprint"]
+        same = (files, build["class_names"]) == (build["files"], fingerprint["class_names"])
+    except (OSError, ValueError, LookupError, TypeError, FlowTurboError):
         return None
-    files = ["config.pbtxt", *(f"1/{name}" for name in build.get("files", ["model.onnx"]))]
-    return build.get("fingerprint") if all((folder / file).is_file() for file in files) else None
+    return fingerprint if same else None

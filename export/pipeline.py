@@ -1,6 +1,8 @@
 """One pipeline's checkpoints to verified models, installed in a repository together."""
 
+import unicodedata
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,14 @@ from export.runtime import Execution, Trial, attempt, candidates, choose
 from export.source import Source, modules, source_digests
 from flowturbo import contract
 from flowturbo.nets.sit import SiTConfig
-from flowturbo.nets.weights import CheckpointError, sha256
-from flowturbo.presets import Presets, find_schedule, load_presets, read_presets
+from flowturbo.nets.weights import CheckpointError
+from flowturbo.presets import Presets, find_schedule, load_presets, parse_presets
 from flowturbo.repository import Settings
 from flowturbo.schedule import Schedule
-from flowturbo.textfile import read_lines
+from flowturbo.textfile import read_lines, read_text
+
+# Characters of these kinds are not seen: control, format, unassigned, lone surrogates.
+_HIDDEN = ("Cc", "Cf", "Cn", "Cs")
 
 
 @dataclass(frozen=True)
@@ -45,9 +50,17 @@ class Options:
     presets: Path | None
     command: str
 
+    # Read once: what was checked is what is installed, though it came through a pipe.
+    @cached_property
     def names(self) -> list[str]:
         """The classes' names, none if none were given; raises TextFileError."""
         return read_lines(self.class_names) if self.class_names else []
+
+    @cached_property
+    def presets_text(self) -> str:
+        """The content of the file of presets, which was given; raises TextFileError."""
+        assert self.presets
+        return read_text(self.presets)
 
 
 def export_pipeline(options: Options) -> None:
@@ -57,9 +70,11 @@ def export_pipeline(options: Options) -> None:
     the models cannot serve, and then leaves the repository as it was.
     """
     presets = _presets(options)  # found wanting before minutes of export
+    if install.mend_orchestrator(options.repository):
+        print(f"export: {contract.ORCHESTRATOR} is of this version now, its settings as before")
     _export_models(options, presets)
     if options.presets:
-        install.install_presets(options.presets, options.repository)
+        install.install_presets(options.presets_text, options.repository)
         shown = ", ".join(f"{name} {schedule}" for name, schedule in presets.items())
         print(f"export: presets in {options.repository}: {shown or 'none'}")
 
@@ -68,7 +83,7 @@ def _presets(options: Options) -> Presets:
     """Those given, or those that the repository has or gets."""
     has_refiner = options.source.refiner is not None
     if options.presets:
-        return read_presets(options.presets, has_refiner=has_refiner)
+        return parse_presets(options.presets_text, options.presets, has_refiner=has_refiner)
     return load_presets(options.repository, has_refiner=has_refiner)
 
 
@@ -80,7 +95,8 @@ def _export_models(options: Options, presets: Presets) -> None:
     fingerprint = _fingerprint(options)
     installed = not options.force and _is_installed(repository, fingerprint)
     lacking = installed and builder and _lacking(repository, builder)
-    if installed and not lacking and ensembles_are_installed(repository, settings, schedules):
+    current = installed and not lacking and _configs_are_installed(options)
+    if current and ensembles_are_installed(repository, settings, schedules):
         print(f"export: {repository} is up to date")
         return
     with install.staging(repository) as staged:
@@ -120,15 +136,10 @@ def _ensembles(options: Options, presets: Presets) -> tuple[Schedule, ...]:
 
 def _fingerprint(options: Options) -> dict[str, Any]:
     """All that decides the result: sources, options, tools and code."""
-    reading = {
-        key: value
-        for key, value in asdict(options.source).items()
-        if key not in ("predictor", "refiner", "vae")
-    }
     return {
         "sha256": source_digests(options.source),
-        "options": reading | asdict(options.deployment),
-        "class_names": options.names(),
+        "options": options.source.reading() | asdict(options.deployment),
+        "class_names": options.names,
         "versions": install.versions(),
         # What runs fastest on one processor need not on another.
         "processor": install.processor_digest() if options.deployment.engine == "python" else None,
@@ -138,15 +149,24 @@ def _fingerprint(options: Options) -> dict[str, Any]:
 
 def _is_installed(repository: Path, fingerprint: dict[str, Any]) -> bool:
     """Whether `repository` has the models of this fingerprint and no others."""
-    if not (repository / contract.ORCHESTRATOR / "config.pbtxt").is_file():
-        return False
     present = [model for model in contract.COMPOSED if (repository / model).exists()]
     found = {model: install.installed_fingerprint(repository, model) for model in present}
     return found == dict.fromkeys(fingerprint["sha256"], fingerprint)
 
 
+def _configs_are_installed(options: Options) -> bool:
+    folders = [options.repository / model for model in options.source.files()]
+    texts = [folder / "config.pbtxt" for folder in folders]
+    return all(
+        text.is_file() and text.read_text() == _config(folder, options.deployment)
+        for folder, text in zip(folders, texts, strict=True)
+    )
+
+
 def _check_names(options: Options, config: SiTConfig) -> None:
-    names = options.names()
+    names = options.names
+    if options.class_names and not names:
+        raise CheckpointError(f"{options.class_names} has no names, a line each is needed")
     if names and len(names) != config.num_classes:
         hint = f"; --num-classes {len(names)} says that its label table has no null class"
         hint = hint if len(names) == config.label_rows else ""
@@ -157,6 +177,11 @@ def _check_names(options: Options, config: SiTConfig) -> None:
     for line, name in enumerate(names, 1):
         if not name.strip():
             raise CheckpointError(f"{options.class_names}: line {line} must be a name, it is empty")
+        if hidden := next((c for c in name if unicodedata.category(c) in _HIDDEN), None):
+            raise CheckpointError(
+                f"{options.class_names}: line {line} must be a name that one can read and type, it "
+                f"has U+{ord(hidden):04X}"
+            )
         if (first := names.index(name) + 1) < line:
             raise CheckpointError(
                 f"{options.class_names}: names must be unique, {name!r} is in lines {first} and "
@@ -237,13 +262,12 @@ def _write(
         "sizes": exported.sizes(expected),
         "num_classes": exported.config.num_classes,
         "null_class": exported.config.null_class,
-        "class_names": options.names(),
+        "class_names": options.names,
         "max_rows": options.deployment.max_rows,
         "kept_in_float32": too_large,
         "peak": peak.magnitude if peak else None,
         "command": options.command,
-        "onnx_sha256": sha256(folder / "1"),
-        "files": sorted(file.name for file in (folder / "1").iterdir()),
+        "files": install.file_digests(folder),
         "engines": {},
         "fingerprint": fingerprint,
     }
@@ -264,7 +288,7 @@ def _lacking(repository: Path, builder: Builder) -> list[str]:
             continue
         engine = install.read_build(folder)["engines"].get(builder.capability, {})
         fits = (engine.get("tensorrt"), engine.get("gpu")) == (builder.version, builder.gpu)
-        if not fits or not (folder / "1" / engine["file"]).is_file():
+        if not fits or not install.is_whole(folder, engine):
             lacking.append(model)
     return lacking
 
@@ -286,8 +310,13 @@ def _add_engine(folder: Path, builder: Builder, options: Options) -> None:
 
 
 def _write_config(folder: Path, deployment: Deployment) -> None:
+    install.replace_text(folder / "config.pbtxt", _config(folder, deployment))
+
+
+def _config(folder: Path, deployment: Deployment) -> str:
     build = install.read_build(folder)
     engines = {capability: engine["file"] for capability, engine in build["engines"].items()}
     decided = replace(deployment, runtime=build["runtime"], precision=build["precision"])
-    config = model_config(folder.name, build["sizes"], decided, engines, build["onnx_sha256"])
-    install.replace_text(folder / "config.pbtxt", text_format.MessageToString(config))
+    digest = build["files"]["model.onnx"]
+    config = model_config(folder.name, build["sizes"], decided, engines, digest)
+    return text_format.MessageToString(config)

@@ -1,8 +1,9 @@
 """Checkpoints, read and checked, as the modules that are to be exported."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from export.blocks import DecoderBlock, PredictorBlock, RefinerBlock
 from export.onnx_graph import Exported
@@ -11,6 +12,8 @@ from flowturbo.nets.checkpoint import load_predictor, load_refiner
 from flowturbo.nets.sit import SiTConfig
 from flowturbo.nets.vae import Decoder, load_vae
 from flowturbo.nets.weights import CheckpointError, sha256
+
+_PLACES = ("predictor", "refiner", "vae")
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,10 @@ class Source:
     num_classes: int | None
     reverse_time: bool
     guidance_channels: int
+
+    def reading(self) -> dict[str, Any]:
+        """How the checkpoints are read: all but where they are."""
+        return {key: value for key, value in asdict(self).items() if key not in _PLACES}
 
     def files(self) -> dict[str, Path]:
         """The file or folder that each composed model is made from."""

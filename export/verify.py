@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,11 +25,11 @@ from flowturbo.guidance import Tensors
 from flowturbo.onnx_session import open_model
 from flowturbo.program import Variant
 from flowturbo.repository import Pipeline, Settings
-from flowturbo.request import parse_request
-from flowturbo.schedule import Schedule
+from flowturbo.request import GenerationRequest, parse_request
 
 IMAGES = 2
 GUIDANCE_SCALE = 1.5  # where the predictor has a null class
+_TRAJECTORY = "trajectory"
 _ROW = "{:<28} {:<32} {:>10} {:>10} {:>10}  {}"
 Forms = dict[str, Evaluate]  # by model
 
@@ -37,15 +38,17 @@ def verify_repository(source: Source, repository: Path, schedule: str | None) ->
     """Prints the error of every form of every model, and of a trajectory through each form.
 
     All are compared with PyTorch in float32. Raises VerificationError if any error is above its
-    tolerance, RepositoryError if the repository was made from other checkpoints.
+    tolerance, RepositoryError if the repository was made from other checkpoints or otherwise read,
+    RequestError for a schedule that it cannot serve.
     """
     pipeline = Pipeline.load(repository)
-    builds = {model: read_build(repository / model) for model in source.files()}
-    for model, digest in source_digests(source).items():
-        if builds[model]["fingerprint"]["sha256"][model] != digest:
-            raise RepositoryError(f"{repository / model} was made from another checkpoint")
-    precisions = {model: build["precision"] for model, build in builds.items()}
+    builds = _builds(source, repository)
     chosen = schedule or ("H1P5R3" if pipeline.has_refiner else "H1P5")
+    request = _request(pipeline, chosen)
+    # A trajectory is as exact as the least exact of its networks.
+    tolerances = {model: TOLERANCES[build["precision"]] for model, build in builds.items()}
+    networks = (t for model, t in tolerances.items() if model != contract.DECODER)
+    tolerances[_TRAJECTORY] = max(networks, key=lambda tolerance: tolerance.trajectory)
     exports = list(modules(source))
 
     def outcome(forms: Forms) -> dict[str, np.ndarray]:
@@ -54,42 +57,74 @@ def verify_repository(source: Source, repository: Path, schedule: str | None) ->
             for exported in exports
             for name, value in block_outputs(exported, forms[exported.model]).items()
         }
-        return found | {f"trajectory {chosen}": _latent(pipeline, chosen, forms)}
+        return found | {f"{_TRAJECTORY} {chosen}": _latent(pipeline, request, forms)}
 
     expected = outcome({e.model: torch_evaluation(e) for e in exports})
     print(_ROW.format("form", "output", "largest", "relative", "allowed", ""), flush=True)
     failed = []
-    for form, forms in _forms(exports, builds, repository):
+    for names, forms in _forms(exports, builds, repository):
         found = outcome(forms)
         for name, want in expected.items():
-            # A trajectory is as exact as the predictor.
-            precision = precisions.get(name.partition(" ")[0], precisions[contract.PREDICTOR])
-            (error,) = errors({name: want}, found, TOLERANCES[precision])
+            of = name.partition(" ")[0]
+            (error,) = errors({name: want}, found, tolerances[of])
             verdict = "FAILED" if error.exceeded else "ok"
             figures = (f"{x:.2e}" for x in (error.largest, error.relative, error.allowed))
-            print(_ROW.format(f"{form} {precision}", name, *figures, verdict), flush=True)
-            failed += [f"{form} {precision}: {name}"] * error.exceeded
+            form = names.get(of) or names[contract.PREDICTOR]
+            print(_ROW.format(form, name, *figures, verdict), flush=True)
+            failed += [f"{form}: {name}"] * error.exceeded
         forms.clear()
     if failed:
         raise VerificationError(f"{len(failed)} of the errors are too large: {'; '.join(failed)}")
 
 
+def _builds(source: Source, repository: Path) -> dict[str, dict[str, Any]]:
+    """The record of each model; raises RepositoryError where `source` is not what they are of."""
+    digests = source_digests(source)
+    for model in contract.COMPOSED:
+        if (repository / model).exists() != (model in digests):
+            option = {contract.REFINER: "--refiner", contract.DECODER: "--vae"}[model]
+            has = f"{repository} has a {model}: give {option}"
+            lacks = f"{repository} has no {model}: leave {option} out"
+            raise RepositoryError(lacks if model in digests else has)
+    builds = {model: read_build(repository / model) for model in digests}
+    for model, digest in digests.items():
+        made = builds[model]["fingerprint"]
+        if made["sha256"].get(model) != digest:
+            raise RepositoryError(f"{repository / model} was made from another checkpoint")
+        for name, now in source.reading().items():
+            was = made["options"].get(name)
+            if (was or None) != (now or None):
+                said, here = (
+                    {None: "not given", False: "not given", True: "given"}.get(v, v)
+                    for v in (was, now)
+                )
+                option = f"--{name.replace('_', '-')}"
+                raise RepositoryError(
+                    f"{repository / model} was exported with {option} {said}, here it is {here}"
+                )
+    return builds
+
+
 def _forms(
     exports: list[Exported], builds: dict[str, dict], repository: Path
-) -> Iterator[tuple[str, Forms]]:
-    """One after the other; whoever clears what he got has but one of them in memory at a time."""
+) -> Iterator[tuple[dict[str, str], Forms]]:
+    """What each model is run by, and how; one such form of all models after the other.
+
+    Whoever clears what he got has but one of them in memory at a time.
+    """
     precisions = {model: build["precision"] for model, build in builds.items()}
     if set(precisions.values()) == {"bf16"}:  # PyTorch takes minutes over a convolution in fp16
         for exported in exports:
             to_precision(exported.module, "bf16")
-        yield "PyTorch", {e.model: torch_evaluation(e) for e in exports}
+        names = dict.fromkeys(builds, "PyTorch bf16")
+        yield names, {e.model: torch_evaluation(e) for e in exports}
     paths = {model: repository / model / "1" for model in builds}
     models: Forms = {
         name: open_model(path / "model.onnx", precisions[name], runtime=builds[name]["runtime"])
         for name, path in paths.items()
     }
-    runtime = type(next(iter(models.values()))).__name__.removesuffix("Model")
-    yield runtime, models
+    runtimes = {name: type(model).__name__.removesuffix("Model") for name, model in models.items()}
+    yield {name: f"{runtimes[name]} {precisions[name]}" for name in models}, models
     if any(build["engines"] for build in builds.values()):
         try:
             builder = find_builder(None)
@@ -103,10 +138,11 @@ def _forms(
             name: path / builds[name]["engines"][builder.capability]["file"]
             for name, path in paths.items()
         }
-        yield "TensorRT", {name: TensorRtModel(builder.trt, plan) for name, plan in plans.items()}
+        names = {name: f"TensorRT {precisions[name]}" for name in plans}
+        yield names, {name: TensorRtModel(builder.trt, plan) for name, plan in plans.items()}
 
 
-def _latent(pipeline: Pipeline, schedule: str, forms: Forms) -> np.ndarray:
+def _request(pipeline: Pipeline, schedule: str) -> GenerationRequest:
     scale = GUIDANCE_SCALE if pipeline.null_class else 1.0
     tensors: Tensors = {
         "label": np.arange(IMAGES) % pipeline.num_classes,
@@ -114,8 +150,11 @@ def _latent(pipeline: Pipeline, schedule: str, forms: Forms) -> np.ndarray:
         "guidance_scale": np.array([scale], dtype=np.float32),
         "schedule": np.array([schedule], dtype=object),
     }
-    request = parse_request(tensors, ["latent"], pipeline, Settings())
-    program = program_for(Schedule.parse(schedule), Variant.REFERENCE)
+    return parse_request(tensors, ["latent"], pipeline, Settings())
+
+
+def _latent(pipeline: Pipeline, request: GenerationRequest, forms: Forms) -> np.ndarray:
+    program = program_for(request.schedule, Variant.REFERENCE)
 
     def infer(model: str, inputs: Tensors) -> tuple[np.ndarray, ...]:
         return forms[model](inputs)

@@ -7,8 +7,9 @@ What else stands there is for people to read.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from flowturbo import contract
 from flowturbo.errors import RepositoryError, RequestError
@@ -66,14 +67,30 @@ def load_presets(repository: Path, *, has_refiner: bool) -> Presets:
 def read_presets(path: Path, *, has_refiner: bool) -> Presets:
     """The presets in a file; raises RepositoryError for what cannot be read or served."""
     try:
-        stated = json.loads(read_text(path))["presets"]
+        text = read_text(path)
+    except TextFileError as error:
+        raise RepositoryError(str(error)) from error
+    return parse_presets(text, path, has_refiner=has_refiner)
+
+
+def parse_presets(text: str, path: Path, *, has_refiner: bool) -> Presets:
+    """The presets in the `text` of the file `path`; raises as `read_presets`."""
+    try:
+        stated = json.loads(text, object_pairs_hook=_without_repeats)["presets"]
         texts = {name: str(preset["schedule"]) for name, preset in stated.items()}
-    except (TextFileError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RepositoryError(
             f'{path} must be JSON as {{"presets": {{"fast": {{"schedule": "H1P5R3"}}}}}}, it is '
             f"not: {type(error).__name__}: {error}"
         ) from error
     return {name: _checked(path, name, text, has_refiner) for name, text in texts.items()}
+
+
+def _without_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"{repeated!r} stands there twice")
+    return dict(pairs)
 
 
 def _checked(path: Path, name: str, text: str, has_refiner: bool) -> Schedule:

@@ -1,10 +1,11 @@
 """What a model repository says of itself: the pipeline's shape, presets, the service's settings."""
 
 import json
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flowturbo import contract
 from flowturbo.errors import RepositoryError, RequestError
@@ -12,6 +13,10 @@ from flowturbo.guidance import Guidance
 from flowturbo.presets import DEFAULT, Presets, built_in, load_presets, may_be_preset
 from flowturbo.program import Variant
 from flowturbo.schedule import Schedule
+from flowturbo.textfile import TextFileError, read_text
+
+if TYPE_CHECKING:
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 BUILD_FILE = "build.json"  # beside each composed model's config, written by export
 _BUILD_KEYS = (
@@ -93,15 +98,34 @@ def read_build(repository: Path, name: str) -> dict[str, Any] | None:
     path = repository / name / BUILD_FILE
     if not path.exists():
         return None
-    try:
-        build: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
-        raise RepositoryError(f"{path} cannot be read ({error}): export again") from error
+    build = read_record(path)
     if missing := [key for key in _BUILD_KEYS if key not in build]:
         raise RepositoryError(
             f"{path} lacks {missing[0]!r}, it is of another version: export again"
         )
     return build
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A file of JSON that is an object; raises RepositoryError."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise RepositoryError(f"{path} cannot be read ({error}): export again") from error
+    if not isinstance(found, dict):
+        raise RepositoryError(f"{path} must be an object, got {reprlib.repr(found)}: export again")
+    return found
+
+
+def read_config(path: Path) -> "ModelConfig":
+    """A model's config.pbtxt; raises RepositoryError."""
+    from google.protobuf import text_format
+    from tritonclient.grpc import model_config_pb2
+
+    try:
+        return text_format.Parse(read_text(path), model_config_pb2.ModelConfig())
+    except (TextFileError, text_format.ParseError) as error:
+        raise RepositoryError(f"{path} is no configuration of a model: {error}") from error
 
 
 def _check_fit(name: str, build: Mapping[str, Any], predictor: Mapping[str, Any]) -> None:
@@ -120,10 +144,7 @@ def read_ensembles(repository: Path, variant: str) -> dict[str, str]:
     """
     found = {}
     for path in repository.glob(f"{contract.ORCHESTRATOR}_*/{BUILD_FILE}"):
-        try:
-            build = json.loads(path.read_text())
-        except ValueError as error:
-            raise RepositoryError(f"{path} cannot be read ({error}): export again") from error
+        build = read_record(path)
         if build.get("variant") == variant and ENSEMBLE_SCHEDULE in build:
             found[build[ENSEMBLE_SCHEDULE]] = path.parent.name
     return found
@@ -191,8 +212,5 @@ class Settings:
         path = repository / contract.ORCHESTRATOR / "config.pbtxt"
         if not path.exists():
             return cls()
-        from google.protobuf import text_format
-        from tritonclient.grpc import model_config_pb2
-
-        config = text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
-        return cls.from_parameters({k: v.string_value for k, v in config.parameters.items()})
+        parameters = read_config(path).parameters
+        return cls.from_parameters({k: v.string_value for k, v in parameters.items()})

@@ -13,7 +13,7 @@ import onnx
 import pytest
 from google.protobuf import text_format
 from onnx import TensorProto, helper
-from support import GLYPHS_SOURCE, GOLDEN, check_tensors, read_config, run_export
+from support import GLYPHS, GLYPHS_SOURCE, GOLDEN, check_tensors, read_config, run_export
 from tritonclient.grpc import model_config_pb2
 
 from export.deployment import Deployment, model_config
@@ -239,7 +239,9 @@ def test_verify_fails_loudly(golden_repository: Path, tmp_path: Path) -> None:
     shutil.copytree(golden_repository, repository)
     networks = ("--predictor", GOLDEN / "predictor.pt", "--refiner", GOLDEN / "refiner.pt")
     common = ("verify", *networks, "--num-heads", "2", "--repository", repository)
-    assert run_export(*common).returncode == 0
+    done = run_export(*common, "--schedule", "fast")
+    assert done.returncode == 0, done.stderr
+    assert "trajectory fast" in done.stdout
     path = repository / contract.REFINER / "1" / "model.onnx"
     model = onnx.load(path)
     weight = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
@@ -253,6 +255,19 @@ def test_verify_fails_loudly(golden_repository: Path, tmp_path: Path) -> None:
     done = run_export(*swapped)
     assert done.returncode == 2
     assert "was made from another checkpoint" in done.stderr
+    for change, said in [
+        (("--guidance-channels", "4"), "exported with --guidance-channels 3, here it is 4"),
+        (("--reverse-time",), "exported with --reverse-time not given, here it is given"),
+        (("--vae", GLYPHS / "vae"), "has no vae_decoder: leave --vae out"),
+        (("--schedule", "X1"), "unknown step 'X'"),
+    ]:
+        done = run_export(*common, *change)
+        assert done.returncode == 2
+        assert said in done.stderr
+    alone = [word for word in common if word not in ("--refiner", GOLDEN / "refiner.pt")]
+    done = run_export(*alone)
+    assert done.returncode == 2
+    assert "has a velocity_refiner: give --refiner" in done.stderr
 
 
 def test_a_bad_label_is_its_own_rows_affair(glyphs_repository: Path) -> None:

@@ -1,13 +1,19 @@
 """Checkpoints of the public families load and export; what does not fit is named."""
 
 import json
+import os
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
 import torch
-from support import GOLDEN, GOLDEN_EXPORT, run_export
+from google.protobuf import text_format
+from support import GOLDEN, GOLDEN_EXPORT, check_tensors, read_config, run_export
+from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from bench.networks import SMALL
 from export.blocks import PredictorBlock
@@ -24,6 +30,7 @@ from flowturbo import LocalPipeline, contract
 from flowturbo.errors import RepositoryError
 from flowturbo.nets.sit import SiT
 from flowturbo.onnx_session import open_model
+from flowturbo.repository import Pipeline, Settings
 
 
 def test_a_file_that_computes_something_else_is_refused(tmp_path: Path) -> None:
@@ -79,14 +86,138 @@ def test_an_export_is_done_once(golden_repository: Path) -> None:
     assert len(build["fingerprint"]["sha256"]["velocity_refiner"]) == 64
 
 
-def test_a_damaged_repository_is_not_up_to_date(golden_repository: Path, tmp_path: Path) -> None:
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def other_names(path: Path) -> None:
+    build = json.loads(path.read_text())
+    path.write_text(json.dumps({**build, "class_names": ["a", "b"]}))
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("1/model.onnx", Path.unlink),
+        ("1/model.onnx", cut),
+        ("1/model.onnx", lambda path: shutil.copy(GOLDEN / "refiner.pt", path)),
+        ("1/model.py", lambda path: path.write_text("")),
+        ("build.json", cut),
+        ("build.json", lambda path: path.write_text("[]")),
+        ("build.json", other_names),
+    ],
+)
+def test_a_damaged_model_is_exported_again(
+    golden_repository: Path, tmp_path: Path, file: str, damage: Callable[[Path], object]
+) -> None:
     repository = tmp_path / "models"
     shutil.copytree(golden_repository, repository)
     models = (contract.PREDICTOR, contract.REFINER)
     whole = [installed_fingerprint(repository, model) for model in models]
     assert whole[0] == whole[1] is not None
-    (repository / contract.REFINER / "1" / "model.onnx").unlink()
+    damage(repository / contract.REFINER / file)
     assert installed_fingerprint(repository, contract.REFINER) is None
+    assert installed_fingerprint(repository, contract.PREDICTOR) == whole[0]
+
+
+def older(path: Path) -> None:
+    """As a version that knew no interval of guidance wrote it."""
+    config = text_format.Parse(path.read_text(), ModelConfig())
+    del config.input[5]
+    config.parameters["max_images"].string_value = "7"
+    path.write_text(text_format.MessageToString(config))
+
+
+def test_what_is_damaged_around_the_networks_is_mended(
+    golden_repository: Path, tmp_path: Path
+) -> None:
+    """Nothing is exported again for it."""
+    repository = tmp_path / "models"
+    shutil.copytree(golden_repository, repository)
+    again = (*GOLDEN_EXPORT, "--ensemble", "H1P1", "--repository", repository)
+    assert run_export(*again).returncode == 0
+
+    def content() -> dict[Path, bytes]:
+        files = (path for path in repository.rglob("*") if path.is_file())
+        return {path.relative_to(repository): path.read_bytes() for path in files}
+
+    whole, ensemble = content(), next(repository.glob("flowturbo_*_planner")).name
+    damages: list[tuple[str, Callable[[Path], object]]] = [
+        (f"{contract.PREDICTOR}/config.pbtxt", lambda path: path.write_text("")),
+        (f"{contract.PREDICTOR}/config.pbtxt", Path.unlink),
+        (f"{ensemble}/1/model.py", Path.unlink),
+        (f"{ensemble}/1/model.py", lambda path: path.write_text("")),
+        (f"{ensemble}/config.pbtxt", cut),
+        (f"{contract.ORCHESTRATOR}/1/model.py", Path.unlink),
+        (f"{contract.ORCHESTRATOR}/1/model.py", lambda path: path.write_text("")),
+        (f"{contract.ORCHESTRATOR}/config.pbtxt", older),
+        (f"{contract.ORCHESTRATOR}/config.pbtxt", Path.unlink),
+    ]
+    for file, damage in damages:
+        damage(repository / file)
+        done = run_export(*again)
+        assert done.returncode == 0, done.stderr
+        assert "PyTorch" not in done.stdout
+        if damage is older:
+            settings = Settings.load(repository)
+            assert (settings.max_images, settings.max_inflight) == (7, 64)
+            config = read_config(repository / file)
+            check_tensors(config.input, contract.REQUEST_INPUTS, {"C": -1, "h": -1, "w": -1})
+        else:
+            found = content()
+            different = [path for path in whole if found.get(path) != whole[path]]
+            # The orchestrator's configuration has no comments any more.
+            assert set(different) <= {Path(contract.ORCHESTRATOR, "config.pbtxt")}, file
+            assert "up to date" in run_export(*again).stdout
+    (repository / contract.ORCHESTRATOR / "config.pbtxt").write_text("parameters [ {")
+    done = run_export(*again)
+    assert done.returncode == 2
+    assert "flowturbo/config.pbtxt is no configuration of a model" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "has no names"),
+        ("\n\n", "has no names"),
+        ("\ufeff", "has no names"),
+        ("a\n\ufeffb\n" + "c\n" * 8, r"line 2 must be a name .*U\+FEFF"),
+        ("a\n\u200b\n" + "c\n" * 8, r"line 2 must be a name .*U\+200B"),
+        ("a\n\u00a0\n" + "c\n" * 8, "line 2 must be a name, it is empty"),
+    ],
+)
+def test_names_that_nobody_could_ask_for(tmp_path: Path, content: str, said: str) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text(content)
+    source = ("--predictor", GOLDEN / "predictor.pt", "--num-heads", "2")
+    done = run_export(*source, "--class-names", names, "--repository", tmp_path / "models")
+    assert done.returncode == 2
+    assert re.search(said, done.stderr)
+
+
+def test_names_and_presets_may_come_through_pipes(golden_repository: Path, tmp_path: Path) -> None:
+    """Each is read once."""
+
+    def pipe(name: str, text: str) -> Path:
+        os.mkfifo(tmp_path / name)
+        Thread(target=(tmp_path / name).write_text, args=(text,), daemon=True).start()
+        return tmp_path / name
+
+    repository = tmp_path / "models"
+    source = ("--predictor", GOLDEN / "predictor.pt", "--num-heads", "2")
+    names = [f"class {k}" for k in range(10)]
+    presets = {"presets": {"quick": {"schedule": "H2"}}}
+    done = run_export(
+        *(*source, "--runtime", "onnxruntime", "--precision", "fp32", "--repository", repository),
+        *("--class-names", pipe("names", "\n".join(names))),
+        *("--presets", pipe("presets", json.dumps(presets))),
+    )
+    assert done.returncode == 0, done.stderr
+    pipeline = Pipeline.load(repository)
+    assert list(pipeline.class_names) == names
+    assert str(pipeline.presets["quick"]) == "H2"
+    fingerprint = installed_fingerprint(repository, contract.PREDICTOR)
+    assert fingerprint["class_names"] == names
 
 
 def test_models_of_two_exports_are_not_mixed(golden_repository: Path, tmp_path: Path) -> None:

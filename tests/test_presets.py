@@ -44,6 +44,10 @@ def test_reads(tmp_path: Path) -> None:
 BAD: list[tuple[str, str]] = [
     ("not JSON", "must be JSON as"),
     ("[]", "must be JSON as"),
+    (
+        '{"presets": {"fast": {"schedule": "H8"}, "fast": {"schedule": "H4"}}}',
+        "'fast' stands there twice",
+    ),
     ('{"fast": {"schedule": "H1"}}', "KeyError: 'presets'"),
     ('{"presets": {"fast": "H1"}}', "TypeError"),
     ('{"presets": {"fast": {}}}', "KeyError: 'schedule'"),

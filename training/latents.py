@@ -22,7 +22,7 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from flowturbo.errors import FlowTurboError
-from flowturbo.nets.vae import latent_factor, load_vae
+from flowturbo.nets.vae import latent_factor, load_vae, sample_size
 from training.data import Latents, encode, finite, text_digest, vae_digest
 from training.images import DataError, list_pictures, unused
 from training.loop import alone, device, processes, tell, whole
@@ -259,7 +259,11 @@ def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     try:
         vae = load_vae(args.vae)
-        size = args.image_size or vae.config.sample_size
+        size = args.image_size or sample_size(vae)
+        if size is None:
+            raise DataError(
+                f"--image-size is needed: the VAE states sample_size {vae.config.sample_size!r}"
+            )
         if size % (factor := latent_factor(vae)):
             raise DataError(f"--image-size must be a multiple of the VAE's {factor}, got {size}")
         images = list_pictures(

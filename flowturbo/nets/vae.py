@@ -23,6 +23,7 @@ from flowturbo.textfile import TextFileError, read_text
 CONFIG = "config.json"
 _CLASS = "AutoencoderKL"
 _STEM = "diffusion_pytorch_model"
+_FORMS = ("safetensors", "bin")
 _IMAGE_CHANNELS = 3
 # Layers of the attention as diffusers named them before 0.12, and today.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -45,7 +46,7 @@ def load_vae(folder: str | Path) -> AutoencoderKL:
         raise CheckpointError(f"{folder / CONFIG} describes no {_CLASS}: {error}") from error
     _check_config(folder / CONFIG, vae)
     try:
-        load_exactly(vae, _todays_names(without_wrappers(path, tensors)), path)
+        load_exactly(vae, _todays_names(path, without_wrappers(path, tensors)), path)
     except CheckpointError as error:
         if not any(name.startswith(_LDM) for name in tensors):
             raise
@@ -74,6 +75,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
                 f"{path}: {name} is {config[name]!r}, which this {_CLASS} does not know and would "
                 "leave out"
             )
+    size = config.get("sample_size", 1)
+    sides = size if isinstance(size, list) else [size, size]
+    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+        raise CheckpointError(f"{path}: sample_size must be pixels, or two sides, got {size!r}")
     return {name: value for name, value in config.items() if name not in unknown}
 
 
@@ -122,49 +127,72 @@ def _check_config(path: Path, vae: AutoencoderKL) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        finite = isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:
+        finite = False
+    return finite and not isinstance(value, bool)
 
 
 def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     """The file that has the weights, or the index of its shards, and the tensors by name."""
     path = _weights_file(folder)
-    if path.suffix == ".bin":
-        return path, read_pt(path)
-    if path.suffix == ".safetensors":
-        return path, read_safetensors(path)[0]
+    if path.suffix != ".json":
+        return path, _read_file(path)
     files = _read_json(path).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
         raise CheckpointError(f"{path} must have a weight_map of tensors to files")
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(files.values())):
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{path} names {name}, which is not there")
-        tensors |= read_safetensors(folder / name)[0]
+        if Path(name).name != name or not (folder / name).is_file():
+            raise CheckpointError(f"{path} names {name}, which is not in {folder}")
+        held, stated = _read_file(folder / name), {k for k, file in files.items() if file == name}
+        for tensor in sorted(held.keys() ^ stated):
+            where = "is not in it" if tensor in stated else "is in it"
+            raise CheckpointError(f"{path} does not fit {name}: {tensor} {where}")
+        tensors |= held
     return path, tensors
 
 
+def _read_file(path: Path) -> dict[str, Tensor]:
+    return read_pt(path) if path.suffix == ".bin" else read_safetensors(path)[0]
+
+
 def _weights_file(folder: Path) -> Path:
-    plain = [f"{_STEM}.safetensors", f"{_STEM}.safetensors.index.json", f"{_STEM}.bin"]
+    plain = [f"{_STEM}.{form}{index}" for form in _FORMS for index in ("", ".index.json")]
     for name in plain:
         if (folder / name).is_file():
             return folder / name
     # A variant: fp16 as diffusers names it, in one file or in shards.
-    patterns = (rf"{_STEM}\.(\w+)\.safetensors", rf"{_STEM}\.safetensors\.index\.(\w+)\.json")
     names = sorted(path.name for path in folder.iterdir())
-    found = [name for name in names if any(re.fullmatch(p, name) for p in patterns)]
-    if not found:
-        raise CheckpointError(f"{folder} has no weights: {', '.join(plain)} or a variant is needed")
-    if len(found) > 1:
-        raise CheckpointError(f"{folder} has several sets of weights, keep one: {', '.join(found)}")
-    return folder / found[0]
+    for form in _FORMS:
+        pattern = rf"{_STEM}\.(\w+\.{form}|{form}\.index\.\w+\.json)"
+        found = [name for name in names if re.fullmatch(pattern, name)]
+        if len(found) > 1:
+            raise CheckpointError(
+                f"{folder} has several sets of weights, keep one: {', '.join(found)}"
+            )
+        if found:
+            return folder / found[0]
+    raise CheckpointError(f"{folder} has no weights: {', '.join(plain)} or a variant is needed")
 
 
-def _todays_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    def renamed(name: str) -> str:
+def _todays_names(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
         old = re.fullmatch(_OLD_NAME, name)
-        return f"{old[1]}.{_OLD_ATTENTION[old[2]]}.{old[3]}" if old else name
+        today = f"{old[1]}.{_OLD_ATTENTION[old[2]]}.{old[3]}" if old else name
+        if today in found:
+            raise CheckpointError(f"{path} has {today!r} twice, once under its old name")
+        found[today] = tensor
+    return found
 
-    return {renamed(name): tensor for name, tensor in tensors.items()}
+
+def sample_size(vae: AutoencoderKL) -> int | None:
+    """The side of the square images that the VAE was trained on, in pixels; None for others."""
+    stated = vae.config.sample_size
+    high, wide = stated if isinstance(stated, list | tuple) else (stated, stated)
+    return int(wide) if high == wide else None
 
 
 def latent_factor(vae: AutoencoderKL) -> int:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from support import GLYPHS
 from torch import Tensor
 
-from flowturbo.nets.vae import Decoder, load_vae
+from flowturbo.nets.vae import Decoder, load_vae, sample_size
 from flowturbo.nets.weights import CheckpointError
 from training.data import encode, vae_digest
 
@@ -89,6 +89,7 @@ def test_tensors_that_do_not_fit_are_named(make: Make, change: Any, said: str) -
         ({"in_channels": 4}, r"in_channels must be 3 \(RGB\), got 4"),
         ({"out_channels": 1}, r"out_channels must be 3 \(RGB\), got 1"),
         ({"temporal_scale": 4}, "temporal_scale is 4, which this AutoencoderKL does not know"),
+        ({"scaling_factor": 10**400}, "scaling_factor must be a number above 0, got 1000"),
         ({"scaling_factor": 0}, "scaling_factor must be a number above 0, got 0"),
         ({"scaling_factor": "0.18"}, "scaling_factor must be a number above 0, got '0.18'"),
         ({"shift_factor": [1]}, r"shift_factor must be a number, got \[1\]"),
@@ -100,6 +101,7 @@ def test_tensors_that_do_not_fit_are_named(make: Make, change: Any, said: str) -
             {"latents_mean": MEAN, "latents_std": STD, "shift_factor": 0.1},
             "has latents_mean and shift_factor 0.1",
         ),
+        ({"sample_size": None}, "sample_size must be pixels, or two sides, got None"),
         ({"act_fn": "no such"}, "describes no AutoencoderKL"),
     ],
 )
@@ -168,21 +170,40 @@ def test_a_variant_alone(make: Make) -> None:
     assert same(folder)
 
 
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
 @pytest.mark.parametrize("variant", ["", "fp16"])
-def test_shards_with_an_index(make: Make, variant: str) -> None:
+def test_shards_with_an_index(make: Make, variant: str, form: str) -> None:
     folder = make()
     tensors = load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()
     names, infix = sorted(tensors), f".{variant}" if variant else ""
-    files = [f"diffusion_pytorch_model{infix}-0000{k}-of-00002.safetensors" for k in (1, 2)]
+    files = [f"diffusion_pytorch_model{infix}-0000{k}-of-00002.{form}" for k in (1, 2)]
     where = {name: files[k % 2] for k, name in enumerate(names)}
     for file in files:
-        save_file({name: tensors[name] for name in names if where[name] == file}, folder / file)
-    index = folder / f"{WEIGHTS}.index{infix}.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
+        held = {name: tensors[name] for name in names if where[name] == file}
+        (save_file if form == "safetensors" else torch.save)(held, folder / file)
+    index = folder / f"diffusion_pytorch_model.{form}.index{infix}.json"
+
+    def write(weight_map: dict[str, str]) -> None:
+        index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+    write(where)
     assert same(folder)
+    moved = {**where, names[0]: files[0] if where[names[0]] == files[1] else files[1]}
+    ghost = {**where, "decoder.ghost": files[0]}
+    fewer = {name: file for name, file in where.items() if name != names[0]}
+    for wrong, said in [
+        (moved, f"{names[0]} is (not )?in it"),
+        (ghost, "decoder.ghost is not in it"),
+        (fewer, f"{names[0]} is in it"),
+        ({**where, names[0]: f"../vae/{where[names[0]]}"}, r"names \.\./vae/.*, which is not in"),
+    ]:
+        write(wrong)
+        with pytest.raises(CheckpointError, match=said):
+            load_vae(folder)
+    write(where)
     (folder / files[1]).unlink()
-    with pytest.raises(CheckpointError, match=f"names {files[1]}, which is not there"):
+    with pytest.raises(CheckpointError, match=f"names {files[1]}, which is not in"):
         load_vae(folder)
 
 
@@ -204,6 +225,18 @@ def test_older_formats(make: Make) -> None:
     torch.save(load_file(folder / WEIGHTS), folder / "diffusion_pytorch_model.bin")
     (folder / WEIGHTS).unlink()
     assert same(folder)
+    (folder / "diffusion_pytorch_model.bin").rename(folder / "diffusion_pytorch_model.ema.bin")
+    assert same(folder)
+    tensors = load_file(GLYPHS / "vae" / WEIGHTS)
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}
+    save_file(renamed(tensors) | copies, folder / WEIGHTS)
+    with pytest.raises(CheckpointError, match="twice, once under its old name"):
+        load_vae(folder)
+
+
+@pytest.mark.parametrize(("stated", "size"), [(64, 64), ([64, 64], 64), ([64, 32], None)])
+def test_the_size_of_its_images(make: Make, stated: Any, size: int | None) -> None:
+    assert sample_size(load_vae(make({"sample_size": stated}))) == size
 
 
 def test_folders_that_are_no_vae(tmp_path: Path) -> None:
