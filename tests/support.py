@@ -14,8 +14,11 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import torch
 import tritonclient.grpc as triton
 from google.protobuf import text_format
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tritonclient.grpc import model_config_pb2
 from tritonclient.utils import np_to_triton_dtype
 
@@ -107,6 +110,13 @@ def run_module(module: str, *arguments: object) -> subprocess.CompletedProcess[s
 def run_export(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """`python -m export` as a user runs it."""
     return run_module("export", *arguments)
+
+
+def rewrite(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Writes other `tensors` into a safetensors file; its metadata stay."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file(tensors, path, metadata)
 
 
 class Caller:

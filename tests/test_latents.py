@@ -15,7 +15,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file, save, save_file
-from support import GLYPHS, ROOT
+from support import GLYPHS, ROOT, rewrite
 
 from flowturbo.nets.sit import SiT, SiTConfig
 from flowturbo.nets.vae import Decoder, load_vae
@@ -25,7 +25,7 @@ from training.images import DataError, list_pictures
 from training.latents import Storage, Writer, main
 from training.loop import save_weights
 from training.refiner import main as train
-from training.shards import Shards
+from training.shards import Shards, is_sharded
 
 MODEL = SiTConfig(16, 2, 4, 4, 4, 32, 1, 2, num_classes=3)
 CLASSES = ("ant", "bee", "cat")
@@ -209,7 +209,7 @@ def test_images_that_change_are_encoded_again(
     spare = [images / "ant" / "3.bmp", images / "cat" / "3.bmp"]
     shutil.copy(spare[0], images / "bee" / "3.bmp")
     said, second = encode_all()
-    assert "images have changed: 1 of 3 shards are encoded again, 0 removed" in said
+    assert "have changed: 1 of 3 shards are encoded again, 0 removed" in said
     assert {name for name in first if first[name] != second[name]} == {"shard-00001.safetensors"}
     check()
     (images / "ant" / "0.png").rename(images / "cat" / "9.png")
@@ -250,11 +250,108 @@ def test_files_that_are_not_used_are_told(
     notes = images / "notes.txt"
     assert f"skipped: 1 beside the class folders, not in one ({notes})" in said.err
     assert f"left out: {bad} is not a readable image" in said.err
-    assert said.out.endswith("1 images left out, 1 other files skipped, 1 classes without images\n")
+    assert "without images: 1 classes (bat)" in said.err
+    assert "11 latents in" in said.out and "of 4 classes (ant, bat, bee, ...); 1 images" in said.out
+    assert "1 images left out, 1 other files skipped, 1 classes without images" in said.out
     index = json.loads((tmp_path / "out" / "index.json").read_text())
     assert index["class_names"] == ["ant", "bat", "bee", "cat"]
     (reason,) = index["left_out"]
     assert reason.startswith(f"{bad} is not a readable image")
+    assert index["other_files"] == {"beside the class folders, not in one": [str(notes)]}
+    assert index["empty_classes"] == ["bat"]
+    assert run(images, tmp_path / "twice", "--skip-bad", "--flip") == 0
+    said = capsys.readouterr()
+    assert "22 latents in" in said.out and "1 images left out" in said.out
+
+
+def test_what_was_left_out_is_tried_again(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An image that can be read now, though nothing about its file has changed."""
+    out, bad = tmp_path / "out", images / "bee" / "0.png"
+    content, then = bad.read_bytes(), bad.stat()
+    bad.write_bytes(content[:200] + bytes(len(content) - 200))
+    os.utime(bad, ns=(then.st_atime_ns, then.st_mtime_ns))
+    assert run(images, out, "--shard", "4", "--skip-bad") == 0
+    times = {path: path.stat().st_mtime_ns for path in out.glob("shard-*")}
+    assert run(images, out, "--shard", "4", "--skip-bad") == 0
+    assert {path: path.stat().st_mtime_ns for path in out.glob("shard-*")} == times
+    assert run(images, out, "--shard", "4") == 2  # as in a folder that is new
+    assert f"{bad} is not a readable image" in capsys.readouterr().err
+    assert run(images, out, "--shard", "4", "--skip-bad") == 0
+    bad.write_bytes(content)
+    os.utime(bad, ns=(then.st_atime_ns, then.st_mtime_ns))
+    assert run(images, out, "--shard", "4", "--skip-bad") == 0
+    assert "1 of 3 shards are encoded again" in capsys.readouterr().err
+    assert json.loads((out / "index.json").read_text())["count"] == 12
+
+
+def test_shards_of_another_vae_are_not_mixed_in(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = load_vae(GLYPHS / "vae")
+    other.register_to_config(scaling_factor=0.5)
+    other.save_pretrained(tmp_path / "vae")
+    one, two, common = tmp_path / "one", tmp_path / "two", ("--shard", "6")
+    assert run(images, one, *common) == 0
+    assert run(images, two, *common, "--vae", str(tmp_path / "vae")) == 0
+    expected = Shards(one).read(torch.arange(12)).mean
+    shutil.copy(two / "shard-00000.safetensors", one)
+    with pytest.raises(DataError, match="00000.safetensors was encoded with another VAE or other"):
+        Shards(one)
+    assert run(images, one, *common) == 0
+    assert "1 of 2 shards are encoded again" in capsys.readouterr().err
+    assert torch.equal(Shards(one).read(torch.arange(12)).mean, expected)
+    # Nothing says any more what the shards were made with.
+    (one / "settings.json").unlink()
+    assert run(images, one, *common, "--vae", str(tmp_path / "vae")) == 0
+    assert "2 of 2 shards are encoded again" in capsys.readouterr().err
+    both = (Shards(folder).read(torch.arange(12)).mean for folder in (one, two))
+    assert torch.equal(*both)
+
+
+def test_files_of_others_are_left_alone(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run(images, out) == 0
+    for name, said in [
+        ("shard-weights.safetensors", "is not in index.json: remove it"),
+        ("shard-00007.safetensors", "is no shard from here, remove it"),
+    ]:
+        foreign = out / name
+        save_file({"weight": torch.zeros(3)}, foreign)
+        if run(images, out) == 0:
+            with pytest.raises(DataError, match=said):
+                Shards(out)
+        else:
+            assert said in capsys.readouterr().err
+        assert foreign.exists()
+        foreign.unlink()
+
+
+@pytest.mark.parametrize("out", ["latents", "cat/latents", ""])
+def test_latents_are_not_written_into_the_images(
+    images: Path, capsys: pytest.CaptureFixture[str], out: str
+) -> None:
+    assert run(images, images / out) == 2
+    assert "lies in the images" in capsys.readouterr().err
+
+
+def test_an_image_folder_with_files_of_these_names(images: Path) -> None:
+    """A data set may have an index of its own."""
+    for name, content in (("index.json", '{"images": []}'), ("settings.json", "no JSON")):
+        (images / name).write_text(content)
+    assert not is_sharded(images)
+    (images / "settings.json").write_text('{"vae": "abc"}')
+    assert is_sharded(images)
+
+
+def test_a_folder_that_is_not_unicode(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(images, Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))) == 2
+    assert "shards need a folder whose name is UTF-8" in capsys.readouterr().err
 
 
 def test_a_corrupt_image_stops_the_encoding(
@@ -329,7 +426,7 @@ def test_a_wrong_label(shards: Path) -> None:
     path = shards / "shard-00001.safetensors"
     tensors = load_file(path)
     tensors["label"][2] = 3
-    save_file(tensors, path)
+    rewrite(path, tensors)
     with pytest.raises(DataError, match=r"shard-00001.*: labels must be 0 to 2, .*; got 3"):
         Shards(shards, MODEL)
     left = Shards(shards, MODEL, skip_bad=True)
@@ -344,7 +441,7 @@ def test_a_wrong_label(shards: Path) -> None:
 def test_a_shard_of_another_type(shards: Path, dtype: torch.dtype) -> None:
     path = shards / "shard-00000.safetensors"
     tensors = load_file(path)
-    save_file({**tensors, "mean": tensors["mean"].to(dtype)}, path)
+    rewrite(path, {**tensors, "mean": tensors["mean"].to(dtype)})
     with pytest.raises(DataError, match="others in BF16, F16, F32, F64; got "):
         Shards(shards, MODEL)
     left = Shards(shards, MODEL, skip_bad=True)
@@ -369,11 +466,11 @@ def test_latents_that_are_not_finite(shards: Path, name: str, value: float) -> N
     path = shards / "shard-00001.safetensors"
     tensors = load_file(path)
     tensors[name][4, 3, 15, 15] = value
-    save_file(tensors, path)
+    rewrite(path, tensors)
     with pytest.raises(DataError, match=r"shard-00001.*: the latents of row 4 are not finite \(1 "):
         Shards(shards, MODEL)
     tensors["label"][0] = 3
-    save_file(tensors, path)
+    rewrite(path, tensors)
     left = Shards(shards, MODEL, skip_bad=True)
     assert (len(left), left.skipped) == (10, 2)
     everything = left.read(torch.arange(10))
@@ -423,7 +520,7 @@ def test_an_index_of_another_form(shards: Path, stated: dict | list, said: str) 
 def test_a_shard_of_another_shape(shards: Path) -> None:
     path = shards / "shard-00000.safetensors"
     tensors = load_file(path)
-    save_file({**tensors, "mean": tensors["mean"][:, :3].contiguous()}, path)
+    rewrite(path, {**tensors, "mean": tensors["mean"][:, :3].contiguous()})
     with pytest.raises(DataError, match=r"shard-00000.* must have the tensors .*'mean': \(6, 4,"):
         Shards(shards, MODEL)
 
@@ -433,7 +530,7 @@ def test_a_shard_of_means_among_others(shards: Path, shard: int) -> None:
     path = shards / f"shard-{shard:05d}.safetensors"
     tensors = load_file(path)
     del tensors["std"]
-    save_file(tensors, path)
+    rewrite(path, tensors)
     with pytest.raises(DataError, match=f"{path} has no std, others have"):
         Shards(shards, MODEL, skip_bad=True)
 
@@ -483,12 +580,20 @@ def test_a_refiner_from_images(
     }
     words = [word for k, v in given.items() for word in (f"--{k}", str(v))]
     assert train([*words, "--skip-bad"]) == 0
-    assert "12 images (0 skipped) of 4 classes (1 empty), ids 0 to 3" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "12 images (0 skipped) of 4 classes (ant, bee, cat, ...), 1 of them empty" in said
     with Image.open(tmp_path / "refiner" / "0000002.png") as picture:
         assert picture.size == (256, 256)
+    unused = json.loads((tmp_path / "unused.json").read_text())
+    assert unused["empty_classes"] == ["cow"]
+    assert unused["left_out"] == []
+    assert train([*words, "--skip-bad", "--runs", str(images / "runs")]) == 2
+    assert "--runs" in (said := capsys.readouterr().err) and "lies in the images" in said
     (images / "ant" / "0.png").touch()  # another file may lie there now
     assert train([*words, "--skip-bad"]) == 2
-    assert "refiner.state.pt was trained with {'data': " in capsys.readouterr().err
+    assert (
+        "refiner.state.pt was trained with data of other content: remove" in capsys.readouterr().err
+    )
 
 
 def test_glyphs_to_latents(tmp_path: Path, vae: AutoencoderKL) -> None:

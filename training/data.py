@@ -117,8 +117,9 @@ class EncodedImages:
         rows = map(str, self._rows)
         self.digest = text_digest(*pictures.identity(), how, vae_digest(vae), *rows)
         unknown = (f"{pictures.name(row)} is of a class that the predictor lacks" for row in beyond)
-        self.left_out = [*unknown, *(reason for row, reason in bad.items() if row not in beyond)]
-        self.skipped = len(self.left_out)
+        unusable = [*unknown, *(reason for row, reason in bad.items() if row not in beyond)]
+        self.left_out = list(dict.fromkeys(unusable))  # a mirrored copy has its image's fault
+        self.skipped, self.unused = len(self.left_out), pictures.unused
         if not len(self._rows):
             raise DataError("none of the images is usable, at least 1 is needed")
 

@@ -80,6 +80,10 @@ class GlyphImages:
         return f"glyph {row}"
 
     @property
+    def unused(self) -> dict[str, Any]:
+        return {}
+
+    @property
     def settings(self) -> dict[str, Any]:
         return {"image_size": self.size}
 

@@ -6,7 +6,7 @@ Training reads ImageNet's layout, a subfolder for each class, whose sorted order
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 from flowturbo.errors import FlowTurboError
 
@@ -30,7 +32,23 @@ _SYSTEM = {
     *("__MACOSX", "@eaDir", "@Recycle", "@Recently-Snapshot", "#recycle", "#snapshot"),
     *("lost+found", "$RECYCLE.BIN", "System Volume Information"),
 }
-_RULES = 2  # of `read_image`: latents made by other rules are others
+_RULES = 3  # of `read_image`: latents made by other rules are others
+_FOLDER, _FILE = "folder", "file"
+_BROKEN, _CIRCLE = "broken link", "link to a folder above it"
+_ORIENTATION, _BITS, _PHOTOMETRIC = 274, 258, 262  # TIFF's tags, which EXIF has too
+_BLACK_IS_0 = 1
+# What takes back that an image was turned as its orientation says.
+_UNDO = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+# What Pillow multiplies grey levels of few bits by, but not the one that is transparent.
+_FEW_BITS = {"L;2": 85, "L;4": 17}
 
 
 class DataError(FlowTurboError):
@@ -52,10 +70,22 @@ class Skipped:
     def __str__(self) -> str:
         shown = []
         for reason, paths in sorted(self.paths.items()):
-            examples = ", ".join(map(str, paths[:_EXAMPLES]))
+            examples = ", ".join(map(printable, paths[:_EXAMPLES]))
             more = ", ..." if len(paths) > _EXAMPLES else ""
             shown.append(f"{len(paths)} {reason} ({examples}{more})")
         return "; ".join(shown) or "none"
+
+
+def printable(path: Path) -> str:
+    """A path as one line of text."""
+    text = str(path)
+    return text if text.isprintable() else repr(text)
+
+
+def shown(names: Sequence[str]) -> str:
+    """How many classes there are, and the first of their names."""
+    more = ", ..." if len(names) > _EXAMPLES else ""
+    return f"{len(names)} classes ({', '.join(names[:_EXAMPLES])}{more})"
 
 
 def find_images(folder: Path, skipped: Skipped, *above: Path) -> list[Path]:
@@ -71,19 +101,30 @@ def find_images(folder: Path, skipped: Skipped, *above: Path) -> list[Path]:
 def _walk(folder: Path, skipped: Skipped, above: tuple[Path, ...]) -> Iterator[Path]:
     """`above` are the folder and all above it, with links resolved: a link to one is a circle."""
     for entry in _entries(folder, skipped):
-        path = Path(entry.path)
-        if entry.is_dir():
+        path, kind = Path(entry.path), _kind(entry)
+        if kind == _FOLDER:
             real = path.resolve() if entry.is_symlink() else above[-1] / entry.name
             if real in above:
-                skipped.add(path, "link to a folder above it")
+                skipped.add(path, _CIRCLE)
             else:
                 yield from _walk(path, skipped, (*above, real))
-        elif not entry.is_file():
-            skipped.add(path, "broken link" if entry.is_symlink() else "no regular file")
+        elif kind != _FILE:
+            skipped.add(path, kind)
         elif path.suffix.lower() not in SUFFIXES:
             skipped.add(path, f"no image file ({path.suffix.lower() or 'no suffix'})")
         else:
             yield path
+
+
+def _kind(entry: "os.DirEntry[str]") -> str:
+    try:
+        if entry.is_dir():
+            return _FOLDER
+        if entry.is_file():
+            return _FILE
+    except OSError:  # a link to itself, or through a file
+        pass
+    return _BROKEN if entry.is_symlink() else "no regular file"
 
 
 def _entries(folder: Path, skipped: Skipped) -> Iterator["os.DirEntry[str]"]:
@@ -101,26 +142,55 @@ def _entries(folder: Path, skipped: Skipped) -> Iterator["os.DirEntry[str]"]:
 def read_image(path: Path, *, as_stored: bool = False) -> Image.Image:
     """The image in a file, 8-bit RGB, turned as its EXIF orientation says unless `as_stored`.
 
-    Of several frames it is the first. 16-bit grey keeps its upper 8 bits, as Pillow reads 16-bit
-    colour. Transparent parts are shown on white. Raises DataError, also for 32-bit and
-    floating-point pixels, whose range is not known.
+    Of several frames it is the first. Grey of more than 8 bits keeps its upper 8, as Pillow reads
+    16-bit colour. Transparent parts are shown on white. Raises DataError, also for pixels whose
+    range is not known: of 32 bits, with a sign, or of floating point.
     """
     try:
         with Image.open(path) as file:
             if max(file.size) > _LONGEST * min(file.size):  # of no use, but of much memory
                 raise ValueError(f"{file.width} x {file.height} pixels are too thin")
+            _scale_transparency(file)
+            tags = dict(file.tag_v2) if isinstance(file, TiffImageFile) else {}
             # A copy even where nothing is to be turned.
-            return _to_rgb(file.copy() if as_stored else ImageOps.exif_transpose(file))
+            image = file.copy() if as_stored else ImageOps.exif_transpose(file)
+            undo = _UNDO.get(tags.get(_ORIENTATION, 1)) if as_stored else None
+            if undo is not None:  # Pillow has turned it
+                image = image.transpose(undo)
+            return _to_rgb(_to_8_bits(image, tags, file.format))
     except Exception as error:  # Pillow's decoders raise whatever the bytes make them do
         reason = " ".join(str(error).split())
-        raise DataError(f"{path} is not a readable image: {reason}") from error
+        raise DataError(f"{printable(path)} is not a readable image: {reason}") from error
+
+
+def _scale_transparency(file: Image.Image) -> None:
+    """Brings the level that is transparent in a PNG to the scale that its pixels are read in."""
+    if isinstance(file, PngImageFile) and "transparency" in file.info and file.tile:
+        layout = file.tile[0].args
+        if layout == "RGB;16B":  # of which Pillow keeps 8 bits, and so would make more transparent
+            raise ValueError("a transparent colour of 16 bits is not read")
+        if layout in _FEW_BITS:
+            file.info["transparency"] *= _FEW_BITS[layout]
+
+
+def _to_8_bits(image: Image.Image, tags: Mapping[int, Any], form: str | None) -> Image.Image:
+    """Levels of 16 bits to their upper 8; `tags` are a TIFF's, `form` is the file's format."""
+    if image.mode == "I" and form == "PPM":  # which Pillow scales to 16 bits
+        bits, black = 16, _BLACK_IS_0
+    elif image.mode.startswith("I;16"):
+        bits, black = tags.get(_BITS, (16,))[0], tags.get(_PHOTOMETRIC, _BLACK_IS_0)
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"the range of its {image.mode} pixels is not known")
+    else:
+        return image
+    levels = np.asarray(image).astype(np.int64)
+    transparent = levels == image.info.get("transparency", -1)
+    grey = levels >> (bits - 8)
+    grey = grey if black == _BLACK_IS_0 else 255 - grey
+    return Image.fromarray(np.where(transparent, 255, grey).astype(np.uint8))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise ValueError(f"the range of its {image.mode} pixels (32 bits) is not known")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -151,7 +221,7 @@ class Pictures:
     class_names: tuple[str, ...]
     pictures: tuple[Picture, ...]
     size: int  # pixels, of the side of what `read` answers
-    empty: int = 0  # classes without images, which keep their ids
+    empty: tuple[str, ...] = ()  # classes without images, which keep their ids
     skipped: Skipped = field(default_factory=Skipped)  # files that are no images
 
     def __len__(self) -> int:
@@ -174,9 +244,18 @@ class Pictures:
             for start in range(0, len(order), _CHUNK):
                 yield from pool.map(load, order[start : start + _CHUNK])
 
+    @property
+    def unused(self) -> dict[str, Any]:
+        """What was found and not used: files by the reason, classes without images."""
+        files = {
+            reason: [printable(path) for path in paths]
+            for reason, paths in self.skipped.paths.items()
+        }
+        return {"other_files": files, "empty_classes": list(self.empty)}
+
     def name(self, row: int) -> str:
         """The file of the picture at `row`."""
-        return str(self.pictures[row].path)
+        return printable(self.pictures[row].path)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -220,13 +299,14 @@ def list_pictures(
     classes = _class_folders(folder, skipped)
     if not classes:
         raise DataError(f"{folder} has no subfolders: one for each class is needed")
-    files = [find_images(each, skipped, folder) for each in classes]
+    files = [find_images(each, skipped, folder) if each.is_dir() else [] for each in classes]
     empty = [each for each, found in zip(classes, files, strict=True) if not found]
     if len(empty) == len(classes) or (empty and not skip_bad):
         found = f" (other files there: {skipped})" if skipped else ""
+        broken = "is a link to what is not there, and " if empty[0].is_symlink() else ""
         raise DataError(
-            f"{empty[0]} has no images ({', '.join(SUFFIXES)}){found}; --skip-bad goes on with a "
-            "class that has none"
+            f"{empty[0]} {broken}has no images ({', '.join(SUFFIXES)}){found}; --skip-bad goes on "
+            "with a class that has none"
         )
     pictures = tuple(
         Picture(path, label, mirrored, as_stored)
@@ -235,26 +315,45 @@ def list_pictures(
         for mirrored in ((False, True) if flip else (False,))
     )
     names = tuple(each.name for each in classes)
-    return Pictures(folder, names, pictures, size, len(empty), skipped)
+    without = tuple(each.name for each in empty)
+    return Pictures(folder, names, pictures, size, without, skipped)
 
 
-def unused(left_out: Sequence[str], skipped: Skipped | None = None) -> Iterator[str]:
-    """Lines that say what is not used, and why: images `left_out`, and files that are none."""
+def unused(
+    left_out: Sequence[str], skipped: Skipped | None = None, empty: Sequence[str] = ()
+) -> Iterator[str]:
+    """Lines that say what is not used, and why: images `left_out`, files that are none, classes."""
     if skipped:
         yield f"skipped: {skipped}"
+    if empty:
+        yield f"without images: {shown(empty)}"
     yield from (f"left out: {reason}" for reason in left_out[:_SHOWN])
     if len(left_out) > _SHOWN:
         yield f"left out: {len(left_out) - _SHOWN} more"
 
 
 def _class_folders(folder: Path, skipped: Skipped) -> Sequence[Path]:
-    found = []
+    """Also broken links: the ids of the other classes do not hang on whether a disk is there."""
+    found, real = [], folder.resolve()
+    above = {real, *real.parents}
     for entry in _entries(folder, skipped):
-        if entry.is_dir():
-            found.append(Path(entry.path))
+        path, kind = Path(entry.path), _kind(entry)
+        if kind == _FOLDER and entry.is_symlink() and path.resolve() in above:
+            skipped.add(path, _CIRCLE)
+        elif kind == _FOLDER or kind == _BROKEN and path.suffix.lower() not in SUFFIXES:
+            found.append(path)
         else:
-            skipped.add(Path(entry.path), "beside the class folders, not in one")
+            skipped.add(path, "beside the class folders, not in one")
     return found
+
+
+def check_outside(option: str, path: Path, images: Path) -> None:
+    """Raises DataError if what is written at `path` would become a part of the `images`."""
+    if images.resolve() in (path.resolve(), *path.resolve().parents):
+        raise DataError(
+            f"{option} {path} lies in the images {images}, where it would become a class or a part "
+            "of one: take a folder outside"
+        )
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:

@@ -24,9 +24,9 @@ from tqdm import tqdm
 from flowturbo.errors import FlowTurboError
 from flowturbo.nets.vae import latent_factor, load_vae, sample_size
 from training.data import Latents, encode, finite, text_digest, vae_digest
-from training.images import DataError, list_pictures, unused
+from training.images import DataError, check_outside, list_pictures, printable, shown, unused
 from training.loop import alone, device, processes, tell, whole
-from training.shards import INDEX, SETTINGS, read_object
+from training.shards import INDEX, SETTINGS, SETTINGS_KEY, read_object, shard_files
 
 # Fields of the VAE's configuration that its latents are scaled by.
 _SCALE = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
@@ -49,6 +49,10 @@ class Images(Protocol):
 
     def read(self, rows: Iterable[int]) -> Iterator[tuple[np.ndarray | DataError, int]]:
         """Images [size, size, 3] uint8, or what is wrong with each, and class ids."""
+
+    @property
+    def unused(self) -> Mapping[str, Any]:
+        """What beside the images was found and not used, as JSON has it."""
 
     def name(self, row: int) -> str:
         """Which image that is, for people."""
@@ -83,10 +87,17 @@ class Writer:
         batch: int = 32,
         skip_bad: bool = False,
     ) -> None:
+        try:
+            str(out).encode()
+        except UnicodeEncodeError:
+            raise DataError(
+                f"shards need a folder whose name is UTF-8, got {printable(out)}"
+            ) from None
         self.images, self.out, self.storage = images, out, storage
         self.dtype = getattr(torch, storage.dtype)
         self.vae, self.batch, self.skip_bad = vae.to(device()).eval(), batch, skip_bad
         self.left_out: list[str] = []  # of the shard at work
+        self.unreadable: list[int] = []  # its rows
         # One black image tells what no latents at all look like.
         black = np.zeros((1, images.size, images.size, 3), np.uint8)
         self.none = self._encode([(black[0], 0)])[:0]
@@ -94,6 +105,8 @@ class Writer:
             out / f"shard-{k:05d}.safetensors" for k in range(-(-len(images) // storage.shard))
         ]
         self.digests = self._digests()
+        self.settings = {**images.settings, "vae": vae_digest(self.vae), **asdict(storage)}
+        self.settings_digest = text_digest(json.dumps(self.settings, sort_keys=True))
 
     def write(self) -> None:
         """Writes the shards that are not there yet, or whose images have changed, then the index.
@@ -128,12 +141,18 @@ class Writer:
     def _write_shard(self, shard: int, bar: tqdm) -> None:
         rows, parts = self._rows(shard), [self.none]
         self.left_out.clear()
+        self.unreadable.clear()
         for start in range(0, len(rows), self.batch):
             batch = rows[start : start + self.batch]
             parts.append(self._usable(batch))
             bar.update(len(batch))
         tensors = Latents.cat(parts).tensors(self.dtype)
-        stated = {"images": self.digests[shard], "left_out": json.dumps(self.left_out)}
+        stated = {
+            SETTINGS_KEY: self.settings_digest,
+            "images": self.digests[shard],
+            "left_out": json.dumps(self.left_out),
+            "unreadable": json.dumps(self.unreadable),
+        }
         _write(self.paths[shard], save(tensors, stated))
 
     def _usable(self, rows: range) -> Latents:
@@ -142,6 +161,7 @@ class Writer:
         for row, (image, label) in zip(rows, self.images.read(rows), strict=True):
             if isinstance(image, DataError):
                 self._leave_out(str(image))
+                self.unreadable.append(row)
             else:
                 good.append(row)
                 images.append((image, label))
@@ -173,30 +193,38 @@ class Writer:
 
     def _is_current(self, shard: int) -> bool:
         path = self.paths[shard]
-        return path.exists() and _stated(path)[1].get("images") == self.digests[shard]
+        if not path.exists():
+            return False
+        stated = _stated(path)[1]
+        wanted = self.settings_digest, self.digests[shard]
+        if (stated[SETTINGS_KEY], stated["images"]) != wanted or (
+            stated["left_out"] and not self.skip_bad
+        ):
+            return False
+        # What could not be read may have been forbidden, or on a disk that failed.
+        again = self.images.read(stated["unreadable"])
+        return all(isinstance(image, DataError) for image, _ in again)
 
     def _remove_outdated(self, todo: Sequence[int]) -> None:
         """Removes shards of other images, and the index as soon as any shard is to be written."""
         changed = [self.paths[k] for k in todo if self.paths[k].exists()]
-        surplus = sorted(set(self.out.glob("shard-*.safetensors")) - set(self.paths))
+        surplus = sorted(set(shard_files(self.out)) - set(self.paths))
+        for path in surplus:
+            _stated(path)
         for path in (*changed, *surplus):
             path.unlink()
         if todo or surplus:
             (self.out / INDEX).unlink(missing_ok=True)
         if changed or surplus:
             print(
-                f"images have changed: {len(changed)} of {len(self.paths)} shards are encoded "
-                f"again, {len(surplus)} removed",
+                f"images or settings have changed: {len(changed)} of {len(self.paths)} shards are "
+                f"encoded again, {len(surplus)} removed",
                 file=sys.stderr,
             )
 
     def _check_settings(self, state: PartialState) -> None:
         path = self.out / SETTINGS
-        settings = {
-            **self.images.settings,
-            "vae": vae_digest(self.vae),
-            **asdict(self.storage),
-        }
+        settings = self.settings
         if state.is_main_process and not path.exists():
             _write(path, json.dumps(settings, indent=1).encode())
         state.wait_for_everyone()
@@ -217,6 +245,8 @@ class Writer:
             shards.append({"file": path.name, "count": count})
             left_out += stated["left_out"]
             total += count
+        # A mirrored copy has its image's fault.
+        left_out = list(dict.fromkeys(left_out))
         config = self.vae.config
         if not total:
             raise DataError(
@@ -225,7 +255,8 @@ class Writer:
         return {
             "latent_shape": list(self.none.mean.shape[1:]),
             "image_size": self.images.size,
-            "vae": vae_digest(self.vae),
+            "vae": self.settings["vae"],
+            SETTINGS_KEY: self.settings_digest,
             **{name: getattr(config, name) for name in _SCALE},
             "posterior": "mean" if self.storage.mean_only else "mean and std",
             "dtype": self.storage.dtype,
@@ -234,6 +265,7 @@ class Writer:
             "count": total,
             "skipped": len(left_out),
             "left_out": left_out,
+            **self.images.unused,
             "shards": shards,
         }
 
@@ -244,7 +276,8 @@ def _stated(path: Path) -> tuple[int, dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             count = file.get_slice("label").get_shape()[0]
             metadata = file.metadata()
-            return count, {**metadata, "left_out": json.loads(metadata["left_out"])}
+            lists = {name: json.loads(metadata[name]) for name in ("left_out", "unreadable")}
+            return count, {name: metadata[name] for name in (SETTINGS_KEY, "images")} | lists
     except (SafetensorError, LookupError, TypeError, ValueError) as error:
         raise DataError(f"{path} is no shard from here, remove it: {error}") from error
 
@@ -258,6 +291,7 @@ def main(argv: Sequence[str]) -> int:
     """Returns the exit status: 2, and one line on stderr, for what the user can put right."""
     args = _parser().parse_args(argv)
     try:
+        check_outside("--out", args.out, args.images)
         vae = load_vae(args.vae)
         size = args.image_size or sample_size(vae)
         if size is None:
@@ -277,11 +311,12 @@ def main(argv: Sequence[str]) -> int:
         Writer(images, vae, args.out, storage, batch=args.batch, skip_bad=args.skip_bad).write()
         if processes().is_main_process:
             index = json.loads((args.out / INDEX).read_text())
-            for line in unused(index["left_out"], images.skipped):
+            for line in unused(index["left_out"], images.skipped, images.empty):
                 print(line, file=sys.stderr)
             print(
-                f"{index['count']} latents in {args.out}; {index['skipped']} images left out, "
-                f"{len(images.skipped)} other files skipped, {images.empty} classes without images"
+                f"{index['count']} latents in {args.out} of {shown(images.class_names)}; "
+                f"{index['skipped']} images left out, {len(images.skipped)} other files skipped, "
+                f"{len(images.empty)} classes without images (all of them in {INDEX})"
             )
     except (FlowTurboError, OSError) as error:
         tell("latents", error)

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -197,8 +198,8 @@ class _Run:
         if {**plan, **longer} != identity or beyond:
             keys = sorted({*plan, *identity})
             differ = [key for key in keys if plan.get(key) != identity.get(key)]
-            then, now = ({key: of.get(key) for key in differ} for of in (plan, identity))
-            raise PlanError(f"{self.path} was trained with {then}, not {now}: remove it")
+            found = ", ".join(_difference(key, plan.get(key), identity.get(key)) for key in differ)
+            raise PlanError(f"{self.path} was trained with {found}: remove it")
         for key, holder in self.holders.items():
             holder.load_state_dict(states[key])
         self.progress = progress
@@ -252,6 +253,13 @@ class _Run:
         torch.save({**state, "progress": self.progress, "plan": self.identity}, content)
         with whole(self.path) as file:
             file.write(content.getbuffer())
+
+
+def _difference(key: str, then: Any, now: Any) -> str:
+    digest = re.compile(r"[0-9a-f]{64}")
+    if all(isinstance(value, str) and digest.fullmatch(value) for value in (then, now)):
+        return f"{key} of other content"
+    return f"{key} {then!r}, not {now!r}"
 
 
 @contextmanager

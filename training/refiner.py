@@ -6,6 +6,7 @@ goes on from its state in --runs. `accelerate launch -m training.refiner` uses s
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,9 +22,9 @@ from flowturbo.nets.sit import SiT, SiTConfig, refiner_config
 from flowturbo.nets.vae import latent_factor, load_vae
 from flowturbo.nets.weights import WEIGHTS_KEYS, sha256
 from training.data import EncodedImages, Source, vae_digest
-from training.images import DataError, list_pictures, unused
+from training.images import DataError, Skipped, check_outside, list_pictures, shown, unused
 from training.latents import natural, positive
-from training.loop import Preview, device, fit, processes, save_weights, tell
+from training.loop import Preview, device, fit, processes, save_weights, tell, whole
 from training.plan import Pace, Plan, PlanError
 from training.recipe import Recipe, Rule, regression_loss
 from training.samples import RefinerPreview
@@ -41,6 +42,7 @@ PAPER = Plan(
     ema_decay=0.9999,
 )
 
+UNUSED = "unused.json"  # in a run's folder: data that it leaves out, and why
 SAMPLE_SCALE = 1.5  # of guidance, in SiT's published samples
 
 
@@ -128,6 +130,11 @@ def _run(args: argparse.Namespace) -> None:
         precision=plan.precision,
         guided_channels=recipe.guided_channels,
     )
+    if processes().is_main_process:
+        args.runs.mkdir(parents=True, exist_ok=True)
+        with whole(args.runs / UNUSED) as file:
+            unused_data = {"left_out": source.left_out, **source.unused}
+            file.write(json.dumps(unused_data, indent=1).encode())
     trained = train(
         source,
         predictor,
@@ -216,9 +223,13 @@ def _open_data(
 ) -> Shards | EncodedImages:
     """Latents if there is an index of them, else images; says what was skipped."""
     source: Shards | EncodedImages
-    counted, skipped = "", None
+    skipped: Skipped | None
+    empty: Sequence[str]
+    skipped, empty = None, ()
     if not args.data.is_dir():
         raise DataError(f"{args.data} is not a folder")
+    for option, path in (("--runs", args.runs), ("--out", args.out)):
+        check_outside(option, path, args.data)
     if is_sharded(args.data):
         for option in ("flip", "ignore_orientation"):
             if getattr(args, option):
@@ -241,14 +252,14 @@ def _open_data(
             as_stored=args.ignore_orientation,
         )
         source = EncodedImages(pictures, vae, model, skip_bad=args.skip_bad)
-        counted, skipped = f" ({pictures.empty} empty)", pictures.skipped
+        skipped, empty = pictures.skipped, pictures.empty
     if processes().is_main_process:
-        for line in unused(source.left_out, skipped):
+        for line in unused(source.left_out, skipped, empty):
             print(line, file=sys.stderr)
-        classes = len(source.class_names)
+        counted = f", {len(empty)} of them empty" if empty else ""
         print(
-            f"{len(source)} images ({source.skipped} skipped) of {classes} classes{counted}, ids 0 "
-            f"to {classes - 1}; the predictor knows {model.num_classes}"
+            f"{len(source)} images ({source.skipped} skipped) of {shown(source.class_names)}"
+            f"{counted}; the predictor knows {model.num_classes}"
         )
     return source
 

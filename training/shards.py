@@ -3,8 +3,10 @@
 import bisect
 import hashlib
 import json
+import re
 import reprlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from training.loop import digest_of, mine, processes
 
 INDEX = "index.json"  # written when all shards are there
 SETTINGS = "settings.json"  # what the shards depend on, from the start
+SETTINGS_KEY = "settings"  # their digest, in the index and in each shard
+_SHARD = re.compile(r"shard-\d{5,}\.safetensors")
 _DTYPES = {"BF16", "F16", "F32", "F64"}  # of latents
 
 
@@ -46,6 +50,7 @@ class Shards:
         stated = (folder / name for name in (INDEX, SETTINGS))
         digest = hashlib.sha256(b"".join(p.read_bytes() for p in stated if p.exists()))
         self.skipped, self.left_out = 0, list[str]()
+        self.unused: dict[str, Any] = {}  # the index says what images were not encoded
         named = {entry["file"] for entry in index["shards"]}
         for path in sorted(folder.glob("*.safetensors")):
             if path.name not in named:
@@ -55,7 +60,7 @@ class Shards:
         for entry in index["shards"]:
             path = folder / entry["file"]
             try:
-                file, label = _open_shard(path, self.shape, entry["count"])
+                file, label = _open_shard(path, self.shape, entry["count"], index[SETTINGS_KEY])
                 good = _known(path, label, model, skip_bad=skip_bad)
             except DataError as error:
                 if not skip_bad:
@@ -105,8 +110,20 @@ def _has_std(file: Any) -> bool:
 
 
 def is_sharded(folder: Path) -> bool:
-    """Whether `folder` is, or was to become, one of latents."""
-    return any((folder / name).exists() for name in (INDEX, SETTINGS))
+    """Whether `folder` is, or was to become, one of latents.
+
+    A data set of images may have files of these names too, that say something else.
+    """
+    for name, key in ((INDEX, "shards"), (SETTINGS, "vae")):
+        with suppress(DataError, OSError):
+            if key in read_object(folder / name):
+                return True
+    return bool(shard_files(folder))
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The files in `folder` that have a shard's name, sorted."""
+    return sorted(path for path in folder.glob("*.safetensors") if _SHARD.fullmatch(path.name))
 
 
 def _whole(value: Any, smallest: int = 0) -> bool:
@@ -122,6 +139,7 @@ _FIELDS = {
         ),
     ),
     "vae": ("a digest", lambda value: isinstance(value, str)),
+    SETTINGS_KEY: ("a digest", lambda value: isinstance(value, str)),
     "class_names": ("a list of names", lambda value: isinstance(value, list)),
     "shards": (
         "a list of objects with file and count",
@@ -161,10 +179,13 @@ def read_object(path: Path) -> dict[str, Any]:
     return found
 
 
-def _open_shard(path: Path, shape: tuple[int, int, int], count: int) -> tuple[Any, Tensor]:
+def _open_shard(
+    path: Path, shape: tuple[int, int, int], count: int, settings: str
+) -> tuple[Any, Tensor]:
     """The open file and its labels; raises DataError."""
     try:
         file = safe_open(path, framework="pt")
+        made_by = (file.metadata() or {}).get(SETTINGS_KEY)
         stated = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         dtypes = {file.get_slice(name).get_dtype() for name in stated if name != "label"}
         label = file.get_tensor("label") if "label" in stated else torch.empty(0)
@@ -178,6 +199,10 @@ def _open_shard(path: Path, shape: tuple[int, int, int], count: int) -> tuple[An
         raise DataError(
             f"{path} must have the tensors {tensors}, labels in int64, others in {allowed}; "
             f"got {stated}, {label.dtype}, {found}"
+        )
+    if made_by != settings:
+        raise DataError(
+            f"{path} was encoded with another VAE or other settings than {INDEX} says: encode again"
         )
     return file, label
 

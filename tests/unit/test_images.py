@@ -1,6 +1,8 @@
 """Image folders: every file is used, or counted and named; one rule for all kinds of pixels."""
 
 import os
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -71,6 +73,12 @@ def links(folder: Path) -> None:
     os.symlink(folder.parent / "birds", folder / "bird")
 
 
+def looping_links(folder: Path) -> None:
+    os.symlink("loop.jpg", folder / "cat" / "loop.jpg")
+    os.symlink("0.jpg/x.jpg", folder / "cat" / "through.jpg")
+    os.symlink("x" * 300, folder / "cat" / "long.jpg")
+
+
 Change = Callable[[Path], object]
 CASES: dict[str, tuple[Change, int, dict[str, int]]] = {
     "a hidden file": (
@@ -109,6 +117,17 @@ CASES: dict[str, tuple[Change, int, dict[str, int]]] = {
         6,
         {"broken link": 1},
     ),
+    "links that lead nowhere": (looping_links, 6, {"broken link": 3}),
+    "a class that is the folder": (
+        lambda f: os.symlink(".", f / "all"),
+        6,
+        {"link to a folder above it": 1},
+    ),
+    "a class that is above the folder": (
+        lambda f: os.symlink("..", f / "up"),
+        6,
+        {"link to a folder above it": 1},
+    ),
     "a link to a folder above": (
         lambda f: os.symlink(f, f / "cat" / "up"),
         6,
@@ -139,8 +158,26 @@ def test_a_class_without_images_keeps_its_id(folder: Path) -> None:
         list_pictures(folder, 64)
     pictures = list_pictures(folder, 64, skip_bad=True)
     assert pictures.class_names == ("bird", "cat", "cow", "dog")
-    assert pictures.empty == 2
+    assert pictures.empty == ("bird", "cow")
     assert [picture.label for picture in pictures.pictures] == [1, 1, 1, 3, 3, 3]
+
+
+def test_a_class_on_a_disk_that_is_not_there(folder: Path) -> None:
+    """The other classes keep their ids."""
+    picture(folder.parent / "disk" / "0.png")
+    os.symlink(folder.parent / "disk", folder / "ant")
+    labels = [each.label for each in list_pictures(folder, 64).pictures]
+    (folder.parent / "disk").rename(folder.parent / "elsewhere")
+    with pytest.raises(DataError, match="ant is a link to what is not there, and has no images"):
+        list_pictures(folder, 64)
+    left = list_pictures(folder, 64, skip_bad=True)
+    assert left.empty == ("ant",)
+    assert [each.label for each in left.pictures] == labels[1:]
+
+
+def test_names_are_one_line(folder: Path) -> None:
+    (folder / "cat" / "two\nlines.txt").touch()
+    assert r"two\nlines.txt" in str(list_pictures(folder, 64).skipped)
 
 
 def test_folders_that_cannot_be_used(folder: Path) -> None:
@@ -165,9 +202,18 @@ def test_images_are_turned_as_their_exif_says(tmp_path: Path, suffix: str) -> No
     exif[0x0112] = 6  # the camera was turned: the left as stored is the top as shown
     pixels = load(Image.fromarray(RED_LEFT), tmp_path, suffix, exif=exif)
     assert (pixels[:24, :, 0] > 200).all() and (pixels[40:, :, 0] < 60).all()
-    if suffix != ".tif":  # Pillow itself turns these
-        stored = Picture(tmp_path / f"image{suffix}", 0, as_stored=True).load(64)
-        assert (stored[:, :24, 0] > 200).all() and (stored[:, 40:, 0] < 60).all()
+    stored = Picture(tmp_path / f"image{suffix}", 0, as_stored=True).load(64)
+    assert (stored[:, :24, 0] > 200).all() and (stored[:, 40:, 0] < 60).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_taken_back(tmp_path: Path, orientation: int) -> None:
+    """Pillow turns TIFF files when it reads them."""
+    pixels, exif = RNG.integers(0, 256, (80, 64, 3), dtype=np.uint8), Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(tmp_path / "image.tif", exif=exif)
+    stored = read_image(tmp_path / "image.tif", as_stored=True)
+    assert np.array_equal(np.asarray(stored), pixels)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr"])
@@ -197,6 +243,74 @@ def test_16_bit_pixels_keep_their_upper_bits(tmp_path: Path) -> None:
     for suffix in (".png", ".tif"):
         shown = load(Image.fromarray(grey), tmp_path, suffix)
         assert np.array_equal(shown, (grey >> 8)[..., None].repeat(3, 2))
+
+
+def tiff(path: Path, levels: np.ndarray, bits: int, photometric: int) -> Path:
+    """Grey of `bits` bits a pixel, written by hand: Pillow writes neither kind."""
+    if bits == 12:
+        pairs = levels.reshape(-1, 2).astype(int)
+        packed = [pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255]
+        data = np.stack(packed, 1).astype(np.uint8).tobytes()
+    else:
+        data = levels.astype("<u2").tobytes()
+    high, wide = levels.shape
+    entries = {256: wide, 257: high, 258: bits, 259: 1, 262: photometric, 273: 0, 277: 1, 278: high}
+    entries[279], entries[273] = len(data), 8 + 2 + 12 * (len(entries) + 1) + 4
+    fields = (struct.pack("<HHII", tag, 4, 1, entries[tag]) for tag in sorted(entries))
+    header = struct.pack("<2sHIH", b"II", 42, 8, len(entries))
+    path.write_bytes(header + b"".join(fields) + bytes(4) + data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("bits", "shift", "black_is_0"), [(16, 8, True), (16, 8, False), (12, 4, True)]
+)
+def test_tiffs_of_other_depths(tmp_path: Path, bits: int, shift: int, black_is_0: bool) -> None:
+    levels = RNG.integers(0, 1 << bits, (8, 8))
+    path = tiff(tmp_path / "image.tif", levels, bits, int(black_is_0))
+    shown = np.asarray(read_image(path))[..., 0]
+    assert np.array_equal(shown, levels >> shift if black_is_0 else 255 - (levels >> shift))
+
+
+@pytest.mark.parametrize("most", [4095, 65535])
+def test_a_grey_map_of_16_bits(tmp_path: Path, most: int) -> None:
+    levels = RNG.integers(0, most + 1, (8, 8))
+    content = b"P5 8 8 %d\n" % most + levels.astype(">u2").tobytes()
+    (tmp_path / "image.pgm").write_bytes(content)
+    shown = np.asarray(read_image(tmp_path / "image.pgm"))[..., 0]
+    assert np.abs(shown - levels * (256 / (most + 1))).max() <= 1
+
+
+def png(path: Path, depth: int, colour: int, row: bytes, transparent: bytes) -> Path:
+    """8 rows of 8 pixels, of which one level is transparent; Pillow does not write all of these."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + check
+
+    header = struct.pack(">IIBBBBB", 8, 8, depth, colour, 0, 0, 0)
+    pixels = zlib.compress((b"\0" + row) * 8)
+    chunks = [(b"IHDR", header), (b"tRNS", transparent), (b"IDAT", pixels), (b"IEND", b"")]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks))
+    return path
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+def test_a_grey_level_that_is_transparent(tmp_path: Path, depth: int) -> None:
+    """The first four pixels of each row are of that level, the others black."""
+    level = {1: 1, 2: 1, 4: 5, 8: 77, 16: 0x8001}[depth]
+    bits = "".join(f"{value:0{depth}b}" for value in [level] * 4 + [0] * 4)
+    row = int(bits, 2).to_bytes(depth, "big")
+    path = png(tmp_path / "image.png", depth, 0, row, struct.pack(">H", level))
+    shown = np.asarray(read_image(path))
+    assert (shown[:, :4] == 255).all() and (shown[:, 4:] == 0).all()
+
+
+def test_a_transparent_colour_of_16_bits_is_refused(tmp_path: Path) -> None:
+    """Pillow keeps 8 bits of each, and would show others white too."""
+    path = png(tmp_path / "image.png", 16, 2, bytes(48), bytes(6))
+    with pytest.raises(DataError, match="a transparent colour of 16 bits is not read"):
+        read_image(path)
 
 
 def test_the_first_frame_is_read(tmp_path: Path) -> None:
