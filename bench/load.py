@@ -25,6 +25,7 @@ from bench import load_report, perf_analyzer
 from bench.observe import described, described_server, hardware, observing, orchestration
 from bench.perf_analyzer import Entry, Load, PerfAnalyzer, PerfAnalyzerError, entry
 from flowturbo.serving.tritonserver import running_server
+from flowturbo.textfile import read_json
 
 SCHEDULE = "H1P5R3"
 HEUN = "H8"
@@ -293,7 +294,7 @@ def main() -> None:
             report["baseline"] = compare.run(args.repository, plan.baseline_rounds)
             compare.write(report["baseline"], args.out.with_name("compare.json"))
             _write(args.out, report)
-    print(load_report.write(json.loads(args.out.read_text()), args.out))
+    print(load_report.write(read_json(args.out), args.out))
 
 
 def _write(path: Path, report: dict[str, Any]) -> None:

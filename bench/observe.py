@@ -22,7 +22,7 @@ import tritonclient.grpc
 from flowturbo_client.settings import Settings
 
 from flowturbo import contract
-from flowturbo.repository import BUILD_FILE
+from flowturbo.repository import BUILD_FILE, read_record
 
 SAMPLE_S = 0.5
 _LISTENING = "0A"  # proc(5), /proc/net/tcp
@@ -240,7 +240,7 @@ def described_server(url: str, repository: Path) -> dict[str, Any]:
         config = client.get_model_config(contract.ORCHESTRATOR).config
         version = client.get_server_metadata().version
     builds = {name: repository / name / BUILD_FILE for name in contract.COMPOSED}
-    models = {name: json.loads(p.read_text()) for name, p in builds.items() if p.exists()}
+    models = {name: read_record(p) for name, p in builds.items() if p.exists()}
     return {
         "version": version,
         "settings": {name: value.string_value for name, value in config.parameters.items()},

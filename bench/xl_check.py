@@ -24,6 +24,7 @@ from PIL import Image
 
 from bench.networks import SIZES, random_network, random_vae
 from flowturbo.nets.sit import refiner_config
+from flowturbo.textfile import read_json
 
 Source = dict[str, str]  # checkpoints, as options of the commands that read them
 PICTURES, STEPS, BATCH = 8, 10, 4  # of the training
@@ -66,7 +67,7 @@ def main() -> None:
 def _report(path: Path, machine: dict[str, Any]) -> dict[str, Any]:
     """A report without runs, or with those that one from here has: a part alone adds its own."""
     if path.exists():
-        report: dict[str, Any] = json.loads(path.read_text())
+        report: dict[str, Any] = read_json(path)
         if machine.items() <= report.items():
             return report
     return {**machine, "runs": []}

@@ -1,7 +1,5 @@
 """What a model repository says of itself: the pipeline's shape, presets, the service's settings."""
 
-import json
-import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -13,7 +11,7 @@ from flowturbo.guidance import Guidance
 from flowturbo.presets import DEFAULT, Presets, built_in, load_presets, may_be_preset
 from flowturbo.program import Variant
 from flowturbo.schedule import Schedule
-from flowturbo.textfile import TextFileError, read_text
+from flowturbo.textfile import TextFileError, read_json, read_text
 
 if TYPE_CHECKING:
     from tritonclient.grpc.model_config_pb2 import ModelConfig
@@ -107,14 +105,11 @@ def read_build(repository: Path, name: str) -> dict[str, Any] | None:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """A file of JSON that is an object; raises RepositoryError."""
+    """A build record; raises RepositoryError."""
     try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise RepositoryError(f"{path} cannot be read ({error}): export again") from error
-    if not isinstance(found, dict):
-        raise RepositoryError(f"{path} must be an object, got {reprlib.repr(found)}: export again")
-    return found
+        return read_json(path)
+    except TextFileError as error:
+        raise RepositoryError(f"{error}: export again") from error
 
 
 def read_config(path: Path) -> "ModelConfig":

@@ -1,6 +1,9 @@
 """Text files that people write, on whatever system."""
 
+import json
+import reprlib
 from pathlib import Path
+from typing import Any
 
 from flowturbo.errors import FlowTurboError
 
@@ -19,6 +22,17 @@ def read_text(path: Path) -> str:
     if "\0" in text:
         raise TextFileError(f"{path} must be UTF-8 text, it has NUL characters")
     return text
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file of JSON; raises TextFileError."""
+    try:
+        found = json.loads(read_text(path))
+    except ValueError as error:
+        raise TextFileError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise TextFileError(f"{path} must be an object, got {reprlib.repr(found)}")
+    return found
 
 
 def read_lines(path: Path) -> list[str]:

@@ -19,7 +19,7 @@ from torch import nn
 from bench.quality import __main__ as command
 from bench.quality import judges
 from bench.quality.engine import BATCH, Engine, Exact, Recipe, distances, find_sampler, velocity
-from bench.quality.evaluate import Eyes, served
+from bench.quality.evaluate import Eyes, kept, served
 from bench.quality.images import ImageFolder, Speed
 from bench.quality.judges import Classifier, Inception, load_reference
 from bench.quality.metrics import (
@@ -38,6 +38,7 @@ from flowturbo.latents import noise
 from flowturbo.nets.weights import CheckpointError
 from flowturbo.repository import Pipeline, Settings
 from flowturbo.serving.tritonserver import ServerAddress
+from flowturbo.textfile import TextFileError
 from training.classifier import Seen
 from training.frechet import Reference, Statistics
 
@@ -388,8 +389,56 @@ def test_exact_is_guided_as_the_repository_is(golden_repository: Path, tmp_path:
     assert other.digest != plain.digest
     apart = np.abs(guided(other) - guided(plain)).max((0, 2, 3))
     assert (apart > 0).tolist() == [False, False, True, False]
-    with pytest.raises(CheckpointError, match=r"\(4, 16, 16\) of 36 classes.*of 10"):
-        Exact.of_repository(GLYPHS / "predictor.safetensors", repository)
+    assert Exact(predictor, num_heads=2, num_classes=11).digest != plain.digest
+    weights = torch.load(predictor, weights_only=True)
+    torch.save({**weights, "pos_embed": 2 * weights["pos_embed"]}, tmp_path / "other.pt")
+    for checkpoint in (GLYPHS / "predictor.safetensors", tmp_path / "other.pt"):
+        with pytest.raises(CheckpointError, match="is not the file that .* was exported from"):
+            Exact.of_repository(checkpoint, repository)
+
+
+def test_references_that_are_none(tmp_path: Path) -> None:
+    judge, path = Classifier(GLYPHS), tmp_path / "real.npz"
+    images = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
+    mean, covariance = np.zeros(3), np.eye(3)
+    for arrays, said in [
+        ({"arr_0": images / 255.0}, r"arr_0 must be 2 images .*uint8, it is \[4, 64, 64, 3\] of f"),
+        ({"arr_0": images.astype(np.uint16)}, "of uint16"),
+        ({"arr_0": images[:1]}, r"arr_0 must be 2 images or more.* it is \[1, 64"),
+        ({"arr_0": images[:0]}, r"arr_0 must be 2 images or more.* it is \[0, 64"),
+        ({"arr_0": images[..., 0]}, r"it is \[4, 64, 64\]"),
+        ({"mu": mean}, "must have mu .D. and sigma"),
+        ({"mu": mean, "sigma": np.eye(4)}, "must have mu .D. and sigma"),
+        ({"mu": np.full(3, np.nan), "sigma": covariance}, "mu must be finite"),
+        ({"mu": mean, "sigma": covariance, "mu_s": mean}, "must have mu_s .D. and sigma_s"),
+        ({"other": mean}, "must have mu and sigma, it has other"),
+    ]:
+        np.savez(path, **arrays)
+        with pytest.raises(ValueError, match=said) as caught:
+            load_reference(path, judge)
+        assert str(path) in str(caught.value)
+    content = bytearray(path.read_bytes())
+    content[40:60] = bytes(20)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="real.npz"):
+        load_reference(path, judge)
+
+
+def test_files_of_a_run_that_are_damaged_are_named(tmp_path: Path) -> None:
+    folder = ImageFolder(tmp_path / "images", {}, num_classes=3)
+    folder.write(np.arange(2), np.zeros((2, 8, 8, 3), np.uint8))
+    Image.new("RGB", (9, 9)).save(folder.path / "000001.png")
+    with pytest.raises(ValueError, match=r"000001.png must be \(8, 8, 3\).*it is \(9, 9, 3\)"):
+        folder.read([0, 1])
+    (folder.path / "speed.json").touch()
+    with pytest.raises(TextFileError, match="speed.json is not JSON"):
+        _ = folder.speed
+    (folder.path / "recipe.json").write_text("")
+    with pytest.raises(ValueError, match="has images of nothing known, not of .*: remove it"):
+        ImageFolder(folder.path, {}, num_classes=3)
+    (tmp_path / "exact.npy").touch()
+    with pytest.raises(ValueError, match="exact.npy is no array, remove it"):
+        kept(tmp_path / "exact.npy", lambda: np.zeros(1))
 
 
 @pytest.fixture

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+_ARRAYS = ("mu", "sigma", "mu_s", "sigma_s", "features")
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -46,13 +48,24 @@ class Reference:
 
     @classmethod
     def load(cls, path: Path) -> Reference:
-        """Reads what `save` wrote, or statistics of ADM's; raises ValueError without any."""
+        """Reads what `save` wrote, or statistics of ADM's; raises ValueError for others."""
         with np.load(path) as file:
             if "mu" not in file:
                 raise ValueError(f"{path} must have mu and sigma, it has {', '.join(file)}")
-            spatial = Statistics(file["mu_s"], file["sigma_s"]) if "mu_s" in file else None
-            features = file["features"].astype(np.float32) if "features" in file else None
-            return cls(Statistics(file["mu"], file["sigma"]), spatial, features)
+            arrays = {name: file[name] for name in file if name in _ARRAYS}
+        for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
+            present = [arrays[name].shape for name in (mean, covariance) if name in arrays]
+            if present and (len(present) < 2 or present[1] != present[0] * 2):
+                raise ValueError(
+                    f"{path} must have {mean} [D] and {covariance} [D, D], it has "
+                    f"{', '.join(map(str, present))}"
+                )
+        for name, array in arrays.items():
+            if not np.isfinite(array).all():
+                raise ValueError(f"{path}: {name} must be finite, it has NaN or infinity")
+        spatial = Statistics(arrays["mu_s"], arrays["sigma_s"]) if "mu_s" in arrays else None
+        features = arrays["features"].astype(np.float32) if "features" in arrays else None
+        return cls(Statistics(arrays["mu"], arrays["sigma"]), spatial, features)
 
 
 def frechet_distance(one: Statistics, other: Statistics) -> float:

@@ -310,7 +310,7 @@ def main(argv: Sequence[str]) -> int:
         storage = Storage(args.dtype, args.mean_only, args.shard)
         Writer(images, vae, args.out, storage, batch=args.batch, skip_bad=args.skip_bad).write()
         if processes().is_main_process:
-            index = json.loads((args.out / INDEX).read_text())
+            index = read_object(args.out / INDEX)
             for line in unused(index["left_out"], images.skipped, images.empty):
                 print(line, file=sys.stderr)
             print(

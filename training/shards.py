@@ -2,7 +2,6 @@
 
 import bisect
 import hashlib
-import json
 import re
 import reprlib
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flowturbo.nets.sit import SiTConfig
+from flowturbo.textfile import TextFileError, read_json
 from training.data import Latents, finite
 from training.images import DataError
 from training.loop import digest_of, mine, processes
@@ -171,12 +171,9 @@ def _read_index(folder: Path) -> dict[str, Any]:
 def read_object(path: Path) -> dict[str, Any]:
     """A file of JSON that is an object; raises DataError."""
     try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise DataError(f"{path} must be an object, got {reprlib.repr(found)}")
-    return found
+        return read_json(path)
+    except TextFileError as error:
+        raise DataError(str(error)) from error
 
 
 def _open_shard(

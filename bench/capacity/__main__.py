@@ -20,7 +20,7 @@ from flowturbo.errors import FlowTurboError
 from flowturbo.presets import BUILT_IN, DEFAULT
 from flowturbo.repository import Pipeline, Settings
 from flowturbo.request import default_guidance_scale
-from flowturbo.textfile import read_text
+from flowturbo.textfile import read_json
 
 
 def main() -> None:
@@ -86,7 +86,7 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
         if args.json:
             plot(found, schedule, args.json.with_suffix(".png"))
     if args.check:
-        checked = check(json.loads(read_text(args.check)), replica_of)
+        checked = check(read_json(args.check), replica_of)
         report["check"] = [asdict(c) for c in checked]
         print_check(checked)
     return report

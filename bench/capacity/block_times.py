@@ -1,6 +1,5 @@
 """The time of each block at each batch size: read from a file, or measured here."""
 
-import json
 import math
 import statistics
 import time
@@ -15,7 +14,7 @@ import numpy as np
 from flowturbo import contract
 from flowturbo.local import open_models
 from flowturbo.repository import Pipeline
-from flowturbo.textfile import read_text
+from flowturbo.textfile import read_json
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 REPETITIONS = 7
@@ -52,8 +51,8 @@ class BlockTimes:
         cls, path: Path, engine: str | None = None, precision: str | None = None
     ) -> "BlockTimes":
         """From a JSON file: {"times_ms": {model: {rows: ms}}}, or what bench.gpu_check writes."""
-        document = json.loads(read_text(path))
-        if not isinstance(document, dict) or not {"times_ms", "blocks"} & document.keys():
+        document = read_json(path)
+        if not {"times_ms", "blocks"} & document.keys():
             raise ValueError(f"{path} has neither 'times_ms' nor the 'blocks' of bench.gpu_check")
         overhead = float(document.get("overhead_ms", OVERHEAD_MS))
         times = document.get("times_ms") or _of_blocks(document["blocks"], engine, precision)

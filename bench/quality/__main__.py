@@ -141,10 +141,23 @@ def _parser() -> argparse.ArgumentParser:
         help=f"checkpoint to solve exactly (default: --weights/{PREDICTOR})",
     )
     parser.add_argument("--inception", type=Path, help="pt_inception-2015-12-05-6726825d.pth")
-    parser.add_argument("--reference", type=Path, help="real images: .npz as ADM's, or a folder")
-    parser.add_argument("--server", metavar="HOST:PORT", help="makes the images instead, over gRPC")
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        help="real images: .npz as ADM's, or a folder (turned as their EXIF data say)",
+    )
+    parser.add_argument(
+        "--server",
+        metavar="HOST:PORT",
+        help="makes the images instead, over gRPC; it must serve the --repository",
+    )
     parser.add_argument("--in-flight", type=int, default=IN_FLIGHT, help="requests to the server")
-    parser.add_argument("--out", type=Path, help="keeps the images here, and goes on with them")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="keeps the images here, and goes on with those of the same recipe and networks, "
+        "whatever version of this code made them",
+    )
     parser.add_argument("--npz", action="store_true", help="also as ADM's evaluator reads them")
     parser.add_argument("--json", type=Path, help="where to write the figures as well")
     return parser

@@ -185,6 +185,8 @@ class Exact:
             self.digest += f"_{num_heads}heads"
         if guided_channels != GUIDED_CHANNELS:
             self.digest += f"_{guided_channels}guided"
+        if num_classes:
+            self.digest += f"_{num_classes}classes"
         if reverse_time:
             self.digest += "_reversed"
         self._guided_channels = guided_channels
@@ -199,10 +201,16 @@ class Exact:
     def of_repository(cls, checkpoint: Path, repository: Path) -> Exact:
         """`checkpoint`, read and guided as `repository` was exported.
 
-        Raises CheckpointError for one of other latents or classes than the repository's.
+        Raises CheckpointError for another file than the repository was exported from.
         """
-        options = read_build(repository / contract.PREDICTOR)["fingerprint"]["options"]
-        found = cls(
+        made_from = read_build(repository / contract.PREDICTOR)["fingerprint"]
+        options = made_from["options"]
+        if sha256(checkpoint) != made_from["sha256"][contract.PREDICTOR]:
+            raise CheckpointError(
+                f"{checkpoint} is not the file that {repository} was exported from: give the one "
+                "that was exported with --predictor"
+            )
+        return cls(
             checkpoint,
             guided_channels=options["guidance_channels"],
             weights=options["weights"],
@@ -210,14 +218,6 @@ class Exact:
             num_classes=options["num_classes"],
             reverse_time=options["reverse_time"],
         )
-        pipeline = Pipeline.load(repository)
-        if (found.latent_shape, found.num_classes) != (pipeline.latent_shape, pipeline.num_classes):
-            raise CheckpointError(
-                f"{checkpoint} has latents {found.latent_shape} of {found.num_classes} classes, "
-                f"{repository} {pipeline.latent_shape} of {pipeline.num_classes}: "
-                "give the checkpoint that was exported with --predictor"
-            )
-        return found
 
     def velocity(self, labels: Array, guidance: Guidance) -> Velocity:
         """The guided velocity of images of the classes `labels` [n]."""

@@ -22,7 +22,7 @@ from bench.quality.engine import (
     distances,
     schedule_evaluations,
 )
-from bench.quality.images import ImageFolder
+from bench.quality.images import ImageFolder, beside
 from bench.quality.judges import (
     Classifier,
     Inception,
@@ -33,7 +33,7 @@ from bench.quality.judges import (
 from bench.quality.metrics import Figures, figures
 from flowturbo import contract
 from flowturbo.guidance import Guidance
-from flowturbo.repository import BUILD_FILE
+from flowturbo.repository import BUILD_FILE, read_record
 from flowturbo.sampler import Array
 from training.classifier import Seen
 from training.frechet import Reference
@@ -95,7 +95,7 @@ def models_digest(repository: Path) -> str:
     """
     stated = []
     for path in (repository / name / BUILD_FILE for name in contract.COMPOSED):
-        build = json.loads(path.read_text()) if path.exists() else {}
+        build = read_record(path) if path.exists() else {}
         made_from = build.get("fingerprint", {})
         stated.append([build.get(key) for key in ("engine", "runtime", "precision")])
         options = made_from.get("options")
@@ -164,10 +164,14 @@ def exact_latents(exact: Exact, guidance: Guidance, count: int, folder: Path) ->
 def kept(path: Path, make: Callable[[], Array]) -> Array:
     """The array in the file `path` (.npy), made and written if it is not there yet."""
     if not path.exists():
-        partial = path.with_suffix(".partial.npy")
-        np.save(partial, make())
+        partial = beside(path)
+        with partial.open("wb") as file:
+            np.save(file, make())
         partial.rename(path)
-    array: Array = np.load(path)
+    try:
+        array: Array = np.load(path)
+    except (EOFError, ValueError) as error:
+        raise ValueError(f"{path} is no array, remove it: {error}") from error
     return array
 
 

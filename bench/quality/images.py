@@ -20,6 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from bench.quality.engine import BATCH, Make
+from flowturbo.textfile import read_json
 
 _RECIPE, _SPEED = "recipe.json", "speed.json"
 
@@ -37,6 +38,11 @@ class Speed:
         return 1e3 * self.seconds / self.images if self.images else None
 
 
+def beside(path: Path) -> Path:
+    """Where this process alone may write what is then moved to `path`, whole."""
+    return path.with_name(f"{path.name}.{os.getpid()}.partial")
+
+
 class ImageFolder:
     """The folder `path` of images made as `recipe`, any JSON object, says.
 
@@ -45,6 +51,7 @@ class ImageFolder:
 
     def __init__(self, path: Path, recipe: Mapping[str, Any], num_classes: int) -> None:
         self.path, self.num_classes = path, num_classes
+        self._shape: tuple[int, ...] | None = None
         path.mkdir(parents=True, exist_ok=True)
         stated = json.dumps({**recipe, "num_classes": num_classes}, indent=1, sort_keys=True) + "\n"
         written = path / _RECIPE
@@ -52,13 +59,16 @@ class ImageFolder:
             written.write_text(stated)
         if written.read_text() != stated:
             there, wanted = (" ".join(text.split()) for text in (written.read_text(), stated))
-            raise ValueError(f"{path} has images of {there}, not of {wanted}")
+            raise ValueError(
+                f"{path} has images of {there or 'nothing known'}, not of {wanted}: remove it, or "
+                "take another folder"
+            )
 
     @property
     def speed(self) -> Speed:
         """Of all images that `fill` ever made here, in this run or before."""
         path = self.path / _SPEED
-        return Speed(**json.loads(path.read_text())) if path.exists() else Speed(0, 0.0)
+        return Speed(**read_json(path)) if path.exists() else Speed(0, 0.0)
 
     def labels(self, seeds: np.ndarray) -> np.ndarray:
         """Class ids [n] of the images of `seeds` [n]."""
@@ -72,13 +82,21 @@ class ImageFolder:
     def write(self, seeds: np.ndarray, images: np.ndarray) -> None:
         """Keeps `images` [n, H, W, 3] uint8 of `seeds` [n]; a file is whole or is not there."""
         for seed, image in zip(seeds, images, strict=True):
-            partial = self._file(int(seed)).with_suffix(".partial")
+            partial = beside(self._file(int(seed)))
             Image.fromarray(image).save(partial, "png")
             partial.rename(self._file(int(seed)))
 
     def read(self, seeds: Iterable[int]) -> np.ndarray:
         """Images [n, H, W, 3] uint8 of `seeds`."""
-        return np.stack([np.asarray(Image.open(self._file(int(seed)))) for seed in seeds])
+        return np.stack([self._read(self._file(int(seed))) for seed in seeds])
+
+    def _read(self, path: Path) -> np.ndarray:
+        image = np.asarray(Image.open(path))
+        if self._shape is None:
+            self._shape = image.shape
+        if image.shape != self._shape:
+            raise ValueError(f"{path} must be {self._shape} as the others are, it is {image.shape}")
+        return image
 
     def batches(self, count: int, size: int = 500) -> Iterator[np.ndarray]:
         """Images of the seeds below `count`, in order, `size` at a time."""
@@ -114,7 +132,7 @@ class ImageFolder:
         `arr_0` is uint8 [N, H, W, 3], `arr_1` int64 [N] the classes. One batch is in memory at a
         time; the file is whole or is not there.
         """
-        partial = path.with_suffix(".partial")
+        partial = beside(path)
         with zipfile.ZipFile(partial, "w") as file:
             with file.open("arr_0.npy", "w", force_zip64=True) as member:
                 for number, images in enumerate(self.batches(count)):
@@ -131,7 +149,7 @@ class ImageFolder:
         before = self.speed
         total = Speed(before.images + done.images, before.seconds + done.seconds)
         if done.images:
-            partial = (self.path / _SPEED).with_suffix(".partial")
+            partial = beside(self.path / _SPEED)
             partial.write_text(json.dumps(asdict(total)) + "\n")
             partial.rename(self.path / _SPEED)
 

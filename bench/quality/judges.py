@@ -126,14 +126,23 @@ def load_reference(path: Path, judge: Judge) -> Reference:
     if not zipfile.is_zipfile(path):
         path.stat()  # a missing file says so itself
         raise ValueError(f"{path} is neither a folder of images nor an .npz")
-    with np.load(path) as file:
-        if "arr_0" not in file:
-            return Reference.load(path)
-        seen, has_statistics = judge(file["arr_0"]), "mu" in file
-    if not has_statistics:
-        return _reference_of(seen)
-    known = Reference.load(path)
-    return Reference(known.pooled, known.spatial, seen.pooled)
+    try:
+        with np.load(path) as file:
+            images = file.get("arr_0")
+            known = Reference.load(path) if images is None or "mu" in file else None
+    except (zipfile.BadZipFile, EOFError, KeyError) as error:
+        raise ValueError(f"{path} is not a whole .npz of a reference: {error}") from error
+    if images is None:
+        assert known
+        return known
+    fits = images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] == 3
+    if not fits or len(images) < 2:
+        raise ValueError(
+            f"{path}: arr_0 must be 2 images or more, [N, H, W, 3] of uint8, it is "
+            f"{list(images.shape)} of {images.dtype}"
+        )
+    seen = judge(images)
+    return Reference(known.pooled, known.spatial, seen.pooled) if known else _reference_of(seen)
 
 
 def check_reference(path: Path, reference: Reference, judge: Judge) -> None:

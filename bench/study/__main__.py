@@ -10,7 +10,6 @@ Ends with a report, which `--report-only` writes from the file alone.
 
 import argparse
 import datetime
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -28,9 +27,10 @@ from bench.study.refiners import FOLDER, REFINERS
 from flowturbo import contract
 from flowturbo.errors import FlowTurboError
 from flowturbo.guidance import Guidance
-from flowturbo.repository import BUILD_FILE, Pipeline, Settings
+from flowturbo.repository import BUILD_FILE, Pipeline, Settings, read_record
 from flowturbo.request import default_guidance_scale
 from flowturbo.schedule import Schedule, read_shift
+from flowturbo.textfile import read_json
 
 STABILITY_IMAGES = 36
 # In an image's evaluations of the predictor, for an estimate of time only: what dopri5 and an exact
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
         if args.rounds < 1:
             raise ValueError(f"--rounds must be 1 or more, got {args.rounds}")
         known = args.report_only or args.json.exists()
-        study: Study = json.loads(args.json.read_text()) if known else {"points": {}}
+        study: Study = read_json(args.json) if known else {"points": {}}
         if not args.report_only:
             _measure(study, args)
         print(report.write(study, args.json, args.report))
@@ -189,7 +189,7 @@ def _bench(args: argparse.Namespace) -> Bench:
 def _check_predictor(one: Path, other: Path) -> None:
     """Raises ValueError unless two repositories differ in their refiners alone."""
     for model in (contract.PREDICTOR, contract.DECODER):
-        builds = [json.loads((path / model / BUILD_FILE).read_text()) for path in (one, other)]
+        builds = [read_record(path / model / BUILD_FILE) for path in (one, other)]
         stated = [
             (*(build[key] for key in _FORM), build["fingerprint"]["sha256"][model])
             for build in builds

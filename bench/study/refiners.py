@@ -17,6 +17,7 @@ from flowturbo.errors import FlowTurboError
 from flowturbo.nets.weights import sha256
 from flowturbo.repository import Pipeline
 from training.__main__ import glyph_latents
+from training.shards import Shards
 
 FOLDER = Path("runs/study/refiners")
 _ALL = "--batch 64 --decay cosine --warmup 50 --ema-decay 0.995"
@@ -60,9 +61,10 @@ def _train(args: argparse.Namespace) -> None:
     weights, out = args.weights, args.out
     pipeline = Pipeline.load(args.repository)
     data = args.data or glyph_latents(weights / "vae", args.runs)
+    shards = Shards(data)
     for name, options in REFINERS.items():
-        # By what it comes from: one of other options or weights is another.
-        refiner = out / f"{name}_{_digest(options, weights)}.safetensors"
+        # By what it comes from: one of other options, weights or latents is another.
+        refiner = out / f"{name}_{_digest(options, weights, shards.digest)}.safetensors"
         if not refiner.exists():
             training = ["--predictor", weights / "predictor.safetensors", "--data", data]
             training += ["--runs", refiner.with_suffix(".run"), "--out", refiner]
@@ -74,9 +76,9 @@ def _train(args: argparse.Namespace) -> None:
         _run("export", *parts, *form, "--repository", out / name)
 
 
-def _digest(options: str, weights: Path) -> str:
+def _digest(options: str, weights: Path, latents: str) -> str:
     read = (sha256(weights / f"{network}.safetensors") for network in ("predictor", "refiner"))
-    return hashlib.sha256("".join([options, *read]).encode()).hexdigest()[:8]
+    return hashlib.sha256("".join([options, latents, *read]).encode()).hexdigest()[:8]
 
 
 def _options(text: str, weights: Path) -> Sequence[str]:

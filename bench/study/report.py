@@ -16,6 +16,7 @@ from bench.quality.engine import EXACT_TOLERANCE, Recipe
 from bench.quality.metrics import BLOCKS
 from bench.study import equal, figures
 from bench.study.points import CURVES, MAIN, Point, Section, measured, sections_of, unique
+from flowturbo.textfile import read_text
 
 Study = dict[str, Any]
 Found = dict[str, Any]  # one point's figures
@@ -52,7 +53,7 @@ def write(study: Study, json_path: Path, path: Path) -> Path:
     plots = figures.draw(study, json_path)
     path.parent.mkdir(parents=True, exist_ok=True)
     findings = json_path.with_name(f"{json_path.stem}_findings.md")
-    said = findings.read_text("utf-8") if findings.exists() else ""
+    said = read_text(findings) if findings.exists() else ""
     path.write_text(markdown(study, [os.path.relpath(plot, path.parent) for plot in plots], said))
     return path
 

@@ -15,7 +15,7 @@ from .client import FlowTurboClient
 from .grid import labelled_grid
 from .protocol import Generation
 
-_MAX_NAME = 60
+_MAX_BYTES = 60
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Row:
     class_names: tuple[str, ...]
     latency_ms: float
     """Per image: the sum over the row's requests, by its number of images."""
+    guidance_scale: float | None = None
+    """The one asked for; None is the server's."""
 
     @property
     def caption(self) -> str:
@@ -43,6 +45,7 @@ def generate_row(
     base_seed: int | None,
     batch: int,
     progress: Callable[[str], None],
+    guidance_scale: float | None = None,
     **options: Any,
 ) -> Row:
     """Generate one image a label in requests of at most `batch`, one after another.
@@ -54,7 +57,7 @@ def generate_row(
     for start in range(0, len(labels), batch):
         part = labels[start : start + batch]
         seeds = None if base_seed is None else [base_seed + start + i for i in range(len(part))]
-        done.append(client.generate(part, seeds, schedule, **options))
+        done.append(client.generate(part, seeds, schedule, guidance_scale, **options))
         progress(
             f"{schedule or 'default schedule'}: {start + len(part)}/{len(labels)} images, "
             f"{1e3 * done[-1].latency_s:.0f} ms"
@@ -65,6 +68,7 @@ def generate_row(
         seeds=tuple(int(seed) for one in done for seed in one.seeds),
         class_names=tuple(name for one in done for name in one.class_names),
         latency_ms=1e3 * sum(one.latency_s for one in done) / len(labels),
+        guidance_scale=guidance_scale,
     )
 
 
@@ -74,10 +78,15 @@ def _images(generation: Generation) -> NDArray[np.uint8]:
 
 
 def write_row(row: Row, folder: Path) -> list[Path]:
-    """Write one PNG an image, named after class, seed and schedule; return their paths."""
+    """Write one PNG an image and return their paths.
+
+    They are named after class, seed and schedule, and the guidance scale that was asked for.
+    """
     paths = []
     for image, seed, name in zip(row.images, row.seeds, row.class_names, strict=True):
         stem = f"{_file_part(name)}_seed{seed}_{_file_part(row.schedule or 'default')}"
+        if row.guidance_scale is not None:
+            stem += f"_g{row.guidance_scale:g}"
         paths.append(folder / f"{stem}.png")
         Image.fromarray(image).save(paths[-1])
     return paths
@@ -93,6 +102,9 @@ def write_grid(rows: Sequence[Row], folder: Path) -> Path:
 
 def _file_part(text: str) -> str:
     """Return `text` as part of a file name: letters, digits, `-` and `.`, not too long."""
-    part = re.sub(r"[^\w.-]+", "-", text)
-    # A digest, because two long schedules may differ only where they were cut.
-    return part if len(part) <= _MAX_NAME else f"{part[:_MAX_NAME]}-{zlib.crc32(text.encode()):08x}"
+    if re.fullmatch(r"[\w.]+( [\w.]+)*", text) and len(text.encode()) <= _MAX_BYTES:
+        return text.replace(" ", "-")
+    # Names are bytes to a file system, and a cut may fall within a character.
+    part = re.sub(r"[^\w.-]+", "-", text).encode()[:_MAX_BYTES].decode(errors="ignore")
+    # A digest, because two texts may differ only in what was replaced or cut.
+    return f"{part}-{zlib.crc32(text.encode()):08x}"

@@ -16,18 +16,29 @@ def test_names_files_seeds_and_grid(triton, tmp_path, capsys):
     options = ("--labels", "A", "B/b", "C", "--schedule", "H4", "H1P5R3", "--seed", "17")
     assert _generate(triton, tmp_path, *options, "--batch", "2", "--guidance-scale", "1.5") == 0
     names = [
-        f"{name}_seed{seed}_{schedule}.png"
+        f"{name}_seed{seed}_{schedule}_g1.5.png"
         for schedule in ("H4", "H1P5R3")
-        for name, seed in (("A", 17), ("B-b", 18), ("C", 19))
+        for name, seed in (("A", 17), ("B-b-3dffb8a5", 18), ("C", 19))
     ]
     out, err = capsys.readouterr()
     assert out.splitlines() == [str(tmp_path / name) for name in [*names, "grid.png"]]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, "grid.png"])
-    assert Image.open(tmp_path / "B-b_seed18_H4.png").getpixel((0, 0)) == (18, 18, 18)
+    assert Image.open(tmp_path / names[1]).getpixel((0, 0)) == (18, 18, 18)
     assert [triton.inputs(i)["seed"].tolist() for i in range(4)] == [[17, 18], [19]] * 2
     assert triton.inputs(0)["guidance_scale"].tolist() == [1.5]
     lines = err.splitlines()
     assert len(lines) == 4 and lines[0].startswith("H4: 2/3 images, ")
+
+
+def test_no_image_takes_the_place_of_another(triton, tmp_path):
+    """Of other classes and scales, though letters of their names cannot stand in a file's."""
+    names = ("golden retriever", "a/b", "a b", "a-b", "犬" * 80, "犬" * 81)
+    options = ("--labels", *names, "--schedule", "+".join(["H1"] * 40))
+    assert _generate(triton, tmp_path, *options) == 0
+    assert _generate(triton, tmp_path, *options, "--guidance-scale", "2") == 0
+    files = [path.name for path in tmp_path.glob("*_seed*.png")]
+    assert len(files) == 2 * len(names)
+    assert sum(file.startswith("golden-retriever_seed") for file in files) == 2
 
 
 def test_text_ids_and_the_seeds_of_several_rows(triton, tmp_path):

@@ -1,7 +1,6 @@
 """The VAE: a diffusers `AutoencoderKL` folder."""
 
 import inspect
-import json
 import math
 import re
 from pathlib import Path
@@ -18,7 +17,7 @@ from flowturbo.nets.weights import (
     read_safetensors,
     without_wrappers,
 )
-from flowturbo.textfile import TextFileError, read_text
+from flowturbo.textfile import TextFileError, read_json
 
 CONFIG = "config.json"
 _CLASS = "AutoencoderKL"
@@ -84,12 +83,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(read_text(path))
-    except (TextFileError, ValueError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} must be an object, got {type(found).__name__}")
-    return found
+        return read_json(path)
+    except TextFileError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _check_config(path: Path, vae: AutoencoderKL) -> None:

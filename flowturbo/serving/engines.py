@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from flowturbo.repository import BUILD_FILE
 from flowturbo.serving.installation import SetupError
+from flowturbo.textfile import TextFileError, read_json
 
 _TENSORRT = ("libnvinfer.so.12", "libnvinfer.so.11", "libnvinfer.so.10", "libnvinfer.so")
 _CUDA = "libcuda.so.1"
@@ -50,13 +50,10 @@ def check_engines(
 def read_build(model: Path) -> dict[str, Any]:
     """The build record in a model's folder, {} where there is none; raises SetupError."""
     path = model / BUILD_FILE
-    if not path.is_file():
-        return {}
     try:
-        build: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
-        raise SetupError(f"{path} cannot be read ({error}): export again") from error
-    return build
+        return read_json(path) if path.is_file() else {}
+    except TextFileError as error:
+        raise SetupError(f"{error}: export again") from error
 
 
 def _problems(
