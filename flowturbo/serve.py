@@ -143,9 +143,12 @@ def _serve(options: ServerOptions, installation: Installation) -> None:
             at = server.address
             print(f"ready: gRPC {at.grpc}, HTTP {at.http}, metrics {at.metrics}", flush=True)
         while signals.count == 0 and server.exit_code is None:
-            if lost := models - server.living(models):
+            if lost := models.keys() - server.living(models):
                 signals.count = 2  # its requests never end: do not wait for them
-                raise ServerError(f"a model's process died ({min(lost)}): the server was stopped")
+                model = models[min(lost)]
+                raise ServerError(
+                    f"the process of {model} died ({min(lost)}): the server was stopped"
+                )
             time.sleep(0.2)
         if signals.count == 0:
             raise ServerError(f"tritonserver {server.ending}: it is no longer serving")

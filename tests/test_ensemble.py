@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
-from support import GLYPHS_EXPORT, GOLDEN, check_tensors, read_config, run_export
+from support import GLYPHS_EXPORT, GOLDEN, Caller, check_tensors, read_config, run_export
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from flowturbo import LocalPipeline, contract
@@ -225,6 +225,31 @@ def test_bad_requests_are_refused(infer: Infer, tensors: dict[str, Any], message
     with pytest.raises(InferenceServerException, match=message) as caught:
         infer(H1P5R3, **tensors)
     assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
+
+
+@pytest.mark.parametrize("name", ["guidance_scal", "schedule"])
+def test_unknown_parameters_are_refused(server: ServerAddress, name: str) -> None:
+    """The server makes one of every member of a JSON request that is no input."""
+    with triton.InferenceServerClient(server.grpc) as client:
+        label, seed = (triton.InferInput(each, [1], "INT64") for each in ("label", "seed"))
+        for tensor in (label, seed):
+            tensor.set_data_from_numpy(ids(1))
+        with pytest.raises(InferenceServerException, match=f"unknown request parameter '{name}'"):
+            client.infer(H1P5R3, [label, seed], parameters={name: "7"}, client_timeout=60)
+
+
+def test_rows_that_do_not_fit_their_pairs_are_told_in_a_sentence(server: ServerAddress) -> None:
+    rows = np.zeros((2, 4, 16, 16), np.float32)
+    with Caller(server.grpc) as caller:
+        for pairs, told in ((1, "IndexError"), (2, None)):
+            tensors = {contract.LATENT_ROWS: rows, contract.PLAN_PAIR: np.zeros((pairs, 1), "i4")}
+            if told is None:
+                (latent,) = caller.infer(contract.FINISHER, ["latent"], **tensors)
+                assert latent.shape == rows.shape
+                continue
+            with pytest.raises(InferenceServerException, match=told) as caught:
+                caller.infer(contract.FINISHER, ["latent"], **tensors)
+            assert "\n" not in caught.value.message()
 
 
 def test_largest_requests(infer: Infer) -> None:

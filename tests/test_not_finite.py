@@ -32,6 +32,13 @@ from flowturbo.schedule import Schedule
 from flowturbo.serving.tritonserver import running_server
 
 BAD_LABEL = 5
+FAILING = """from flowturbo.serving.onnx_block import TritonPythonModel as Model
+
+class TritonPythonModel(Model):
+    def initialize(self, args):
+        super().initialize(args)
+        self._model = lambda tensors: {}["velocity_next"]
+"""
 
 
 def test_the_first_that_is_not_finite_is_named() -> None:
@@ -62,6 +69,7 @@ def poisoned(glyphs_repository: Path, tmp_path_factory: pytest.TempPathFactory) 
     poison(repository / contract.PREDICTOR / model, "embedding_table.weight", BAD_LABEL)
     poison(repository / contract.DECODER / model, "decoder.conv_out.bias", slice(None))
     add_checked_ensemble(repository)
+    (repository / contract.REFINER / "1" / "model.py").write_text(FAILING)
     return repository
 
 
@@ -82,6 +90,9 @@ def test_in_process(poisoned: Path) -> None:
     noise = np.full((1, *pipeline.pipeline.latent_shape), 3e38, np.float32)
     with pytest.raises(RequestError, match="initial_noise must be standard normal, .* 3e\\+38"):
         pipeline.generate([4], schedule="H1", initial_noise=noise)
+    # Noise as it should be is not what is wrong.
+    with pytest.raises(NotFiniteError, match="the latent of image 1 of 1 is not finite"):
+        pipeline.generate([BAD_LABEL], schedule="H1", initial_noise=noise / 1e38)
     with pytest.raises(NotFiniteError, match="the image of image 1 of 1 is not finite"):
         LocalPipeline(poisoned).generate([4], [1], "H1")
 
@@ -96,8 +107,8 @@ def test_through_the_server(caller: Caller) -> None:
     """Alone on an ensemble, in company on gathered batches, and on an ensemble by its own name."""
     good = {"label": np.array([4]), "seed": np.array([1])}
     bad = {"label": np.array([4, BAD_LABEL]), "seed": np.array([1, 2])}
-    for model in (contract.ORCHESTRATOR, "flowturbo_h1p5r3", "flowturbo_e1"):
-        schedule = {} if model != contract.ORCHESTRATOR else {"schedule": "H1P5R3"}
+    for model in (contract.ORCHESTRATOR, "flowturbo_e1"):
+        schedule = {} if model != contract.ORCHESTRATOR else {"schedule": "H1P5"}
         (latent,) = caller.infer(model, ["latent"], **good, **schedule)
         assert np.isfinite(latent).all()
         for outputs, tensors, said in (
@@ -117,6 +128,21 @@ def test_through_the_server(caller: Caller) -> None:
                 begun.result()
         else:
             assert np.isfinite(begun.result()[0]).all()
+
+
+def test_a_model_that_fails_is_told_in_a_sentence(caller: Caller) -> None:
+    """Without the place in the code, and for each of the requests that shared the batch."""
+    begun = [
+        caller.begin(contract.ORCHESTRATOR, ["latent"], label=np.array([k]), schedule="H1P1R1")
+        for k in range(4)
+    ]
+    for each in begun:
+        with pytest.raises(InferenceServerException) as caught:
+            each.result()
+        assert caught.value.message() == (
+            "velocity_refiner: the server failed on this request (KeyError: 'velocity_next'); its "
+            "log has the details"
+        )
 
 
 def test_finite_images_pass_the_checker(glyphs_repository: Path, tmp_path: Path) -> None:

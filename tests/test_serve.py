@@ -174,10 +174,12 @@ def test_a_server_that_dies_is_an_error(cli: Cli, repository: Path) -> None:
 
 def test_a_model_that_dies_is_an_error(cli: Cli, repository: Path) -> None:
     cli.wait_ready()
-    stub = next(pid for pid in processes_with(str(repository)) if is_stub(pid))
+    model = str(repository / "velocity_predictor")
+    stub = next(pid for pid in processes_with(model) if is_stub(pid))
     os.kill(stub, signal.SIGKILL)
     assert cli.process.wait(START_S) == 1
-    assert f"a model's process died ({stub})" in cli.log.read_text().splitlines()[-1]
+    (last,) = cli.log.read_text().splitlines()[-1:]
+    assert f"the process of velocity_predictor died ({stub})" in last
     assert wait_until_gone(str(repository), END_S) == []
     assert cli.shared_memory() == []
 
@@ -318,6 +320,31 @@ def test_a_damaged_backend_folder_is_built_again(
     assert stub.stat().st_size == size
     left = sorted(p.name for p in (tmp_path / "flowturbo").iterdir())
     assert left[1:] == [backends.name] and left[0].startswith("server_guard-")
+
+
+@pytest.mark.parametrize("content", [b"", b"\x7fELF half"])
+def test_a_damaged_guard_is_built_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes
+) -> None:
+    """The dynamic linker would pass over it, and the server be without."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    guard = Path(find_server().environment["LD_PRELOAD"])
+    whole = guard.read_bytes()
+    guard.write_bytes(content)
+    found = find_server()
+    assert found.environment["LD_PRELOAD"] == str(guard) and found.notes == ()
+    assert len(guard.read_bytes()) == len(whole)
+
+
+def test_a_cache_that_cannot_be_preloaded_from_is_noted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a:b"))
+    found = find_server()
+    assert "LD_PRELOAD" not in found.environment
+    (note,) = found.notes
+    assert "has a ':' in its path" in note
 
 
 def test_without_a_compiler_the_danger_is_noted(

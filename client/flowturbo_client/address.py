@@ -3,20 +3,27 @@
 import ipaddress
 import os
 import re
+import socket
 from collections.abc import Mapping
-from urllib.parse import urlsplit
+from urllib.parse import unquote
 
 # In the order in which gRPC looks for them; it knows no others.
 _PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
-_SCHEME = re.compile(r"^(dns|ipv4|ipv6):(//[^/]*/)?")
+_SCHEME = re.compile(r"^(dns|ipv4|ipv6|xds):(//[^/]*/|/{0,2})", re.IGNORECASE)
+_NAMES = ("localhost", "localhost4", "localhost6", "ip6-localhost", "ip6-loopback")
 _PORT = re.compile(r":\d+$")
 
 
 def is_local(url: str) -> bool:
     """Whether a gRPC target is on this machine: loopback addresses, localhost, Unix sockets."""
-    if url.startswith(("unix:", "unix-abstract:")):
+    if url.strip().lower().startswith(("unix:", "unix-abstract:")):
         return True
-    return all(_is_loopback(_host(each)) for each in re.sub(_SCHEME, "", url).split(","))
+    return all(map(_is_loopback, _hosts(url)))
+
+
+def _hosts(url: str) -> list[str]:
+    """The hosts of a gRPC target, without scheme and ports."""
+    return [_host(each) for each in unquote(re.sub(_SCHEME, "", url.strip())).split(",")]
 
 
 def _host(address: str) -> str:
@@ -29,26 +36,52 @@ def _host(address: str) -> str:
 
 def _is_loopback(host: str) -> bool:
     name = host.lower().rstrip(".")
-    if name in ("localhost", "ip6-localhost", "ip6-loopback") or name.endswith(".localhost"):
+    plain = re.sub(r"\.localdomain[46]?$", "", name)
+    if plain in _NAMES or name.endswith(".localhost"):
         return True
-    try:
-        address = ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
+    address = _address(host)
+    if address is None:
         return False
     mapped = getattr(address, "ipv4_mapped", None)
     # Nobody else can be reached by the unspecified address, 0.0.0.0 or ::, either.
     return any(a.is_loopback or a.is_unspecified for a in (address, mapped or address))
 
 
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """A host that is a number; None for a name."""
+    try:
+        return ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        pass
+    try:
+        return ipaddress.IPv4Address(socket.inet_aton(host))  # short forms, such as 127.1
+    except OSError:
+        return None
+
+
 def proxy_hint(url: str, environment: Mapping[str, str] = os.environ) -> str:
-    """What to say of the proxy that calls to `url` go through, "" where there is none."""
-    name = next((name for name in _PROXIES if environment.get(name)), None)
-    exempt = environment.get("no_grpc_proxy") or environment.get("no_proxy") or ""
-    host = _host(re.sub(_SCHEME, "", url))
-    if name is None or is_local(url):
+    """What to say of the proxy that calls to `url` go through, "" where there is none.
+
+    To gRPC a variable that is set counts, even where it is empty.
+    """
+    name = next((name for name in _PROXIES if name in environment), None)
+    if name is None or not environment[name] or is_local(url):
         return ""
-    if any(host.endswith(part.strip()) for part in exempt.split(",") if part.strip()):
+    exempt = environment.get("no_grpc_proxy", environment.get("no_proxy", ""))
+    host = _hosts(url)[0]
+    if any(_is_exempt(host, part.strip()) for part in exempt.split(",") if part.strip()):
         return ""
-    proxy = urlsplit(environment[name])
-    shown = f"{proxy.hostname or environment[name]}{f':{proxy.port}' if proxy.port else ''}"
+    # Without the name and the password that it may have.
+    shown = re.sub(r"^(\w+://)?([^/]*@)?", "", environment[name]).rstrip("/")
     return f"; calls go through the proxy {shown} ({name}): no_proxy={host} leaves it out"
+
+
+def _is_exempt(host: str, entry: str) -> bool:
+    """Whether an entry of no_proxy is for `host`: the end of a name, or a network."""
+    if host.lower().endswith(entry.lower()):
+        return True
+    address = _address(host)
+    try:
+        return address is not None and address in ipaddress.ip_network(entry, strict=False)
+    except ValueError:
+        return False

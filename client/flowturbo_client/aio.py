@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import grpc
 import tritonclient.grpc.aio
@@ -18,11 +17,18 @@ from .errors import (
     DeadlineExceededError,
     FlowTurboError,
     ModelNotReadyError,
+    RequestCancelledError,
 )
 from .protocol import Generation, Request, build_request
 from .retry import RetryPlan
 from .settings import Health, Settings, check_timeout_s, closed_error
 from .tensors import Labels, Seeds
+
+
+def _being_cancelled() -> bool:
+    """Whether somebody cancels the current task itself; unknown, and so no, before Python 3.11."""
+    task = asyncio.current_task()
+    return bool(task and hasattr(task, "cancelling") and task.cancelling())
 
 
 class AsyncFlowTurboClient:
@@ -43,7 +49,7 @@ class AsyncFlowTurboClient:
         """As `FlowTurboClient`."""
         self._settings = Settings(url, model, timeout_s, retries, credentials)
         self._closed = False
-        self._channels: WeakKeyDictionary[asyncio.AbstractEventLoop, Any] = WeakKeyDictionary()
+        self._channels: dict[asyncio.AbstractEventLoop, Any] = {}
         self._lock = threading.Lock()  # loops may run in several threads
 
     async def generate(
@@ -133,7 +139,13 @@ class AsyncFlowTurboClient:
         arguments = request.arguments(self._settings.model, plan.remaining_s())
         with self._call(limit_s):
             started_s = time.perf_counter()
-            result = await self._triton().infer(**arguments)
+            try:
+                result = await self._triton().infer(**arguments)
+            except asyncio.CancelledError:
+                if not self._closed or _being_cancelled():
+                    raise
+                told = f"the request to {self._settings.url} was cancelled: the client was closed"
+                raise RequestCancelledError(told) from None
             return request.parse(result, time.perf_counter() - started_s)
 
     def _call(self, timeout_s: float) -> AbstractContextManager[None]:
@@ -145,6 +157,8 @@ class AsyncFlowTurboClient:
         # Made at a loop's first call: a gRPC aio channel belongs to the loop that runs then.
         loop = asyncio.get_running_loop()
         with self._lock:
+            for ended in [each for each in self._channels if each.is_closed()]:
+                del self._channels[ended]  # a channel holds its loop: neither would go by itself
             if loop not in self._channels:
                 channel = tritonclient.grpc.aio.InferenceServerClient(**self._settings.channel())
                 self._channels[loop] = channel

@@ -8,6 +8,7 @@ from tritonclient.utils import InferenceServerException
 from .address import proxy_hint
 
 # What the server says when a model's process has ended, or memory; the transport never does.
+_STUB_GONE = "is not healthy"  # what Triton itself says of a process that has ended
 _GONE = ("has to be restarted", "out of memory", "no memory for this request")
 
 
@@ -53,7 +54,7 @@ def from_status(
     if status == "DEADLINE_EXCEEDED" or (status == "CANCELLED" and "deadline" in text):
         return DeadlineExceededError(
             f"no answer from {url} within {timeout_s:g} s ({message}): "
-            "raise timeout_s, or ask for fewer images or steps"
+            f"raise timeout_s, or ask for fewer images or steps{proxy_hint(url)}"
         )
     if status == "CANCELLED":
         return RequestCancelledError(f"the request to {url} was cancelled: {message}")
@@ -64,6 +65,11 @@ def from_status(
         )
     if status == "UNAVAILABLE":
         return _unavailable(message, url)
+    if _STUB_GONE in text:
+        return ConnectionFailedError(
+            f"the server at {url} cannot answer, the model's process has ended ({message}): "
+            "the server has to be restarted"
+        )
     return ServerError(f"the server at {url} failed ({status}): {message}")
 
 

@@ -11,6 +11,7 @@ from .address import is_local
 from .errors import FlowTurboError, InvalidRequestError, translated
 
 _MAX_TIMEOUT_S = 1e9
+_SCHEMES = ("dns", "ipv4", "ipv6", "unix", "unix-abstract", "vsock", "xds")  # gRPC's own
 # Given channel arguments replace all of tritonclient's, hence the message sizes (-1: unbounded).
 # gRPC fails every call at once while it waits to reconnect, by default for a second and growing:
 # longer than the pause before a retry, which would then never touch the network.
@@ -54,9 +55,11 @@ class Settings:
         """Refuse values that no call could use."""
         if not isinstance(self.url, str) or not self.url:
             raise InvalidRequestError(f"url must be host:port, got {self.url!r}")
-        if self.url.startswith(("http://", "https://")):
+        scheme, separator, _ = self.url.partition("://")
+        if separator and scheme.strip().lower() not in _SCHEMES:
             raise InvalidRequestError(
-                f"url must be the host:port of the gRPC endpoint, without scheme, got {self.url!r}"
+                f"url must be the host:port of the gRPC endpoint, without {scheme}://, got "
+                f"{self.url!r}"
             )
         if not isinstance(self.model, str) or not self.model:
             raise InvalidRequestError(f"model must be a model name, got {self.model!r}")

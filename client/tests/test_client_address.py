@@ -6,7 +6,12 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from flowturbo_client import AsyncFlowTurboClient, ConnectionFailedError, FlowTurboClient
+from flowturbo_client import (
+    AsyncFlowTurboClient,
+    ConnectionFailedError,
+    DeadlineExceededError,
+    FlowTurboClient,
+)
 from flowturbo_client.address import is_local, proxy_hint
 
 
@@ -80,6 +85,18 @@ def test_a_proxy_in_the_way_is_named(proxy):
         ("ipv4:127.0.0.1:8001,127.0.0.2:8001", True),
         ("ipv6:[::1]:8001", True),
         ("unix:/run/triton.sock", True),
+        ("127.1:1", True),
+        ("localhost.localdomain:1", True),
+        ("localhost6", True),
+        ("localhost4.localdomain4:1", True),
+        ("dns:/localhost:1", True),
+        ("DNS:///localhost:1", True),
+        ("xds:///localhost:1", True),
+        ("ipv6:%5B::1%5D:1", True),
+        (" localhost:1", True),
+        ("10.1:1", False),
+        ("dns:/images:1", False),
+        ("localhost.localdomain.example.com:1", False),
         ("ipv4:127.0.0.1:8001,10.0.0.2:8001", False),
         ("10.0.0.1:8001", False),
         ("[2001:db8::1]:8001", False),
@@ -101,8 +118,32 @@ def test_what_is_this_machine(url, local):
         ({"https_proxy": "http://p"}, "p (https_proxy)"),
         ({"http_proxy": "http://p:1", "no_proxy": "a, .example.com"}, None),
         ({"http_proxy": "http://p:1", "no_proxy": "other.org"}, "p:1 (http_proxy)"),
+        ({"http_proxy": "http://p:1", "no_proxy": ".EXAMPLE.com"}, None),
+        # A variable that is set counts, even where it is empty.
+        ({"http_proxy": "http://p:1", "grpc_proxy": ""}, None),
+        ({"http_proxy": "http://p:1", "no_proxy": "*", "no_grpc_proxy": ""}, "p:1 (http_proxy)"),
+        ({"http_proxy": "http://u:pw@p:99999999/"}, "proxy p:99999999 (http_proxy)"),
+        ({"http_proxy": "http://[bad"}, "[bad (http_proxy)"),
     ],
 )
 def test_which_proxy_is_named(environment, named):
     hint = proxy_hint("images.example.com:8001", environment)
     assert (named in hint) if named else hint == ""
+    assert "pw" not in hint
+
+
+def test_networks_that_no_proxy_is_for():
+    environment = {"http_proxy": "http://p:1", "no_proxy": "10.0.0.0/8,fd00::/8"}
+    for url, through in [("10.2.3.4:1", False), ("[fd00::1]:1", False), ("11.2.3.4:1", True)]:
+        assert bool(proxy_hint(url, environment)) == through
+
+
+def test_a_proxy_that_keeps_silent_is_named(monkeypatch):
+    """It takes the connection and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        for name in ("no_proxy", "no_grpc_proxy", "grpc_proxy", "https_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        with FlowTurboClient("images.example.test:8001", retries=0, timeout_s=0.3) as client:
+            with pytest.raises(DeadlineExceededError, match="calls go through the proxy 127.0.0.1"):
+                client.generate("A", 1)

@@ -11,6 +11,7 @@ from flowturbo_client import (
     DeadlineExceededError,
     FlowTurboError,
     InvalidRequestError,
+    RequestCancelledError,
 )
 from grpc import StatusCode
 
@@ -30,7 +31,7 @@ def test_generate_retry_and_health(triton):
 
 
 def test_requests_run_at_once(triton):
-    together = threading.Barrier(3, timeout=5)
+    together = threading.Barrier(3, timeout=60)
     triton.script = [lambda context: together.wait()] * 3
 
     async def scenario():
@@ -46,20 +47,20 @@ def test_cancelling_the_task_cancels_the_request(triton):
     def wait_for_cancel(context):
         context.add_callback(triton.cancelled.set)
         started.set()
-        triton.cancelled.wait(5)
+        triton.cancelled.wait(60)
 
     triton.script = [wait_for_cancel]
 
     async def scenario():
         async with AsyncFlowTurboClient(triton.url) as client:
             task = asyncio.create_task(client.generate(0))
-            await asyncio.to_thread(started.wait, 5)
+            await asyncio.to_thread(started.wait, 60)
             assert not triton.cancelled.is_set()
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
             # Before the channel closes, which would cancel the request anyway.
-            assert await asyncio.to_thread(triton.cancelled.wait, 2)
+            assert await asyncio.to_thread(triton.cancelled.wait, 60)
 
     asyncio.run(scenario())
     assert len(triton.requests) == 1
@@ -103,6 +104,30 @@ def test_one_client_in_several_event_loops(triton):
         assert await seed(9) == 9
         await client.close()
 
+    # A loop that has ended takes its channel along.
+    assert len(client._channels) <= 2
     asyncio.run(close())
     with pytest.raises(FlowTurboError, match="closed"):
         asyncio.run(seed(10))
+
+
+def test_to_close_the_client_cancels_what_is_awaited(triton):
+    """As an error of this client: nobody cancels the task itself."""
+    started, end = threading.Event(), threading.Event()
+
+    def wait(context):
+        started.set()
+        end.wait(60)
+
+    triton.script = [wait]
+
+    async def scenario():
+        client = AsyncFlowTurboClient(triton.url)
+        task = asyncio.create_task(client.generate(0))
+        await asyncio.to_thread(started.wait, 60)
+        await client.close()
+        with pytest.raises(RequestCancelledError, match="the client was closed"):
+            await task
+
+    asyncio.run(scenario())
+    end.set()

@@ -130,7 +130,14 @@ def test_what_cannot_be_right_is_not_sent(triton, arguments, message):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"url": ""}, {"url": "http://localhost:8001"}, {"model": ""}, {"retries": -1}]
+    [
+        {"url": ""},
+        {"url": "http://localhost:8001"},
+        {"url": "grpc://a:1"},
+        {"url": "HTTP://a"},
+        {"model": ""},
+        {"retries": -1},
+    ]
     + [{"timeout_s": float("inf")}],
 )
 def test_settings_are_checked(settings):

@@ -17,13 +17,13 @@ class TritonPythonModel:
         return [self._answer(request) for request in requests]
 
     def _answer(self, request: Any) -> Any:
-        image, magnitude = (
-            pb_utils.get_input_tensor_by_name(request, spec.name).as_numpy()
-            for spec in contract.CHECKER_INPUTS
-        )
         try:
+            image, magnitude = (
+                pb_utils.get_input_tensor_by_name(request, spec.name).as_numpy()
+                for spec in contract.CHECKER_INPUTS
+            )
             check_finite(magnitude, "image")
+            (output,) = contract.CHECKER_OUTPUTS
+            return pb_utils.InferenceResponse([pb_utils.Tensor(output.name, image)])
         except Exception as error:
             return error_response("checker", error)
-        (output,) = contract.CHECKER_OUTPUTS
-        return pb_utils.InferenceResponse([pb_utils.Tensor(output.name, image)])

@@ -18,14 +18,14 @@ class TritonPythonModel:
         return [self._answer(request) for request in requests]
 
     def _answer(self, request: Any) -> Any:
-        rows, pair = (
-            pb_utils.get_input_tensor_by_name(request, spec.name).as_numpy()
-            for spec in contract.FINISHER_INPUTS
-        )
-        latent = conditional_rows(rows, pair)
         try:
+            rows, pair = (
+                pb_utils.get_input_tensor_by_name(request, spec.name).as_numpy()
+                for spec in contract.FINISHER_INPUTS
+            )
+            latent = conditional_rows(rows, pair)
             check_finite(latent, "latent")
+            wanted = request.requested_output_names()
+            return pb_utils.InferenceResponse([pb_utils.Tensor(name, latent) for name in wanted])
         except Exception as error:
             return error_response("finisher", error)
-        wanted = request.requested_output_names()
-        return pb_utils.InferenceResponse([pb_utils.Tensor(name, latent) for name in wanted])

@@ -5,12 +5,19 @@ headers (for tracing, say, or authentication) to models as request parameters, a
 from others by nothing but their names. So the flags are read off the server's own command line.
 """
 
+import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-_FLAGS = ("--http-header-forward-pattern", "--grpc-header-forward-pattern")
+from flowturbo.errors import RequestError
+
+# The server's flags, and the shortest words that it takes for them.
+_FLAGS = {
+    "--http-header-forward-pattern": "--http-h",
+    "--grpc-header-forward-pattern": "--grpc-he",
+}
 _SERVER = "tritonserver"
 _logger = logging.getLogger(__name__)
 
@@ -26,25 +33,49 @@ class Forwarded:
         """As the server above the process of this id says; nothing where there is none."""
         return cls(find_patterns(_server_arguments(process, proc)))
 
+    def check(self, parameters: Callable[[], str]) -> None:
+        """Raises RequestError for a parameter of a request's that is its caller's own.
+
+        `parameters` gives them as a JSON object, "" if there are none. Headers may have values that
+        are no text.
+        """
+        try:
+            text = parameters()
+        except UnicodeDecodeError as error:
+            text = error.object.decode(errors="replace")
+        stated = json.loads(text or "{}", strict=False)
+        if own := [name for name in sorted(stated) if name not in self]:
+            raise RequestError(
+                f"unknown request parameter {own[0]!r}, none is allowed: "
+                "settings of a request are input tensors"
+            )
+
     def __contains__(self, name: str) -> bool:
         # The server's own search (RE2's PartialMatch) finds a pattern anywhere in a name.
         return any(pattern.search(name) for pattern in self._patterns)
 
 
 def find_patterns(arguments: Sequence[str]) -> list[str]:
-    """The patterns in a server's command line, given as `--flag=pattern` or `--flag pattern`."""
+    """The patterns in a server's command line, given as `--flag=pattern` or `--flag pattern`.
+
+    An empty one is a pattern too, which every header has.
+    """
     found = []
-    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for word, following in zip(arguments, [*arguments[1:], None], strict=True):
         flag, given, pattern = word.partition("=")
-        if flag in _FLAGS and (value := pattern if given else following):
-            found.append(value)
+        if any(full.startswith(flag) and flag.startswith(low) for full, low in _FLAGS.items()):
+            value = pattern if given else following
+            found += [value] if value is not None else []
     return found
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
+    # The server's syntax (RE2) has a little that Python's lacks, or reads as something else.
     try:
+        if "[:" in pattern:
+            raise re.error("a class of characters by name")
         return re.compile(pattern)
-    except re.error as error:  # the server's syntax (RE2) has a little that Python's lacks
+    except re.error as error:
         _logger.warning(
             "header pattern %r cannot be read (%s): any parameter passes", pattern, error
         )
@@ -61,6 +92,6 @@ def _server_arguments(process: int, proc: Path) -> list[str]:
         except (OSError, IndexError):
             return []
         if Path(words[0].decode(errors="replace")).name == _SERVER:
-            return [word.decode(errors="replace") for word in words]
+            return [word.decode(errors="replace") for word in words[:-1]]  # each ends with a 0
         process = int(parent)
     return []

@@ -102,7 +102,9 @@ def _build_guard(cache: Path) -> Path:
     source = Path(__file__).with_name("server_guard.c")
     digest = hashlib.sha256(source.read_bytes()).hexdigest()[:12]
     target = cache / f"server_guard-{digest}.so"
-    if not target.exists():
+    if ":" in str(target):
+        raise OSError(f"{target} has a ':' in its path: set XDG_CACHE_HOME to another folder")
+    if not _is_loaded(target):  # not there, damaged, or another system's
         compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
         if compiler is None:
             raise FileNotFoundError("no C compiler is here (cc; Debian's package gcc)")
@@ -112,7 +114,21 @@ def _build_guard(cache: Path) -> Path:
             options = ["-O2", "-fPIC", "-shared", "-o", str(made), str(source), "-ldl"]
             subprocess.run([compiler, *options], check=True, capture_output=True, timeout=120)
             made.rename(target)
+        if not _is_loaded(target):
+            raise OSError(f"{target} cannot be loaded")
     return target
+
+
+def _is_loaded(library: Path) -> bool:
+    """Whether the dynamic linker preloads `library`; one that it cannot read it passes over."""
+    probe = subprocess.run(
+        [sys.executable, "-S", "-I", "-c", "print(open('/proc/self/maps').read())"],
+        env={**os.environ, "LD_PRELOAD": str(library)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return str(library) in probe.stdout
 
 
 def _path_list(*parts: Path | str | None) -> str:

@@ -37,7 +37,13 @@ class TritonPythonModel:
         self._outputs = [entry["name"] for entry in config["output"]]
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Evaluates the rows of all `requests` together."""
+        """Evaluates the rows of all `requests` together, or says to each what went wrong."""
+        try:
+            return self._evaluate(requests)
+        except Exception as error:
+            return [error_response(self._name, error) for _ in requests]
+
+    def _evaluate(self, requests: list[Any]) -> list[Any]:
         per_request = [[self._read(request, name) for name in self._inputs] for request in requests]
         if len(requests) == 1:  # the usual one: the orchestrator has gathered the rows already
             joined = per_request[0]

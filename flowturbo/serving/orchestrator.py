@@ -5,7 +5,6 @@ is alone a call of an ensemble. Steps of different requests, at different places
 schedules, share batches.
 """
 
-import json
 import math
 import os
 import threading
@@ -24,7 +23,6 @@ from flowturbo.errors import (
     BusyError,
     CancelledError,
     DeadlineError,
-    RequestError,
 )
 from flowturbo.generate import AwaitedInfer, complete, make_images, models_called, program_for
 from flowturbo.guidance import Tensors
@@ -135,12 +133,7 @@ class TritonPythonModel:
         self._deadlines.close()
 
     def _read(self, request: Any) -> GenerationRequest:
-        parameters = json.loads(request.parameters() or "{}")
-        if own := [name for name in sorted(parameters) if name not in self._forwarded]:
-            raise RequestError(
-                f"unknown request parameter {own[0]!r}, none is allowed: "
-                "settings of a request are input tensors"
-            )
+        self._forwarded.check(request.parameters)
         # The server keeps the names as a set: what order they were asked for in is not known here.
         asked = set(request.requested_output_names())
         wanted = [spec.name for spec in contract.REQUEST_OUTPUTS if spec.name in asked]

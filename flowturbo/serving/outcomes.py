@@ -1,5 +1,6 @@
 """How a request ended: the outcome under which it is counted, its gRPC code, and its message."""
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,8 +22,15 @@ _OUTCOMES = (  # a deadline is a cancellation too: first match wins
     (errors.DeadlineError, "deadline"),
     (errors.CancelledError, "cancelled"),
 )
+_OUT_OF_MEMORY = "the server is out of memory"
 _DEAD = ("is not healthy", "is not ready", "not available", "stub process", "broken pipe")
-_NO_MEMORY = ("shared memory", "out of memory", "cannot allocate", "bad_alloc")
+_NO_MEMORY = (
+    *("shared memory", "out of memory", "memoryerror", "bad_alloc", "bad allocation"),
+    *("cannot allocate", "unable to allocate", "failed to allocate"),
+)
+# In the Python backend's messages: the process of a model's instance, and a stack.
+_STUB = re.compile(r"stub process '(\w+?)_\d+_\d+'", re.IGNORECASE)
+_STACK = re.compile(r"\s*\bAt:\n.*", re.DOTALL)
 
 
 def outcome_of(result: Any) -> str:
@@ -40,7 +48,7 @@ def as_told(error: BaseException) -> errors.FlowTurboError:
     kind, reason = type(error).__name__, str(error) or "no reason given"
     if isinstance(error, MemoryError) or _has(reason, _NO_MEMORY):
         return errors.UnavailableError(
-            f"the server is out of memory ({kind}: {reason}): ask for fewer images, or try again "
+            f"{_OUT_OF_MEMORY} ({kind}: {reason}): ask for fewer images, or try again "
             "later; its --shm-mb and the container's shared memory may be too small"
         )
     return errors.FlowTurboError(
@@ -49,7 +57,15 @@ def as_told(error: BaseException) -> errors.FlowTurboError:
 
 
 def failure(model: str, message: str) -> errors.FlowTurboError:
-    """What a composed `model` that answered with an error `message` makes of the request."""
+    """What a composed `model` that answered with an error `message` makes of the request.
+
+    An ensemble's message may be of the process of another model.
+    """
+    message = re.sub(_STACK, "", message)
+    if _has(message, (_OUT_OF_MEMORY,)):
+        return errors.UnavailableError(f"{model}: {message}")
+    if found := re.search(_STUB, message):
+        model = found[1]
     if _has(message, _DEAD):
         return errors.UnavailableError(
             f"{model} cannot answer, its process has ended or hangs ({message.rstrip('.')}): "

@@ -1,5 +1,6 @@
 """Triton Python-backend model: the first step of an ensemble, from a request to its rows."""
 
+import os
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
@@ -9,6 +10,7 @@ from flowturbo.generate import program_for
 from flowturbo.program import Variant
 from flowturbo.repository import Pipeline
 from flowturbo.request import default_schedule
+from flowturbo.serving.forwarded import Forwarded
 from flowturbo.serving.triton_io import (
     error_response,
     read_settings,
@@ -26,6 +28,7 @@ class TritonPythonModel:
         self._pipeline = Pipeline.load(repository_of(args))
         schedule = default_schedule(self._pipeline, self._settings)
         self._program = program_for(schedule, Variant(self._settings.variant))
+        self._forwarded = Forwarded.by_server(os.getpid())
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answers each request on its own: a bad one disturbs no other."""
@@ -33,6 +36,7 @@ class TritonPythonModel:
 
     def _answer(self, request: Any) -> Any:
         try:
+            self._forwarded.check(request.parameters)
             checked = read_request(read_tensors(request), self._pipeline, self._settings)
             planned = plan(checked, self._pipeline, self._program)
             return pb_utils.InferenceResponse([pb_utils.Tensor(*item) for item in planned.items()])

@@ -9,7 +9,7 @@
 #include <sys/auxv.h>
 
 #define INVALID_ARGUMENT 3 /* TRITONSERVER_ERROR_INVALID_ARG */
-#define MOST_ELEMENTS ((int64_t)1 << 28)
+#define MOST_ELEMENTS ((int64_t)1 << 24)
 
 static void *library(const char *function) { return dlsym(RTLD_NEXT, function); }
 
@@ -32,7 +32,8 @@ uint32_t TRITONSERVER_DataTypeByteSize(int type) {
 }
 
 /* The HTTP front end makes room for as many elements as a shape in JSON has, whatever the data: a
- * large shape ends the process (mended in later releases, server pull request 8174).
+ * large shape ends the process (mended in later releases, server pull request 8174). It reads sizes
+ * without a sign and keeps them with one: those of 2^63 and more arrive as negative ones.
  */
 void *TRITONSERVER_InferenceRequestAddInput(void *request, const char *name, int type,
                                             const int64_t *shape, uint64_t dimensions) {
@@ -40,9 +41,9 @@ void *TRITONSERVER_InferenceRequestAddInput(void *request, const char *name, int
   typedef void *New(int, const char *);
   int64_t elements = 1;
   for (uint64_t k = 0; k < dimensions; k++) {
-    if (shape[k] > 0 && elements > MOST_ELEMENTS / shape[k]) {
+    if (shape[k] < 0 || (shape[k] > 0 && elements > MOST_ELEMENTS / shape[k])) {
       New *error = (New *)library("TRITONSERVER_ErrorNew");
-      return error(INVALID_ARGUMENT, "the shape of an input must have at most 2^28 elements");
+      return error(INVALID_ARGUMENT, "the shape of an input must have at most 2^24 elements");
     }
     elements *= shape[k] > 0 ? shape[k] : 1;
   }

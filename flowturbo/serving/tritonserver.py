@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
+import re
 import secrets
 import signal
 import socket
@@ -29,9 +29,21 @@ from flowturbo.serving.installation import (
 
 _SHARED_MEMORY = Path("/dev/shm")
 _STUB_NAME = "triton_python_b"  # as the kernel has it: 15 characters
+_INSTANCE = r"([a-z]\w*)_\d+_\d+"  # of a model, as the server names its processes
 _POLL_S = 0.05
 _LOG_TAIL_LINES = 40
+# Asks the kernel to end it with its parent, then becomes the server. A program of its own: what
+# runs between fork and exec in this process may meet other threads' locks, as gRPC's has.
 _PR_SET_PDEATHSIG = 1
+_END_WITH_PARENT = f"""
+import ctypes, os, sys
+ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {int(signal.SIGTERM)})
+try:
+    os.execv(sys.argv[1], sys.argv[1:])
+except OSError as error:
+    sys.exit(f"cannot run {{sys.argv[1]}}: {{error}}")
+"""
+_WITH_PARENT = [sys.executable, "-I", "-S", "-c", _END_WITH_PARENT]
 
 
 @dataclass(frozen=True)
@@ -135,7 +147,7 @@ class TritonServer:
         arguments = _arguments(options, installation, self.address, self._shm_prefix)
         try:
             self._process = subprocess.Popen(
-                [installation.binary, *arguments],
+                [*_WITH_PARENT, installation.binary, *arguments],
                 env=os.environ | installation.environment,
                 # The stub (for Python 3.11) ignores PYTHONPATH but searches its working directory:
                 # this is how they find `flowturbo` in a checkout that is not installed.
@@ -144,7 +156,6 @@ class TritonServer:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=_end_with_parent(),
             )
         except OSError as error:
             raise SetupError(f"cannot run {installation.binary}: {error}") from error
@@ -177,13 +188,13 @@ class TritonServer:
             return "is still running"
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
 
-    def model_processes(self) -> set[int]:
-        """Ids of the Python backend's processes that live, one for each model instance.
+    def model_processes(self) -> dict[int, str]:
+        """The Python backend's processes that live, one for each model instance, and its model.
 
         The server neither notices nor replaces one that dies (24.10), and its requests hang.
         """
         everyone = (int(path.name) for path in Path("/proc").glob("[0-9]*"))
-        return self.living(everyone)
+        return {pid: _model_of(pid) for pid in self.living(everyone)}
 
     def living(self, pids: Iterable[int]) -> set[int]:
         """Those of `pids` that are this server's Python backend processes, and live."""
@@ -219,6 +230,15 @@ class TritonServer:
         return unforced
 
 
+def _model_of(pid: int) -> str:
+    """The model whose instance the stub of this id runs."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        words = []
+    return next((m[1] for word in words if (m := re.fullmatch(_INSTANCE, word))), "a model")
+
+
 def _is_live(pid: int, session: int, name: str) -> bool:
     try:
         # "pid (name) state parent group session ...": proc(5)
@@ -227,13 +247,6 @@ def _is_live(pid: int, session: int, name: str) -> bool:
         return False
     state, _, _, its_session = tail.split()[:4]
     return int(its_session) == session and state != "Z" and head.endswith(f"({name}")
-
-
-def _end_with_parent() -> Callable[[], None] | None:
-    if sys.platform != "linux":
-        return None
-    prctl = ctypes.CDLL(None).prctl  # looked up here: a forked child should do very little
-    return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextlib.contextmanager

@@ -56,7 +56,27 @@ def test_errors_are_sentences(error: Exception, outcome: str, said: str) -> None
             "UNAVAILABLE",
             "vae_decoder has no memory for this request (CUDA error: out of memory)",
         ),
+        (
+            failure("flowturbo_h1p5r3", "in ensemble: Stub process 'vae_decoder_0_0' has ended"),
+            "UNAVAILABLE",
+            "vae_decoder cannot answer, its process has ended or hangs",
+        ),
+        (
+            failure("vae_decoder", str(as_told(MemoryError()))),
+            "UNAVAILABLE",
+            "vae_decoder: the server is out of memory (MemoryError: no reason given): ask for",
+        ),
+        (
+            failure("vae_decoder", "ONNX Runtime: Failed to allocate memory for a buffer"),
+            "UNAVAILABLE",
+            "vae_decoder has no memory for this request",
+        ),
         (failure("vae_decoder", "bad shape"), "INTERNAL", "vae_decoder: bad shape"),
+        (
+            failure("vae_decoder", "message: KeyError: 'x'\n\nAt:\n  /opt/m.py(46): execute\n"),
+            "INTERNAL",
+            "vae_decoder: message: KeyError: 'x'",
+        ),
         (
             incomplete("velocity_predictor", ["x_next", "velocity_next"]),
             "UNAVAILABLE",
@@ -67,6 +87,7 @@ def test_errors_are_sentences(error: Exception, outcome: str, said: str) -> None
 def test_models_that_fail(error: errors.FlowTurboError, code: str, said: str) -> None:
     assert CODES[outcome_of(error)] == code
     assert str(as_told(error)).startswith(said)
+    assert "\n" not in str(error) and "execute" not in str(error)
 
 
 def test_an_answer_has_no_error() -> None:
@@ -85,4 +106,32 @@ def test_forwarded_headers_are_those_of_the_servers_flags() -> None:
     for name in ("schedule", "baggage2", ""):
         assert name not in forwarded
     assert "schedule" not in Forwarded([])
-    assert "schedule" in Forwarded([r"\pN"])  # of RE2's syntax, not of Python's
+    # Of RE2's syntax, not of Python's, or something else there.
+    for pattern in (r"\pN", "^x-[[:alnum:]]+$"):
+        assert "schedule" in Forwarded([pattern])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "patterns"),
+    [
+        (["--http-header-forward-pattern="], [""]),
+        (["--http-header-forward-pattern", ""], [""]),
+        (["--http-header-forward=x-trace"], ["x-trace"]),
+        (["--grpc-he", "x-trace"], ["x-trace"]),
+        (["--http=1", "--grpc-h=1", "--http-header-forward-patterns=x"], []),
+    ],
+)
+def test_flags_are_read_as_the_server_reads_them(arguments: list[str], patterns: list[str]) -> None:
+    found = find_patterns(["tritonserver", *arguments])
+    assert found == patterns
+    assert ("anything" in Forwarded(found)) == (patterns == [""])
+
+
+def test_parameters_that_are_no_text() -> None:
+    def parameters() -> str:
+        return b'{"x-bin": "\xff\xfe", "x-id": "a\tb"}'.decode()
+
+    Forwarded(["^x-"]).check(parameters)
+    Forwarded([]).check(lambda: "")
+    with pytest.raises(errors.RequestError, match="unknown request parameter 'x-bin'"):
+        Forwarded(["^x-id"]).check(parameters)
