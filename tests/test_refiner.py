@@ -94,7 +94,7 @@ def launch(*program: str) -> subprocess.CompletedProcess[str]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
 
@@ -216,7 +216,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(data: Path, tmp_path: Path) 
     assert main(arguments(data, tmp_path / "whole")) == 0
     command = arguments(data, tmp_path / "killed", "--save-every-s", "0")
     killed_in_step_18 = [sys.executable, "-c", KILLED, *command]
-    done = subprocess.run(killed_in_step_18, cwd=ROOT, timeout=120)
+    done = subprocess.run(killed_in_step_18, cwd=ROOT, timeout=600)
     assert done.returncode == -signal.SIGKILL
     state = tmp_path / "killed" / "refiner.state.pt"
     assert torch.load(state, weights_only=True)["progress"]["step"] == 17

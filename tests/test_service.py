@@ -231,26 +231,6 @@ def test_more_images_than_one_batch_holds(client: FlowTurboClient) -> None:
     np.testing.assert_allclose(many[-1], last[0], atol=1e-4)
 
 
-def test_concurrent_requests_share_batches(
-    client: FlowTurboClient, glyphs_server: ServerAddress, read_metrics: ReadMetrics
-) -> None:
-    def rows_per_execution(clients: int) -> float:
-        before = read_metrics(glyphs_server)
-        with ThreadPoolExecutor(clients) as pool:
-            list(pool.map(lambda seed: client.generate(3, seed, "H2P4R2"), range(clients * 4)))
-        after = read_metrics(glyphs_server)
-        rows, executions = (
-            after[key] - before[key]
-            for key in (
-                f'nv_inference_{count}{{model="velocity_predictor",version="1"}}'
-                for count in ("count", "exec_count")
-            )
-        )
-        return rows / executions
-
-    assert rows_per_execution(8) >= 3 * rows_per_execution(1)
-
-
 def infer(address: ServerAddress, tensors: dict[str, Any], **options: Any) -> triton.InferResult:
     """A raw request, with none of the client's own checks."""
     inputs = []

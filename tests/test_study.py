@@ -133,7 +133,6 @@ def test_a_small_study(arguments: list, tmp_path: Path, capsys: pytest.CaptureFi
     ours = points["main/H1P5R3_g1 24"]
     assert (ours["predictor"], ours["refiner"], ours["images"]) == (7, 6, 24)
     assert points["main/unipc-6@2_g1 24"]["predictor"] == 6
-    assert ours["ms_per_image"] < ours["baseline_ms_per_image"]
     assert all(0.01 < point["from_exact"] < 1 for point in points.values())
     text = (tmp_path / "quality.md").read_text()
     assert text.count("`H5P7T3`") == 1  # its section has it, of fewer images
