@@ -1,15 +1,19 @@
-"""Request parameters that are not the caller's: headers that Triton's front ends forward.
+"""Request parameters that are not the caller's: forwarded headers, and the order of outputs.
 
 Started with `--http-header-forward-pattern` or `--grpc-header-forward-pattern`, the server hands
 headers (for tracing, say, or authentication) to models as request parameters, and tells them apart
 from others by nothing but their names. So the flags are read off the server's own command line.
+
+The server keeps the outputs that are asked for as a set. Where server_guard.c stands before it, a
+number for each says in which order they were named.
 """
 
 import json
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from flowturbo.errors import RequestError
 
@@ -19,6 +23,7 @@ _FLAGS = {
     "--grpc-header-forward-pattern": "--grpc-he",
 }
 _SERVER = "tritonserver"
+_ASKED = "flowturbo_output_"  # and the output's name: server_guard.c
 _logger = logging.getLogger(__name__)
 
 
@@ -33,8 +38,8 @@ class Forwarded:
         """As the server above the process of this id says; nothing where there is none."""
         return cls(find_patterns(_server_arguments(process, proc)))
 
-    def check(self, parameters: Callable[[], str]) -> None:
-        """Raises RequestError for a parameter of a request's that is its caller's own.
+    def check(self, parameters: Callable[[], str]) -> dict[str, Any]:
+        """The parameters of a request; raises RequestError for one that is its caller's own.
 
         `parameters` gives them as a JSON object, "" if there are none. Headers may have values that
         are no text.
@@ -43,16 +48,25 @@ class Forwarded:
             text = parameters()
         except UnicodeDecodeError as error:
             text = error.object.decode(errors="replace")
-        stated = json.loads(text or "{}", strict=False)
-        if own := [name for name in sorted(stated) if name not in self]:
+        stated: dict[str, Any] = json.loads(text or "{}", strict=False)
+        if own := [name for name in sorted(stated) if not self._passes(name, stated[name])]:
             raise RequestError(
                 f"unknown request parameter {own[0]!r}, none is allowed: "
                 "settings of a request are input tensors"
             )
+        return stated
+
+    def _passes(self, name: str, value: Any) -> bool:
+        return name in self or name.startswith(_ASKED) and isinstance(value, int)
 
     def __contains__(self, name: str) -> bool:
         # The server's own search (RE2's PartialMatch) finds a pattern anywhere in a name.
         return any(pattern.search(name) for pattern in self._patterns)
+
+
+def as_asked(names: Iterable[str], parameters: Mapping[str, Any]) -> list[str]:
+    """The outputs `names` in the order asked for, where the `parameters` tell it, else as given."""
+    return sorted(names, key=lambda name: parameters.get(f"{_ASKED}{name}", 0))
 
 
 def find_patterns(arguments: Sequence[str]) -> list[str]:

@@ -89,7 +89,8 @@ def _prepare_wheel(wheel: Path) -> Installation:
     except (OSError, subprocess.SubprocessError) as error:
         notes.append(
             "a request for classification of a BYTES output ends this server (release 24.10), one "
-            f"of a huge shape over HTTP too; the guard against both could not be compiled: {error}"
+            "of a huge shape over HTTP too, and outputs come in the contract's order alone; the guard "
+            f"against it could not be compiled: {error}"
         )
     return Installation(wheel / "bin/tritonserver", backends, environment, tuple(notes))
 

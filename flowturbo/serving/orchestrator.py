@@ -31,7 +31,7 @@ from flowturbo.repository import Pipeline, read_ensembles
 from flowturbo.request import GenerationRequest, default_schedule, parse_request
 from flowturbo.serving.deadlines import Deadlines
 from flowturbo.serving.engines import compute_capabilities
-from flowturbo.serving.forwarded import Forwarded
+from flowturbo.serving.forwarded import Forwarded, as_asked
 from flowturbo.serving.gather import Gatherer
 from flowturbo.serving.metrics import Metrics
 from flowturbo.serving.outcomes import outcome_of
@@ -133,10 +133,10 @@ class TritonPythonModel:
         self._deadlines.close()
 
     def _read(self, request: Any) -> GenerationRequest:
-        self._forwarded.check(request.parameters)
-        # The server keeps the names as a set: what order they were asked for in is not known here.
+        parameters = self._forwarded.check(request.parameters)
         asked = set(request.requested_output_names())
-        wanted = [spec.name for spec in contract.REQUEST_OUTPUTS if spec.name in asked]
+        names = [spec.name for spec in contract.REQUEST_OUTPUTS if spec.name in asked]
+        wanted = as_asked(names, parameters)
         return parse_request(read_tensors(request), wanted, self._pipeline, self._settings)
 
     def _start(self, job: Job, request: GenerationRequest) -> None:

@@ -1,11 +1,13 @@
-/* Keeps two kinds of requests from ending the server of release 24.10.
+/* Stands between the front ends of a server of release 24.10 and libtritonserver, preloaded.
  *
- * Preloaded into the server, this library stands between its front ends and libtritonserver. It
- * changes what two functions answer, and only where the server would end otherwise.
+ * It keeps two kinds of requests from ending the server, and tells models the order in which outputs
+ * were asked for.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <stdatomic.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <sys/auxv.h>
 
 #define INVALID_ARGUMENT 3 /* TRITONSERVER_ERROR_INVALID_ARG */
@@ -48,4 +50,21 @@ void *TRITONSERVER_InferenceRequestAddInput(void *request, const char *name, int
     elements *= shape[k] > 0 ? shape[k] : 1;
   }
   return ((Add *)library(__func__))(request, name, type, shape, dimensions);
+}
+
+/* The server keeps the names of the outputs asked for as a set. A number for each, in a parameter of
+ * the request, tells the order in which they were named (serving/forwarded.py).
+ */
+void *TRITONSERVER_InferenceRequestAddRequestedOutput(void *request, const char *name) {
+  typedef void *Add(void *, const char *);
+  typedef void *Set(void *, const char *, int64_t);
+  static atomic_llong asked;
+  char key[200];
+  Set *set = (Set *)library("TRITONSERVER_InferenceRequestSetIntParameter");
+  void *error = ((Add *)library(__func__))(request, name);
+  int length = snprintf(key, sizeof key, "flowturbo_output_%s", name);
+  if (error || !set || length >= (int)sizeof key || !in_program(__builtin_return_address(0))) {
+    return error;
+  }
+  return set(request, key, atomic_fetch_add(&asked, 1));
 }

@@ -1,11 +1,12 @@
 """Whatever goes wrong is told in a sentence, under the right code."""
 
+import json
 from collections.abc import Callable
 
 import pytest
 
 from flowturbo import errors
-from flowturbo.serving.forwarded import Forwarded, find_patterns
+from flowturbo.serving.forwarded import Forwarded, as_asked, find_patterns
 from flowturbo.serving.outcomes import CODES, as_told, failure, incomplete, outcome_of
 
 
@@ -125,6 +126,16 @@ def test_flags_are_read_as_the_server_reads_them(arguments: list[str], patterns:
     found = find_patterns(["tritonserver", *arguments])
     assert found == patterns
     assert ("anything" in Forwarded(found)) == (patterns == [""])
+
+
+def test_the_order_of_outputs_is_told_in_parameters() -> None:
+    """By numbers that rise from one request to the next."""
+    stated = {"flowturbo_output_seed": 40, "flowturbo_output_image": 41}
+    assert Forwarded([]).check(lambda: json.dumps(stated)) == stated
+    assert as_asked(["image", "seed"], stated) == ["seed", "image"]
+    assert as_asked(["image", "latent"], {}) == ["image", "latent"]
+    with pytest.raises(errors.RequestError, match="unknown request parameter 'flowturbo_output_a'"):
+        Forwarded([]).check(lambda: '{"flowturbo_output_a": "first"}')
 
 
 def test_parameters_that_are_no_text() -> None:
