@@ -88,9 +88,9 @@ def _prepare_wheel(wheel: Path) -> Installation:
         environment["LD_PRELOAD"] = _path_list(guard, os.environ.get("LD_PRELOAD"))
     except (OSError, subprocess.SubprocessError) as error:
         notes.append(
-            "a request for classification of a BYTES output ends this server (release 24.10), one "
-            "of a huge shape over HTTP too, and outputs come in the contract's order alone; the guard "
-            f"against it could not be compiled: {error}"
+            "the guard of this server (release 24.10) could not be compiled. A request for "
+            "classification of a BYTES output, or one of a huge shape over HTTP, ends the server, "
+            f"and outputs come in the contract's order alone: {error}"
         )
     return Installation(wheel / "bin/tritonserver", backends, environment, tuple(notes))
 
