@@ -22,7 +22,7 @@ import torch
 
 from bench.networks import SIZES, Size, matrix_flops, pipeline_modules
 from export.deployment import Deployment
-from export.engine import TensorRtModel, build_engine, find_builder
+from export.engine import build_engine, find_builders
 from export.onnx_graph import PRECISIONS, Exported, export_onnx, to_precision
 from export.quantize import quantize
 from flowturbo import contract
@@ -231,12 +231,12 @@ def _onnx_forms(
 def _tensorrt_forms(
     precision: str, paths: dict[str, Path], _device: str
 ) -> tuple[str, str, dict[str, Form]]:
-    builder = find_builder(None)
+    builder = find_builders(None)[0]
     engines: dict[str, Form] = {}
     for name, path in paths.items():
         plan, cache = path.with_suffix(".plan"), path.parents[3] / "timing.cache"
-        build_engine(builder, path, plan, Deployment().profile, cache)
-        engines[name] = ArrayForm(TensorRtModel(builder.trt, plan))
+        build_engine(builder, path, plan, Deployment().profiles, cache)
+        engines[name] = ArrayForm(builder.load(plan))
     return "TensorRT", precision, engines
 
 

@@ -54,8 +54,18 @@ class Deployment:
 
     @property
     def profile(self) -> tuple[int, int, int]:
-        """Fewest, best and most rows of an engine."""
+        """Fewest, best and most rows of an engine that has one set of kernels."""
         return 1, min(self.opt_rows, self.max_rows), self.max_rows
+
+    @property
+    def profiles(self) -> list[tuple[int, int, int]]:
+        """Those of an engine that has kernels for a lone image, for usual and for full batches.
+
+        Each takes every batch: Triton captures every CUDA graph in each of them, and logs an error
+        for one that does not fit.
+        """
+        best = {2, min(self.opt_rows, self.max_rows), self.max_rows}
+        return [(1, rows, self.max_rows) for rows in sorted(best)]
 
     @property
     def graph_rows(self) -> tuple[int, ...]:
@@ -80,9 +90,11 @@ def model_config(
     )
     inputs, outputs = contract.COMPOSED[model]
     add_tensors(config, inputs, outputs, sizes)
-    # No queue policy: with a limit or a timeout, Triton's batcher prepares no batch ahead, and a
-    # request that comes just before the instance is free again can wait 500 ms (seen on 24.10).
-    config.dynamic_batching.SetInParent()
+    if not deployment.on_gpu:
+        # No queue policy: with a limit or a timeout, Triton's batcher prepares no batch ahead, and
+        # a request that comes just before the instance is free again can wait 500 ms (seen on
+        # 24.10). On GPUs it would join what the orchestrator shares out among them.
+        config.dynamic_batching.SetInParent()
     if deployment.engine == "tensorrt":
         _use_engines(config, deployment, engine_files)
     elif deployment.engine == "onnxruntime":
@@ -93,7 +105,9 @@ def model_config(
             _use_tensorrt_provider(config, deployment, inputs, sizes, digest)
     if deployment.on_gpu:
         # One on each GPU that the server sees.
-        config.instance_group.add(count=1, kind=_GROUP.KIND_GPU)
+        group = config.instance_group.add(count=1, kind=_GROUP.KIND_GPU)
+        if deployment.engine == "tensorrt":
+            group.profile.extend(str(k) for k in range(len(deployment.profiles)))
         for rows in deployment.graph_rows:
             _warm_up(config, rows, inputs, sizes)
     else:

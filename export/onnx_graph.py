@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from onnxscript import opset22 as op
 from torch import Tensor, nn
@@ -119,6 +120,12 @@ def _attention(
     factor = scale or query.shape[-1] ** -0.5
     scores = op.MatMul(op.Mul(query, factor), op.Transpose(key, perm=[0, 1, 3, 2]))
     return op.MatMul(op.Softmax(scores, axis=-1), value)
+
+
+def count_attentions(path: Path) -> int:
+    """How many attentions the ONNX file `path` has: a softmax each."""
+    graph = onnx.load(path, load_external_data=False).graph
+    return sum(node.op_type == "Softmax" for node in graph.node)
 
 
 def _bytes_of(module: nn.Module) -> int:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -17,8 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from export.blocks import StepBlock
 from export.onnx_graph import Exported
-from export.parity import block_outputs, torch_evaluation
+from export.parity import torch_evaluation, torch_figures
 from flowturbo.guidance import Tensors
+from flowturbo.parity import Figures
 
 LARGEST = torch.finfo(torch.float16).max
 HEADROOM = 2.0  # other inputs than the few that are tried reach further
@@ -81,19 +81,19 @@ class PeakOf(TorchDispatchMode):
         return result
 
 
-def watched_outputs(exported: Exported) -> tuple[dict[str, np.ndarray], Peak]:
-    """The outputs that every form is held to, and the peak of the model.
+def watched_figures(exported: Exported) -> tuple[Figures, Peak]:
+    """The figures that every form is held to, and the peak of the model.
 
-    That is the largest of its weights, of what it computes for these outputs and for `extremes`.
+    That is the largest of its weights, of what it computes for these figures and for `extremes`.
     """
     run = torch_evaluation(exported)
     with PeakOf() as watch:
-        outputs = block_outputs(exported, run)
+        figures = torch_figures(exported)
         for inputs in extremes(exported):
             run(inputs)
     for name, parameter in exported.module.named_parameters():
         watch.look_at(name, parameter)
-    return outputs, watch.peak
+    return figures, watch.peak
 
 
 def extremes(exported: Exported) -> Iterator[Tensors]:

@@ -1,6 +1,7 @@
 """One pipeline's checkpoints to verified models, installed in a repository together."""
 
 import unicodedata
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,22 +11,23 @@ from google.protobuf import text_format
 
 from export import install
 from export.deployment import AUTO, Deployment, model_config
-from export.engine import Builder, build_engine, find_builder
+from export.engine import Builder, TensorRtModel, build_engine, find_builders
 from export.ensemble import (
     ensemble_models,
     ensembles_are_installed,
     installed_ensembles,
     write_ensembles,
 )
-from export.onnx_graph import Exported, export_onnx, to_precision
-from export.parity import block_outputs, torch_evaluation
-from export.peaks import HALVES, LARGEST, watched_outputs
+from export.onnx_graph import Exported, count_attentions, export_onnx, to_precision
+from export.parity import torch_figures
+from export.peaks import HALVES, LARGEST, watched_figures
 from export.quantize import quantize
 from export.runtime import Execution, Trial, attempt, candidates, choose
 from export.source import Source, modules, source_digests
 from flowturbo import contract
 from flowturbo.nets.sit import SiTConfig
 from flowturbo.nets.weights import CheckpointError
+from flowturbo.parity import TOLERANCES, VERIFIED_ROWS, Figures, VerificationError
 from flowturbo.presets import Presets, find_schedule, load_presets, parse_presets
 from flowturbo.repository import Settings
 from flowturbo.schedule import Schedule
@@ -33,6 +35,7 @@ from flowturbo.textfile import read_lines, read_text
 
 # Characters of these kinds are not seen: control, format, unassigned, lone surrogates.
 _HIDDEN = ("Cc", "Cf", "Cn", "Cs")
+_ENGINE_ROWS = (*VERIFIED_ROWS, 16)  # and the most, at which an engine is checked
 
 
 @dataclass(frozen=True)
@@ -88,13 +91,14 @@ def _presets(options: Options) -> Presets:
 
 
 def _export_models(options: Options, presets: Presets) -> None:
-    repository, builder = options.repository, None
+    repository = options.repository
+    builders: list[Builder] = []
     if options.deployment.engine == "tensorrt":  # found missing before minutes of export
-        builder = find_builder(options.compute_capability)
+        builders = find_builders(options.compute_capability)
     settings, schedules = _settings(repository), _ensembles(options, presets)
     fingerprint = _fingerprint(options)
     installed = not options.force and _is_installed(repository, fingerprint)
-    lacking = installed and builder and _lacking(repository, builder)
+    lacking = installed and any(_lacking(repository, builder) for builder in builders)
     current = installed and not lacking and _configs_are_installed(options)
     if current and ensembles_are_installed(repository, settings, schedules):
         print(f"export: {repository} is up to date")
@@ -104,7 +108,7 @@ def _export_models(options: Options, presets: Presets) -> None:
             install.link_installed(repository, staged)
         else:
             _write_models(options, fingerprint, staged)
-        if builder:
+        for builder in builders:
             for model in _lacking(staged, builder):
                 _add_engine(staged / model, builder, options)
         for folder in staged.iterdir():
@@ -191,87 +195,115 @@ def _check_names(options: Options, config: SiTConfig) -> None:
 
 def _write_models(options: Options, fingerprint: dict[str, Any], staged: Path) -> None:
     """Exports every model, verified, and records what they are to run in."""
-    builds: dict[str, dict[str, Any]] = {}
-    trials: dict[str, dict[Execution, Trial]] = {}
+    written: dict[str, _Written] = {}
     for exported in modules(options.source):
         _check_names(options, exported.config)
-        builds[exported.model], trials[exported.model] = _write(
-            exported, options, fingerprint, staged / exported.model
-        )
+        written[exported.model] = _write(exported, options, staged / exported.model)
     chosen: dict[str, Execution] = {}
-    for kept in (False, True):  # those that were asked for in float16 and stay in float32
-        group = {m: of for m, of in trials.items() if builds[m]["kept_in_float32"] == kept}
-        if group:
-            execution = choose(group)
-            chosen |= dict.fromkeys(group, execution)
-            if len(candidates(options.deployment)) > 1:
-                print(f"fastest here: {execution}")
-    for model, build in builds.items():
-        parity = trials[model][chosen[model]].parity
-        print(f"{model}: {', '.join(f'{name} off by {e:.1e}' for name, e in parity.items())}")
-        times = {str(execution): trial.times_ms for execution, trial in trials[model].items()}
-        install.write_build(
-            staged / model, build | asdict(chosen[model]) | {"parity": parity, "times_ms": times}
-        )
+    for precision in dict.fromkeys(model.precision for model in written.values()):
+        group = {name: m.trials for name, m in written.items() if m.precision == precision}
+        execution = choose(group)
+        chosen |= dict.fromkeys(group, execution)
+        if len(candidates(replace(options.deployment, precision=precision))) > 1:
+            print(f"fastest here: {execution}")
+    for name, model in written.items():
+        parity = model.trials[chosen[name]].parity
+        print(f"{name}: {', '.join(f'{output} off by {e:.1e}' for output, e in parity.items())}")
+        times = {str(execution): trial.times_ms for execution, trial in model.trials.items()}
+        found = asdict(chosen[name]) | {"parity": parity, "times_ms": times}
+        install.write_build(staged / name, model.build | found | {"fingerprint": fingerprint})
 
 
-def _write(
-    exported: Exported, options: Options, fingerprint: dict[str, Any], folder: Path
-) -> tuple[dict[str, Any], dict[Execution, Trial]]:
-    """Exports one model into `folder`: its build record, without what it is to run in, and trials.
+@dataclass(frozen=True)
+class _Written:
+    """A model's export in one precision: its build record, without what it is to run in."""
 
-    Its configuration comes later.
-    """
+    build: dict[str, Any]
+    precision: str
+    trials: dict[Execution, Trial]
+
+
+def _write(exported: Exported, options: Options, folder: Path) -> _Written:
+    """Exports one model into `folder`; its configuration comes later."""
     (folder / "1").mkdir(parents=True)
-    deployment = options.deployment
-    source = options.source.files()[exported.model]
+    deployment, source = options.deployment, options.source.files()[exported.model]
+    wanted = _precisions(exported.model, deployment)
     print(f"{exported.model}: PyTorch in float32 ... ", end="", flush=True)
     peak = None
-    if deployment.precision in HALVES:
-        expected, peak = watched_outputs(exported)
+    if wanted[0] in HALVES:
+        figures, peak = watched_figures(exported)
     else:
-        expected = block_outputs(exported, torch_evaluation(exported))
+        figures = torch_figures(exported)
     too_large = peak is not None and not peak.fits_half
     if too_large:
-        print(
-            f"{peak}, float16 ends at {LARGEST:.0f}: stays in float32 "
-            "(bf16 has float32's range) ... ",
-            end="",
-            flush=True,
-        )
-        deployment = replace(deployment, precision="fp32")
-    # A float32 file is run in bfloat16 too.
-    precision = "fp32" if deployment.precision == AUTO else deployment.precision
-    to_precision(exported.module, precision)
-    print(f"{source} to ONNX in {precision} ... ", end="", flush=True)
-    path = folder / "1" / "model.onnx"
-    export_onnx(exported, path)
-    if precision == "fp8" and exported.model != contract.DECODER:
-        quantize(exported, path)
-    print("verify ... ", end="", flush=True)
-    open_to, (_, opt_rows, _) = candidates(deployment), deployment.profile
-    trials = attempt(exported, path, expected, open_to, opt_rows)
-    print(", ".join(map(_shown, trials, trials.values())), flush=True)
-    if options.deployment.engine == "python":
+        wanted = wanted[1:] or ["fp32"]
+        said = "float32 (bf16 has float32's range)" if wanted == ["fp32"] else wanted[0]
+        print(f"{peak}, float16 ends at {LARGEST:.0f}: stays in {said} ... ", end="", flush=True)
+    figures.save(folder)
+    print(f"{source} to ", end="", flush=True)
+    precision, trials = _export(exported, deployment, figures, wanted, folder / "1")
+    if deployment.engine == "python":
         (folder / "1" / "model.py").write_text(install.MODEL_PY)
     build = {
         "source": source.name,
-        "engine": options.deployment.engine,
-        "on_gpu": options.deployment.on_gpu,
+        "engine": deployment.engine,
+        "on_gpu": deployment.on_gpu,
         "latent_shape": exported.latent_shape,
-        "sizes": exported.sizes(expected),
+        "sizes": exported.sizes(figures.outputs),
         "num_classes": exported.config.num_classes,
         "null_class": exported.config.null_class,
         "class_names": options.names,
-        "max_rows": options.deployment.max_rows,
-        "kept_in_float32": too_large,
+        "max_rows": deployment.max_rows,
+        "kept_in_float32": too_large and wanted == ["fp32"],
         "peak": peak.magnitude if peak else None,
         "command": options.command,
         "files": install.file_digests(folder),
         "engines": {},
-        "fingerprint": fingerprint,
     }
-    return build, trials
+    return _Written(build, precision, trials)
+
+
+def _precisions(model: str, deployment: Deployment) -> list[str]:
+    """What a model may compute in: the first of these that verifies is taken."""
+    if (model, deployment.engine, deployment.precision) == (contract.DECODER, "tensorrt", "bf16"):
+        return ["fp16", "bf16"]  # three bits more, and convolutions at least as fast
+    return [deployment.precision]
+
+
+def _export(
+    exported: Exported,
+    deployment: Deployment,
+    figures: Figures,
+    precisions: list[str],
+    version: Path,
+) -> tuple[str, dict[Execution, Trial]]:
+    """Writes the file that is to be run; which of `precisions` it was, and its trials."""
+    for precision in precisions[:-1]:
+        tried = replace(exported, module=deepcopy(exported.module))
+        try:
+            return precision, _export_as(tried, deployment, figures, precision, version)
+        except VerificationError as error:
+            print(f"{error} ... ", end="", flush=True)
+    return precisions[-1], _export_as(exported, deployment, figures, precisions[-1], version)
+
+
+def _export_as(
+    exported: Exported, deployment: Deployment, figures: Figures, precision: str, version: Path
+) -> dict[Execution, Trial]:
+    deployment = replace(deployment, precision=precision)
+    # A float32 file is run in bfloat16 too.
+    stored = "fp32" if precision == AUTO else precision
+    print(f"ONNX in {stored} ... ", end="", flush=True)
+    to_precision(exported.module, stored)
+    path = version / "model.onnx"
+    export_onnx(exported, path)
+    if stored == "fp8" and exported.model != contract.DECODER:
+        quantize(exported, path)
+    print("verify ... ", end="", flush=True)
+    _, opt_rows, _ = deployment.profile
+    trials = attempt(exported, path, figures, candidates(deployment), opt_rows)
+    print(", ".join(map(_shown, trials, trials.values())), flush=True)
+    return trials
 
 
 def _shown(execution: Execution, trial: Trial) -> str:
@@ -294,7 +326,10 @@ def _lacking(repository: Path, builder: Builder) -> list[str]:
 
 
 def _add_engine(folder: Path, builder: Builder, options: Options) -> None:
-    """Builds an engine from a model's ONNX file and records it beside those for other GPUs."""
+    """Builds an engine from a model's ONNX file and records it beside those for other GPUs.
+
+    Raises VerificationError for one that answers something else than PyTorch did.
+    """
     build = install.read_build(folder)
     replaced = build["engines"].get(builder.capability, {})
     name = replaced.get("file") or (builder.file if build["engines"] else "model.plan")
@@ -302,11 +337,36 @@ def _add_engine(folder: Path, builder: Builder, options: Options) -> None:
     plan = folder / "1" / name
     plan.unlink(missing_ok=True)
     record = build_engine(
-        builder, folder / "1" / "model.onnx", plan, options.deployment.profile, cache
+        builder, folder / "1" / "model.onnx", plan, options.deployment.profiles, cache
     )
     print(f"{folder.name}: {name}, {record['bytes'] / 1e6:.1f} MB in {record['seconds']} s")
+    if not builder.cross:
+        record |= _check_engine(folder, builder.load(plan), build, options.deployment)
     build["engines"][builder.capability] = record
     install.write_build(folder, build)
+
+
+def _check_engine(
+    folder: Path, engine: TensorRtModel, build: dict[str, Any], deployment: Deployment
+) -> dict[str, Any]:
+    """An engine's errors and fused attentions, for its record; raises VerificationError."""
+    batches = sorted({*(n for n in _ENGINE_ROWS if n < deployment.max_rows), deployment.max_rows})
+    allowed, figures = TOLERANCES[build["precision"]], Figures.load(folder)
+    parity: dict[str, float] = {}
+    for rows in batches:
+        try:
+            found = figures.check(folder.name, engine, allowed, [rows])
+        except VerificationError as error:
+            raise VerificationError(
+                f"the engine is wrong for {rows} rows and was not installed: {error}. Another "
+                "--precision, or another release of TensorRT, may compute it right"
+            ) from error
+        parity = {name: max(of, parity.get(name, 0.0)) for name, of in found.items()}
+    fused = engine.fused_attentions()
+    of = count_attentions(folder / "1" / "model.onnx")
+    shown = ", ".join(f"{name} off by {error:.1e}" for name, error in parity.items())
+    print(f"{folder.name}: on the GPU {shown}; attentions fused: {fused} of {of}")
+    return {"parity": parity, "fused_attentions": fused}
 
 
 def _write_config(folder: Path, deployment: Deployment) -> None:

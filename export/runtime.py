@@ -7,15 +7,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from export.deployment import AUTO, Deployment
 from export.onnx_graph import Exported
-from export.parity import TOLERANCES, VerificationError, block_outputs, check
 from flowturbo import contract
 from flowturbo.generate import models_called
 from flowturbo.guidance import Tensors
 from flowturbo.onnx_session import open_model, runtime_for
+from flowturbo.parity import TOLERANCES, Figures, VerificationError
 from flowturbo.presets import DEFAULT, built_in
 from flowturbo.program import compile_program
 
@@ -67,20 +65,19 @@ def candidates(deployment: Deployment) -> list[Execution]:
 def attempt(
     exported: Exported,
     path: Path,
-    expected: Mapping[str, np.ndarray],
+    figures: Figures,
     open_to: list[Execution],
     opt_rows: int,
 ) -> dict[Execution, Trial]:
     """Tries the ONNX file `path` in each of `open_to`; times them where there are several.
 
-    One that is too far off `expected` drops out; raises VerificationError if it is the only one.
+    One that is too far off `figures` drops out; raises VerificationError if it is the only one.
     """
     trials: dict[Execution, Trial] = {}
     for execution in open_to:
         model = open_model(path, execution.precision, runtime=execution.runtime)
-        found = block_outputs(exported, model)
         try:
-            parity = check(exported.model, expected, found, TOLERANCES[execution.precision])
+            parity = figures.check(exported.model, model, TOLERANCES[execution.precision])
         except VerificationError as error:
             if len(open_to) == 1:
                 raise

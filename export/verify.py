@@ -6,23 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from export.engine import EngineError, TensorRtModel, find_builder
+from export.engine import Builder, EngineError, find_builders
 from export.install import read_build
 from export.onnx_graph import Exported, to_precision
-from export.parity import (
-    TOLERANCES,
-    Evaluate,
-    VerificationError,
-    block_outputs,
-    errors,
-    torch_evaluation,
-)
+from export.parity import torch_evaluation, torch_figures
 from export.source import Source, modules, source_digests
 from flowturbo import contract
 from flowturbo.errors import RepositoryError
 from flowturbo.generate import generate, program_for
 from flowturbo.guidance import Tensors
 from flowturbo.onnx_session import open_model
+from flowturbo.parity import TOLERANCES, Evaluate, VerificationError, errors
 from flowturbo.program import Variant
 from flowturbo.repository import Pipeline, Settings
 from flowturbo.request import GenerationRequest, parse_request
@@ -50,12 +44,13 @@ def verify_repository(source: Source, repository: Path, schedule: str | None) ->
     networks = (t for model, t in tolerances.items() if model != contract.DECODER)
     tolerances[_TRAJECTORY] = max(networks, key=lambda tolerance: tolerance.trajectory)
     exports = list(modules(source))
+    held_to = {exported.model: torch_figures(exported) for exported in exports}
 
     def outcome(forms: Forms) -> dict[str, np.ndarray]:
         found = {
-            f"{exported.model} {name}": value
-            for exported in exports
-            for name, value in block_outputs(exported, forms[exported.model]).items()
+            f"{model} {name}": value
+            for model, figures in held_to.items()
+            for name, value in figures.answers(forms[model]).items()
         }
         return found | {f"{_TRAJECTORY} {chosen}": _latent(pipeline, request, forms)}
 
@@ -68,9 +63,9 @@ def verify_repository(source: Source, repository: Path, schedule: str | None) ->
             of = name.partition(" ")[0]
             (error,) = errors({name: want}, found, tolerances[of])
             verdict = "FAILED" if error.exceeded else "ok"
-            figures = (f"{x:.2e}" for x in (error.largest, error.relative, error.allowed))
+            shown = (f"{x:.2e}" for x in (error.largest, error.relative, error.allowed))
             form = names.get(of) or names[contract.PREDICTOR]
-            print(_ROW.format(form, name, *figures, verdict), flush=True)
+            print(_ROW.format(form, name, *shown, verdict), flush=True)
             failed += [f"{form}: {name}"] * error.exceeded
         forms.clear()
     if failed:
@@ -127,19 +122,24 @@ def _forms(
     yield {name: f"{runtimes[name]} {precisions[name]}" for name in models}, models
     if any(build["engines"] for build in builds.values()):
         try:
-            builder = find_builder(None)
+            builders = find_builders(None)
         except EngineError as error:
             print(f"TensorRT: not checked: {error}")
             return
-        for name, build in builds.items():
-            if builder.capability not in build["engines"]:
-                raise EngineError(f"{name} has no engine for this GPU ({builder.capability})")
-        plans = {
-            name: path / builds[name]["engines"][builder.capability]["file"]
-            for name, path in paths.items()
-        }
-        names = {name: f"TensorRT {precisions[name]}" for name in plans}
-        yield names, {name: TensorRtModel(builder.trt, plan) for name, plan in plans.items()}
+        for builder in builders:
+            yield _engines(builder, builds, paths)
+
+
+def _engines(
+    builder: Builder, builds: dict[str, dict], paths: dict[str, Path]
+) -> tuple[dict[str, str], Forms]:
+    for name, build in builds.items():
+        if builder.capability not in build["engines"]:
+            raise EngineError(f"{name} has no engine for {builder.gpu} ({builder.capability})")
+    files = {name: build["engines"][builder.capability]["file"] for name, build in builds.items()}
+    form = f"TensorRT sm{builder.capability.replace('.', '')}"
+    names = {name: f"{form} {build['precision']}" for name, build in builds.items()}
+    return names, {name: builder.load(paths[name] / file) for name, file in files.items()}
 
 
 def _request(pipeline: Pipeline, schedule: str) -> GenerationRequest:

@@ -20,7 +20,8 @@ from flowturbo.request import GenerationRequest, parse_request
 from flowturbo.sampler import Array, sample
 from flowturbo.schedule import Schedule
 
-_MOST_ROWS = 8  # that the orchestrator gives to an ensemble
+# Rows that the orchestrator gives to an ensemble on a CPU. On a GPU any number: latents stay there.
+_MOST_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -86,14 +87,15 @@ def ensemble_for(
 ) -> str | None:
     """The model among `ensembles` (schedule to model) that is to serve `request`, if any.
 
-    None for what an ensemble lacks, nor for many rows: it saves a few milliseconds of a request,
-    which does not show there, and cannot be stopped.
+    None for what an ensemble lacks, nor on a CPU for many rows: it saves a few milliseconds of a
+    request, which does not show there, and cannot be stopped.
     """
     guidance = request.guidance
     whole = not guidance.used or guidance.interval == Guidance().interval
     if request.initial_noise is not None or not whole:
         return None
-    if request.rows > min(_MOST_ROWS, pipeline.max_rows):
+    most = pipeline.max_rows if pipeline.on_gpu else min(_MOST_ROWS, pipeline.max_rows)
+    if request.rows > most:
         return None
     return ensembles.get(str(request.schedule))
 

@@ -8,18 +8,13 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
 from flowturbo import contract
 from flowturbo.repository import BUILD_FILE, EXPORT_HINT
-from flowturbo.serving.engines import (
-    check_engines,
-    compute_capabilities,
-    read_build,
-    tensorrt_version,
-)
+from flowturbo.serving.engines import check_gpus, read_build, tensorrt_version
 from flowturbo.serving.installation import Installation, ServerError, SetupError, find_server
 from flowturbo.serving.tritonserver import ServerOptions, TritonServer
 
@@ -39,19 +34,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     options = _parse(sys.argv[1:] if argv is None else list(argv))
     try:
-        for note in check_repository(options.repository):
-            print(f"note: {note}", file=sys.stderr, flush=True)
+        _note(check_repository(options.repository))
         installation = find_server(options.tritonserver)
-        for note in installation.notes:
-            print(f"note: {note}", file=sys.stderr, flush=True)
+        _note(installation.notes)
         check_backends(options.repository, installation)
         models = (contract.PREDICTOR, *_OPTIONAL)
-        check_engines(options.repository, models, tensorrt_version(), compute_capabilities())
+        _note(check_gpus(options.repository, models, tensorrt_version()))
         _serve(options, installation)
     except ServerError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, SetupError) else 1
     return 0
+
+
+def _note(notes: Iterable[str]) -> None:
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr, flush=True)
 
 
 def check_repository(repository: Path) -> list[str]:

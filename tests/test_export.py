@@ -19,17 +19,12 @@ from bench.networks import SMALL
 from export.blocks import PredictorBlock
 from export.install import install, installed_fingerprint
 from export.onnx_graph import Exported, export_onnx
-from export.parity import (
-    TOLERANCES,
-    VerificationError,
-    block_outputs,
-    check,
-    torch_evaluation,
-)
+from export.parity import torch_figures
 from flowturbo import LocalPipeline, contract
 from flowturbo.errors import RepositoryError
 from flowturbo.nets.sit import SiT
 from flowturbo.onnx_session import open_model
+from flowturbo.parity import TOLERANCES, VerificationError
 from flowturbo.repository import Pipeline, Settings
 
 
@@ -40,11 +35,10 @@ def test_a_file_that_computes_something_else_is_refused(tmp_path: Path) -> None:
         return Exported(contract.PREDICTOR, PredictorBlock(network, 3), (4, 8, 8), network.config)
 
     def verify() -> None:
-        expected = block_outputs(exported(), torch_evaluation(exported()))
-        check(contract.PREDICTOR, expected, found, TOLERANCES["fp32"])
+        torch_figures(exported()).check(contract.PREDICTOR, model, TOLERANCES["fp32"])
 
     export_onnx(exported(), tmp_path / "model.onnx")
-    found = block_outputs(exported(), open_model(tmp_path / "model.onnx"))
+    model = open_model(tmp_path / "model.onnx")
     verify()
     torch.nn.init.normal_(network.final_layer.linear.weight, std=0.1)
     with pytest.raises(VerificationError, match="x_next is off by"):

@@ -21,8 +21,8 @@ from bench.networks import SMALL
 from export import ensemble
 from export.blocks import PredictorBlock
 from export.onnx_graph import Exported
-from export.parity import block_outputs, torch_evaluation
-from export.peaks import LARGEST, PeakOf, watched_outputs
+from export.parity import torch_figures
+from export.peaks import LARGEST, PeakOf, watched_figures
 from flowturbo import LocalPipeline, contract
 from flowturbo.errors import NotFiniteError, RequestError
 from flowturbo.generate import check_finite
@@ -32,12 +32,18 @@ from flowturbo.schedule import Schedule
 from flowturbo.serving.tritonserver import running_server
 
 BAD_LABEL = 5
-FAILING = """from flowturbo.serving.onnx_block import TritonPythonModel as Model
+# What a server checks before its first request is right, and then no longer.
+TURNING = """from pathlib import Path
+
+from flowturbo.parity import Figures
+from flowturbo.serving.onnx_block import TritonPythonModel as Model
 
 class TritonPythonModel(Model):
     def initialize(self, args):
         super().initialize(args)
-        self._model = lambda tensors: {}["velocity_next"]
+        right = Figures.load(Path(args["model_repository"])).batch(3)[1]
+        first, then = [tuple(right.values())], {then}
+        self._model = lambda tensors: first.pop() if first else then(tensors)
 """
 
 
@@ -69,7 +75,12 @@ def poisoned(glyphs_repository: Path, tmp_path_factory: pytest.TempPathFactory) 
     poison(repository / contract.PREDICTOR / model, "embedding_table.weight", BAD_LABEL)
     poison(repository / contract.DECODER / model, "decoder.conv_out.bias", slice(None))
     add_checked_ensemble(repository)
-    (repository / contract.REFINER / "1" / "model.py").write_text(FAILING)
+    for name, then in (
+        (contract.PREDICTOR, "self._model"),
+        (contract.REFINER, "lambda tensors: {}['velocity_next']"),
+        (contract.DECODER, "self._model"),
+    ):
+        (repository / name / "1" / "model.py").write_text(TURNING.replace("{then}", then))
     return repository
 
 
@@ -194,9 +205,9 @@ def test_peaks_of_rare_inputs_are_seen(large: str) -> None:
             row = -1 if large == "the null class" else 50
             network.y_embedder.embedding_table.weight[row] *= 1e3
     exported = Exported(contract.PREDICTOR, block, shape, network.config)
-    assert not watched_outputs(exported)[1].fits_half
+    assert not watched_figures(exported)[1].fits_half
     with PeakOf() as watch:
-        block_outputs(exported, torch_evaluation(exported))
+        torch_figures(exported)
     assert watch.peak.fits_half
 
 

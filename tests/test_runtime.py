@@ -8,9 +8,9 @@ import pytest
 from support import GOLDEN_EXPORT, run_export
 
 from export.deployment import AUTO, Deployment
-from export.parity import VerificationError
 from export.runtime import Execution, Trial, candidates, choose
 from flowturbo import LocalPipeline, contract
+from flowturbo.parity import VerificationError
 
 ORT, OPENVINO, BF16 = (
     Execution("onnxruntime", "fp32"),

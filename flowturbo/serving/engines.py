@@ -8,42 +8,66 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flowturbo.gpu import Gpu, GpuError, usable_gpus
 from flowturbo.repository import BUILD_FILE
 from flowturbo.serving.installation import SetupError
 from flowturbo.textfile import TextFileError, read_json
 
 _TENSORRT = ("libnvinfer.so.12", "libnvinfer.so.11", "libnvinfer.so.10", "libnvinfer.so")
-_CUDA = "libcuda.so.1"
-_MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+
+
+def check_gpus(repository: Path, models: Iterable[str], version: str | None) -> list[str]:
+    """Notes on the engines of `models`, where they run on the GPUs here.
+
+    Raises SetupError where there is no usable GPU, or for a model without an engine that fits, with
+    the command that makes one. `version` is the server's TensorRT, None where it cannot be told.
+    """
+    builds = {model: read_build(repository / model) for model in models}
+    on_gpu = [model for model, build in builds.items() if build.get("on_gpu")]
+    if not on_gpu:
+        return []
+    try:
+        gpus = usable_gpus()
+    except GpuError as error:
+        raise SetupError(
+            f"{on_gpu[0]} was exported for a GPU, and {error}. Serve on a machine with a GPU, or "
+            "export with --engine python or --engine onnxruntime --provider cpu"
+        ) from error
+    return check_engines(builds, version, gpus)
 
 
 def check_engines(
-    repository: Path, models: Iterable[str], version: str | None, capabilities: list[str]
-) -> None:
-    """Raises SetupError for a model without an engine that fits, with the command that makes one.
+    builds: Mapping[str, Mapping[str, Any]], version: str | None, gpus: Sequence[Gpu]
+) -> list[str]:
+    """Notes on engines that were built on another GPU; `builds` are models' build records.
 
-    `version` is the server's TensorRT (None where it cannot be told), `capabilities` its GPUs'
-    compute capabilities.
+    Raises SetupError for a model without an engine that fits.
     """
-    for model in models:
-        build = read_build(repository / model)
+    notes: list[str] = []
+    for model, build in builds.items():
         if build.get("engine") != "tensorrt":
             continue
-        if not capabilities:
-            raise SetupError(
-                f"{model} is a TensorRT engine and no GPU is here: serve on a machine with one, or "
-                "export with --engine python or --engine onnxruntime --provider cpu"
-            )
-        problems = list(_problems(model, build["engines"], version, capabilities))
-        if problems:
+        if problems := list(_problems(model, build["engines"], version, gpus)):
             raise SetupError(
                 "".join(f"{problem}\n" for problem in problems)
                 + "Build it here, in this release's export image (docker compose --profile export "
                 f"run --rm export, and the arguments of): {build['command']}"
+            )
+        notes += _other_gpus(model, build["engines"], gpus)
+    return notes
+
+
+def _other_gpus(model: str, engines: Mapping[str, Any], gpus: Sequence[Gpu]) -> Iterator[str]:
+    """An engine runs on every GPU of its capability, but its kernels were timed on one."""
+    for capability, name in sorted({(gpu.capability, gpu.name) for gpu in gpus}):
+        if (built := engines[capability].get("gpu")) != name:
+            yield (
+                f"{model}'s engine for compute capability {capability} was built on {built}, here "
+                f"is {name}: it runs, and may be faster if it is exported here too"
             )
 
 
@@ -57,10 +81,10 @@ def read_build(model: Path) -> dict[str, Any]:
 
 
 def _problems(
-    model: str, engines: dict[str, Any], version: str | None, capabilities: list[str]
+    model: str, engines: Mapping[str, Any], version: str | None, gpus: Sequence[Gpu]
 ) -> Iterator[str]:
     built = ", ".join(engines) or "none"
-    for capability in sorted(set(capabilities)):
+    for capability in sorted({gpu.capability for gpu in gpus}):
         engine = engines.get(capability)
         if engine is None:
             yield f"{model} has no engine for compute capability {capability}, only for {built}"
@@ -83,23 +107,3 @@ def tensorrt_version() -> str | None:
             number = ctypes.CDLL(name).getInferLibVersion()
             return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
     return None
-
-
-def compute_capabilities() -> list[str]:
-    """The compute capability of each GPU that this process sees, such as "8.9"; [] without one."""
-    try:
-        cuda = ctypes.CDLL(_CUDA)
-    except OSError:
-        return []
-    count = ctypes.c_int()
-    if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)):
-        return []
-    return [_capability(cuda, ordinal) for ordinal in range(count.value)]
-
-
-def _capability(cuda: Any, ordinal: int) -> str:
-    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    cuda.cuDeviceGet(ctypes.byref(device), ordinal)
-    cuda.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device)
-    cuda.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device)
-    return f"{major.value}.{minor.value}"

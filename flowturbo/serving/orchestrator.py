@@ -25,12 +25,13 @@ from flowturbo.errors import (
     DeadlineError,
 )
 from flowturbo.generate import AwaitedInfer, complete, make_images, models_called, program_for
+from flowturbo.gpu import gpu_count
 from flowturbo.guidance import Tensors
 from flowturbo.program import Program, Variant
 from flowturbo.repository import Pipeline, read_ensembles
 from flowturbo.request import GenerationRequest, default_schedule, parse_request
+from flowturbo.serving.answers import StoredAnswers
 from flowturbo.serving.deadlines import Deadlines
-from flowturbo.serving.engines import compute_capabilities
 from flowturbo.serving.forwarded import Forwarded, as_asked
 from flowturbo.serving.gather import Gatherer
 from flowturbo.serving.metrics import Metrics
@@ -99,12 +100,14 @@ class TritonPythonModel:
         self._ensembles = read_ensembles(repository_of(args), self._settings.variant)
         self._forwarded = Forwarded.by_server(os.getpid())
         self._metrics = Metrics(tuple(contract.COMPOSED))
+        # The composed models have an instance on each GPU.
+        instances = max(1, gpu_count()) if self._pipeline.on_gpu else 1
+        self._answers = StoredAnswers(repository_of(args), _call_block, instances)
         self._gather = Gatherer(
             _call_block,
             tuple(contract.COMPOSED),
             self._pipeline.max_rows,
-            # The composed models have an instance on each GPU.
-            instances=max(1, len(compute_capabilities())) if self._pipeline.on_gpu else 1,
+            instances=instances,
             shared=not self._pipeline.on_gpu,
         )
         self._deadlines = Deadlines(self._expire)
@@ -184,6 +187,7 @@ class TritonPythonModel:
             self._workers.submit(self._finish, job, ticket, request, result)
 
         try:
+            self._answers.check()
             program = program_for(request.schedule, Variant(self._settings.variant))
             ensemble = ensemble_for(request, self._ensembles, self._pipeline)
             if ensemble and time.monotonic() - self._crowded > ALONE_S:

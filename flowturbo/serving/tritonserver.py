@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import secrets
@@ -19,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from flowturbo import contract
+from flowturbo.repository import BUILD_FILE
 from flowturbo.serving.installation import (
     Installation,
     ServerError,
@@ -31,6 +34,12 @@ _SHARED_MEMORY = Path("/dev/shm")
 _STUB_NAME = "triton_python_b"  # as the kernel has it: 15 characters
 _INSTANCE = r"([a-z]\w*)_\d+_\d+"  # of a model, as the server names its processes
 _POLL_S = 0.05
+_ANSWERS_S = 600  # for one call of every model; a large one on a few cores takes a minute
+# The orchestrator compares its models before its first request; this one asks nothing of them.
+_ASK = {
+    "inputs": [{"name": "label", "datatype": "INT64", "shape": [1], "data": [0]}],
+    "outputs": [{"name": "seed"}],
+}
 _LOG_TAIL_LINES = 40
 # Asks the kernel to end it with its parent, then becomes the server. A program of its own: what
 # runs between fork and exec in this process may meet other threads' locks, as gRPC's has.
@@ -142,6 +151,7 @@ class TritonServer:
         remedy = "Triton's Python backend cannot load models from there; move or link it"
         check_path("the model repository", options.repository.absolute(), remedy)
         self.address = _claim_ports(options)
+        self._repository = options.repository
         self._exit_timeout_s = options.exit_timeout_s
         self._shm_prefix = f"flowturbo_{os.getpid()}_{secrets.token_hex(4)}_"
         arguments = _arguments(options, installation, self.address, self._shm_prefix)
@@ -168,12 +178,16 @@ class TritonServer:
     def wait_ready(
         self, timeout_s: float | None = None, give_up: Callable[[], bool] = lambda: False
     ) -> bool:
-        """True once all models are ready, False if `give_up()` said so. Raises ServerError."""
+        """True once all models are ready and answer what they did at the export.
+
+        False if `give_up()` said so. Raises ServerError.
+        """
         deadline_s = time.monotonic() + (timeout_s if timeout_s is not None else float("inf"))
         while not give_up():
             if self.exit_code is not None:
                 raise ServerError(f"tritonserver {self.ending} before it was ready")
             if self._is_ready():
+                self._check_answers()
                 return True
             if time.monotonic() > deadline_s:
                 raise ServerError(f"tritonserver was not ready after {timeout_s:g} s")
@@ -201,14 +215,33 @@ class TritonServer:
         return {pid for pid in pids if _is_live(pid, self._process.pid, _STUB_NAME)}
 
     def _is_ready(self) -> bool:
-        host, port = self.address.http.rsplit(":", 1)
-        url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}/v2/health/ready"
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
-            with opener.open(url, timeout=1.0):
-                return True
-        except (urllib.error.URLError, OSError):
+            self._ask("health/ready", None, 1.0)
+        except OSError:
             return False
+        return True
+
+    def _check_answers(self) -> None:
+        """Raises ServerError if the models do not compute what was exported."""
+        if not (self._repository / contract.PREDICTOR / BUILD_FILE).is_file():
+            return
+        try:
+            body = json.dumps(_ASK).encode()
+            self._ask(f"models/{contract.ORCHESTRATOR}/infer", body, _ANSWERS_S)
+        except urllib.error.HTTPError as error:
+            told = error.read().decode(errors="replace")
+            with contextlib.suppress(ValueError, LookupError, TypeError):
+                told = json.loads(told)["error"]
+            raise ServerError(f"the first request failed: {told}") from error
+        except OSError as error:
+            raise ServerError(f"the first request failed: {error}") from error
+
+    def _ask(self, path: str, body: bytes | None, timeout_s: float) -> None:
+        host, port = self.address.http.rsplit(":", 1)
+        url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}/v2/{path}"
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(urllib.request.Request(url, body), timeout=timeout_s) as answer:
+            answer.read()
 
     def stop(self, hurry: Callable[[], bool] = lambda: False) -> bool:
         """Let requests in flight finish, then end everything; whether nothing had to be forced.

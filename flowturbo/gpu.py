@@ -1,0 +1,84 @@
+"""The GPUs that this process sees, and why it sees none. Standard library only."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+from flowturbo.errors import FlowTurboError
+
+# What the Triton releases of this project and their TensorRT are built with (CUDA 13.x).
+CUDA_MAJOR, DRIVER = 13, 580
+_LIBRARY = "libcuda.so.1"
+_MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+_MEANINGS = {  # of cuInit's results
+    3: "the driver could not be initialised",
+    100: "no GPU is visible (CUDA_VISIBLE_DEVICES, or the container's list of GPUs, may be empty)",
+    802: "the GPUs are not ready yet (is nvidia-fabricmanager running?)",
+    803: "the driver's library and its kernel module are of different versions (restart the host)",
+    804: "this GPU cannot use the image's compatibility libraries: its own driver is too old",
+}
+_REMEDY = f"driver {DRIVER} or later and, in a container, NVIDIA container toolkit 1.17.5 or later"
+
+
+class GpuError(FlowTurboError):
+    """No GPU can be used here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU that this process sees: its number, name, and compute capability, such as "8.9"."""
+
+    ordinal: int
+    name: str
+    capability: str
+
+
+def usable_gpus(cuda: Any = None) -> list[Gpu]:
+    """The GPUs here, at least one.
+
+    Raises GpuError where there is none, telling a missing driver from one that is too old and from
+    a missing GPU. `cuda` stands in for the driver's library.
+    """
+    if cuda is None:
+        try:
+            cuda = ctypes.CDLL(_LIBRARY)
+        except OSError as error:
+            raise GpuError(
+                f"no NVIDIA driver is here ({_LIBRARY} is missing): it takes {_REMEDY}"
+            ) from error
+    result = cuda.cuInit(0)
+    release = ctypes.c_int()
+    cuda.cuDriverGetVersion(ctypes.byref(release))
+    major, minor = release.value // 1000, release.value % 1000 // 10
+    if release.value and major < CUDA_MAJOR:
+        raise GpuError(
+            f"the NVIDIA driver is too old: it runs CUDA {major}.{minor}, "
+            f"and CUDA {CUDA_MAJOR} is needed: it takes {_REMEDY}"
+        )
+    if result:
+        meaning = _MEANINGS.get(result, "an error of the driver")
+        raise GpuError(f"no GPU can be used: {meaning} (cuInit: {result}); it takes {_REMEDY}")
+    count = ctypes.c_int()
+    if cuda.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
+        raise GpuError(f"no GPU can be used: {_MEANINGS[100]}")
+    return [_gpu(cuda, ordinal) for ordinal in range(count.value)]
+
+
+def _gpu(cuda: Any, ordinal: int) -> Gpu:
+    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    name = ctypes.create_string_buffer(256)
+    cuda.cuDeviceGet(ctypes.byref(device), ordinal)
+    cuda.cuDeviceGetName(name, len(name), device)
+    cuda.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device)
+    cuda.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device)
+    return Gpu(ordinal, name.value.decode(errors="replace"), f"{major.value}.{minor.value}")
+
+
+def gpu_count() -> int:
+    """How many GPUs this process can use; 0 without any."""
+    try:
+        return len(usable_gpus())
+    except GpuError:
+        return 0

@@ -1,0 +1,147 @@
+"""What every form of a composed model is held to: PyTorch's answers in float32, on stored inputs.
+
+They are written by the export and lie beside each model, so that whatever evaluates it later, an
+engine for another GPU or a running server, is held to the same.
+"""
+
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from flowturbo.errors import FlowTurboError, RepositoryError
+from flowturbo.guidance import Tensors
+
+FIGURES_FILE = "figures.npz"
+PAIRED = 14  # rows of figures that are guided pairs; one more row is alone
+VERIFIED_ROWS = (1, 2, 7)  # of a batch, for every form
+Evaluate = Callable[[Tensors], tuple[np.ndarray, ...]]
+
+
+class VerificationError(FlowTurboError):
+    """An exported form computes something else than the checkpoint."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Largest errors allowed.
+
+    `block` after one block call and `trajectory` after a whole schedule, both relative to the
+    largest value of the output; `levels` of an image's 255, where one is a rounding at .5.
+    """
+
+    block: float
+    trajectory: float
+    levels: int
+
+
+# The unit roundoff is 5e-4 in fp16, 4e-3 in bf16, 6e-2 in fp8; errors grow with depth and steps.
+TOLERANCES = {
+    "fp32": Tolerance(block=1e-4, trajectory=1e-4, levels=1),
+    "fp16": Tolerance(block=5e-3, trajectory=1e-2, levels=3),
+    "fp8": Tolerance(block=6e-2, trajectory=1.5e-1, levels=3),
+    "bf16": Tolerance(block=4e-2, trajectory=5e-2, levels=16),
+}
+
+
+@dataclass(frozen=True)
+class Error:
+    """Difference of one output: in absolute terms, relative to its largest value, and allowed.
+
+    For images both figures are levels.
+    """
+
+    output: str
+    largest: float
+    relative: float
+    allowed: float
+
+    @property
+    def exceeded(self) -> bool:
+        return not self.relative <= self.allowed  # NaN fails too
+
+
+def errors(expected: Tensors, found: Tensors, allowed: Tolerance) -> Iterator[Error]:
+    """The error of each output in `expected`; one named like a trajectory has that tolerance."""
+    for name, want in expected.items():
+        difference = float(np.abs(want.astype(np.float64) - found[name]).max())
+        if want.dtype == np.uint8:
+            yield Error(name, difference, difference, allowed.levels)
+            continue
+        relative = difference / (float(np.abs(want).max()) or 1.0)
+        limit = allowed.trajectory if name.startswith("trajectory") else allowed.block
+        yield Error(name, difference, relative, limit)
+
+
+def check(model: str, expected: Tensors, found: Tensors, allowed: Tolerance) -> dict[str, float]:
+    """Relative error by output; raises VerificationError for one that is above what is allowed."""
+    measured = list(errors(expected, found, allowed))
+    for error in measured:
+        if error.exceeded:
+            raise VerificationError(
+                f"{model}: output {error.output} is off by {error.relative:.3g} against PyTorch in "
+                f"float32, at most {error.allowed:g} is allowed"
+            )
+    return {error.output: error.relative for error in measured}
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Inputs and PyTorch's outputs of one composed model, by name in the contract's order.
+
+    Each array is [15, ...]: seven guided pairs, and a row alone. Rows of other pairs do not act on
+    each other, so batches of any size are put together from these.
+    """
+
+    inputs: Tensors
+    outputs: Tensors
+
+    def batch(self, rows: int) -> tuple[Tensors, Tensors]:
+        """Inputs of `rows` rows and what they should give: pairs, and an odd last row alone."""
+        chosen = [k % PAIRED for k in range(rows - rows % 2)] + [PAIRED] * (rows % 2)
+        inputs = {name: array[chosen] for name, array in self.inputs.items()}
+        return inputs, {name: array[chosen] for name, array in self.outputs.items()}
+
+    def joined(self, batches: Sequence[int]) -> Tensors:
+        """What batches of so many rows should give, one after the other."""
+        parts = [self.batch(rows)[1] for rows in batches]
+        return {name: np.concatenate([part[name] for part in parts]) for name in self.outputs}
+
+    def answers(self, evaluate: Evaluate, batches: Sequence[int] = VERIFIED_ROWS) -> Tensors:
+        """What `evaluate` gives for batches of so many rows, one after the other."""
+        parts = [evaluate(self.batch(rows)[0]) for rows in batches]
+        return dict(zip(self.outputs, map(np.concatenate, zip(*parts, strict=True)), strict=True))
+
+    def check(
+        self,
+        model: str,
+        evaluate: Evaluate,
+        allowed: Tolerance,
+        batches: Sequence[int] = VERIFIED_ROWS,
+    ) -> dict[str, float]:
+        """Relative error by output over all `batches`; raises VerificationError."""
+        return check(model, self.joined(batches), self.answers(evaluate, batches), allowed)
+
+    def save(self, folder: Path) -> None:
+        """Writes them into a model's folder."""
+        arrays = {f"input {name}": array for name, array in self.inputs.items()}
+        arrays |= {f"output {name}": array for name, array in self.outputs.items()}
+        np.savez_compressed(folder / FIGURES_FILE, **arrays)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Figures":
+        """Those of a model's folder; raises RepositoryError."""
+        path = folder / FIGURES_FILE
+        try:
+            with np.load(path) as stored:
+                parts: Mapping[str, Tensors] = {"input": {}, "output": {}}
+                for key in stored.files:
+                    kind, _, name = key.partition(" ")
+                    parts[kind][name] = stored[key]
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise RepositoryError(
+                f"{path} has no figures to hold {folder.name} to: {error}; export again"
+            ) from error
+        return cls(parts["input"], parts["output"])
