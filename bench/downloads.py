@@ -65,8 +65,8 @@ def _dependencies(
 ) -> Sequence[str]:
     if not along:
         return []
-    hard = ("recommends", "suggests", "conflicts", "breaks", "replaces", "enhances")
-    only = [f"--no-{kind}" for kind in hard]
+    soft = ("recommends", "suggests", "conflicts", "breaks", "replaces", "enhances")
+    only = [f"--no-{kind}" for kind in soft]
     command = ["apt-cache", *own, "depends", "--recurse", *only, name]
     lines = run_step(command, scratch, remedy).splitlines()
     # A package stands at the start of a line, what it depends on is indented.

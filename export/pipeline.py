@@ -1,6 +1,7 @@
 """One pipeline's checkpoints to verified models, installed in a repository together."""
 
 import unicodedata
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -35,6 +36,7 @@ from flowturbo.textfile import read_lines, read_text
 
 # Characters of these kinds are not seen: control, format, unassigned, lone surrogates.
 _HIDDEN = ("Cc", "Cf", "Cn", "Cs")
+_JOINERS = "\u200c\u200d"  # which spelling needs in some languages, between other characters
 _ENGINE_ROWS = (*VERIFIED_ROWS, 16)  # and the most, at which an engine is checked
 
 
@@ -70,10 +72,10 @@ def export_pipeline(options: Options) -> None:
     """Exports, verifies and installs; does nothing if this very pipeline is installed.
 
     Raises CheckpointError, VerificationError or EngineError, or RepositoryError for presets that
-    the models cannot serve, and then leaves the repository as it was.
+    the models cannot serve, and then leaves networks, ensembles and presets as they were.
     """
-    presets = _presets(options)  # found wanting before minutes of export
-    if install.mend_orchestrator(options.repository):
+    presets = _presets(options)  # refused before minutes of export
+    if install.mend_orchestrator(options.repository):  # whose settings the ensembles get
         print(f"export: {contract.ORCHESTRATOR} is of this version now, its settings as before")
     _export_models(options, presets)
     if options.presets:
@@ -181,7 +183,7 @@ def _check_names(options: Options, config: SiTConfig) -> None:
     for line, name in enumerate(names, 1):
         if not name.strip():
             raise CheckpointError(f"{options.class_names}: line {line} must be a name, it is empty")
-        if hidden := next((c for c in name if unicodedata.category(c) in _HIDDEN), None):
+        if hidden := next(_hidden(name), None):
             raise CheckpointError(
                 f"{options.class_names}: line {line} must be a name that one can read and type, it "
                 f"has U+{ord(hidden):04X}"
@@ -191,6 +193,13 @@ def _check_names(options: Options, config: SiTConfig) -> None:
                 f"{options.class_names}: names must be unique, {name!r} is in lines {first} and "
                 f"{line}"
             )
+
+
+def _hidden(name: str) -> Iterator[str]:
+    for k, character in enumerate(name):
+        joins = character in _JOINERS and 0 < k < len(name) - 1
+        if unicodedata.category(character) in _HIDDEN and not joins:
+            yield character
 
 
 def _write_models(options: Options, fingerprint: dict[str, Any], staged: Path) -> None:

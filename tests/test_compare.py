@@ -106,9 +106,17 @@ def test_a_known_rate(clients: int) -> None:
 @pytest.mark.parametrize("clients", [1, 4])
 def test_every_client_of_a_closed_loop_calls(clients: int) -> None:
     """Once to warm up, and until the window ends."""
-    callers: list[int] = []
-    found = closed_loop(lambda: callers.append(threading.get_ident()), clients, seconds=0.05)
-    assert len(callers) >= 2 * clients
+    callers: dict[int, int] = {}
+    together = threading.Barrier(clients)
+
+    def call() -> None:
+        caller = threading.get_ident()
+        callers[caller] = callers.get(caller, 0) + 1
+        if callers[caller] == 1:
+            together.wait(timeout=60)  # for the first call of every client
+
+    found = closed_loop(call, clients, seconds=0.05)
+    assert len(callers) == clients and min(callers.values()) >= 2
     assert len(found.latencies_ms) >= clients and found.images_per_s > 0
 
 

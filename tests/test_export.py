@@ -176,6 +176,7 @@ def test_what_is_damaged_around_the_networks_is_mended(
         ("\n\n", "has no names"),
         ("\ufeff", "has no names"),
         ("a\n\ufeffb\n" + "c\n" * 8, r"line 2 must be a name .*U\+FEFF"),
+        ("a\n\u200db\n" + "c\n" * 8, r"line 2 must be a name .*U\+200D"),
         ("a\n\u200b\n" + "c\n" * 8, r"line 2 must be a name .*U\+200B"),
         ("a\n\u00a0\n" + "c\n" * 8, "line 2 must be a name, it is empty"),
     ],

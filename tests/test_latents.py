@@ -19,6 +19,7 @@ from support import GLYPHS, ROOT, rewrite
 
 from flowturbo.nets.sit import SiT, SiTConfig
 from flowturbo.nets.vae import Decoder, load_vae
+from flowturbo.textfile import TextFileError
 from training.data import EncodedImages, encode
 from training.glyphs import CLASS_NAMES, GlyphImages
 from training.images import DataError, list_pictures
@@ -278,6 +279,8 @@ def test_what_was_left_out_is_tried_again(
     assert {path: path.stat().st_mtime_ns for path in out.glob("shard-*")} == times
     assert run(images, out, "--shard", "4") == 2  # as in a folder that is new
     assert f"{bad} is not a readable image" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in out.glob("shard-*")} == times
+    assert (out / "index.json").exists()
     assert run(images, out, "--shard", "4", "--skip-bad") == 0
     bad.write_bytes(content)
     os.utime(bad, ns=(then.st_atime_ns, then.st_mtime_ns))
@@ -335,7 +338,7 @@ def test_latents_are_not_written_into_the_images(
     images: Path, capsys: pytest.CaptureFixture[str], out: str
 ) -> None:
     assert run(images, images / out) == 2
-    assert "lies in the images" in capsys.readouterr().err
+    assert "lies in the data" in capsys.readouterr().err
 
 
 def test_an_image_folder_with_files_of_these_names(images: Path) -> None:
@@ -513,7 +516,7 @@ def test_an_index_of_another_form(shards: Path, stated: dict | list, said: str) 
     path = shards / "index.json"
     index = json.loads(path.read_text())
     path.write_text(json.dumps({**index, **stated} if isinstance(stated, dict) else stated))
-    with pytest.raises(DataError, match=said):
+    with pytest.raises((DataError, TextFileError), match=said):
         Shards(shards, MODEL)
 
 
@@ -588,7 +591,7 @@ def test_a_refiner_from_images(
     assert unused["empty_classes"] == ["cow"]
     assert unused["left_out"] == []
     assert train([*words, "--skip-bad", "--runs", str(images / "runs")]) == 2
-    assert "--runs" in (said := capsys.readouterr().err) and "lies in the images" in said
+    assert "--runs" in (said := capsys.readouterr().err) and "lies in the data" in said
     (images / "ant" / "0.png").touch()  # another file may lie there now
     assert train([*words, "--skip-bad"]) == 2
     assert (

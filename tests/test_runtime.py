@@ -51,7 +51,7 @@ def test_the_fastest_that_every_model_has() -> None:
         choose({contract.PREDICTOR: {BF16: trial(1, 1)}, contract.REFINER: {ORT: trial(1, 1)}})
 
 
-def test_the_glyphs_model_runs_in_the_fastest(glyphs_repository: Path) -> None:
+def test_the_record_has_the_times_that_were_chosen_by(glyphs_repository: Path) -> None:
     builds = {
         model: json.loads((glyphs_repository / model / "build.json").read_text())
         for model in contract.COMPOSED

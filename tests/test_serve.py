@@ -195,6 +195,18 @@ def test_the_server_ends_with_a_killed_launcher(cli: Cli, repository: Path) -> N
     assert wait_until_gone(str(repository), END_S) == []
 
 
+def test_a_binary_that_is_none_must_be_put_right(tmp_path: Path) -> None:
+    repository = write_repository(tmp_path / "models")
+    binary = tmp_path / "tritonserver"
+    binary.write_text("#!/nowhere/interpreter\n")
+    binary.chmod(0o755)
+    ports = (f"--{name}-port=0" for name in ("http", "grpc", "metrics"))
+    done = run_cli("--repository", repository, "--tritonserver", binary, *ports)
+    assert done.returncode == 2
+    assert f"cannot run {binary}: " in done.stderr
+    assert done.stderr.splitlines()[-1] == "error: tritonserver cannot be run, as said above"
+
+
 def test_a_model_that_fails_to_load_is_an_error(tmp_path: Path) -> None:
     repository = write_repository(tmp_path / "models", initialize="raise ValueError('no weights')")
     cli = Cli.start(repository, tmp_path / "log")
@@ -320,6 +332,15 @@ def test_a_damaged_backend_folder_is_built_again(
     assert stub.stat().st_size == size
     left = sorted(p.name for p in (tmp_path / "flowturbo").iterdir())
     assert left[1:] == [backends.name] and left[0].startswith("server_guard-")
+
+
+def test_a_guard_behind_a_link(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As a home folder often is one."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "link"))
+    found = find_server()
+    assert str(tmp_path / "link") in found.environment["LD_PRELOAD"] and found.notes == ()
 
 
 @pytest.mark.parametrize("content", [b"", b"\x7fELF half"])

@@ -18,6 +18,11 @@ from flowturbo.nets.vae import latent_scale
 from training.images import DataError, Pictures
 from training.loop import device, digest_of, mine
 
+# What a VAE's configuration says of the scale of its latents, and of its encoder without a trace in
+# the tensors.
+SCALE = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+_UNSEEN = ("act_fn", "norm_num_groups", "down_block_types")
+
 
 @dataclass(frozen=True)
 class Latents:
@@ -175,6 +180,10 @@ def text_digest(*lines: str) -> str:
 
 
 def vae_digest(vae: AutoencoderKL) -> str:
-    """Of everything the latents depend on."""
-    config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
+    """Of everything the latents depend on.
+
+    The tensors tell the encoder's shape; the rest is named, so that a field that other versions of
+    diffusers add is no difference.
+    """
+    config = {name: vae.config[name] for name in (*SCALE, *_UNSEEN)}
     return digest_of(vae.state_dict(), json.dumps(config, sort_keys=True))

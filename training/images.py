@@ -37,15 +37,15 @@ _FOLDER, _FILE = "folder", "file"
 _BROKEN, _CIRCLE = "broken link", "link to a folder above it"
 _ORIENTATION, _BITS, _PHOTOMETRIC = 274, 258, 262  # TIFF's tags, which EXIF has too
 _BLACK_IS_0 = 1
-# What takes back that an image was turned as its orientation says.
-_UNDO = {
+# What turns an image that is stored in an orientation upright.
+_UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_90,
+    6: Image.Transpose.ROTATE_270,
     7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_270,
+    8: Image.Transpose.ROTATE_90,
 }
 # What Pillow multiplies grey levels of few bits by, but not the one that is transparent.
 _FEW_BITS = {"L;2": 85, "L;4": 17}
@@ -152,11 +152,12 @@ def read_image(path: Path, *, as_stored: bool = False) -> Image.Image:
                 raise ValueError(f"{file.width} x {file.height} pixels are too thin")
             _scale_transparency(file)
             tags = dict(file.tag_v2) if isinstance(file, TiffImageFile) else {}
-            # A copy even where nothing is to be turned.
-            image = file.copy() if as_stored else ImageOps.exif_transpose(file)
-            undo = _UNDO.get(tags.get(_ORIENTATION, 1)) if as_stored else None
-            if undo is not None:  # Pillow has turned it
-                image = image.transpose(undo)
+            # Taken out, so that Pillow itself turns no kind of file when it reads the pixels. Its
+            # function that turns images writes all EXIF data anew, and fails at odd ones.
+            turn = _UPRIGHT.get(file.getexif().pop(_ORIENTATION, 1))
+            image = file.copy()
+            if turn is not None and not as_stored:
+                image = image.transpose(turn)
             return _to_rgb(_to_8_bits(image, tags, file.format))
     except Exception as error:  # Pillow's decoders raise whatever the bytes make them do
         reason = " ".join(str(error).split())
@@ -347,12 +348,12 @@ def _class_folders(folder: Path, skipped: Skipped) -> Sequence[Path]:
     return found
 
 
-def check_outside(option: str, path: Path, images: Path) -> None:
-    """Raises DataError if what is written at `path` would become a part of the `images`."""
-    if images.resolve() in (path.resolve(), *path.resolve().parents):
+def check_outside(option: str, path: Path, data: Path) -> None:
+    """Raises DataError if what is written at `path` would become a part of the `data`."""
+    if data.resolve() in (path.resolve(), *path.resolve().parents):
         raise DataError(
-            f"{option} {path} lies in the images {images}, where it would become a class or a part "
-            "of one: take a folder outside"
+            f"{option} {path} lies in the data {data}, and would become a part of them: take a "
+            "folder outside"
         )
 
 

@@ -23,13 +23,13 @@ from tqdm import tqdm
 
 from flowturbo.errors import FlowTurboError
 from flowturbo.nets.vae import latent_factor, load_vae, sample_size
-from training.data import Latents, encode, finite, text_digest, vae_digest
+from flowturbo.textfile import read_json
+from training.data import SCALE, Latents, encode, finite, text_digest, vae_digest
 from training.images import DataError, check_outside, list_pictures, printable, shown, unused
 from training.loop import alone, device, processes, tell, whole
-from training.shards import INDEX, SETTINGS, SETTINGS_KEY, read_object, shard_files
+from training.shards import INDEX, SETTINGS, SETTINGS_KEY, shard_files
 
 # Fields of the VAE's configuration that its latents are scaled by.
-_SCALE = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
 
 class Images(Protocol):
@@ -124,6 +124,7 @@ class Writer:
         state.wait_for_everyone()  # nobody looks what is to do while another is already at work
         if state.is_main_process:
             self._remove_outdated(todo)
+        state.wait_for_everyone()  # nor writes what it is about to remove
         share = todo[state.process_index :: state.num_processes]
         with tqdm(total=sum(len(self._rows(k)) for k in share), desc="encode", unit="image") as bar:
             for shard in share:
@@ -197,13 +198,15 @@ class Writer:
             return False
         stated = _stated(path)[1]
         wanted = self.settings_digest, self.digests[shard]
-        if (stated[SETTINGS_KEY], stated["images"]) != wanted or (
-            stated["left_out"] and not self.skip_bad
-        ):
+        if (stated[SETTINGS_KEY], stated["images"]) != wanted:
             return False
         # What could not be read may have been forbidden, or on a disk that failed.
         again = self.images.read(stated["unreadable"])
-        return all(isinstance(image, DataError) for image, _ in again)
+        if not all(isinstance(image, DataError) for image, _ in again):
+            return False
+        for reason in stated["left_out"]:
+            self._leave_out(reason)
+        return True
 
     def _remove_outdated(self, todo: Sequence[int]) -> None:
         """Removes shards of other images, and the index as soon as any shard is to be written."""
@@ -228,7 +231,7 @@ class Writer:
         if state.is_main_process and not path.exists():
             _write(path, json.dumps(settings, indent=1).encode())
         state.wait_for_everyone()
-        begun = read_object(path)
+        begun = read_json(path)
         different = [key for key in settings if begun.get(key) != settings[key]]
         if different:
             key = different[0]
@@ -257,7 +260,7 @@ class Writer:
             "image_size": self.images.size,
             "vae": self.settings["vae"],
             SETTINGS_KEY: self.settings_digest,
-            **{name: getattr(config, name) for name in _SCALE},
+            **{name: getattr(config, name) for name in SCALE},
             "posterior": "mean" if self.storage.mean_only else "mean and std",
             "dtype": self.storage.dtype,
             "num_classes": len(self.images.class_names),
@@ -310,7 +313,7 @@ def main(argv: Sequence[str]) -> int:
         storage = Storage(args.dtype, args.mean_only, args.shard)
         Writer(images, vae, args.out, storage, batch=args.batch, skip_bad=args.skip_bad).write()
         if processes().is_main_process:
-            index = read_object(args.out / INDEX)
+            index = read_json(args.out / INDEX)
             for line in unused(index["left_out"], images.skipped, images.empty):
                 print(line, file=sys.stderr)
             print(

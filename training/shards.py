@@ -115,8 +115,8 @@ def is_sharded(folder: Path) -> bool:
     A data set of images may have files of these names too, that say something else.
     """
     for name, key in ((INDEX, "shards"), (SETTINGS, "vae")):
-        with suppress(DataError, OSError):
-            if key in read_object(folder / name):
+        with suppress(TextFileError, OSError):
+            if key in read_json(folder / name):
                 return True
     return bool(shard_files(folder))
 
@@ -156,7 +156,7 @@ _FIELDS = {
 def _read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX
     try:
-        index = read_object(path)
+        index = read_json(path)
     except FileNotFoundError:
         raise DataError(
             f"{folder} has no {INDEX}: python -m training.latents writes it when all is encoded"
@@ -166,14 +166,6 @@ def _read_index(folder: Path) -> dict[str, Any]:
             found = reprlib.repr(index[name]) if name in index else "none"
             raise DataError(f"{path}: {name} must be {allowed}, got {found}")
     return index
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A file of JSON that is an object; raises DataError."""
-    try:
-        return read_json(path)
-    except TextFileError as error:
-        raise DataError(str(error)) from error
 
 
 def _open_shard(

@@ -150,7 +150,7 @@ def _latent_channels(
 def _heads(
     checkpoint: Checkpoint, given: int | None, known: int, width: int, reads_velocity: bool
 ) -> int:
-    stated = checkpoint.integers("num_heads", of_the_network=True)
+    stated = [] if given else checkpoint.integers("num_heads", of_the_network=True)
     heads = given or (stated[0] if len(stated) == 1 else 0) or (0 if stated else known)
     if heads <= 0:
         option = "--refiner-num-heads (training: --heads)" if reads_velocity else "--num-heads"

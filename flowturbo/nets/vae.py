@@ -17,7 +17,7 @@ from flowturbo.nets.weights import (
     read_safetensors,
     without_wrappers,
 )
-from flowturbo.textfile import TextFileError, read_json
+from flowturbo.textfile import read_json
 
 CONFIG = "config.json"
 _CLASS = "AutoencoderKL"
@@ -63,7 +63,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         inner = folder / "vae"
         hint = f"; give {inner}" if (inner / CONFIG).is_file() else ""
         raise CheckpointError(f"{folder} is not a diffusers {_CLASS} folder: no {CONFIG}{hint}")
-    config = _read_json(path)
+    config = read_json(path)
     if (found := config.get("_class_name")) != _CLASS:
         raise CheckpointError(f"{path}: _class_name must be {_CLASS}, got {found!r}")
     known = inspect.signature(AutoencoderKL.__init__).parameters
@@ -79,13 +79,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
         raise CheckpointError(f"{path}: sample_size must be pixels, or two sides, got {size!r}")
     return {name: value for name, value in config.items() if name not in unknown}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path)
-    except TextFileError as error:
-        raise CheckpointError(str(error)) from error
 
 
 def _check_config(path: Path, vae: AutoencoderKL) -> None:
@@ -135,7 +128,7 @@ def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     path = _weights_file(folder)
     if path.suffix != ".json":
         return path, _read_file(path)
-    files = _read_json(path).get("weight_map")
+    files = read_json(path).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
         raise CheckpointError(f"{path} must have a weight_map of tensors to files")
     tensors: dict[str, Tensor] = {}

@@ -30,6 +30,11 @@ _WRAPPERS = re.compile(
 _UPDATES = "n_averaged"  # how many updates torch's AveragedModel has had: no weight
 # Where arguments speak of the network itself.
 _OF_THE_NETWORK = ("", "model", "network", "net", "transport")
+# Networks that have arguments of the same names.
+_OF_OTHERS = (
+    *("encoder", "teacher", "vae", "first_stage", "classifier", "discriminator", "critic"),
+    *("repa", "dino", "clip", "projector"),
+)
 _UNSTATED = re.compile(r"None|\?\?\?|.*\$\{.*|")  # omegaconf's missing values, and what it computes
 # The first instructions of pickle protocols 4 and 5, and those for bytes of protocol 3.
 _LATER_PROTOCOL = re.compile(r"Unsupported operand (149|150|66|67)\b|Detected pickle protocol")
@@ -61,30 +66,43 @@ class Checkpoint:
     def stated(self, name: str, *, of_the_network: bool = False) -> list[Any]:
         """The different values that the file states for an argument, in order.
 
-        With `of_the_network` only those that stand at the top or under the network's own name: an
-        encoder or a teacher has its own.
+        They are those at the top or under the network's own name. Only where these state nothing,
+        and without `of_the_network`, others count: those of data or training, but not those of an
+        encoder or a teacher.
         """
-        found = []
-        for path, value in self.arguments:
-            place, _, last = path.rpartition(".")
-            if last == name and (not of_the_network or place in _OF_THE_NETWORK):
-                found.append(value)
-        return list(dict.fromkeys(found))
+        own = [value for place, value in self._places(name) if place in _OF_THE_NETWORK]
+        if own or of_the_network:
+            return list(dict.fromkeys(own))
+        places = self._places(name)
+        return list(dict.fromkeys(value for place, value in places if not _is_anothers(place)))
+
+    def _places(self, name: str) -> list[tuple[str, Any]]:
+        split = ((path.rpartition("."), value) for path, value in self.arguments)
+        return [(place, value) for (place, _, last), value in split if last == name]
 
     def integers(self, name: str, *, of_the_network: bool = False) -> list[int]:
-        """The different whole numbers above 0 that the file states; raises CheckpointError."""
-        found = []
+        """The different whole numbers above 0 that the file states.
+
+        Raises CheckpointError for another value that is the network's own; of others it is passed
+        over.
+        """
+        own, found = self.stated(name, of_the_network=True), []
         for stated in self.stated(name, of_the_network=of_the_network):
             try:
                 fits = not isinstance(stated, bool) and float(stated) == int(float(stated)) > 0
             except (ValueError, OverflowError):
                 fits = False
-            if not fits:
+            if fits:
+                found.append(int(float(stated)))
+            elif own:
                 raise CheckpointError(
                     f"{self.path}: {name} must be an integer above 0, got {stated!r}"
                 )
-            found.append(int(float(stated)))
         return list(dict.fromkeys(found))
+
+
+def _is_anothers(place: str) -> bool:
+    return any(other in place.lower() for other in _OF_OTHERS)
 
 
 def load_checkpoint(
@@ -169,8 +187,10 @@ class _StandIn:
         pass
 
     def __setstate__(self, state: Any) -> None:
-        if isinstance(state, Mapping):
-            vars(self).update({str(name): value for name, value in state.items()})
+        # Of a class with slots it is a pair, and the second part has their values.
+        for part in state if isinstance(state, tuple) else (state,):
+            if isinstance(part, Mapping):
+                vars(self).update({str(name): value for name, value in part.items()})
 
 
 def _add_stand_in(stand_ins: dict[str, Callable[..., Any]], error: str) -> bool:

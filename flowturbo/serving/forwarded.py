@@ -8,6 +8,7 @@ The server keeps the outputs that are asked for as a set. Where server_guard.c s
 number for each says in which order they were named.
 """
 
+import itertools
 import json
 import logging
 import re
@@ -75,7 +76,7 @@ def find_patterns(arguments: Sequence[str]) -> list[str]:
     An empty one is a pattern too, which every header has.
     """
     found = []
-    for word, following in zip(arguments, [*arguments[1:], None], strict=True):
+    for word, following in itertools.zip_longest(arguments, arguments[1:]):
         flag, given, pattern = word.partition("=")
         if any(full.startswith(flag) and flag.startswith(low) for full, low in _FLAGS.items()):
             value = pattern if given else following
@@ -98,7 +99,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 def _server_arguments(process: int, proc: Path) -> list[str]:
     """The command line of the nearest process above `process` that is a server."""
-    while process > 1:
+    while process > 0:  # the server is process 1 of a container that starts with it
         try:
             words = (proc / str(process) / "cmdline").read_bytes().split(b"\0")
             # "pid (name) state parent ...": proc(5)

@@ -129,7 +129,7 @@ def _is_loaded(library: Path) -> bool:
         text=True,
         timeout=60,
     )
-    return str(library) in probe.stdout
+    return str(library.resolve()) in probe.stdout
 
 
 def _path_list(*parts: Path | str | None) -> str:

@@ -23,9 +23,16 @@ _OUTCOMES = (  # a deadline is a cancellation too: first match wins
     (errors.CancelledError, "cancelled"),
 )
 _OUT_OF_MEMORY = "the server is out of memory"
-_DEAD = ("is not healthy", "is not ready", "not available", "stub process", "broken pipe")
+# In the server's own sentences, which speak of a process, a model or its version. What a model says
+# may be that something else is "not available".
+_DEAD = re.compile(
+    r"stub process|broken pipe|is not healthy"
+    r"|(model|version) \S+ (version \S+ )?(is not ready|is not at ready state|is not available)",
+    re.IGNORECASE,
+)
 _NO_MEMORY = (
-    *("shared memory", "out of memory", "memoryerror", "bad_alloc", "bad allocation"),
+    *("shared memory pool", "shared memory region", "shared memory key"),
+    *("out of memory", "memoryerror", "bad_alloc", "bad allocation"),
     *("cannot allocate", "unable to allocate", "failed to allocate"),
 )
 # In the Python backend's messages: the process of a model's instance, and a stack.
@@ -66,7 +73,7 @@ def failure(model: str, message: str) -> errors.FlowTurboError:
         return errors.UnavailableError(f"{model}: {message}")
     if found := re.search(_STUB, message):
         model = found[1]
-    if _has(message, _DEAD):
+    if _DEAD.search(message):
         return errors.UnavailableError(
             f"{model} cannot answer, its process has ended or hangs ({message.rstrip('.')}): "
             "the server has to be restarted"

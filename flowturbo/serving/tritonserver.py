@@ -44,13 +44,15 @@ _LOG_TAIL_LINES = 40
 # Asks the kernel to end it with its parent, then becomes the server. A program of its own: what
 # runs between fork and exec in this process may meet other threads' locks, as gRPC's has.
 _PR_SET_PDEATHSIG = 1
+_CANNOT_RUN = 126  # a shell's exit code for that
 _END_WITH_PARENT = f"""
 import ctypes, os, sys
 ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {int(signal.SIGTERM)})
 try:
     os.execv(sys.argv[1], sys.argv[1:])
 except OSError as error:
-    sys.exit(f"cannot run {{sys.argv[1]}}: {{error}}")
+    print(f"cannot run {{sys.argv[1]}}: {{error}}", file=sys.stderr)
+    sys.exit({_CANNOT_RUN})
 """
 _WITH_PARENT = [sys.executable, "-I", "-S", "-c", _END_WITH_PARENT]
 
@@ -155,20 +157,17 @@ class TritonServer:
         self._exit_timeout_s = options.exit_timeout_s
         self._shm_prefix = f"flowturbo_{os.getpid()}_{secrets.token_hex(4)}_"
         arguments = _arguments(options, installation, self.address, self._shm_prefix)
-        try:
-            self._process = subprocess.Popen(
-                [*_WITH_PARENT, installation.binary, *arguments],
-                env=os.environ | installation.environment,
-                # The stub (for Python 3.11) ignores PYTHONPATH but searches its working directory:
-                # this is how they find `flowturbo` in a checkout that is not installed.
-                cwd=Path(__file__).parents[2],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise SetupError(f"cannot run {installation.binary}: {error}") from error
+        self._process = subprocess.Popen(
+            [*_WITH_PARENT, installation.binary, *arguments],
+            env=os.environ | installation.environment,
+            # The stub (for Python 3.11) ignores PYTHONPATH but searches its working directory:
+            # this is how they find `flowturbo` in a checkout that is not installed.
+            cwd=Path(__file__).parents[2],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
 
     @property
     def exit_code(self) -> int | None:
@@ -184,6 +183,8 @@ class TritonServer:
         """
         deadline_s = time.monotonic() + (timeout_s if timeout_s is not None else float("inf"))
         while not give_up():
+            if self.exit_code == _CANNOT_RUN:
+                raise SetupError("tritonserver cannot be run, as said above")
             if self.exit_code is not None:
                 raise ServerError(f"tritonserver {self.ending} before it was ready")
             if self._is_ready():

@@ -6,7 +6,7 @@ import os
 import pathlib
 import pickle
 from collections import OrderedDict, defaultdict
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -346,15 +346,46 @@ def test_classes_in_nested_arguments_and_metadata(tmp_path: Path) -> None:
     several = {"data": {"num_classes": 5}, "teacher": {"num_classes": 1000}}
     path = saved(tmp_path / "c.pt", without_null_class(5), config=several)
     assert not load_predictor(path).config.null_class
-    unclear = {"data": {"num_classes": 5}, "teacher": {"num_classes": 4}}
+    unclear = {"data": {"num_classes": 5}, "training": {"num_classes": 4}}
     path = saved(tmp_path / "c.pt", without_null_class(5), config=unclear)
     with pytest.raises(CheckpointError, match="states both 5 and 4 classes: say which"):
         load_predictor(path)
     assert load_predictor(path, num_classes=4).config.null_class
+    # The network's own is the one that counts, and other networks' are not its own.
+    for others in (
+        {"num_classes": 5, "encoder": {"num_classes": 0}},
+        {"model": {"num_classes": 5}, "data": {"num_classes": 4}},
+        {"data": {"num_classes": 5, "shards": {"num_classes": "all"}}},
+    ):
+        path = saved(tmp_path / "c.pt", without_null_class(5), config=others)
+        assert not load_predictor(path).config.null_class
+    for others in ({"teacher": {"num_classes": 5}}, {"teacher": {"cfg_prob": 0}}):
+        path = saved(tmp_path / "c.pt", without_null_class(5), config=others)
+        assert load_predictor(path).config.null_class
     # A value of omegaconf that refers to another one.
     referring = OmegaConf.create({"classes": 5, "num_classes": "${classes}", "seed": "???"})
     path = saved(tmp_path / "c.pt", without_null_class(5), config=referring)
     assert not load_predictor(path).config.null_class
+
+
+@dataclass
+class Slotted:
+    """Arguments whose class keeps them in slots."""
+
+    __slots__ = ("num_classes",)
+    num_classes: int
+
+
+def test_arguments_in_slots(tmp_path: Path) -> None:
+    path = saved(tmp_path / "c.pt", without_null_class(5), args=Slotted(5))
+    assert not load_predictor(path).config.null_class
+
+
+def test_an_option_overrides_what_cannot_be_read(tmp_path: Path) -> None:
+    path = saved(tmp_path / "c.pt", SiT(SMALL), args={"num_heads": "auto"})
+    with pytest.raises(CheckpointError, match="num_heads must be an integer above 0, got 'auto'"):
+        load_predictor(path)
+    assert load_predictor(path, num_heads=2).config.num_heads == 2
 
 
 @pytest.mark.parametrize("name", ["class_dropout_prob", "cfg_prob"])

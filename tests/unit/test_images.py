@@ -5,10 +5,11 @@ import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from bench.quality import judges
 from training.images import (
@@ -206,14 +207,35 @@ def test_images_are_turned_as_their_exif_says(tmp_path: Path, suffix: str) -> No
     assert (stored[:, :24, 0] > 200).all() and (stored[:, 40:, 0] < 60).all()
 
 
+@pytest.mark.parametrize("suffix", [".tif", ".png", ".webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_every_orientation_is_taken_back(tmp_path: Path, orientation: int) -> None:
-    """Pillow turns TIFF files when it reads them."""
+def test_every_orientation(tmp_path: Path, orientation: int, suffix: str) -> None:
+    """As stored, though Pillow turns TIFF files when it reads them, and as Pillow turns others."""
     pixels, exif = RNG.integers(0, 256, (80, 64, 3), dtype=np.uint8), Image.Exif()
     exif[0x0112] = orientation
-    Image.fromarray(pixels).save(tmp_path / "image.tif", exif=exif)
-    stored = read_image(tmp_path / "image.tif", as_stored=True)
-    assert np.array_equal(np.asarray(stored), pixels)
+    path = tmp_path / f"image{suffix}"
+    Image.fromarray(pixels).save(path, exif=exif, lossless=True)
+    assert np.array_equal(np.asarray(read_image(path, as_stored=True)), pixels)
+    with Image.open(path) as image:
+        upright = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    assert np.array_equal(np.asarray(read_image(path)), upright)
+
+
+@pytest.mark.parametrize(("tag", "value"), [(282, "72"), (256, "64"), (259, b"\1")])
+def test_odd_tags_beside_an_orientation(tmp_path: Path, tag: int, value: Any) -> None:
+    """A resolution, a width and a compression of the wrong types: the pixels are fine."""
+    entries = [(274, 3, 1, struct.pack("<HH", 6, 0)), _entry(tag, value)]
+    head = b"II*\0" + struct.pack("<IH", 8, len(entries))
+    body = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in sorted(entries))
+    exif = b"Exif\0\0" + head + body + bytes(4)
+    Image.fromarray(RED_LEFT).save(tmp_path / "image.jpg", exif=exif)
+    pixels = np.asarray(read_image(tmp_path / "image.jpg"))
+    assert (pixels[:24, :, 0] > 200).all() and (pixels[56:, :, 0] < 60).all()
+
+
+def _entry(tag: int, value: Any) -> tuple[int, int, int, bytes]:
+    data = value.encode() if isinstance(value, str) else value
+    return tag, 2 if isinstance(value, str) else 7, len(data), data.ljust(4, b"\0")
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr"])

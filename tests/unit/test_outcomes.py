@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -74,6 +75,21 @@ def test_errors_are_sentences(error: Exception, outcome: str, said: str) -> None
         ),
         (failure("vae_decoder", "bad shape"), "INTERNAL", "vae_decoder: bad shape"),
         (
+            failure("vae_decoder", "CUDA execution provider is not available in this build"),
+            "INTERNAL",
+            "vae_decoder: CUDA execution provider is not available",
+        ),
+        (
+            failure("vae_decoder", "the kernel requires more shared memory than the GPU has"),
+            "INTERNAL",
+            "vae_decoder: the kernel requires more shared memory",
+        ),
+        (
+            failure("vae_decoder", "Request for model 'vae_decoder' version 1 is not ready"),
+            "UNAVAILABLE",
+            "vae_decoder cannot answer",
+        ),
+        (
             failure("vae_decoder", "message: KeyError: 'x'\n\nAt:\n  /opt/m.py(46): execute\n"),
             "INTERNAL",
             "vae_decoder: message: KeyError: 'x'",
@@ -107,6 +123,7 @@ def test_forwarded_headers_are_those_of_the_servers_flags() -> None:
     for name in ("schedule", "baggage2", ""):
         assert name not in forwarded
     assert "schedule" not in Forwarded([])
+    assert find_patterns([]) == []
     # Of RE2's syntax, not of Python's, or something else there.
     for pattern in (r"\pN", "^x-[[:alnum:]]+$"):
         assert "schedule" in Forwarded([pattern])
@@ -126,6 +143,20 @@ def test_flags_are_read_as_the_server_reads_them(arguments: list[str], patterns:
     found = find_patterns(["tritonserver", *arguments])
     assert found == patterns
     assert ("anything" in Forwarded(found)) == (patterns == [""])
+
+
+@pytest.mark.parametrize("server", [1, 7])
+def test_the_server_is_found_above_a_process(tmp_path: Path, server: int) -> None:
+    """Also as process 1, where a container starts with it; without one nothing is forwarded."""
+    command = ["/opt/tritonserver/bin/tritonserver", "--http-header-forward-pattern=x-id"]
+    for process, parent, words in ((9, 8, ["stub"]), (8, server, ["sh"]), (server, 0, command)):
+        (tmp_path / str(process)).mkdir()
+        (tmp_path / f"{process}/cmdline").write_text("".join(f"{word}\0" for word in words))
+        (tmp_path / f"{process}/stat").write_text(f"{process} (a) b) S {parent} 1 1")
+    assert "x-id" in Forwarded.by_server(9, tmp_path)
+    (tmp_path / f"{server}/cmdline").write_text("init\0")
+    assert "x-id" not in Forwarded.by_server(9, tmp_path)
+    assert "x-id" not in Forwarded.by_server(10, tmp_path)
 
 
 def test_the_order_of_outputs_is_told_in_parameters() -> None:

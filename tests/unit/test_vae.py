@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flowturbo.nets.vae import Decoder, load_vae, sample_size
 from flowturbo.nets.weights import CheckpointError
+from flowturbo.textfile import TextFileError
 from training.data import encode, vae_digest
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -249,5 +250,5 @@ def test_folders_that_are_no_vae(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="has no weights"):
         load_vae(tmp_path / "vae")
     (tmp_path / "vae" / "config.json").write_text("[]")
-    with pytest.raises(CheckpointError, match=r"must be an object, got \[\]"):
+    with pytest.raises(TextFileError, match=r"must be an object, got \[\]"):
         load_vae(tmp_path / "vae")
