@@ -6,7 +6,7 @@ import torch
 from export.onnx_graph import Exported
 from flowturbo import contract
 from flowturbo.guidance import Tensors
-from flowturbo.parity import PAIRED, Evaluate, Figures
+from flowturbo.parity import PAIRED, Evaluate, Figures, VerificationError
 
 _AT_ONCE = 6  # rows, which bounds the memory that a large decoder takes
 
@@ -34,5 +34,9 @@ def torch_figures(exported: Exported) -> Figures:
         evaluate({name: array[start : start + _AT_ONCE] for name, array in inputs.items()})
         for start in range(0, PAIRED + 1, _AT_ONCE)
     ]
-    outputs = map(np.concatenate, zip(*parts, strict=True))
-    return Figures(inputs, dict(zip(names, outputs, strict=True)))
+    outputs = dict(zip(names, map(np.concatenate, zip(*parts, strict=True)), strict=True))
+    if bad := next((name for name, array in outputs.items() if not np.isfinite(array).all()), None):
+        raise VerificationError(
+            f"{exported.model}: PyTorch itself answers {bad} with values that are not finite"
+        )
+    return Figures(inputs, outputs)

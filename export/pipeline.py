@@ -34,8 +34,8 @@ from flowturbo.repository import Settings
 from flowturbo.schedule import Schedule
 from flowturbo.textfile import read_lines, read_text
 
-# Characters of these kinds are not seen: control, format, unassigned, lone surrogates.
-_HIDDEN = ("Cc", "Cf", "Cn", "Cs")
+# Characters of these kinds are not seen: control, format, lone surrogates.
+_HIDDEN = ("Cc", "Cf", "Cs")
 _JOINERS = "\u200c\u200d"  # which spelling needs in some languages, between other characters
 _ENGINE_ROWS = (*VERIFIED_ROWS, 16)  # and the most, at which an engine is checked
 
@@ -174,14 +174,22 @@ def _check_names(options: Options, config: SiTConfig) -> None:
     if options.class_names and not names:
         raise CheckpointError(f"{options.class_names} has no names, a line each is needed")
     if names and len(names) != config.num_classes:
-        hint = f"; --num-classes {len(names)} says that its label table has no null class"
+        hint = (
+            f". If the last name is that of a class which was trained, --num-classes {len(names)} "
+            "says so: there is then no null class, and no guidance. A line that is no name, such "
+            "as a heading, would shift all others"
+        )
         hint = hint if len(names) == config.label_rows else ""
         raise CheckpointError(
             f"{options.class_names} has {len(names)} names, "
             f"the predictor {config.num_classes} classes{hint}"
         )
     for line, name in enumerate(names, 1):
-        if not name.strip():
+        if name != name.strip():
+            raise CheckpointError(
+                f"{options.class_names}: line {line} must be a name without blanks in front"
+            )
+        if not name:
             raise CheckpointError(f"{options.class_names}: line {line} must be a name, it is empty")
         if hidden := next(_hidden(name), None):
             raise CheckpointError(

@@ -15,6 +15,7 @@ from flowturbo.repository import Pipeline, Settings
 from flowturbo.schedule import Schedule
 
 _SPECS = {spec.name: spec for spec in contract.REQUEST_INPUTS}
+LARGEST_NOISE = 10.0  # of standard normal numbers, none of 10^20 is larger
 _TYPE_NAMES = {np.int64: "INT64", np.float32: "FP32", np.object_: "BYTES"}
 
 
@@ -200,8 +201,14 @@ def _check_start(tensors: Mapping[str, np.ndarray], count: int) -> None:
     seeds = tensors.get("seed", np.zeros(1))
     if np.any(seeds < 0):
         raise RequestError(f"seed must be 0 to {MAX_SEED}, got {seeds[seeds < 0][0]}")
-    if not np.all(np.isfinite(tensors.get("initial_noise", np.zeros(1)))):
+    given = tensors.get("initial_noise", np.zeros(1))
+    if not np.all(np.isfinite(given)):
         raise RequestError("initial_noise must be finite, got NaN or infinity")
+    if (largest := float(np.abs(given).max(initial=0.0))) > LARGEST_NOISE:
+        raise RequestError(
+            f"initial_noise must be standard normal, within {LARGEST_NOISE:g}, got values up to "
+            f"{largest:.3g}"
+        )
 
 
 def _wanted(outputs: tuple[str, ...], output_format: str, pipeline: Pipeline) -> tuple[str, ...]:

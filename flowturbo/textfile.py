@@ -7,6 +7,9 @@ from typing import Any
 
 from flowturbo.errors import FlowTurboError
 
+# Of every width: Unicode's kind Zs, tabs, and what stands before a newline.
+_BLANKS = " \t\r\u00a0\u1680\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
+
 
 class TextFileError(FlowTurboError):
     """A text file cannot be read as such: the message names it and what is allowed."""
@@ -28,7 +31,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a file of JSON; raises TextFileError."""
     try:
         found = json.loads(read_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TextFileError(f"{path} is not JSON: {error}") from error
     if not isinstance(found, dict):
         raise TextFileError(f"{path} must be an object, got {reprlib.repr(found)}")
@@ -41,7 +44,7 @@ def read_lines(path: Path) -> list[str]:
     Lines end at newlines alone (perhaps after a carriage return): other characters that Unicode
     counts as line ends may stand in a name. Raises TextFileError.
     """
-    lines = [line.rstrip(" \t\r") for line in read_text(path).split("\n")]
+    lines = [line.rstrip(_BLANKS) for line in read_text(path).split("\n")]
     while lines and not lines[-1]:
         lines.pop()
     return lines

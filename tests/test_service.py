@@ -4,6 +4,7 @@ import base64
 import json
 import random
 import shutil
+import socket
 import threading
 import time
 import urllib.error
@@ -182,10 +183,31 @@ def test_a_huge_shape_does_not_end_the_server(
     assert caller.infer(contract.ORCHESTRATOR, ["seed"], label=np.array([1]))
 
 
-def post(address: ServerAddress, endpoint: str, body: dict[str, Any], **headers: str) -> Any:
+def test_deeply_nested_json_does_not_end_the_server(
+    glyphs_server: ServerAddress, caller: Caller
+) -> None:
+    status, _ = post(glyphs_server, "infer", b'{"inputs":' + b"[" * 500_000)
+    assert status >= 400
+    assert caller.infer(contract.ORCHESTRATOR, ["seed"], label=np.array([1]))
+
+
+def test_many_chunks_do_not_end_the_server(glyphs_server: ServerAddress, caller: Caller) -> None:
+    host, port = glyphs_server.http.split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        head = f"POST /v2/models/{contract.ORCHESTRATOR}/infer HTTP/1.1\r\nHost: x\r\n"
+        connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
+        connection.sendall(b"1\r\nA\r\n" * 1_000_000 + b"0\r\n\r\n")
+        assert connection.recv(10) in (b"HTTP/1.1 4", b"HTTP/1.1 5")
+    assert caller.infer(contract.ORCHESTRATOR, ["seed"], label=np.array([1]))
+
+
+def post(
+    address: ServerAddress, endpoint: str, body: dict[str, Any] | bytes, **headers: str
+) -> Any:
     """Status and answer of Triton's HTTP front end."""
     url = f"http://{address.http}/v2/models/{contract.ORCHESTRATOR}/{endpoint}"
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(url, content, headers)
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with direct.open(request, timeout=60) as answer:

@@ -6,6 +6,7 @@ Training reads ImageNet's layout, a subfolder for each class, whose sorted order
 """
 
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ _SYSTEM = {
     *("__MACOSX", "@eaDir", "@Recycle", "@Recently-Snapshot", "#recycle", "#snapshot"),
     *("lost+found", "$RECYCLE.BIN", "System Volume Information"),
 }
+_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 _RULES = 3  # of `read_image`: latents made by other rules are others
 _FOLDER, _FILE = "folder", "file"
 _BROKEN, _CIRCLE = "broken link", "link to a folder above it"
@@ -301,6 +303,7 @@ def list_pictures(
     if not classes:
         raise DataError(f"{folder} has no subfolders: one for each class is needed")
     files = [find_images(each, skipped, folder) if each.is_dir() else [] for each in classes]
+    _check_classes(folder, classes)
     empty = [each for each, found in zip(classes, files, strict=True) if not found]
     if len(empty) == len(classes) or (empty and not skip_bad):
         found = f" (other files there: {skipped})" if skipped else ""
@@ -346,6 +349,24 @@ def _class_folders(folder: Path, skipped: Skipped) -> Sequence[Path]:
         else:
             skipped.add(path, "beside the class folders, not in one")
     return found
+
+
+def _check_classes(folder: Path, classes: Sequence[Path]) -> None:
+    """Raises DataError for parts of a data set; says where ids are not the names' numbers."""
+    names = [each.name for each in classes]
+    if _SPLITS.issuperset(name.lower() for name in names):
+        raise DataError(
+            f"{folder} has {', '.join(names)}, which are parts of a data set and no classes: give "
+            f"one of them, such as {folder / names[0]}"
+        )
+    if all(name.isdecimal() for name in names) and names != sorted(names, key=int):
+        moved = next(k for k, name in enumerate(sorted(names, key=int)) if names[k] != name)
+        print(
+            f"{folder}: ids follow the names as text, as torchvision's ImageFolder orders them: "
+            f"class id {moved} is folder {names[moved]!r}. Names of one length, such as "
+            f"{0:0{max(map(len, names))}d}, give ids in the order of the numbers",
+            file=sys.stderr,
+        )
 
 
 def check_outside(option: str, path: Path, data: Path) -> None:

@@ -39,12 +39,21 @@ def _is_loopback(host: str) -> bool:
     plain = re.sub(r"\.localdomain[46]?$", "", name)
     if plain in _NAMES or name.endswith(".localhost"):
         return True
+    if name == socket.gethostname().lower():
+        return _leads_to_loopback(name)
     address = _address(host)
     if address is None:
         return False
     mapped = getattr(address, "ipv4_mapped", None)
     # Nobody else can be reached by the unspecified address, 0.0.0.0 or ::, either.
     return any(a.is_loopback or a.is_unspecified for a in (address, mapped or address))
+
+
+def _leads_to_loopback(name: str) -> bool:
+    try:
+        return all(_is_loopback(str(found[4][0])) for found in socket.getaddrinfo(name, None))
+    except OSError:
+        return False
 
 
 def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

@@ -147,3 +147,12 @@ def test_a_proxy_that_keeps_silent_is_named(monkeypatch):
         with FlowTurboClient("images.example.test:8001", retries=0, timeout_s=0.3) as client:
             with pytest.raises(DeadlineExceededError, match="calls go through the proxy 127.0.0.1"):
                 client.generate("A", 1)
+
+
+@pytest.mark.parametrize(("leads_to", "local"), [("127.0.1.1", True), ("10.0.0.7", False)])
+def test_the_machines_own_name(monkeypatch: pytest.MonkeyPatch, leads_to: str, local: bool) -> None:
+    """Where it leads to this machine's loopback, as Debian writes it in /etc/hosts."""
+    monkeypatch.setattr(socket, "gethostname", lambda: "Desk")
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (leads_to, 0))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: found)
+    assert is_local("desk:8001") == local

@@ -17,6 +17,7 @@ from flowturbo.nets.weights import Checkpoint, CheckpointError, load_checkpoint,
 
 # Width to heads of the public configurations: S, B, L, XL.
 KNOWN_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
+_PATCHES = "x_embedder.proj.weight"
 _LABEL_TABLE = "y_embedder.embedding_table.weight"
 _TRAINING_ONLY = "projectors."  # REPA's (arXiv 2410.06940), which no sampler reads
 # Training arguments that say what a network predicts, and the values that are served.
@@ -45,7 +46,7 @@ def infer_config(
     the public checkpoints, unless the file says that training left no label out. Raises
     CheckpointError.
     """
-    patch = _shape(checkpoint, "x_embedder.proj.weight", 4)
+    patch = _shape(checkpoint, _PATCHES, 4)
     tokens = _shape(checkpoint, "pos_embed", 3)[1]
     final = _shape(checkpoint, "final_layer.linear.weight", 2)[0]
     hidden = _shape(checkpoint, "blocks.0.mlp.fc1.weight", 2)[0]
@@ -150,7 +151,7 @@ def _latent_channels(
 def _heads(
     checkpoint: Checkpoint, given: int | None, known: int, width: int, reads_velocity: bool
 ) -> int:
-    stated = [] if given else checkpoint.integers("num_heads", of_the_network=True)
+    stated = [] if given else checkpoint.integers("num_heads")
     heads = given or (stated[0] if len(stated) == 1 else 0) or (0 if stated else known)
     if heads <= 0:
         option = "--refiner-num-heads (training: --heads)" if reads_velocity else "--num-heads"
@@ -189,7 +190,7 @@ def load_predictor(
     network answers is compared with what its convention promises (`check_convention`). Raises
     CheckpointError.
     """
-    checkpoint = load_checkpoint(path, weights, usual="ema")
+    checkpoint = _without_prefix(load_checkpoint(path, weights, usual="ema"))
     _check_arguments(checkpoint)
     network = build_network(
         checkpoint, reads_velocity=False, num_heads=num_heads, num_classes=num_classes
@@ -208,7 +209,7 @@ def load_refiner(
     One as wide as the `predictor` has its heads, if nothing else is said. Raises CheckpointError
     also for another latent size or other classes than the predictor's.
     """
-    checkpoint = load_checkpoint(path, weights, usual="model")
+    checkpoint = _without_prefix(load_checkpoint(path, weights, usual="model"))
     classes, rows = predictor.num_classes, _shape(checkpoint, _LABEL_TABLE, 2)[0]
     stated = _fitting(checkpoint.integers("num_classes"), rows) or [classes]
     the_same = classes in _fitting(stated, rows)
@@ -229,6 +230,26 @@ def load_refiner(
             "evaluated without a class, so the refiner needs one too"
         )
     return network
+
+
+def _without_prefix(checkpoint: Checkpoint) -> Checkpoint:
+    """With the names that the network has, where all of them have the same one in front.
+
+    Raises CheckpointError for tensors of other networks beside such names.
+    """
+    names = checkpoint.tensors
+    prefixes = [name.removesuffix(_PATCHES) for name in names if name.endswith(f".{_PATCHES}")]
+    if _PATCHES in names or not prefixes:
+        return checkpoint
+    if others := [name for name in names if not name.startswith(prefixes[0])]:
+        several = ", ".join(repr(prefix) for prefix in prefixes)
+        raise CheckpointError(
+            f"{checkpoint.path} has a network under {several} and others beside it, such as "
+            f"{others[0]!r}: save the tensors of one network, without {prefixes[0]!r} in front of "
+            "their names, to a file of their own"
+        )
+    tensors = {name.removeprefix(prefixes[0]): tensor for name, tensor in names.items()}
+    return replace(checkpoint, tensors=tensors)
 
 
 def build_network(
@@ -263,14 +284,14 @@ def build_network(
 
 def _check_arguments(checkpoint: Checkpoint) -> None:
     """Raises CheckpointError for a network that predicts no velocity of a linear path."""
-    for model in checkpoint.stated("model", of_the_network=True):
+    for model in checkpoint.stated("model"):
         if str(model).lower().startswith("dit"):
             raise CheckpointError(
                 f"{checkpoint.path} was trained as {model}: a DiT predicts the noise of a "
                 "diffusion process, a network that predicts the velocity of a flow is needed"
             )
     for name, allowed in _CONVENTIONS.items():
-        for stated in checkpoint.stated(name, of_the_network=True):
+        for stated in checkpoint.stated(name):
             if str(stated).lower() not in allowed:
                 raise CheckpointError(
                     f"{checkpoint.path} was trained with {name} {stated!r}, which is not served: "
@@ -285,8 +306,8 @@ def check_convention(network: SiT, path: Path) -> None:
     At t = 0 the state x is noise and v(x, 0) = data - noise, so that the cosine between v and -x is
     near 1. One below -0.3 means that time runs the other way; one in between is logged; a network
     that answers 0 throughout, as one that was never trained, gives no verdict. Raises
-    CheckpointError for time that runs the other way and for a DiT, which answers the noise itself
-    at t = 999.
+    CheckpointError for time that runs the other way, and for a network that answers the noise
+    itself: a DiT at t = 999, others at t = 0.
     """
     config, count = network.config, 4
     shape = (config.latent_channels, config.latent_size, config.latent_size)
@@ -310,6 +331,13 @@ def check_convention(network: SiT, path: Path) -> None:
             "of a diffusion process: a network that predicts the velocity of a flow is needed"
         )
     found = cosine(0.0, -x)
+    at_0 = as_in_training(0.0)
+    # REPA's networks answer noise - data, and that is nearest to the noise at their t = 1.
+    if at_0 > max(_CLEAR, as_in_training(1.0) + _NEARER):
+        raise CheckpointError(
+            f"{path} answers the noise itself at t = 0 (cosine {at_0:.3f}), as a network trained "
+            "with --prediction noise does: one that predicts the velocity of a flow is needed"
+        )
     if found < -_CLEAR:
         remedy = "leave --reverse-time out" if config.reverse_time else "give --reverse-time"
         raise CheckpointError(

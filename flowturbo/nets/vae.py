@@ -27,6 +27,10 @@ _IMAGE_CHANNELS = 3
 # Layers of the attention as diffusers named them before 0.12, and today.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _OLD_NAME = re.compile(r"(.*\.mid_block\.attentions\.\d+)\.(query|key|value|proj_attn)\.(.*)")
+_BLOCKS = {  # those of an autoencoder, of which others have the same tensors
+    "down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+    "up_block_types": ("UpDecoderBlock2D", "AttnUpDecoderBlock2D"),
+}
 _LDM = ("first_stage_model.", "encoder.down.", "decoder.up.")
 
 
@@ -44,6 +48,7 @@ def load_vae(folder: str | Path) -> AutoencoderKL:
     except Exception as error:  # whatever its constructor makes of the values
         raise CheckpointError(f"{folder / CONFIG} describes no {_CLASS}: {error}") from error
     _check_config(folder / CONFIG, vae)
+    _check_blocks(folder / CONFIG, vae)
     try:
         load_exactly(vae, _todays_names(path, without_wrappers(path, tensors)), path)
     except CheckpointError as error:
@@ -113,6 +118,15 @@ def _check_config(path: Path, vae: AutoencoderKL) -> None:
         raise CheckpointError(
             f"{path} has latents_mean and shift_factor {numbers['shift_factor']}: one of the two"
         )
+
+
+def _check_blocks(path: Path, vae: AutoencoderKL) -> None:
+    for name, allowed in _BLOCKS.items():
+        for kind in vae.config[name]:
+            if kind not in allowed:
+                raise CheckpointError(
+                    f"{path}: {name} must be of {' and '.join(allowed)}, got {kind!r}"
+                )
 
 
 def _is_number(value: Any) -> bool:

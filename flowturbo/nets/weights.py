@@ -6,7 +6,9 @@ Training arguments are kept, because they say what the weights mean.
 """
 
 import argparse
+import contextlib
 import hashlib
+import json
 import re
 import zipfile
 from collections import OrderedDict
@@ -22,7 +24,13 @@ from torch import Tensor, nn
 from flowturbo.errors import FlowTurboError
 
 WEIGHTS_KEYS = ("model", "ema")
-ARGUMENTS_KEYS = ("args", "config", "cfg", "hparams", "hyper_parameters")
+# Under which the last weights stand, the first that there is; averaged ones have "ema" in the name.
+_LAST = ("model", "model_state_dict", "state_dict", "net", "network", "module")
+_AVERAGE = re.compile(r"(^|_)ema\d*(_|$)")
+ARGUMENTS_KEYS = (
+    *("args", "config", "cfg", "hparams", "hyper_parameters", "options", "params"),
+    *("model_args", "model_config", "model_kwargs", "opt_args", "train_args", "training_args"),
+)
 # Parts of names that wrappers add: DDP, torch.compile, activation checkpoints, FSDP.
 _WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\."
@@ -32,9 +40,17 @@ _UPDATES = "n_averaged"  # how many updates torch's AveragedModel has had: no we
 _OF_THE_NETWORK = ("", "model", "network", "net", "transport")
 # Networks that have arguments of the same names.
 _OF_OTHERS = (
-    *("encoder", "teacher", "vae", "first_stage", "classifier", "discriminator", "critic"),
+    *("encoder", "decoder", "teacher", "vae", "probe", "first_stage", "classifier"),
+    *("discriminator", "critic"),
     *("repa", "dino", "clip", "projector"),
 )
+# Other names of arguments.
+_ALIASES = {
+    **dict.fromkeys(("n_classes", "nb_classes", "num_class", "class_num"), "num_classes"),
+    **dict.fromkeys(("n_heads", "n_head", "num_attention_heads"), "num_heads"),
+    **dict.fromkeys(("label_drop_prob", "label_dropout", "label_dropout_prob"), "cfg_prob"),
+    **dict.fromkeys(("arch", "model_name"), "model"),
+}
 _UNSTATED = re.compile(r"None|\?\?\?|.*\$\{.*|")  # omegaconf's missing values, and what it computes
 # The first instructions of pickle protocols 4 and 5, and those for bytes of protocol 3.
 _LATER_PROTOCOL = re.compile(r"Unsupported operand (149|150|66|67)\b|Detected pickle protocol")
@@ -63,46 +79,42 @@ class Checkpoint:
     metadata: Mapping[str, str] = field(default_factory=dict)
     arguments: tuple[tuple[str, Any], ...] = ()
 
-    def stated(self, name: str, *, of_the_network: bool = False) -> list[Any]:
+    def stated(self, name: str) -> list[Any]:
         """The different values that the file states for an argument, in order.
 
-        They are those at the top or under the network's own name. Only where these state nothing,
-        and without `of_the_network`, others count: those of data or training, but not those of an
-        encoder or a teacher.
+        They are those at the top or under the network's own name; only where these state nothing,
+        others count, but never those of an encoder or a teacher.
         """
-        own = [value for place, value in self._places(name) if place in _OF_THE_NETWORK]
-        if own or of_the_network:
-            return list(dict.fromkeys(own))
-        places = self._places(name)
-        return list(dict.fromkeys(value for place, value in places if not _is_anothers(place)))
+        own, others = [], []
+        for path, value in self.arguments:
+            place, _, last = path.replace("-", "_").rpartition(".")
+            if _ALIASES.get(last, last) == name:
+                if place in _OF_THE_NETWORK:
+                    own.append(value)
+                elif not any(other in place.lower() for other in _OF_OTHERS):
+                    others.append(value)
+        return list(dict.fromkeys(own or others))
 
-    def _places(self, name: str) -> list[tuple[str, Any]]:
-        split = ((path.rpartition("."), value) for path, value in self.arguments)
-        return [(place, value) for (place, _, last), value in split if last == name]
-
-    def integers(self, name: str, *, of_the_network: bool = False) -> list[int]:
+    def integers(self, name: str) -> list[int]:
         """The different whole numbers above 0 that the file states.
 
-        Raises CheckpointError for another value that is the network's own; of others it is passed
-        over.
+        Raises CheckpointError where it states only what is none.
         """
-        own, found = self.stated(name, of_the_network=True), []
-        for stated in self.stated(name, of_the_network=of_the_network):
+        found, others = [], []
+        for stated in self.stated(name):
             try:
                 fits = not isinstance(stated, bool) and float(stated) == int(float(stated)) > 0
             except (ValueError, OverflowError):
                 fits = False
             if fits:
                 found.append(int(float(stated)))
-            elif own:
-                raise CheckpointError(
-                    f"{self.path}: {name} must be an integer above 0, got {stated!r}"
-                )
+            else:
+                others.append(stated)
+        if others and not found:
+            raise CheckpointError(
+                f"{self.path}: {name} must be an integer above 0, got {others[0]!r}"
+            )
         return list(dict.fromkeys(found))
-
-
-def _is_anothers(place: str) -> bool:
-    return any(other in place.lower() for other in _OF_OTHERS)
 
 
 def load_checkpoint(
@@ -116,11 +128,12 @@ def load_checkpoint(
     path = Path(path)
     if weights not in (None, *WEIGHTS_KEYS):
         raise CheckpointError(f"weights must be model or ema, got {weights!r}")
-    if path.suffix == ".safetensors":
+    _check_file(path)
+    if _is_safetensors(path):
         tensors, metadata = read_safetensors(path)
         if weights == "ema":
             raise CheckpointError(f"{path} holds one set of weights and no 'ema'")
-        stated = tuple((name, text) for name, text in metadata.items() if _is_stated(text))
+        stated = tuple(_arguments(metadata))
         return Checkpoint(path, without_wrappers(path, tensors), metadata, stated)
     content = _load_pt(path)
     chosen = _choose(path, content, weights, usual)
@@ -157,16 +170,31 @@ def _check_file(path: Path) -> None:
             raise CheckpointError(f"{path} {what}")
 
 
+def _is_safetensors(path: Path) -> bool:
+    """By what is in it: the length of a header, and an object of JSON."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    length = int.from_bytes(start[:8], "little")
+    return (
+        path.suffix == ".safetensors"
+        and not zipfile.is_zipfile(path)
+        or (start[8:] == b"{" and length < path.stat().st_size)
+    )
+
+
 def _load_pt(path: Path) -> Any:
     _check_file(path)
-    mmap = zipfile.is_zipfile(path)  # files from before torch 1.6 are not, and cannot be mapped
+    # Files from before torch 1.6 are no zip files, and cannot be mapped.
+    mmap = zipfile.is_zipfile(path) and path.suffix != ".safetensors"
     plain = [argparse.Namespace, *_numpy_scalars()]
     stand_ins: dict[str, Callable[..., Any]] = {}
     while True:
         allowed: list[Any] = [*plain, *((made, name) for name, made in stand_ins.items())]
         try:
-            with torch.serialization.safe_globals(allowed):
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            with torch.serialization.safe_globals(allowed), path.open("rb") as file:
+                # By name a file is mapped, and taken for what its suffix says.
+                source = path if mmap else file
+                return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
         except Exception as error:  # the unpickler raises whatever the bytes make it do
             if not _add_stand_in(stand_ins, str(error)):
                 reason = _why(error)
@@ -245,15 +273,46 @@ def _why(error: Exception) -> str:
 def _choose(path: Path, content: Any, weights: str | None, usual: str) -> Mapping[str, Tensor]:
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds {_kind(content)}, not named tensors")
-    nested = [key for key in WEIGHTS_KEYS if isinstance(content.get(key), Mapping)]
-    if nested:
-        key = weights or (usual if usual in nested else nested[0])
-        if key not in nested:
-            raise CheckpointError(f"{path} has no {key!r} weights, it has {', '.join(nested)}")
-        content = content[key]
-    elif weights == "ema":
-        raise CheckpointError(f"{path} holds one set of weights and no 'ema'")
-    return _state_dict(path, content)
+    held = {str(name): value for name, value in content.items() if _holds_tensors(value)}
+    last = [name for name in _LAST if isinstance(held.get(name), Mapping)]
+    averages = ["ema"] if "ema" in held else [n for n in held if re.search(_AVERAGE, n)]
+    if weights == "ema" and not averages:
+        has = f"has {', '.join(last)}" if last else "holds one set of weights"
+        raise CheckpointError(f"{path} {has} and no 'ema'")
+    if weights == "model" and not last and averages:
+        raise CheckpointError(f"{path} has no 'model' weights, it has {', '.join(averages)}")
+    if averages and (weights or (usual if last else "ema")) == "ema":
+        return _average(path, content, averages)
+    return _state_dict(path, held[last[0]] if last else content)
+
+
+def _average(path: Path, content: Mapping[Any, Any], names: list[str]) -> Mapping[str, Tensor]:
+    remedy = "save one set of tensors by name, or take the last weights (--weights model)"
+    if len(names) > 1:
+        raise CheckpointError(f"{path} has several averages, {', '.join(names)}: {remedy}")
+    value = content[names[0]]
+    if not isinstance(value, Mapping):
+        raise CheckpointError(
+            f"{path}: {names[0]!r} is {_kind(value)}, not named tensors: {remedy}"
+        )
+    return _state_dict(path, value)
+
+
+def _holds_tensors(value: Any) -> bool:
+    """Whether a container, or an object that could not be made, has a tensor anywhere in it."""
+    todo, seen = [value], set()
+    while todo:
+        item = todo.pop()
+        if isinstance(item, Tensor):
+            return item is not value
+        if id(item) not in seen:  # some hold what holds them
+            seen.add(id(item))
+            held = vars(item) if isinstance(item, _StandIn) else item
+            if isinstance(held, Mapping):
+                todo += held.values()
+            elif isinstance(held, list | tuple):
+                todo += held
+    return False
 
 
 def _state_dict(path: Path, content: Any) -> Mapping[str, Tensor]:
@@ -288,10 +347,8 @@ def without_wrappers(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Ten
 
 def _arguments(content: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
     """The training arguments in a file's `content`: dotted names and plain values."""
-    beside = {name: value for name, value in content.items() if name not in WEIGHTS_KEYS}
-    for name, value in beside.items():
-        if name in ARGUMENTS_KEYS:
-            leaves = dict(_leaves(value))
+    for name, value in content.items():
+        if name in ARGUMENTS_KEYS and (leaves := dict(_leaves(_read_object(value)))):
             for path, leaf in leaves.items():
                 if isinstance(leaf, str) and (reference := re.fullmatch(_REFERENCE, leaf)):
                     leaf = leaves.get(reference[1], leaf)
@@ -299,6 +356,14 @@ def _arguments(content: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
                     yield path, leaf
         elif _is_stated(value := _plain(value)):
             yield str(name), value
+
+
+def _read_object(value: Any) -> Any:
+    """What a text of JSON says; anything else as it is."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
 
 
 def _leaves(value: Any, path: str = "", above: tuple[int, ...] = ()) -> Iterator[tuple[str, Any]]:
@@ -313,9 +378,11 @@ def _leaves(value: Any, path: str = "", above: tuple[int, ...] = ()) -> Iterator
 def _members(value: Any) -> Mapping[Any, Any]:
     """What a container of arguments holds by name."""
     if isinstance(value, _StandIn):
-        # omegaconf's containers keep their nodes in _content
-        public = {name: item for name, item in vars(value).items() if not name.startswith("_")}
-        value = vars(value).get("_content", public)
+        held = vars(value)
+        # omegaconf's containers keep their nodes in _content, ml_collections' theirs in _fields.
+        public = {name: item for name, item in held.items() if not name.startswith("_")}
+        inner = (held[name] for name in ("_content", "_fields", "__dict__") if name in held)
+        value = next(inner, public)
     elif isinstance(value, argparse.Namespace):
         value = vars(value)
     return value if isinstance(value, Mapping) else {}

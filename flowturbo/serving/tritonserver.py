@@ -42,11 +42,17 @@ _ASK = {
 }
 _LOG_TAIL_LINES = 40
 # Asks the kernel to end it with its parent, then becomes the server. A program of its own: what
-# runs between fork and exec in this process may meet other threads' locks, as gRPC's has.
+# runs between fork and exec in this process may meet other threads' locks, as gRPC's has. The
+# stack is that of the server's threads: release 24.10 reads JSON by recursion, and lists the chunks
+# of a body on it.
 _PR_SET_PDEATHSIG = 1
+_STACK = 64 << 20  # bytes of address space a thread
 _CANNOT_RUN = 126  # a shell's exit code for that
 _END_WITH_PARENT = f"""
-import ctypes, os, sys
+import ctypes, os, resource, sys
+_, most = resource.getrlimit(resource.RLIMIT_STACK)
+stack = {_STACK} if most == resource.RLIM_INFINITY else min({_STACK}, most)
+resource.setrlimit(resource.RLIMIT_STACK, (stack, most))
 ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {int(signal.SIGTERM)})
 try:
     os.execv(sys.argv[1], sys.argv[1:])

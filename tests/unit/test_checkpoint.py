@@ -1,11 +1,13 @@
 """A checkpoint is what its file says: read exactly, or refused by name."""
 
 import argparse
+import json
 import logging
 import os
 import pathlib
 import pickle
 from collections import OrderedDict, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -227,7 +229,7 @@ def test_training_arguments_do_not_stop_a_load(tmp_path: Path, beside: dict[str,
     [
         (Settings(a=1), r"holds a test_checkpoint\.Settings, not named tensors"),
         ({"pos_embed": Settings()}, r"'pos_embed' is a test_checkpoint\.Settings, not a tensor"),
-        ({"net": {"pos_embed": torch.zeros(1)}, "step": 3}, "It has net, step; tensors by name"),
+        ({"ours": {"pos_embed": torch.zeros(1)}, "step": 3}, "It has ours, step; tensors by name"),
         ({}, "is not a state dict: it is empty"),
     ],
 )
@@ -368,6 +370,88 @@ def test_classes_in_nested_arguments_and_metadata(tmp_path: Path) -> None:
     assert not load_predictor(path).config.null_class
 
 
+@pytest.mark.parametrize("name", ["ema_model", "model_ema", "state_dict_ema", "ema", "model_ema1"])
+@pytest.mark.parametrize("last", ["model", "state_dict", "net"])
+def test_averaged_weights_by_other_names(tmp_path: Path, name: str, last: str) -> None:
+    network, average = SiT(SMALL), SiT(SMALL)
+    content = {last: network.state_dict(), name: average.state_dict(), "ema_decay": 0.9}
+    torch.save(content, tmp_path / "c.pt")
+    for weights, expected in ((None, average), ("ema", average), ("model", network)):
+        found = load_predictor(tmp_path / "c.pt", weights)
+        assert torch.equal(found.pos_embed, expected.pos_embed)
+        assert torch.equal(found.final_layer.linear.weight, expected.final_layer.linear.weight)
+
+
+class Average:
+    """As a training library pickles it."""
+
+    def __init__(self, network: SiT) -> None:
+        self.shadow = network.state_dict()
+
+
+@pytest.mark.parametrize("form", [Average, lambda network: list(network.state_dict().values())])
+def test_averages_that_cannot_be_read_are_not_passed_over(
+    tmp_path: Path, form: Callable[[SiT], Any]
+) -> None:
+    network = SiT(SMALL)
+    path = saved(tmp_path / "c.pt", network, ema=form(network))
+    with pytest.raises(CheckpointError, match=r"'ema' is a .*, not named .*--weights model"):
+        load_predictor(path)
+    load_predictor(path, "model")
+    weights = network.state_dict()
+    torch.save({"model": weights, "ema1": weights, "ema2": weights}, path)
+    with pytest.raises(CheckpointError, match="several averages, ema1, ema2"):
+        load_predictor(path)
+
+
+def test_names_with_one_prefix(tmp_path: Path) -> None:
+    network = SiT(SMALL)
+    content = {f"model.net.{name}": tensor for name, tensor in network.state_dict().items()}
+    torch.save({"state_dict": content, "epoch": 3}, tmp_path / "c.ckpt")
+    assert torch.equal(load_predictor(tmp_path / "c.ckpt").pos_embed, network.pos_embed)
+    content["vae.scale"] = torch.ones(1)
+    torch.save({"state_dict": content, "epoch": 3}, tmp_path / "c.ckpt")
+    with pytest.raises(CheckpointError, match=r"under 'model.net.' and others .* 'vae.scale'"):
+        load_predictor(tmp_path / "c.ckpt")
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "weights.sft", "weights.SAFETENSORS"])
+def test_files_are_read_by_what_is_in_them(tmp_path: Path, name: str) -> None:
+    network = SiT(SMALL)
+    save_file(network.state_dict(), tmp_path / name)
+    assert torch.equal(load_predictor(tmp_path / name).pos_embed, network.pos_embed)
+    torch.save(network.state_dict(), tmp_path / "c.safetensors")
+    assert torch.equal(load_predictor(tmp_path / "c.safetensors").pos_embed, network.pos_embed)
+
+
+class ConfigDict:
+    """As ml_collections pickles its own."""
+
+    def __init__(self, **fields: Any) -> None:
+        self._fields, self._locked = fields, True
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"config": ConfigDict(num_classes=5)},
+        {"model_args": {"num_classes": 5}},
+        {"args": json.dumps({"model": {"params": {"num_classes": 5}}})},
+        {"args": {"num-classes": 5}},
+        {"args": argparse.Namespace(nb_classes=5)},
+        {"config": {"model": {"params": {"label_drop_prob": 0}}}},
+    ],
+)
+def test_classes_in_other_words(tmp_path: Path, stated: dict[str, Any]) -> None:
+    path = saved(tmp_path / "c.pt", without_null_class(5), **stated)
+    assert not load_predictor(path).config.null_class
+
+
+def test_heads_stated_deeper(tmp_path: Path) -> None:
+    config = {"model": {"params": {"num_attention_heads": 4}}, "encoder": {"num_heads": 16}}
+    assert load_predictor(saved(tmp_path / "c.pt", SiT(SMALL), config=config)).config.num_heads == 4
+
+
 @dataclass
 class Slotted:
     """Arguments whose class keeps them in slots."""
@@ -477,6 +561,17 @@ def test_time_that_runs_backwards_is_refused_or_turned(tmp_path: Path, glyphs: S
         load_predictor(GLYPHS / "predictor.safetensors", reverse_time=True)
 
 
+@pytest.mark.parametrize("reverse_time", [False, True])
+def test_a_network_that_answers_the_noise_is_refused(
+    tmp_path: Path, glyphs: SiT, reverse_time: bool
+) -> None:
+    """Near the noise where all is noise, and not where all is data as REPA's."""
+    network = twin(glyphs, at=0.0, sign=-1.0)
+    network.config = replace(network.config, reverse_time=reverse_time)
+    with pytest.raises(CheckpointError, match=r"answers the noise itself at t = 0 \(cosine 0\.9"):
+        check_convention(network, tmp_path / "c.pt")
+
+
 def test_a_diffusion_transformer_is_refused(tmp_path: Path, glyphs: SiT) -> None:
     network = twin(glyphs, at=999.0, sign=-1.0)  # the noise at t = 999
     with pytest.raises(CheckpointError, match="as a DiT does"):
@@ -497,6 +592,8 @@ def test_a_diffusion_transformer_is_refused(tmp_path: Path, glyphs: SiT) -> None
         ({"path_type": "Linear", "prediction": "velocity", "model": "SiT-XL/2"}, None),
         ({"path_type": "linear", "prediction": "v"}, None),
         ({"transport": {"path_type": "VP"}}, "path_type 'VP'"),
+        ({"transport": {"params": {"path-type": "VP"}}}, "path_type 'VP'"),
+        ({"train": {"diffusion": {"prediction": "noise"}}}, "prediction 'noise'"),
         ({"teacher": {"prediction": "noise", "num_heads": 7}, "model": {"num_heads": 4}}, None),
     ],
 )

@@ -152,6 +152,35 @@ def test_files_are_used_or_counted(folder: Path, name: str) -> None:
         assert f"{len(paths)} {reason} ({paths[0]}" in str(pictures.skipped)
 
 
+def test_parts_of_a_data_set_are_no_classes(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        for name in ("ant", "bee"):
+            (tmp_path / part / name).mkdir(parents=True)
+            Image.fromarray(RED_LEFT).save(tmp_path / part / name / "0.png")
+    with pytest.raises(DataError, match=f"no classes: give one of them, such as {tmp_path}/train"):
+        list_pictures(tmp_path, 64)
+    assert list_pictures(tmp_path / "train", 64).class_names == ("ant", "bee")
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["0", "1", "10", "2"], "class id 2 is folder '10'. Names of one length, such as 00, give"),
+        (["0", "1", "2"], ""),
+        (["00", "01", "10"], ""),
+    ],
+)
+def test_ids_that_are_not_the_numbers_of_folders_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], names: list[str], said: str
+) -> None:
+    for name in names:
+        (tmp_path / name).mkdir()
+        Image.fromarray(RED_LEFT).save(tmp_path / name / "0.png")
+    list_pictures(tmp_path, 64)
+    told = capsys.readouterr().err
+    assert said in told and bool(told) == bool(said)
+
+
 def test_a_class_without_images_keeps_its_id(folder: Path) -> None:
     (folder / "bird").mkdir()
     (folder / "cow").mkdir()

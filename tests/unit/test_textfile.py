@@ -23,6 +23,11 @@ def test_lines(tmp_path: Path, mark: bytes, end: str, last: str) -> None:
     assert read_lines(tmp_path / "names.txt") == NAMES
 
 
+def test_blanks_of_every_width_behind_a_line_are_taken_off(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_bytes("cat\u3000\ndog\u00a0\u2003\n".encode())
+    assert read_lines(tmp_path / "names.txt") == ["cat", "dog"]
+
+
 def test_empty_lines_between_are_kept(tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_bytes(b"\na\n\nb\n")
     assert read_lines(tmp_path / "names.txt") == ["", "a", "", "b"]
@@ -48,8 +53,9 @@ def test_presets_with_a_mark(tmp_path: Path) -> None:
     [
         (["a", "b", "", "d"], "line 3 must be a name, it is empty"),
         (["a", "b", "b ", "d"], "names must be unique, 'b' is in lines 2 and 3"),
+        ([" a", "b", "c", "d"], "line 1 must be a name without blanks in front"),
         (["a", "b"], "has 2 names, the predictor 4 classes$"),
-        (list("abcde"), "--num-classes 5 says that its label table has no null class"),
+        (list("abcde"), "--num-classes 5 says so: there is then no null class, and no guidance"),
     ],
 )
 def test_class_names_that_do_not_fit(tmp_path: Path, names: list[str], said: str) -> None:

@@ -246,6 +246,12 @@ def test_folders_that_are_no_vae(tmp_path: Path) -> None:
     shutil.copytree(GLYPHS / "vae", tmp_path / "vae")
     with pytest.raises(CheckpointError, match=f"give {tmp_path / 'vae'}"):
         load_vae(tmp_path)
+    config = tmp_path / "vae" / "config.json"
+    stated = json.loads(config.read_text())
+    stated["down_block_types"][0] = "DownBlock2D"
+    config.write_text(json.dumps(stated))
+    with pytest.raises(CheckpointError, match=r"down_block_types must be of .*got 'DownBlock2D'"):
+        load_vae(tmp_path / "vae")
     (tmp_path / "vae" / WEIGHTS).unlink()
     with pytest.raises(CheckpointError, match="has no weights"):
         load_vae(tmp_path / "vae")
