@@ -43,7 +43,7 @@ setup: .venv/.installed  ## the virtual environment, with everything that is nee
 export: setup  ## the glyphs model to the model repository; nothing to do if it is there
 	$(BIN)/python -m export --predictor $(GLYPHS)/predictor.safetensors \
 	  --refiner $(GLYPHS)/refiner.safetensors --vae $(GLYPHS)/vae \
-	  --class-names $(GLYPHS)/classes.txt --presets $(GLYPHS)/presets.json --ensemble fast H1P5R3 \
+	  --class-names $(GLYPHS)/classes.txt --presets $(GLYPHS)/presets.json --guidance-scale 3 --ensemble fast H1P5R3 \
 	  --repository $(REPOSITORY)
 
 serve: export  ## until Ctrl-C

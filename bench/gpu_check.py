@@ -30,10 +30,10 @@ from flowturbo.errors import RepositoryError
 from flowturbo.generate import generate, program_for
 from flowturbo.guidance import Tensors
 from flowturbo.nets.sit import refiner_config
-from flowturbo.onnx_session import open_model
 from flowturbo.program import Variant
 from flowturbo.repository import Pipeline, Settings
 from flowturbo.request import parse_request
+from flowturbo.runtimes import open_model
 from flowturbo.schedule import Schedule
 
 # ms/img at batch 8, guidance 1.5, one A800: FlowTurbo, tables 1 and 5. H8 compiled is 68.0.

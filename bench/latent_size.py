@@ -18,15 +18,16 @@ import numpy as np
 from bench.load import fitted_line
 from bench.networks import GLYPHS, random_network
 from export.blocks import PredictorBlock, RefinerBlock
-from export.onnx_graph import Exported, export_onnx
+from export.onnx_graph import Exported
+from export.runtime import export_for
 from flowturbo import contract
 from flowturbo.generate import generate, program_for
 from flowturbo.guidance import Tensors
 from flowturbo.nets.sit import SiTConfig, refiner_config
-from flowturbo.onnx_session import open_model
 from flowturbo.program import Variant
 from flowturbo.repository import Pipeline, Settings
 from flowturbo.request import parse_request
+from flowturbo.runtimes import open_model
 
 SIDES = (8, 16, 24, 32)
 REPETITIONS = 9
@@ -67,10 +68,10 @@ class Run:
             contract.REFINER: RefinerBlock(random_network(refiner_config(config), 1), 3),
         }
         with tempfile.TemporaryDirectory() as scratch:
-            path = Path(scratch) / "model.onnx"
             self._models = {}
             for model, block in blocks.items():
-                export_onnx(Exported(model, block, shape, config), path)
+                exported = Exported(model, block, shape, config)
+                path = export_for(served.runtime, exported, Path(scratch))
                 opened = open_model(path, served.precision, runtime=served.runtime)
                 self._models[model] = opened
         self._pipeline = replace(served, latent_shape=shape, has_decoder=False)

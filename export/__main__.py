@@ -20,8 +20,11 @@ from export.runtime import candidates
 from export.source import Source
 from export.verify import verify_repository
 from flowturbo.errors import FlowTurboError
+from flowturbo.gpu import gpu_count
+from flowturbo.guidance import Guidance
 from flowturbo.nets.weights import WEIGHTS_KEYS
-from flowturbo.onnx_session import RUNTIMES
+from flowturbo.repository import Settings
+from flowturbo.runtimes import RUNTIMES
 from flowturbo.serving.installation import cache_folder
 
 
@@ -44,6 +47,11 @@ def _options(argv: Sequence[str]) -> Options:
     values = vars(parser.parse_args(argv))
     if values["compute_capability"] and values["engine"] != "tensorrt":
         parser.error("--compute-capability goes with --engine tensorrt")
+    if values["runtime"] == "torch":
+        values["provider"] = values["provider"] or ("cuda" if gpu_count() else "cpu")
+        if values["provider"] == "tensorrt":
+            parser.error("--runtime torch goes with --provider cuda or cpu")
+    values["provider"] = values["provider"] or Deployment.provider
     values["precision"] = values["precision"] or (AUTO if values["engine"] == "python" else "fp32")
     chosen = (values["engine"], values["precision"])
     if chosen == ("onnxruntime", "bf16") and values["provider"] != "tensorrt":
@@ -61,7 +69,7 @@ def _options(argv: Sequence[str]) -> Options:
         parser.error(
             f"--engine {values['engine']} does not go with --runtime {values['runtime']} "
             f"--precision {values['precision']}: only --engine python has a choice; there "
-            "onnxruntime runs fp32, fp16 and fp8, openvino fp32 and bf16"
+            "onnxruntime runs fp32, fp16 and fp8, openvino fp32 and bf16, torch all but fp8"
         )
     values["command"] = shlex.join(["python", "-m", "export", *_for_this_gpu(argv)])
     return _take(Options, values)
@@ -126,8 +134,8 @@ def _export_parser() -> argparse.ArgumentParser:
     add(
         "--provider",
         choices=PROVIDERS,
-        default=default.provider,
-        help=f"what --engine onnxruntime runs on (default: {default.provider})",
+        help=f"what --engine onnxruntime runs on (default: {default.provider}), and --runtime "
+        "torch (cuda or cpu; default: cuda where a GPU is)",
     )
     add(
         "--precision",
@@ -139,7 +147,8 @@ def _export_parser() -> argparse.ArgumentParser:
         "--runtime",
         choices=(AUTO, *RUNTIMES),
         default=default.runtime,
-        help="what runs the networks within --engine python (default: the fastest here)",
+        help="what runs the networks within --engine python (default: the fastest of onnxruntime "
+        "and openvino on this machine's CPU; torch also runs on GPUs)",
     )
     add("--max-rows", type=_pair, default=64, help="most rows in one batch (2 a guided image)")
     add("--opt-rows", type=_positive, default=16, help="rows that an engine is tuned for")
@@ -168,6 +177,13 @@ def _export_parser() -> argparse.ArgumentParser:
         help="schedules that requests may ask for by name, from bench.tune "
         "(default: those that the repository has, or the paper's)",
     )
+    add(
+        "--guidance-scale",
+        type=_guidance_scale,
+        metavar="SCALE",
+        help="of requests that give none (default: what the repository has, in a new one "
+        f"{Settings.default_guidance_scale}, at which SiT's figures are published)",
+    )
     add("--force", action="store_true", help="export again although nothing has changed")
     return parser
 
@@ -192,6 +208,13 @@ def _positive(text: str) -> int:
     if not _natural(text):
         raise argparse.ArgumentTypeError("must be at least 1, got 0")
     return int(text)
+
+
+def _guidance_scale(text: str) -> float:
+    try:
+        return Guidance(float(text)).scale
+    except (ValueError, FlowTurboError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _pair(text: str) -> int:

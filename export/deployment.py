@@ -31,11 +31,11 @@ _GROUP = model_config_pb2.ModelInstanceGroup
 class Deployment:
     """What evaluates the composed models, and how many rows at a time.
 
-    `engine` is the Triton backend; `provider` is ONNX Runtime's where that is the backend,
-    `runtime` what evaluates the ONNX files within the Python backend. Precision is the networks'; a
-    block's inputs, outputs and update are float32. Of `max_rows`
-    rows come max_batch_size, the engines' profile, the warm-up and the CUDA graphs; kernels are
-    chosen for `opt_rows`.
+    `engine` is the Triton backend, `runtime` what evaluates the models within the Python backend.
+    `provider` is ONNX Runtime's where that is the backend; for PyTorch within the Python backend it
+    is "cuda" or "cpu". Precision is the networks'; a block's inputs, outputs and update are
+    float32. Of `max_rows` rows come max_batch_size, the engines' profiles, the warm-up and the CUDA
+    graphs; kernels are chosen for `opt_rows`.
     """
 
     engine: str = "python"
@@ -48,9 +48,8 @@ class Deployment:
     @property
     def on_gpu(self) -> bool:
         """Whether the composed models run on GPUs."""
-        return self.engine == "tensorrt" or (
-            self.engine == "onnxruntime" and self.provider != "cpu"
-        )
+        chooses = self.engine == "onnxruntime" or (self.engine, self.runtime) == ("python", "torch")
+        return self.engine == "tensorrt" or (chooses and self.provider != "cpu")
 
     @property
     def profile(self) -> tuple[int, int, int]:
@@ -108,8 +107,12 @@ def model_config(
         group = config.instance_group.add(count=1, kind=_GROUP.KIND_GPU)
         if deployment.engine == "tensorrt":
             group.profile.extend(str(k) for k in range(len(deployment.profiles)))
-        for rows in deployment.graph_rows:
-            _warm_up(config, rows, inputs, sizes)
+        if deployment.engine == "python":  # which captures its graphs when it is loaded
+            rows = ",".join(map(str, deployment.graph_rows))
+            config.parameters["graph_rows"].string_value = rows
+        else:
+            for count in deployment.graph_rows:
+                _warm_up(config, count, inputs, sizes)
     else:
         config.instance_group.add(count=1, kind=_GROUP.KIND_CPU)
     config.parameters["precision"].string_value = deployment.precision

@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,16 +19,17 @@ from flowturbo import contract
 from flowturbo.errors import FlowTurboError
 from flowturbo.nets.weights import sha256
 from flowturbo.presets import PRESETS_FILE, presets_path
-from flowturbo.repository import BUILD_FILE, read_config, read_record
+from flowturbo.repository import BUILD_FILE, Settings, read_config, read_record
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMITTED = ROOT / "model_repository" / contract.ORCHESTRATOR
-MODEL_PY = '''"""Evaluates model.onnx beside this file."""
+MODEL_PY = '''"""Evaluates the exported network beside this file."""
 
-from flowturbo.serving.onnx_block import TritonPythonModel
+from flowturbo.serving.block import TritonPythonModel
 
 __all__ = ["TritonPythonModel"]
 '''
+_GUIDANCE = "default_guidance_scale"
 # Fields of the orchestrator's configuration that belong to its code.
 _THIS_VERSIONS = ("name", "backend", "max_batch_size", "input", "output")
 _VERSIONED = ("torch", "onnx", "onnxscript", "diffusers", "onnxruntime", "openvino")
@@ -84,7 +86,12 @@ def source_digest() -> str:
     """Digest of the code that decides what an export contains."""
     digest = hashlib.sha256()
     core = ROOT / "flowturbo"
-    files = [core / "contract.py", core / "onnx_session.py", *(core / "nets").glob("*.py")]
+    files = [
+        core / "contract.py",
+        core / "parity.py",
+        core / "runtimes.py",
+        *(core / "nets").glob("*.py"),
+    ]
     for path in sorted([*files, *(ROOT / "export").glob("*.py")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -117,15 +124,10 @@ def staging(repository: Path) -> Iterator[Path]:
 def install(staged: Path, repository: Path, replaced: Iterable[str]) -> None:
     """Moves the finished models in `staged` into `repository`, and those named `replaced` out.
 
-    Each model is renamed into place whole; if one cannot be, the old ones come back. The
-    orchestrator is added where it is missing.
+    Each model is renamed into place whole; if one cannot be, the old ones come back.
     """
     repository.mkdir(parents=True, exist_ok=True)
     finished = sorted(path.name for path in staged.iterdir())
-    if not (repository / contract.ORCHESTRATOR).exists():
-        ignored = shutil.ignore_patterns("__pycache__", PRESETS_FILE)
-        shutil.copytree(COMMITTED, staged / contract.ORCHESTRATOR, ignore=ignored)
-        (staged / contract.ORCHESTRATOR).rename(repository / contract.ORCHESTRATOR)
     old = staged / ".old"
     old.mkdir()
     try:
@@ -143,6 +145,20 @@ def install(staged: Path, repository: Path, replaced: Iterable[str]) -> None:
         raise
 
 
+def add_orchestrator(staged: Path, settings: Settings, repository: Path) -> None:
+    """Puts the orchestrator, with these settings, among the `staged` models of a new repository."""
+    if (repository / contract.ORCHESTRATOR).exists():
+        return
+    folder = staged / contract.ORCHESTRATOR
+    ignored = shutil.ignore_patterns("__pycache__", PRESETS_FILE)
+    shutil.copytree(COMMITTED, folder, ignore=ignored)
+    path = folder / "config.pbtxt"
+    # As text: its comments stay.
+    setting = re.compile(rf'({_GUIDANCE}", value: {{ string_value: )"[^"]*"')
+    stated = rf'\g<1>"{settings.default_guidance_scale}"'
+    replace_text(path, setting.sub(stated, path.read_text()))
+
+
 def install_presets(text: str, repository: Path) -> None:
     """Puts a checked `text` of presets in the place of those in `repository`, at once."""
     path = presets_path(repository)
@@ -151,11 +167,11 @@ def install_presets(text: str, repository: Path) -> None:
     partial.replace(path)
 
 
-def mend_orchestrator(repository: Path) -> bool:
+def mend_orchestrator(repository: Path, guidance_scale: float | None) -> bool:
     """Brings the code and the tensors of the repository's orchestrator, if it has one, up to date.
 
-    Its settings and instances stay. Returns whether there was anything to do. Raises
-    RepositoryError for a configuration that is none.
+    Its settings and instances stay, but for a default `guidance_scale` that is given. Returns
+    whether there was anything to do. Raises RepositoryError for a configuration that is none.
     """
     folder = repository / contract.ORCHESTRATOR
     if not folder.is_dir():
@@ -171,10 +187,12 @@ def mend_orchestrator(repository: Path) -> bool:
         if found.instance_group:
             del mended.instance_group[:]
             mended.instance_group.extend(found.instance_group)
+    if guidance_scale is not None:
+        mended.parameters[_GUIDANCE].string_value = str(guidance_scale)
     path, text = folder / code, (COMMITTED / code).read_text()
     same_code = path.is_file() and path.read_text() == text
     same_config = found is not None and all(
-        getattr(found, name) == getattr(wanted, name) for name in _THIS_VERSIONS
+        getattr(found, name) == getattr(mended, name) for name in (*_THIS_VERSIONS, "parameters")
     )
     if not same_code:
         path.parent.mkdir(exist_ok=True)

@@ -19,11 +19,11 @@ from export.ensemble import (
     installed_ensembles,
     write_ensembles,
 )
-from export.onnx_graph import Exported, count_attentions, export_onnx, to_precision
+from export.onnx_graph import Exported, count_attentions, to_precision
 from export.parity import torch_figures
 from export.peaks import HALVES, LARGEST, watched_figures
 from export.quantize import quantize
-from export.runtime import Execution, Trial, attempt, candidates, choose
+from export.runtime import Execution, Trial, attempt, candidates, choose, export_for
 from export.source import Source, modules, source_digests
 from flowturbo import contract
 from flowturbo.nets.sit import SiTConfig
@@ -31,6 +31,7 @@ from flowturbo.nets.weights import CheckpointError
 from flowturbo.parity import TOLERANCES, VERIFIED_ROWS, Figures, VerificationError
 from flowturbo.presets import Presets, find_schedule, load_presets, parse_presets
 from flowturbo.repository import Settings
+from flowturbo.runtimes import model_file
 from flowturbo.schedule import Schedule
 from flowturbo.textfile import read_lines, read_text
 
@@ -53,6 +54,7 @@ class Options:
     force: bool
     ensemble: tuple[str, ...] | None
     presets: Path | None
+    guidance_scale: float | None
     command: str
 
     # Read once: what was checked is what is installed, though it came through a pipe.
@@ -75,7 +77,8 @@ def export_pipeline(options: Options) -> None:
     the models cannot serve, and then leaves networks, ensembles and presets as they were.
     """
     presets = _presets(options)  # refused before minutes of export
-    if install.mend_orchestrator(options.repository):  # whose settings the ensembles get
+    # Before all else: the ensembles get its settings.
+    if install.mend_orchestrator(options.repository, options.guidance_scale):
         print(f"export: {contract.ORCHESTRATOR} is of this version now, its settings as before")
     _export_models(options, presets)
     if options.presets:
@@ -97,7 +100,7 @@ def _export_models(options: Options, presets: Presets) -> None:
     builders: list[Builder] = []
     if options.deployment.engine == "tensorrt":  # found missing before minutes of export
         builders = find_builders(options.compute_capability)
-    settings, schedules = _settings(repository), _ensembles(options, presets)
+    settings, schedules = _settings(options), _ensembles(options, presets)
     fingerprint = _fingerprint(options)
     installed = not options.force and _is_installed(repository, fingerprint)
     lacking = installed and any(_lacking(repository, builder) for builder in builders)
@@ -116,16 +119,21 @@ def _export_models(options: Options, presets: Presets) -> None:
         for folder in staged.iterdir():
             _write_config(folder, options.deployment)
         write_ensembles(staged, settings, schedules)
+        install.add_orchestrator(staged, settings, repository)
         install.install(staged, repository, [*contract.COMPOSED, *ensemble_models(repository)])
     print(
         f"export: installed in {repository}, ensembles: {', '.join(map(str, schedules)) or 'none'}"
     )
 
 
-def _settings(repository: Path) -> Settings:
+def _settings(options: Options) -> Settings:
     """Those of the repository's orchestrator, or of the one that it is about to get."""
-    has_one = (repository / contract.ORCHESTRATOR).exists()
-    return Settings.load(repository if has_one else install.COMMITTED.parent)
+    if (options.repository / contract.ORCHESTRATOR).exists():
+        return Settings.load(options.repository)
+    # The committed one has the guidance that glyphs were tuned at.
+    scale = options.guidance_scale or Settings.default_guidance_scale
+    committed = Settings.load(install.COMMITTED.parent)
+    return replace(committed, default_guidance_scale=scale)
 
 
 def _ensembles(options: Options, presets: Presets) -> tuple[Schedule, ...]:
@@ -310,10 +318,10 @@ def _export_as(
     deployment = replace(deployment, precision=precision)
     # A float32 file is run in bfloat16 too.
     stored = "fp32" if precision == AUTO else precision
-    print(f"ONNX in {stored} ... ", end="", flush=True)
+    form = "a PyTorch program" if deployment.runtime == "torch" else "ONNX"
+    print(f"{form} in {stored} ... ", end="", flush=True)
     to_precision(exported.module, stored)
-    path = version / "model.onnx"
-    export_onnx(exported, path)
+    path = export_for(deployment.runtime, exported, version)
     if stored == "fp8" and exported.model != contract.DECODER:
         quantize(exported, path)
     print("verify ... ", end="", flush=True)
@@ -394,6 +402,6 @@ def _config(folder: Path, deployment: Deployment) -> str:
     build = install.read_build(folder)
     engines = {capability: engine["file"] for capability, engine in build["engines"].items()}
     decided = replace(deployment, runtime=build["runtime"], precision=build["precision"])
-    digest = build["files"]["model.onnx"]
+    digest = build["files"][model_file(build["runtime"])]
     config = model_config(folder.name, build["sizes"], decided, engines, digest)
     return text_format.MessageToString(config)

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from export.deployment import AUTO, Deployment
-from export.onnx_graph import Exported
+from export.onnx_graph import Exported, export_onnx
+from export.torch_program import export_program
 from flowturbo import contract
 from flowturbo.generate import models_called
 from flowturbo.guidance import Tensors
-from flowturbo.onnx_session import open_model, runtime_for
 from flowturbo.parity import TOLERANCES, Figures, VerificationError
 from flowturbo.presets import DEFAULT, built_in
 from flowturbo.program import compile_program
+from flowturbo.runtimes import model_file, open_model, runtime_for
 
 MEASURE_S = 0.5  # for one batch size
 # Calls that a request makes with the default schedule.
@@ -25,7 +26,7 @@ _CALLS = Counter([*models_called(_DEFAULT), contract.DECODER])
 
 @dataclass(frozen=True)
 class Execution:
-    """A runtime (flowturbo.onnx_session.RUNTIMES) and what the networks compute in."""
+    """A runtime (flowturbo.runtimes.RUNTIMES) and what the networks compute in."""
 
     runtime: str
     precision: str
@@ -52,6 +53,9 @@ class Trial:
 def candidates(deployment: Deployment) -> list[Execution]:
     """What `deployment` leaves open; empty if it asks for what no runtime does."""
     runtime, precision = deployment.runtime, deployment.precision
+    if runtime == "torch":
+        fits = deployment.engine == "python" and precision != "fp8"
+        return [Execution("torch", "fp32" if precision == AUTO else precision)] if fits else []
     if deployment.engine == "python" and precision in (AUTO, "fp32", "bf16"):
         return [
             e for e in _ON_CPU if runtime in (AUTO, e.runtime) and precision in (AUTO, e.precision)
@@ -62,6 +66,16 @@ def candidates(deployment: Deployment) -> list[Execution]:
     return [only] if runtime in (AUTO, only.runtime) else []
 
 
+def export_for(runtime: str, exported: Exported, version: Path) -> Path:
+    """Writes the module into the folder `version` as the file that `runtime` loads."""
+    path = version / model_file(runtime)
+    if runtime == "torch":
+        export_program(exported, path)
+    else:
+        export_onnx(exported, path)
+    return path
+
+
 def attempt(
     exported: Exported,
     path: Path,
@@ -69,7 +83,7 @@ def attempt(
     open_to: list[Execution],
     opt_rows: int,
 ) -> dict[Execution, Trial]:
-    """Tries the ONNX file `path` in each of `open_to`; times them where there are several.
+    """Tries the file `path` in each of `open_to`; times them where there are several.
 
     One that is too far off `figures` drops out; raises VerificationError if it is the only one.
     """

@@ -15,11 +15,11 @@ from flowturbo import contract
 from flowturbo.errors import RepositoryError
 from flowturbo.generate import generate, program_for
 from flowturbo.guidance import Tensors
-from flowturbo.onnx_session import open_model
 from flowturbo.parity import TOLERANCES, Evaluate, VerificationError, errors
 from flowturbo.program import Variant
 from flowturbo.repository import Pipeline, Settings
 from flowturbo.request import GenerationRequest, parse_request
+from flowturbo.runtimes import model_file, open_model
 
 IMAGES = 2
 GUIDANCE_SCALE = 1.5  # where the predictor has a null class
@@ -115,8 +115,9 @@ def _forms(
         yield names, {e.model: torch_evaluation(e) for e in exports}
     paths = {model: repository / model / "1" for model in builds}
     models: Forms = {
-        name: open_model(path / "model.onnx", precisions[name], runtime=builds[name]["runtime"])
+        name: open_model(path / model_file(runtime), precisions[name], runtime=runtime)
         for name, path in paths.items()
+        if (runtime := builds[name]["runtime"])
     }
     runtimes = {name: type(model).__name__.removesuffix("Model") for name, model in models.items()}
     yield {name: f"{runtimes[name]} {precisions[name]}" for name in models}, models

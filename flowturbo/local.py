@@ -10,10 +10,10 @@ from flowturbo import contract
 from flowturbo.errors import RequestError
 from flowturbo.generate import generate, program_for
 from flowturbo.guidance import Tensors
-from flowturbo.onnx_session import Model, open_model
 from flowturbo.program import Program, Variant, compile_program
 from flowturbo.repository import Pipeline, Settings, read_build
 from flowturbo.request import GenerationRequest, default_schedule, parse_request
+from flowturbo.runtimes import Model, model_file, open_model
 from flowturbo.schedule import Schedule
 
 
@@ -105,7 +105,10 @@ def open_models(
     """The composed models that `repository` has, by name, in the runtime it was made for."""
     return {
         name: open_model(
-            repository / name / "1" / "model.onnx", build["precision"], threads, build["runtime"]
+            repository / name / "1" / model_file(build["runtime"]),
+            build["precision"],
+            threads,
+            build["runtime"],
         )
         for name in models_of(pipeline)
         if (build := read_build(repository, name))

@@ -22,7 +22,7 @@ _OPTIONAL = {  # and what is lost without it
     contract.REFINER: "schedules with R steps are refused",
     contract.DECODER: "only latents are served, no images",
 }
-_MODEL_FILES = ("model.plan", "model.onnx")
+_MODEL_FILES = ("model.plan", "model.onnx", "model.pt2")
 _STDERR = 2
 
 

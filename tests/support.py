@@ -32,7 +32,10 @@ GLYPHS_SOURCE = (
     *("--refiner", GLYPHS / "refiner.safetensors", "--vae", GLYPHS / "vae"),
 )
 # As `make export` does.
-GLYPHS_EXPORT = (*GLYPHS_SOURCE, "--class-names", GLYPHS / "classes.txt")
+GLYPHS_EXPORT = (
+    *GLYPHS_SOURCE,
+    *("--class-names", GLYPHS / "classes.txt", "--guidance-scale", "3"),
+)
 # Its figures are float32's. With the runtime given nothing is measured, which takes seconds.
 GOLDEN_EXPORT = (
     *("--predictor", GOLDEN / "predictor.pt", "--refiner", GOLDEN / "refiner.pt"),

@@ -33,7 +33,7 @@ from export.engine import EngineError, _strong_typing, build_engine, find_builde
 from flowturbo import LocalPipeline, contract
 from flowturbo.gpu import Gpu, GpuError, usable_gpus
 from flowturbo.guidance import Tensors
-from flowturbo.onnx_session import open_model
+from flowturbo.runtimes import open_model
 from flowturbo.serving.engines import check_engines, check_gpus
 from flowturbo.serving.installation import SetupError
 

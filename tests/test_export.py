@@ -23,9 +23,9 @@ from export.parity import torch_figures
 from flowturbo import LocalPipeline, contract
 from flowturbo.errors import RepositoryError
 from flowturbo.nets.sit import SiT
-from flowturbo.onnx_session import open_model
 from flowturbo.parity import TOLERANCES, VerificationError
 from flowturbo.repository import Pipeline, Settings
+from flowturbo.runtimes import open_model
 
 
 def test_a_file_that_computes_something_else_is_refused(tmp_path: Path) -> None:

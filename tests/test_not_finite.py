@@ -36,7 +36,7 @@ BAD_LABEL = 5
 TURNING = """from pathlib import Path
 
 from flowturbo.parity import Figures
-from flowturbo.serving.onnx_block import TritonPythonModel as Model
+from flowturbo.serving.block import TritonPythonModel as Model
 
 class TritonPythonModel(Model):
     def initialize(self, args):

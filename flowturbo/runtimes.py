@@ -9,7 +9,7 @@ import numpy as np
 from flowturbo.errors import RepositoryError
 from flowturbo.guidance import Tensors
 
-RUNTIMES = ("onnxruntime", "openvino")
+RUNTIMES = ("onnxruntime", "openvino", "torch")
 _CUDA = "CUDAExecutionProvider"
 _OPENVINO_TYPES = {"fp32": "f32", "bf16": "bf16"}
 
@@ -27,17 +27,26 @@ def runtime_for(precision: str) -> str:
     return "openvino" if precision == "bf16" else "onnxruntime"
 
 
+def model_file(runtime: str) -> str:
+    """The file of a model's version that a runtime loads."""
+    return "model.pt2" if runtime == "torch" else "model.onnx"
+
+
 def open_model(
     path: Path, precision: str = "fp32", threads: int | None = None, runtime: str | None = None
 ) -> Model:
-    """Loads the ONNX file `path`, to compute in `precision`, in one of RUNTIMES.
+    """Loads the file `path` (`model_file`), to compute in `precision`, in one of RUNTIMES.
 
-    ONNX Runtime computes in the file's own types, on a GPU where it has one; OpenVINO, on a CPU,
-    also runs a float32 file in bfloat16. `threads` None is one for each usable core. Raises
-    RepositoryError without the runtime.
+    ONNX Runtime and PyTorch compute in the file's own types, on a GPU where they have one;
+    OpenVINO, on a CPU, also runs a float32 file in bfloat16. `threads` None is one for each usable
+    core. Raises RepositoryError without the runtime.
     """
     chosen = runtime or runtime_for(precision)
     try:
+        if chosen == "torch":
+            from flowturbo.nets.torch_runtime import TorchModel, best_device
+
+            return TorchModel(path, best_device(), threads)
         if chosen == "openvino":
             return OpenVinoModel(path, precision, threads)
         return OnnxRuntimeModel(path, threads)

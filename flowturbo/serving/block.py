@@ -1,7 +1,8 @@
-"""Triton Python-backend model that evaluates an exported ONNX file beside it.
+"""Triton Python-backend model that evaluates an exported network beside it.
 
-For servers that have only the Python backend. Triton's dynamic batcher may hand several requests
-at once, whose rows are evaluated as one batch.
+For servers that have only the Python backend: on a CPU in ONNX Runtime, OpenVINO or PyTorch, on a
+GPU in PyTorch. Triton's dynamic batcher may hand several requests at once, whose rows are evaluated
+as one batch.
 """
 
 import itertools
@@ -15,23 +16,30 @@ import triton_python_backend_utils as pb_utils
 from flowturbo import contract
 from flowturbo.errors import NotFiniteError
 from flowturbo.generate import check_finite
-from flowturbo.onnx_session import open_model
+from flowturbo.runtimes import Model, model_file, open_model
 from flowturbo.serving.triton_io import error_response
 
 _MAGNITUDE = contract.DECODER_OUTPUTS[1].name
 
 
 class TritonPythonModel:
-    """Batched evaluation of `model.onnx`."""
+    """Batched evaluation of one composed model."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Loads the ONNX file of this model's version."""
-        folder = Path(args["model_repository"]) / args["model_version"]
+        """Loads this version's file; on a GPU, captures a graph for each batch size."""
         config = json.loads(args["model_config"])
-        precision, runtime = (
-            config["parameters"][name]["string_value"] for name in ("precision", "runtime")
-        )
-        self._model = open_model(folder / "model.onnx", precision, runtime=runtime)
+        stated = {name: value["string_value"] for name, value in config["parameters"].items()}
+        runtime = stated["runtime"]
+        path = Path(args["model_repository"]) / args["model_version"] / model_file(runtime)
+        self._model: Model
+        if args["model_instance_kind"] == "GPU":
+            from flowturbo.nets.torch_runtime import TorchModel
+
+            graph_rows = [int(rows) for rows in stated["graph_rows"].split(",")]
+            device = f"cuda:{args['model_instance_device_id']}"
+            self._model = TorchModel(path, device, graph_rows=graph_rows)
+        else:
+            self._model = open_model(path, stated["precision"], runtime=runtime)
         self._name = config["name"]
         self._inputs = [entry["name"] for entry in config["input"]]
         self._outputs = [entry["name"] for entry in config["output"]]
