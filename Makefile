@@ -35,7 +35,7 @@ setup: .venv/.installed  ## the virtual environment, with everything that is nee
 .venv/.installed: pyproject.toml client/pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
-	  -e client -e '.[serve,export,training,bench,dev]'
+	  -e client -e '.[serve,export,training,bench,gpu,dev]'
 	# Its metadata ask for torchvision, which its Inception does not need.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps torch-fidelity==0.4.0
 	touch $@

@@ -44,12 +44,14 @@ def test_one_release_with_the_security_fixes() -> None:
     year, month = ENV["TRITON_RELEASE"].split(".")
     assert (int(year), int(month)) >= (26, 8)
     images = re.findall(r"(nvcr\.io/\S+|flowturbo-\w+:\S+)", COMPOSE + DOCKERFILE)
-    assert len(images) == 4
+    assert len(images) == 5
     assert all("${TRITON_RELEASE" in image for image in images)
 
 
 def test_paths_exist() -> None:
-    assert set(SERVICES) == {"server", "export", "perf_analyzer", "glyphs_export", "glyphs"}
+    assert set(SERVICES) == {
+        *("server", "export", "torch", "perf_analyzer", "glyphs_export", "glyphs")
+    }
     for service in SERVICES.values():
         for volume in service["volumes"]:
             source = volume.split(":")[0]
@@ -62,11 +64,12 @@ def test_paths_exist() -> None:
 
 
 def test_servers_are_guarded() -> None:
-    for name in ("server", "glyphs"):
+    for name in ("server", "torch", "glyphs"):
         service = SERVICES[name]
         assert int(service["user"].split(":")[0]) > 0
         assert all(port.startswith("127.0.0.1:") for port in service["ports"])
-        assert service["restart"] == "unless-stopped"
+        # So that what must be put right first ends `up --wait` at once.
+        assert service["restart"] == "on-failure:3"
         assert service["cap_drop"] == ["ALL"]
         assert service["security_opt"] == ["no-new-privileges:true"]
         assert service["shm_size"] == "1g"
@@ -74,13 +77,14 @@ def test_servers_are_guarded() -> None:
         assert f"/v2/models/{contract.ORCHESTRATOR}/ready" in check
         assert [v for v in service["volumes"] if ":/models" in v][0].endswith(":ro")
     assert SERVICES["server"]["deploy"] == SERVICES["export"]["deploy"]
+    assert SERVICES["torch"]["deploy"] == SERVICES["server"]["deploy"]
     assert "deploy" not in SERVICES["glyphs"]
     assert "profiles" not in SERVICES["server"]
 
 
 def test_commands_are_understood() -> None:
     (default,) = re.findall(r"^CMD (\[.*repository.*\])$", DOCKERFILE, re.MULTILINE)
-    for command in (json.loads(default), SERVICES["glyphs"]["command"]):
+    for command in (json.loads(default), *(SERVICES[n]["command"] for n in ("glyphs", "torch"))):
         options = _parse(command)
         assert options.host == "0.0.0.0"
         assert str(options.repository).startswith("/models/")
@@ -88,6 +92,24 @@ def test_commands_are_understood() -> None:
     assert (export.deployment.engine, export.deployment.on_gpu) == ("onnxruntime", False)
     assert all((ROOT / path).exists() for path in export.source.files().values())
     assert str(export.repository) == str(_parse(SERVICES["glyphs"]["command"]).repository)
+
+
+def test_the_driver_that_the_image_needs_is_found_for_it() -> None:
+    """By the image's own entry point, in front of every command of ours."""
+    entries = [json.loads(e) for e in re.findall(r"^ENTRYPOINT (.*)$", DOCKERFILE, re.MULTILINE)]
+    entries.append(SERVICES["torch"]["entrypoint"])
+    modules = {entry[-1] for entry in entries}
+    assert modules == {"flowturbo.serve", "export"}
+    for entry in entries:
+        assert entry[:-1] == ["/opt/nvidia/nvidia_entrypoint.sh", "python3", "-m"]
+
+
+def test_tensorrt_is_not_installed_twice() -> None:
+    """Its bindings alone, without what they would bring, and PyTorch for the CPU."""
+    (tensorrt,) = re.findall(r"pip install (.*tensorrt.*)", DOCKERFILE)
+    assert tensorrt == '--no-deps "tensorrt-cu13-bindings==${TRT_VERSION%%+*}"'
+    assert ENV["TORCH_INDEX"].endswith("/cpu")
+    assert f"ARG TORCH_INDEX={ENV['TORCH_INDEX']}\n" in DOCKERFILE
 
 
 def test_the_load_is_of_this_service() -> None:
@@ -102,7 +124,8 @@ def test_the_load_is_of_this_service() -> None:
 def test_docker_compose_accepts_the_file() -> None:
     """By what is here, or by Debian's docker-compose."""
     command, environment = docker_compose()
-    profiles = ("--profile", "export", "--profile", "load", "--profile", "cpu")
+    names = ("export", "torch", "load", "cpu")
+    profiles = [word for name in names for word in ("--profile", name)]
     done = subprocess.run(
         [*command, "--env-file", ".env.example", *profiles, "config"],
         cwd=ROOT,
