@@ -6,7 +6,7 @@ REPOSITORY := model_repository
 SOURCES := flowturbo export training bench examples client tests
 
 .PHONY: help demo test unit check format setup export serve quality study refiners train fonts \
-  bench gpu-check xl-check clean
+  bench gpu-check gpu-serve-check xl-check clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -63,8 +63,11 @@ refiners: export  ## those of the study's last section; an hour for training, fi
 bench: export  ## load with perf_analyzer, and the service beside PyTorch and FastAPI; 20 minutes
 	$(BIN)/python -m bench.load --repository $(REPOSITORY) --baseline
 
-gpu-check: setup  ## times SiT-XL/2's blocks and schedules in every engine that is here
-	$(BIN)/python -m bench.gpu_check
+gpu-check: setup  ## times SiT-XL/2's blocks and schedules in every engine that is here, bf16 first
+	$(BIN)/python -m bench.gpu_check $(GPU_CHECK)
+
+gpu-serve-check: setup  ## serves SiT-XL/2 (random weights) in PyTorch, without TensorRT, and puts load on it
+	$(BIN)/python -m bench.gpu_serve_check
 
 xl-check: setup  ## exports SiT-XL/2 with random weights, builds its engines, trains a refiner; needs no GPU
 	$(BIN)/python -m bench.xl_check

@@ -1,17 +1,20 @@
 """What this machine makes of the step blocks: `python -m bench.gpu_check`.
 
 Times SiT-XL/2's blocks (random weights) in every engine and precision that is here, then whole
-schedules with the decoder, beside the paper's figures. Writes a JSON file and a plot. Without a GPU
-it does the same with small networks, which says nothing about speed and that all of it works.
+schedules with the decoder, beside the paper's figures and an estimate (bench/estimate.py). bf16
+comes first, and what has been measured is written after each form: `--minutes` says when to stop.
+Writes a JSON file and, of all models, a plot. Without a GPU it does the same with small networks,
+which says nothing about speed and that all of it works.
 """
 
 import argparse
 import json
+import math
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,9 +23,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from bench.estimate import Chip, predictor_ms, request_ms
 from bench.networks import SIZES, Size, matrix_flops, pipeline_modules
 from export.deployment import Deployment
-from export.engine import build_engine, find_builders
+from export.engine import Builder, build_engine, find_builders
 from export.onnx_graph import PRECISIONS, Exported, export_onnx, to_precision
 from export.quantize import quantize
 from flowturbo import contract
@@ -33,7 +37,7 @@ from flowturbo.nets.sit import refiner_config
 from flowturbo.program import Variant
 from flowturbo.repository import Pipeline, Settings
 from flowturbo.request import parse_request
-from flowturbo.runtimes import open_model
+from flowturbo.runtimes import open_model, runtime_for
 from flowturbo.schedule import Schedule
 
 # ms/img at batch 8, guidance 1.5, one A800: FlowTurbo, tables 1 and 5. H8 compiled is 68.0.
@@ -46,7 +50,13 @@ PAPER_MS = {
     "H15": 154.8,
     "H24": 240.6,
 }
-ENGINES = ("PyTorch", "ONNX", "TensorRT")
+ENGINES = ("PyTorch", "TensorRT", "ONNX")
+ORDER = ("bf16", "fp16", "fp8", "fp32")  # what matters most comes first
+_MODELS = {
+    "predictor": contract.PREDICTOR,
+    "refiner": contract.REFINER,
+    "decoder": contract.DECODER,
+}
 
 
 class Form(Protocol):
@@ -117,6 +127,7 @@ class BlockTime:
     peak_fraction: float | None
     error: float
     memory_mb: float | None
+    estimate_ms: float | None
 
 
 @dataclass(frozen=True)
@@ -129,18 +140,21 @@ class ScheduleTime:
     batch: int
     ms_per_image: float
     paper_ms: float | None
+    estimate_ms: float | None
 
 
 def main() -> None:
     """Measures, prints, and writes the report."""
     args = _parser().parse_args()
+    until = time.monotonic() + 60 * args.minutes
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = args.size or ("xl" if device == "cuda" else "small")
     size = SIZES[name]
     torch.backends.cuda.matmul.allow_tf32 = False
-    peaks = {p: _matrix_peak(p, device, size.measure_s) for p in PRECISIONS}
+    peaks = {p: matrix_peak(p, device, size.measure_s) for p in args.precisions}
     if device == "cpu":  # whose engines compute halves in whatever is fastest
-        peaks = dict.fromkeys(PRECISIONS, max(peaks.values()))
+        peaks = dict.fromkeys(args.precisions, max(peaks.values()))
+    chip = find_chip(max(peaks.values())) if device == "cuda" else None
     report: dict[str, Any] = {
         "size": name,
         "device": torch.cuda.get_device_name()
@@ -148,23 +162,40 @@ def main() -> None:
         else f"CPU, {os.cpu_count()} cores",
         "torch": torch.__version__,
         "matrix_peak_tflops": {p: round(peak / 1e12, 3) for p, peak in peaks.items()},
+        "chip": asdict(chip) if chip else None,
         "blocks": [],
         "schedules": [],
+        "left_out": [],
     }
     print(f"{report['device']}: matrix peak, TFLOP/s: {report['matrix_peak_tflops']}", flush=True)
-    exports = pipeline_modules(size)
-    reference: dict[tuple[str, int], np.ndarray] = {}
+    chosen = [_MODELS[name] for name in args.models]
+    exports = [each for each in pipeline_modules(size) if each.model in chosen]
+    reference = _reference(exports, size, device)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        wanted = args.engines, args.precisions
-        for engine, precision, forms in _forms(exports, device, Path(scratch), *wanted):
-            times = list(_blocks(engine, precision, forms, exports, size, peaks, reference))
-            report["blocks"] += map(asdict, times)
-            report["schedules"] += map(asdict, _schedules(engine, precision, forms, size))
-            forms.clear()  # before the next form is made
-            torch.cuda.empty_cache()
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(report, indent=1) + "\n")  # so far: nothing is lost
-    plot(report, args.out.with_suffix(".png"))
+        for engine, precision in ((e, p) for p in args.precisions for e in args.engines):
+            form = f"{engine} {precision}"
+            if time.monotonic() > until:
+                report["left_out"].append(f"{form}: --minutes {args.minutes:g} are over")
+                continue
+            try:
+                for label, forms in _forms(engine, precision, exports, device, Path(scratch)):
+                    parts = label, precision, forms, size, chip
+                    report["blocks"] += map(asdict, _blocks(*parts, exports, peaks, reference))
+                    if len(forms) == len(_MODELS):
+                        report["schedules"] += map(asdict, _schedules(*parts))
+                    forms.clear()  # before the next form is made
+                    torch.cuda.empty_cache()
+                    # So far: nothing is lost.
+                    args.out.write_text(json.dumps(report, indent=1) + "\n")
+            except Exception as error:  # one form that fails must not end the measurement
+                report["left_out"].append(f"{form}: {error}")
+                print(f"{form}: not measured: {error}", flush=True)
+    args.out.write_text(json.dumps(report, indent=1) + "\n")
+    for line in report["left_out"]:
+        print(f"left out: {line}")
+    if report["schedules"]:
+        plot(report, args.out.with_suffix(".png"))
     print(f"written: {args.out}, {args.out.with_suffix('.png')}")
 
 
@@ -175,77 +206,116 @@ def _parser() -> argparse.ArgumentParser:
         "--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="default: all"
     )
     parser.add_argument(
-        "--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="default: all"
+        "--precisions", nargs="+", choices=ORDER, default=list(ORDER), help="default: all"
+    )
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=tuple(_MODELS),
+        default=list(_MODELS),
+        help="default: all, which schedules need",
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="begin no other form after so long"
     )
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/gpu_check.json"))
     return parser
 
 
+def find_chip(peak: float) -> Chip:
+    """The first GPU here; `peak` is its largest rate of matrix products in FLOP/s."""
+    tensor = torch.empty(1 << 28, dtype=torch.float32, device="cuda")
+    other = torch.empty_like(tensor)
+
+    def copy() -> None:
+        other.copy_(tensor)
+        torch.cuda.synchronize()
+
+    rate = 2 * tensor.nbytes / _median_seconds(copy, 0.2)
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    return Chip(round(peak / 1e12, 1), round(rate / 1e12, 2), processors)
+
+
+def _reference(
+    exports: list[Exported], size: Size, device: str
+) -> dict[tuple[str, int], np.ndarray]:
+    """What PyTorch answers in float32, by model and rows: errors are told against it."""
+    found = {}
+    for exported in exports:
+        form = TorchForm(exported, "fp32", device, compiled=False)
+        for rows in size.rows:
+            found[exported.model, rows] = form(_inputs(exported, rows))[0].astype(np.float64)
+    return found
+
+
+def _inputs(exported: Exported, rows: int) -> Tensors:
+    made = exported.random_inputs(rows, seed=rows)
+    return {name: value.numpy() for name, value in made.items()}
+
+
 def _forms(
-    exports: list[Exported],
-    device: str,
-    scratch: Path,
-    engines: Sequence[str],
-    precisions: Sequence[str],
-) -> Iterator[tuple[str, str, dict[str, Form]]]:
-    """Those of `engines` and `precisions` that are here, one in memory at a time.
+    engine: str, precision: str, exports: list[Exported], device: str, scratch: Path
+) -> Iterator[tuple[str, dict[str, Form]]]:
+    """The models in one engine and precision, by its name; of PyTorch eager, then compiled.
 
-    Float32 PyTorch comes first, whatever is wanted: others are compared with it.
+    Raises what keeps them from being made.
     """
-    wanted = [p for p in precisions if p != "fp8"] if "PyTorch" in engines else []
-    for precision in dict.fromkeys(("fp32", *wanted)):
+    if engine == "PyTorch":
+        if precision == "fp8":
+            raise RepositoryError("PyTorch runs no fp8 products here")
         for compiled in (False, True) if device == "cuda" else (False,):
-            label = "PyTorch compiled" if compiled else "PyTorch"
-            yield (
-                label,
-                precision,
-                {e.model: TorchForm(e, precision, device, compiled) for e in exports},
-            )
-    for precision in precisions if set(engines) & {"ONNX", "TensorRT"} else ():
-        paths = {e.model: scratch / precision / e.model / "1" / "model.onnx" for e in exports}
-        for exported in exports:
-            paths[exported.model].parent.mkdir(parents=True)
-            half = replace(exported, module=deepcopy(exported.module))
-            to_precision(half.module, precision)
-            export_onnx(half, paths[exported.model])
-            if precision == "fp8" and exported.model != contract.DECODER:
-                quantize(half, paths[exported.model])
-        makers = {"ONNX": _onnx_forms, "TensorRT": _tensorrt_forms}
-        for engine, make in ((name, makers[name]) for name in makers if name in engines):
-            try:
-                yield make(precision, paths, device)
-            except Exception as error:  # one form that fails must not end the measurement
-                print(f"{engine} {precision}: not measured: {error}", flush=True)
-
-
-def _onnx_forms(
-    precision: str, paths: dict[str, Path], device: str
-) -> tuple[str, str, dict[str, Form]]:
+            forms: dict[str, Form] = {
+                e.model: TorchForm(e, precision, device, compiled) for e in exports
+            }
+            yield ("PyTorch compiled" if compiled else "PyTorch"), forms
+        return
+    # Found missing before minutes of export.
+    builder = find_builders(None)[0] if engine == "TensorRT" else None
+    if engine == "ONNX" and device == "cuda":
+        _check_onnx(precision)
+    paths = {e.model: scratch / precision / e.model / "1" / "model.onnx" for e in exports}
+    for exported in exports:
+        if not paths[exported.model].exists():
+            _export(exported, precision, paths[exported.model])
+    if builder:
+        yield "TensorRT", {name: _engine(builder, path) for name, path in paths.items()}
+        return
     models = {name: open_model(path, precision) for name, path in paths.items()}
-    if device == "cuda" and not all(model.on_gpu for model in models.values()):
-        raise RepositoryError("the ONNX runtime here does not use the GPU: install onnxruntime-gpu")
     runtime = type(next(iter(models.values()))).__name__.removesuffix("Model")
-    return runtime, precision, {name: ArrayForm(model) for name, model in models.items()}
+    yield runtime, {name: ArrayForm(model) for name, model in models.items()}
 
 
-def _tensorrt_forms(
-    precision: str, paths: dict[str, Path], _device: str
-) -> tuple[str, str, dict[str, Form]]:
-    builder = find_builders(None)[0]
-    engines: dict[str, Form] = {}
-    for name, path in paths.items():
-        plan, cache = path.with_suffix(".plan"), path.parents[3] / "timing.cache"
-        build_engine(builder, path, plan, Deployment().profiles, cache)
-        engines[name] = ArrayForm(builder.load(plan))
-    return "TensorRT", precision, engines
+def _check_onnx(precision: str) -> None:
+    import onnxruntime
+
+    if runtime_for(precision) != "onnxruntime":
+        raise RepositoryError(f"ONNX Runtime has no kernels for {precision} on a GPU")
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        raise RepositoryError("the ONNX Runtime here does not use the GPU: install onnxruntime-gpu")
+
+
+def _export(exported: Exported, precision: str, path: Path) -> None:
+    path.parent.mkdir(parents=True)
+    half = replace(exported, module=deepcopy(exported.module))
+    to_precision(half.module, precision)
+    export_onnx(half, path)
+    if precision == "fp8" and exported.model != contract.DECODER:
+        quantize(half, path)
+
+
+def _engine(builder: Builder, onnx: Path) -> Form:
+    plan, cache = onnx.with_suffix(".plan"), onnx.parents[3] / "timing.cache"
+    build_engine(builder, onnx, plan, Deployment().profiles, cache)
+    return ArrayForm(builder.load(plan))
 
 
 def _blocks(
     engine: str,
     precision: str,
     forms: dict[str, Form],
-    exports: list[Exported],
     size: Size,
+    chip: Chip | None,
+    exports: list[Exported],
     peaks: dict[str, float],
     reference: dict[tuple[str, int], np.ndarray],
 ) -> Iterator[BlockTime]:
@@ -256,28 +326,33 @@ def _blocks(
     }
     for exported in exports:
         for rows in size.rows:
-            inputs = {k: v.numpy() for k, v in exported.random_inputs(rows, seed=rows).items()}
-            form = forms[exported.model]
-            output = form(inputs)[0].astype(np.float64)
-            want = reference.setdefault((exported.model, rows), output)
+            inputs, form = _inputs(exported, rows), forms[exported.model]
+            output, want = form(inputs)[0].astype(np.float64), reference[exported.model, rows]
             seconds = _median_seconds(form.hold(inputs), size.measure_s)
             counted = flops.get(exported.model)
             fraction = counted(rows) / seconds / peaks[precision] if counted else None
             error = float(np.abs(output - want).max() / np.abs(want).max())
-            time_ms = BlockTime(
-                engine, precision, exported.model, rows, seconds * 1e3, fraction, error, _memory()
-            )
+            ms, model = seconds * 1e3, exported.model
+            estimate = None
+            if chip and model == contract.PREDICTOR:
+                estimate = predictor_ms(chip, size.config, rows)
             share = f"{fraction:6.1%} of peak" if fraction else " " * 14
             print(
-                f"{engine:<17} {precision} {exported.model:<18} {rows:3} rows "
-                f"{time_ms.ms:9.3f} ms {share}  error {error:.1e}",
+                f"{engine:<17} {precision} {model:<18} {rows:3} rows {ms:9.3f} ms {share}  "
+                f"error {error:.1e}{_beside('estimate', estimate)}",
                 flush=True,
             )
-            yield time_ms
+            yield BlockTime(
+                engine, precision, model, rows, ms, fraction, error, _memory(), estimate
+            )
+
+
+def _beside(what: str, ms: float | None) -> str:
+    return f"  ({what} {ms:.1f} ms)" if ms else ""
 
 
 def _schedules(
-    engine: str, precision: str, forms: dict[str, Form], size: Size
+    engine: str, precision: str, forms: dict[str, Form], size: Size, chip: Chip | None
 ) -> Iterator[ScheduleTime]:
     """Whole requests through the program that the server runs."""
     config = size.config
@@ -303,9 +378,16 @@ def _schedules(
 
             ms = _median_seconds(run, size.measure_s) * 1e3 / batch
             at_paper = paper if batch == 8 else None
-            beside = f"  (paper, A800: {paper})" if at_paper and size is SIZES["xl"] else ""
-            print(f"{engine:<17} {precision} {schedule:<7} batch {batch}: {ms:9.2f} ms/img{beside}")
-            yield ScheduleTime(engine, precision, schedule, batch, ms, at_paper)
+            estimate = None
+            if chip:
+                estimate = request_ms(chip, config, program, batch, calls=False) / batch
+            on_paper = at_paper if size is SIZES["xl"] else None
+            print(
+                f"{engine:<17} {precision} {schedule:<7} batch {batch}: {ms:9.2f} ms/img"
+                f"{_beside('paper, A800:', on_paper)}{_beside('estimate', estimate)}",
+                flush=True,
+            )
+            yield ScheduleTime(engine, precision, schedule, batch, ms, at_paper, estimate)
 
 
 def _median_seconds(run: Callable[[], None], measure_s: float) -> float:
@@ -319,7 +401,7 @@ def _median_seconds(run: Callable[[], None], measure_s: float) -> float:
     return statistics.median(times)
 
 
-def _matrix_peak(precision: str, device: str, measure_s: float) -> float:
+def matrix_peak(precision: str, device: str, measure_s: float) -> float:
     """FLOP/s of a large square matrix product: what this chip gives in practice."""
     side = 8192 if device == "cuda" else 512
     a = torch.randn(side, side, device=device).to(PRECISIONS[precision])

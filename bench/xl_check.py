@@ -53,7 +53,7 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     # In a process of its own: what it holds at most would count for the commands started here.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        source = pool.submit(_checkpoints, args.folder, args.size).result()
+        source = pool.submit(checkpoints, args.folder, args.size).result()
     report = _report(args.out, {"size": args.size, "cores": os.cpu_count()})
     for part in args.part:
         for run in PARTS[part](args, source):
@@ -117,7 +117,7 @@ def _train(args: argparse.Namespace, source: Source) -> Iterator[Run]:
 PARTS = {"export": _export, "train": _train}
 
 
-def _checkpoints(folder: Path, size: str) -> Source:
+def checkpoints(folder: Path, size: str) -> Source:
     """Random weights in the files that a user would download; kept for the next time."""
     config = SIZES[size].config
     predictor, refiner = folder / f"{size}.pt", folder / f"{size}-refiner.pt"

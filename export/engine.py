@@ -137,12 +137,16 @@ def build_engine(
         file.write(built)
     if known is not None:
         _keep(known, timing_cache)
+    inputs = [network.get_input(k) for k in range(network.num_inputs)]
+    if shapes := [tensor.name for tensor in inputs if tensor.is_shape_tensor]:
+        print(f"{plan}: TensorRT reads {shapes} as shapes: Triton captures no CUDA graphs for it")
     return {
         "file": plan.name,
         "tensorrt": builder.version,
         "gpu": builder.gpu,
         "compute_capability": builder.capability,
         "profiles": [list(profile) for profile in profiles],
+        "shape_inputs": shapes,
         "seconds": round(time.monotonic() - started, 1),
         "bytes": plan.stat().st_size,
     }
