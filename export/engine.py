@@ -244,7 +244,7 @@ class TensorRtModel:
         self._engine = trt.Runtime(self._log).deserialize_cuda_engine(plan.read_bytes())
         if self._engine is None:
             raise EngineError(f"TensorRT cannot load {plan}: {'; '.join(self._log.messages)}")
-        self._stream = _done(self._cuda.cudaStreamCreate())
+        self._stream = int(_done(self._cuda.cudaStreamCreate()))
         names = [self._engine.get_tensor_name(k) for k in range(self._engine.num_io_tensors)]
         modes = {name: self._engine.get_tensor_mode(name) for name in names}
         self._inputs = [name for name in names if modes[name] == trt.TensorIOMode.INPUT]
