@@ -1,8 +1,8 @@
 """SiT-XL/2 and an sd-vae-ft-ema decoder at real size on this machine: `python -m bench.xl_check`.
 
-Makes checkpoints of the public shapes with random weights, exports them as a user would, builds
-TensorRT engines for a GPU that need not be here, verifies the result, encodes a few pictures,
-trains a refiner on them for ten steps, and writes down time and peak memory.
+Makes checkpoints of the public shapes with random weights and exports them as a user would. Builds
+TensorRT engines for a GPU that need not be here, and verifies the result. Encodes a few pictures,
+and trains a refiner on them for ten steps. Writes down time and peak memory.
 """
 
 import argparse

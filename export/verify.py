@@ -32,8 +32,8 @@ def verify_repository(source: Source, repository: Path, schedule: str | None) ->
     """Prints the error of every form of every model, and of a trajectory through each form.
 
     All are compared with PyTorch in float32. Raises VerificationError if any error is above its
-    tolerance, RepositoryError if the repository was made from other checkpoints or otherwise read,
-    RequestError for a schedule that it cannot serve.
+    tolerance. Raises RepositoryError if the repository was made from other checkpoints or otherwise
+    read, and RequestError for a schedule that it cannot serve.
     """
     pipeline = Pipeline.load(repository)
     builds = _builds(source, repository)

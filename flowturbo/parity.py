@@ -1,7 +1,7 @@
 """What every form of a composed model is held to: PyTorch's answers in float32, on stored inputs.
 
-They are written by the export and lie beside each model, so that whatever evaluates it later, an
-engine for another GPU or a running server, is held to the same.
+The export writes them beside each model. Whatever evaluates it later is held to the same: an engine
+for another GPU, or a running server.
 """
 
 import zipfile

@@ -35,9 +35,9 @@ EXPORT_HINT = "python -m export --predictor FILE --refiner FILE --vae DIR --repo
 class Pipeline:
     """What the exported networks take and give.
 
-    `latent_shape` is (C, h, w); `max_rows` is the most rows that one execution of a composed model
-    takes; `precision` is what the predictor computes in and `runtime` what runs its ONNX file on
-    a CPU (runtimes.RUNTIMES); `on_gpu` says whether the service runs them on GPUs; `presets`
+    `latent_shape` is (C, h, w). `max_rows` is the most rows that one execution of a composed model
+    takes. `precision` is what the predictor computes in, `runtime` what runs it within the Python
+    backend (runtimes.RUNTIMES). `on_gpu` says whether the service runs the models on GPUs. `presets`
     are the schedules that have a name. Without `null_class` the networks were trained with classes
     alone and cannot be guided.
     """

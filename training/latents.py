@@ -112,8 +112,8 @@ class Writer:
         """Writes the shards that are not there yet, or whose images have changed, then the index.
 
         Raises DataError also for a folder that was begun with another VAE, storage or way to read
-        images, for images that change meanwhile, and where no image is left, PlanError where
-        another run is at work in it.
+        images. It does so too for images that change meanwhile, and where no image is left. Raises
+        PlanError where another run is at work in the folder.
         """
         with alone(self.out):
             self._write_missing(processes())

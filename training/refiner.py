@@ -1,7 +1,7 @@
 """Trains a velocity refiner for a SiT: `python -m training.refiner --predictor … --data … --out …`.
 
 The data are latents from `python -m training.latents`, or a folder of images with a subfolder a
-class (which needs --vae, and encodes them again whenever they are read). A run that was stopped
+class. Images need --vae, and are encoded again whenever they are read. A run that was stopped
 goes on from its state in --runs. `accelerate launch -m training.refiner` uses several GPUs.
 """
 

@@ -1,8 +1,8 @@
 """The refiners of the study's last section: `python -m bench.study.refiners`.
 
-Trains each of REFINERS for the glyphs' predictor, on the data that the predictor was trained on,
-and exports it with the rest of the pipeline to a repository of its own, in a folder where
-`python -m bench.study` finds it. What is there is not done again; training goes on where it was
+Trains each of REFINERS for the glyphs' predictor, on the data that the predictor was trained on.
+Exports each with the rest of the pipeline to a repository of its own, where `python -m bench.study`
+finds it. What is there is not done again; training goes on where it was
 stopped.
 """
 

@@ -42,8 +42,8 @@ def infer_config(
 
     Heads leave no trace in the shapes: they are given, or come from the file's metadata, or are
     `known_heads` of the width. The number of classes comes from the file's own statement, else from
-    `num_classes`; where neither says it, the last row of the label table is the null class, as in
-    the public checkpoints, unless the file says that training left no label out. Raises
+    `num_classes`. Where neither says it, the last row of the label table is the null class, as in
+    the public checkpoints; not where the file says that training left no label out. Raises
     CheckpointError.
     """
     patch = _shape(checkpoint, _PATCHES, 4)
