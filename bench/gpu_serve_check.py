@@ -1,7 +1,7 @@
 """The service on this machine without TensorRT: `python -m bench.gpu_serve_check`.
 
-Exports SiT-XL/2 with random weights for the torch runtime and serves it with Triton. Measures a lone
-request, requests of 8 images, and 1, 8 and 32 clients, beside an estimate (bench/estimate.py).
+Exports SiT-XL/2 with random weights for the torch runtime and serves it with Triton. Measures a
+lone request, requests of 8 images, and 1, 8 and 32 clients, beside an estimate (bench/estimate.py).
 Without a GPU it does the same with small networks.
 """
 

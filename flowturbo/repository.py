@@ -37,7 +37,7 @@ class Pipeline:
 
     `latent_shape` is (C, h, w). `max_rows` is the most rows that one execution of a composed model
     takes. `precision` is what the predictor computes in, `runtime` what runs it within the Python
-    backend (runtimes.RUNTIMES). `on_gpu` says whether the service runs the models on GPUs. `presets`
+    backend (runtimes.RUNTIMES). `on_gpu` says whether the service runs them on GPUs. `presets`
     are the schedules that have a name. Without `null_class` the networks were trained with classes
     alone and cannot be guided.
     """

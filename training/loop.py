@@ -90,9 +90,9 @@ def fit(
     that was stopped and resumed takes the same steps as one that was not, on any number of
     processes. State is saved in `folder`, the loss at the end in `<name>.json`; TensorBoard's files
     are in `<name>/`, and there are the pictures of `preview`. Raises PlanError for a state of
-    another plan or `identity` (what else the steps depend on). Raises it too for a `folder` that not
-    all processes share or that another run is at work in, and FloatingPointError for a loss that is
-    no number.
+    another plan or `identity` (what else the steps depend on). Raises it too for a `folder` that
+    not all processes share or that another run is at work in, and FloatingPointError for a loss
+    that is no number.
     """
     # Precision is the plan's: what `accelerate launch` may have been told is not asked.
     accelerator = Accelerator(mixed_precision="no")

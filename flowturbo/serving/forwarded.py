@@ -1,8 +1,8 @@
 """Request parameters that are not the caller's: forwarded headers, and the order of outputs.
 
-With `--http-header-forward-pattern` or `--grpc-header-forward-pattern` the server hands headers (for
-tracing, say, or authentication) to models as request parameters. Nothing but their names tells them
-from others. So the flags are read off the server's own command line.
+With `--http-header-forward-pattern` or `--grpc-header-forward-pattern` the server hands headers
+(for tracing, say, or authentication) to models as request parameters. Nothing but their names tells
+them from others. So the flags are read off the server's own command line.
 
 The server keeps the outputs that are asked for as a set. Where server_guard.c stands before it, a
 number for each says in which order they were named.
