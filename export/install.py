@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +71,12 @@ def record(build: Mapping[str, Any]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the tools that decide what an export contains."""
-    return {name: importlib.metadata.version(name) for name in _VERSIONED}
+    """Versions of the tools that decide what an export contains, of those that are here."""
+    found = {}
+    for name in _VERSIONED:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def processor_digest() -> str:

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
-from onnxscript import opset22 as op
 from torch import Tensor, nn
 
 from flowturbo import contract
@@ -116,6 +114,8 @@ def _attention(
 
     The exporter's own form reshapes and scales the keys too, which no runtime fuses away.
     """
+    from onnxscript import opset22 as op  # here: programs for PyTorch need no ONNX
+
     assert mask is None and not dropout and not causal and not enable_gqa
     factor = scale or query.shape[-1] ** -0.5
     scores = op.MatMul(op.Mul(query, factor), op.Transpose(key, perm=[0, 1, 3, 2]))
@@ -124,6 +124,8 @@ def _attention(
 
 def count_attentions(path: Path) -> int:
     """How many attentions the ONNX file `path` has: a softmax each."""
+    import onnx
+
     graph = onnx.load(path, load_external_data=False).graph
     return sum(node.op_type == "Softmax" for node in graph.node)
 

@@ -22,7 +22,6 @@ from export.ensemble import (
 from export.onnx_graph import Exported, count_attentions, to_precision
 from export.parity import torch_figures
 from export.peaks import HALVES, LARGEST, watched_figures
-from export.quantize import quantize
 from export.runtime import Execution, Trial, attempt, candidates, choose, export_for
 from export.source import Source, modules, source_digests
 from flowturbo import contract
@@ -323,6 +322,8 @@ def _export_as(
     to_precision(exported.module, stored)
     path = export_for(deployment.runtime, exported, version)
     if stored == "fp8" and exported.model != contract.DECODER:
+        from export.quantize import quantize
+
         quantize(exported, path)
     print("verify ... ", end="", flush=True)
     _, opt_rows, _ = deployment.profile

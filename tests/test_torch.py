@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 from flowturbo_client import FlowTurboClient
 from google.protobuf import text_format
-from support import GLYPHS_EXPORT, GOLDEN_EXPORT, golden_cases, read_config, run_export
+from support import GLYPHS_EXPORT, GOLDEN_EXPORT, ROOT, golden_cases, read_config, run_export
 from tritonclient.grpc import model_config_pb2
 
 from bench.networks import SIZES, pipeline_modules
@@ -84,6 +86,22 @@ def test_a_server_whose_answer_is_off_refuses_to_start(repository: Path, tmp_pat
     with pytest.raises(ServerError, match="no figures to hold velocity_refiner to"):
         with running_server(tampered):
             pass
+
+
+def test_it_needs_no_other_runtime(tmp_path: Path) -> None:
+    """On a machine that has PyTorch and Triton, and nothing of ONNX or OpenVINO."""
+    arguments = [*GOLDEN_EXPORT, *FORM, "--repository", tmp_path / "models"]
+    code = (
+        "import sys\n"
+        "for name in ('onnx', 'onnxscript', 'onnxruntime', 'openvino', 'scipy', 'matplotlib'):\n"
+        "    sys.modules[name] = None  # an import of it fails\n"
+        "from export.__main__ import main\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert LocalPipeline(tmp_path / "models").generate([1], [2], "H1").latent.shape[0] == 1
 
 
 def test_any_number_of_rows(exported_decoder: Exported, tmp_path: Path) -> None:
