@@ -32,6 +32,7 @@ from export.quantize import quantize
 from flowturbo import contract
 from flowturbo.errors import RepositoryError
 from flowturbo.generate import generate, program_for
+from flowturbo.gpu import gpu_count
 from flowturbo.guidance import Tensors
 from flowturbo.nets.sit import refiner_config
 from flowturbo.program import Variant
@@ -148,6 +149,8 @@ def main() -> None:
     args = _parser().parse_args()
     until = time.monotonic() + 60 * args.minutes
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and gpu_count():
+        raise SystemExit("a GPU is here, but PyTorch is a build for CPUs: install one for GPUs")
     name = args.size or ("xl" if device == "cuda" else "small")
     size = SIZES[name]
     torch.backends.cuda.matmul.allow_tf32 = False

@@ -269,7 +269,8 @@ class TensorRtModel:
             raise EngineError(f"TensorRT cannot run: {'; '.join(self._log.messages)}")
         _done(self._cuda.cudaStreamSynchronize(self._stream))
         for name, buffer in self._buffers.items():
-            context.set_tensor_address(name, buffer)
+            if not context.set_tensor_address(name, buffer):
+                raise EngineError(f"TensorRT refuses the memory of {name}: {self._log.messages}")
         return context
 
     def __call__(self, inputs: Tensors) -> tuple[np.ndarray, ...]:
@@ -296,8 +297,11 @@ class TensorRtModel:
     def _copy(self, target: int, source: int, array: np.ndarray, kind: Any) -> None:
         _done(self._cuda.cudaMemcpy(target, source, array.nbytes, kind))
 
-    def fused_attentions(self) -> int:
-        """How many of the engine's kernels are a whole attention, in its first profile."""
+    def fused_attentions(self) -> int | None:
+        """How many of the engine's kernels are a whole attention, in its first profile.
+
+        None where TensorRT does not tell its kernels.
+        """
         inspector = self._engine.create_engine_inspector()
         inspector.execution_context = self._contexts[0]
         as_json = self._trt.LayerInformationFormat.JSON
@@ -312,11 +316,17 @@ def nearest_profile(profiles: Sequence[Sequence[int]], rows: int) -> int:
     return min(fitting, key=lambda k: abs(profiles[k][1] - rows))
 
 
-def count_fused(information: str) -> int:
-    """How many layers run a kernel of fused attention; `information` is the inspector's JSON."""
-    layers = json.loads(information)["Layers"]
-    # By the kernel, such as `_gemm_mha_v2_0x95…`: names of layers come from the network.
-    return sum("_mha" in layer.get("TacticName", "") for layer in layers)
+def count_fused(information: str) -> int | None:
+    """How many layers run a kernel of fused attention; `information` is the inspector's JSON.
+
+    None for another form: a report must not end an export.
+    """
+    try:
+        # By the kernel, such as `_gemm_mha_v2_0x95…`: names of layers come from the network.
+        kernels = [layer.get("TacticName", "") for layer in json.loads(information)["Layers"]]
+        return sum("mha" in kernel.lower() for kernel in kernels)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None
 
 
 def _use_gpu(ordinal: int) -> Any:

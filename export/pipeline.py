@@ -327,7 +327,9 @@ def _export_as(
         quantize(exported, path)
     print("verify ... ", end="", flush=True)
     _, opt_rows, _ = deployment.profile
-    trials = attempt(exported, path, figures, candidates(deployment), opt_rows)
+    trials = attempt(
+        exported, path, figures, candidates(deployment), opt_rows, on_gpu=deployment.on_gpu
+    )
     print(", ".join(map(_shown, trials, trials.values())), flush=True)
     return trials
 
@@ -391,7 +393,8 @@ def _check_engine(
     fused = engine.fused_attentions()
     of = count_attentions(folder / "1" / "model.onnx")
     shown = ", ".join(f"{name} off by {error:.1e}" for name, error in parity.items())
-    print(f"{folder.name}: on the GPU {shown}; attentions fused: {fused} of {of}")
+    count = "unknown" if fused is None else fused
+    print(f"{folder.name}: on the GPU {shown}; attentions fused: {count} of {of}")
     return {"parity": parity, "fused_attentions": fused}
 
 

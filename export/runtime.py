@@ -82,14 +82,18 @@ def attempt(
     figures: Figures,
     open_to: list[Execution],
     opt_rows: int,
+    *,
+    on_gpu: bool = False,
 ) -> dict[Execution, Trial]:
     """Tries the file `path` in each of `open_to`; times them where there are several.
+
+    PyTorch runs it where the server will, `on_gpu` or not.
 
     One that is too far off `figures` drops out; raises VerificationError if it is the only one.
     """
     trials: dict[Execution, Trial] = {}
     for execution in open_to:
-        model = open_model(path, execution.precision, runtime=execution.runtime)
+        model = open_model(path, execution.precision, runtime=execution.runtime, on_gpu=on_gpu)
         try:
             parity = figures.check(exported.model, model, TOLERANCES[execution.precision])
         except VerificationError as error:

@@ -115,7 +115,12 @@ def _forms(
         yield names, {e.model: torch_evaluation(e) for e in exports}
     paths = {model: repository / model / "1" for model in builds}
     models: Forms = {
-        name: open_model(path / model_file(runtime), precisions[name], runtime=runtime)
+        name: open_model(
+            path / model_file(runtime),
+            precisions[name],
+            runtime=runtime,
+            on_gpu=builds[name]["on_gpu"],
+        )
         for name, path in paths.items()
         if (runtime := builds[name]["runtime"])
     }

@@ -35,8 +35,8 @@ class Gpu:
     capability: str
 
 
-def usable_gpus(cuda: Any = None) -> list[Gpu]:
-    """The GPUs here, at least one.
+def usable_gpus(cuda: Any = None, *, least: int = CUDA_MAJOR) -> list[Gpu]:
+    """The GPUs here, at least one, with a driver for CUDA `least` or later.
 
     Raises GpuError where there is none, telling a missing driver from one that is too old and from
     a missing GPU. `cuda` stands in for the driver's library.
@@ -52,10 +52,10 @@ def usable_gpus(cuda: Any = None) -> list[Gpu]:
     release = ctypes.c_int()
     cuda.cuDriverGetVersion(ctypes.byref(release))
     major, minor = release.value // 1000, release.value % 1000 // 10
-    if release.value and major < CUDA_MAJOR:
+    if release.value and major < least:
         raise GpuError(
             f"the NVIDIA driver is too old: it runs CUDA {major}.{minor}, "
-            f"and CUDA {CUDA_MAJOR} is needed: it takes {_REMEDY}"
+            f"and CUDA {least} is needed: it takes {_REMEDY}"
         )
     if result:
         meaning = _MEANINGS.get(result, "an error of the driver")
@@ -77,8 +77,8 @@ def _gpu(cuda: Any, ordinal: int) -> Gpu:
 
 
 def gpu_count() -> int:
-    """How many GPUs this process can use; 0 without any."""
+    """How many GPUs this process can use, whatever their driver; 0 without any."""
     try:
-        return len(usable_gpus())
+        return len(usable_gpus(least=0))
     except GpuError:
         return 0

@@ -109,6 +109,7 @@ def open_models(
             build["precision"],
             threads,
             build["runtime"],
+            on_gpu=build["on_gpu"],
         )
         for name in models_of(pipeline)
         if (build := read_build(repository, name))

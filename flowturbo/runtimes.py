@@ -33,20 +33,25 @@ def model_file(runtime: str) -> str:
 
 
 def open_model(
-    path: Path, precision: str = "fp32", threads: int | None = None, runtime: str | None = None
+    path: Path,
+    precision: str = "fp32",
+    threads: int | None = None,
+    runtime: str | None = None,
+    *,
+    on_gpu: bool = False,
 ) -> Model:
     """Loads the file `path` (`model_file`), to compute in `precision`, in one of RUNTIMES.
 
-    ONNX Runtime and PyTorch compute in the file's own types, on a GPU where they have one;
-    OpenVINO, on a CPU, also runs a float32 file in bfloat16. `threads` None is one for each usable
-    core. Raises RepositoryError without the runtime.
+    ONNX Runtime computes in the file's own types, on a GPU where it has one, PyTorch too, on the
+    first GPU if `on_gpu`. OpenVINO, on a CPU, also runs a float32 file in bfloat16. `threads` None
+    is one for each usable core. Raises RepositoryError without the runtime.
     """
     chosen = runtime or runtime_for(precision)
     try:
         if chosen == "torch":
-            from flowturbo.nets.torch_runtime import TorchModel, best_device
+            from flowturbo.nets.torch_runtime import TorchModel
 
-            return TorchModel(path, best_device(), threads)
+            return TorchModel(path, "cuda:0" if on_gpu else "cpu", threads)
         if chosen == "openvino":
             return OpenVinoModel(path, precision, threads)
         return OnnxRuntimeModel(path, threads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import re
 import signal
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns 0 after a stop that was asked for, 1 if the server failed, 2 if something must be put
     right before it can start.
     """
-    options = _parse(sys.argv[1:] if argv is None else list(argv))
+    options, check_alone = _parse(sys.argv[1:] if argv is None else list(argv))
     try:
         _note(check_repository(options.repository))
         installation = find_server(options.tritonserver)
@@ -40,7 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_backends(options.repository, installation)
         models = (contract.PREDICTOR, *_OPTIONAL)
         _note(check_gpus(options.repository, models, tensorrt_version()))
-        _serve(options, installation)
+        if check_alone:
+            print(f"{options.repository} can be served here", flush=True)
+        else:
+            _serve(options, installation)
     except ServerError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, SetupError) else 1
@@ -111,12 +115,22 @@ def check_backends(repository: Path, installation: Installation) -> None:
                 f"{name} was exported for the Python backend with {runtime}, which is not here: "
                 f"pip install {runtime}, or export again"
             )
+        if runtime == "torch" and build.get("on_gpu") and _is_for_cpus():
+            raise SetupError(
+                f"{name} was exported for PyTorch on a GPU, and the PyTorch here is a build for "
+                "CPUs: install one for GPUs (in Docker, TORCH_BUILD=cu130 in .env and docker "
+                "compose --profile torch build), or export with --provider cpu"
+            )
         if installation.backends is not None and model.is_dir() and not embedded:
             raise SetupError(
                 f"{name} was exported for a server with TensorRT or ONNX Runtime, but the one in "
                 "the nvidia-pytriton wheel has only the Python backend: export it again for the "
                 "Python backend, or name another server with --tritonserver"
             )
+
+
+def _is_for_cpus() -> bool:
+    return importlib.metadata.version("torch").endswith("+cpu")
 
 
 class _Signals:
@@ -156,11 +170,13 @@ def _serve(options: ServerOptions, installation: Installation) -> None:
         raise ServerError(f"tritonserver did not stop cleanly: it {server.ending}")
 
 
-def _parse(argv: list[str]) -> ServerOptions:
+def _parse(argv: list[str]) -> tuple[ServerOptions, bool]:
+    """The server's options, and whether only to check."""
     cut = argv.index("--") if "--" in argv else len(argv)
     parser = _parser()
     values = vars(parser.parse_args(argv[:cut]))
-    return ServerOptions(**values, extra_args=tuple(argv[cut + 1 :]))
+    check_alone = values.pop("check")
+    return ServerOptions(**values, extra_args=tuple(argv[cut + 1 :])), check_alone
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -195,6 +211,7 @@ def _parser() -> argparse.ArgumentParser:
         default=default.exit_timeout_s,
         help="seconds that requests in flight get when the server stops",
     )
+    add("--check", action="store_true", help="say whether all is there to serve, and end")
     add("--log-verbose", type=_integer(0, 99), default=default.log_verbose, help="0 is off")
     add(
         "--tritonserver",

@@ -50,7 +50,7 @@ def test_one_release_with_the_security_fixes() -> None:
 
 def test_paths_exist() -> None:
     assert set(SERVICES) == {
-        *("server", "export", "torch", "perf_analyzer", "glyphs_export", "glyphs")
+        *("check", "server", "export", "torch", "perf_analyzer", "glyphs_export", "glyphs")
     }
     for service in SERVICES.values():
         for volume in service["volumes"]:
@@ -68,8 +68,7 @@ def test_servers_are_guarded() -> None:
         service = SERVICES[name]
         assert int(service["user"].split(":")[0]) > 0
         assert all(port.startswith("127.0.0.1:") for port in service["ports"])
-        # So that what must be put right first ends `up --wait` at once.
-        assert service["restart"] == "on-failure:3"
+        assert service["restart"] == "unless-stopped"
         assert service["cap_drop"] == ["ALL"]
         assert service["security_opt"] == ["no-new-privileges:true"]
         assert service["shm_size"] == "1g"
@@ -85,13 +84,14 @@ def test_servers_are_guarded() -> None:
 def test_commands_are_understood() -> None:
     (default,) = re.findall(r"^CMD (\[.*repository.*\])$", DOCKERFILE, re.MULTILINE)
     for command in (json.loads(default), *(SERVICES[n]["command"] for n in ("glyphs", "torch"))):
-        options = _parse(command)
+        options, check_alone = _parse(command)
+        assert not check_alone
         assert options.host == "0.0.0.0"
         assert str(options.repository).startswith("/models/")
     export = _options(SERVICES["glyphs_export"]["command"])
     assert (export.deployment.engine, export.deployment.on_gpu) == ("onnxruntime", False)
     assert all((ROOT / path).exists() for path in export.source.files().values())
-    assert str(export.repository) == str(_parse(SERVICES["glyphs"]["command"]).repository)
+    assert str(export.repository) == str(_parse(SERVICES["glyphs"]["command"])[0].repository)
 
 
 def test_the_driver_that_the_image_needs_is_found_for_it() -> None:
@@ -107,9 +107,20 @@ def test_the_driver_that_the_image_needs_is_found_for_it() -> None:
 def test_tensorrt_is_not_installed_twice() -> None:
     """Its bindings alone, without what they would bring, and PyTorch for the CPU."""
     (tensorrt,) = re.findall(r"pip install (.*tensorrt.*)", DOCKERFILE)
-    assert tensorrt == '--no-deps "tensorrt-cu13-bindings==${TRT_VERSION%%+*}"'
-    assert ENV["TORCH_INDEX"].endswith("/cpu")
-    assert f"ARG TORCH_INDEX={ENV['TORCH_INDEX']}\n" in DOCKERFILE
+    assert tensorrt == '--no-deps "tensorrt-cu13-bindings==${TRT_VERSION%%+*}.*"'
+    assert ENV["TORCH_BUILD"] == "cpu"
+    assert "ARG TORCH_BUILD=cpu\n" in DOCKERFILE
+
+
+def test_what_must_be_put_right_ends_the_start_at_once() -> None:
+    """The server waits for a service that checks the same repository and is not started again."""
+    check, (default,) = SERVICES["check"], re.findall(r"^CMD (.*repo.*)$", DOCKERFILE, re.MULTILINE)
+    options, check_alone = _parse(check["command"])
+    assert check_alone and check["restart"] == "no" and not check["ports"]
+    assert options.repository == _parse(json.loads(default))[0].repository
+    waits = {"check": {"condition": "service_completed_successfully"}}
+    assert SERVICES["server"]["depends_on"] == waits
+    assert check["volumes"] == SERVICES["server"]["volumes"]
 
 
 def test_the_load_is_of_this_service() -> None:

@@ -13,6 +13,14 @@ import export.engine
 from export.engine import EngineError, TensorRtModel
 
 MOST = 8
+STREAM = 10**6  # the handle that TensorRT takes, a plain number
+
+
+class Stream:
+    """As CUDA's bindings give it."""
+
+    def __int__(self) -> int:
+        return STREAM
 
 
 class Error(enum.IntEnum):
@@ -33,8 +41,8 @@ class Cuda:
         self.devices.append(ordinal)
         return (Error.NONE if ordinal < 2 else Error.BAD_DEVICE,)
 
-    def cudaStreamCreate(self) -> tuple[Error, int]:
-        return Error.NONE, 7
+    def cudaStreamCreate(self) -> tuple[Error, Any]:
+        return Error.NONE, Stream()
 
     def cudaStreamSynchronize(self, _stream: int) -> tuple[Error]:
         return (Error.NONE,)
@@ -59,10 +67,11 @@ class Context:
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
         self.profile = profile
-        return stream == 7
+        return stream is STREAM
 
-    def set_tensor_address(self, name: str, address: int) -> None:
+    def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address
+        return True
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.shapes[name] = shape
@@ -78,7 +87,7 @@ class Context:
         }
         at["y"][:] = 2 * at["x"]
         at["ran_in"][:] = self.profile
-        return stream == 7
+        return stream is STREAM
 
 
 class Engine:

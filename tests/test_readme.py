@@ -53,7 +53,8 @@ def test_commands(command: str) -> None:
 def compose_words(words: list[str]) -> list[str]:
     """What runs in the export container, as a command here; nothing for the other services."""
     profiles = [words[k + 1] for k, word in enumerate(words) if word == "--profile"]
-    rest = words[1 + next(k for k, word in enumerate(words) if word in ("run", "up", "logs")) :]
+    actions = ("run", "up", "logs", "build")
+    rest = words[1 + next(k for k, word in enumerate(words) if word in actions) :]
     service = next((word for word in rest if not word.startswith("-")), "server")
     assert SERVICES[service].get("profiles", []) == profiles
     if service != "export":

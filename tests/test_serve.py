@@ -1,15 +1,19 @@
 """The launcher, on the real server, with models that only pass their input on."""
 
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,9 +21,7 @@ import tritonclient.grpc as grpc
 
 from flowturbo.serve import check_backends, check_repository
 from flowturbo.serving.installation import Installation, ServerError, SetupError, find_server
-from flowturbo.serving.tritonserver import (
-    running_server,
-)
+from flowturbo.serving.tritonserver import ServerAddress, TritonServer, running_server
 
 CONFIG = """name: "{name}"
 backend: "python"
@@ -193,6 +195,53 @@ def test_the_server_ends_with_a_killed_launcher(cli: Cli, repository: Path) -> N
     cli.process.kill()
     cli.process.wait()
     assert wait_until_gone(str(repository), END_S) == []
+
+
+def test_a_check_alone_starts_nothing(tmp_path: Path) -> None:
+    repository = write_repository(tmp_path / "models")
+    done = run_cli("--check", "--repository", repository)
+    assert (done.returncode, done.stdout) == (0, f"{repository} can be served here\n")
+    (repository / "velocity_predictor/1/model.onnx").unlink()
+    (repository / "velocity_predictor/1/model.py").unlink()
+    done = run_cli("--check", "--repository", repository)
+    assert done.returncode == 2 and "velocity_predictor/1/ has none of" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("answers", "said"),
+    [
+        ([503, 499, 200], None),  # others had every place, or the check took longer than a request
+        ([503, 500], "the first request failed: x_next is off"),
+    ],
+)
+def test_the_first_request_is_asked_again(
+    tmp_path: Path, answers: list[int], said: str | None
+) -> None:
+    class Front(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(answers.pop(0))
+            self.end_headers()
+            self.wfile.write(b'{"error": "x_next is off"}')
+
+        def log_message(self, *_: object) -> None: ...
+
+    (tmp_path / "velocity_predictor").mkdir()
+    (tmp_path / "velocity_predictor/build.json").touch()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Front) as front:
+        threading.Thread(target=front.serve_forever, daemon=True).start()
+        server = TritonServer.__new__(TritonServer)
+        server.address = ServerAddress("", f"127.0.0.1:{front.server_port}", "")
+        server._repository = tmp_path
+        server._process = SimpleNamespace(poll=lambda: None)  # type: ignore[assignment]
+        if said:
+            with pytest.raises(ServerError, match=said):
+                server._check_answers(math.inf, lambda: False)
+        else:
+            assert server._check_answers(math.inf, lambda: False)
+            assert not server._check_answers(math.inf, lambda: True)
+        front.shutdown()
+    assert answers == []
 
 
 def test_a_binary_that_is_none_must_be_put_right(tmp_path: Path) -> None:

@@ -139,7 +139,9 @@ def runs_elsewhere(repository: Path, pipeline: LocalPipeline) -> str | None:
     """Where the service runs the blocks of `repository`, if it is not as `pipeline` does here."""
     if read_build(repository / contract.PREDICTOR)["engine"] == "tensorrt":
         return "in TensorRT"
-    return "on a GPU" if pipeline.pipeline.on_gpu and not pipeline.on_gpu else None
+    # PyTorch here runs no CUDA graphs.
+    differs = pipeline.pipeline.runtime == "torch" or not pipeline.on_gpu
+    return "on a GPU" if pipeline.pipeline.on_gpu and differs else None
 
 
 def _times(

@@ -16,11 +16,6 @@ from flowturbo.runtimes import usable_cores
 _WARM_UPS = 3  # evaluations before a graph is captured: kernels are chosen, memory is taken
 
 
-def best_device() -> str:
-    """The first GPU, or the CPU."""
-    return "cuda:0" if torch.cuda.is_available() else "cpu"
-
-
 class TorchModel:
     """A composed model that `torch.export.save` wrote, loaded.
 

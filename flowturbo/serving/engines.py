@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flowturbo.gpu import Gpu, GpuError, usable_gpus
+from flowturbo.gpu import CUDA_MAJOR, Gpu, GpuError, usable_gpus
 from flowturbo.repository import BUILD_FILE
 from flowturbo.serving.installation import SetupError
 from flowturbo.textfile import TextFileError, read_json
@@ -31,11 +31,12 @@ def check_gpus(repository: Path, models: Iterable[str], version: str | None) -> 
     if not on_gpu:
         return []
     try:
-        gpus = usable_gpus()
+        # Which driver PyTorch needs depends on its build, and it says so itself.
+        gpus = usable_gpus(least=0 if builds[on_gpu[0]].get("runtime") == "torch" else CUDA_MAJOR)
     except GpuError as error:
         raise SetupError(
             f"{on_gpu[0]} was exported for a GPU, and {error}. Serve on a machine with a GPU, or "
-            "export with --engine python or --engine onnxruntime --provider cpu"
+            "export for a CPU (--engine python, or --provider cpu)"
         ) from error
     return check_engines(builds, version, gpus)
 
@@ -67,7 +68,7 @@ def _other_gpus(model: str, engines: Mapping[str, Any], gpus: Sequence[Gpu]) -> 
         if (built := engines[capability].get("gpu")) != name:
             yield (
                 f"{model}'s engine for compute capability {capability} was built on {built}, here "
-                f"is {name}: it runs, and may be faster if it is exported here too"
+                f"is {name}: it runs. An export here would build one for {name} in its place"
             )
 
 

@@ -35,6 +35,8 @@ _STUB_NAME = "triton_python_b"  # as the kernel has it: 15 characters
 _INSTANCE = r"([a-z]\w*)_\d+_\d+"  # of a model, as the server names its processes
 _POLL_S = 0.05
 _ANSWERS_S = 600  # for one call of every model; a large one on a few cores takes a minute
+_ASK_S = 10  # for one request, so that a stop is noticed meanwhile
+_TRY_AGAIN = (499, 503, 504)  # cancelled at its deadline, and no place for it
 # The orchestrator compares its models before its first request; this one asks nothing of them.
 _ASK = {
     "inputs": [{"name": "label", "datatype": "INT64", "shape": [1], "data": [0]}],
@@ -194,8 +196,7 @@ class TritonServer:
             if self.exit_code is not None:
                 raise ServerError(f"tritonserver {self.ending} before it was ready")
             if self._is_ready():
-                self._check_answers()
-                return True
+                return self._check_answers(deadline_s, give_up)
             if time.monotonic() > deadline_s:
                 raise ServerError(f"tritonserver was not ready after {timeout_s:g} s")
             time.sleep(_POLL_S)
@@ -228,20 +229,31 @@ class TritonServer:
             return False
         return True
 
-    def _check_answers(self) -> None:
-        """Raises ServerError if the models do not compute what was exported."""
+    def _check_answers(self, deadline_s: float, give_up: Callable[[], bool]) -> bool:
+        """Whether the models compute what was exported; False if `give_up()` said so.
+
+        Asks again where other callers have taken every place, or its time was over: the check goes
+        on meanwhile. Raises ServerError if an answer is off.
+        """
         if not (self._repository / contract.PREDICTOR / BUILD_FILE).is_file():
-            return
-        try:
-            body = json.dumps(_ASK).encode()
-            self._ask(f"models/{contract.ORCHESTRATOR}/infer", body, _ANSWERS_S)
-        except urllib.error.HTTPError as error:
-            told = error.read().decode(errors="replace")
-            with contextlib.suppress(ValueError, LookupError, TypeError):
-                told = json.loads(told)["error"]
-            raise ServerError(f"the first request failed: {told}") from error
-        except OSError as error:
-            raise ServerError(f"the first request failed: {error}") from error
+            return True
+        deadline_s = min(deadline_s, time.monotonic() + _ANSWERS_S)
+        path, body = f"models/{contract.ORCHESTRATOR}/infer", json.dumps(_ASK).encode()
+        while not give_up() and self.exit_code is None:
+            try:
+                self._ask(path, body, _ASK_S)
+                return True
+            except urllib.error.HTTPError as error:
+                failure = _reason(error)
+                again = error.code in _TRY_AGAIN
+            except OSError as error:
+                failure, again = str(error), True
+            if not again or time.monotonic() > deadline_s:
+                raise ServerError(f"the first request failed: {failure}")
+            time.sleep(_POLL_S)
+        if self.exit_code is not None:
+            raise ServerError(f"tritonserver {self.ending} before it was ready")
+        return False
 
     def _ask(self, path: str, body: bytes | None, timeout_s: float) -> None:
         host, port = self.address.http.rsplit(":", 1)
@@ -268,6 +280,13 @@ class TritonServer:
         for region in _SHARED_MEMORY.glob(f"{self._shm_prefix}*"):
             region.unlink(missing_ok=True)
         return unforced
+
+
+def _reason(error: urllib.error.HTTPError) -> str:
+    told = error.read().decode(errors="replace")
+    with contextlib.suppress(ValueError, LookupError, TypeError):
+        told = str(json.loads(told)["error"])
+    return told
 
 
 def _model_of(pid: int) -> str:
