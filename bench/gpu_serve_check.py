@@ -2,13 +2,14 @@
 
 Exports SiT-XL/2 with random weights for the torch runtime and serves it with Triton. Measures a
 lone request, requests of 8 images, and 1, 8 and 32 clients, beside an estimate (bench/estimate.py).
-Without a GPU it does the same with small networks.
+Weights and models are kept for the next time. Without a GPU it does the same with small networks.
 """
 
 import argparse
 import json
+import math
 import os
-import shutil
+import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -49,13 +50,13 @@ class Served:
 def main() -> None:
     """Exports, serves, measures, and writes the report after each load."""
     args = _parser().parse_args()
+    until = time.monotonic() + 60 * args.minutes
     on_gpu = torch.cuda.is_available()
     name = args.size or ("xl" if on_gpu else "small")
     # In a process of its own, as its memory is of no use afterwards.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         source = pool.submit(checkpoints, args.folder, name).result()
     repository = args.folder / f"served-{name}"
-    shutil.rmtree(repository, ignore_errors=True)
     precision = args.precision or ("bf16" if on_gpu else "fp32")
     words = [word for option in source.items() for word in option]
     words += ["--runtime", "torch", "--precision", precision, "--ensemble", SCHEDULE]
@@ -78,6 +79,9 @@ def main() -> None:
         FlowTurboClient(address.grpc) as client,
     ):
         for images, clients in LOADS:
+            if time.monotonic() > until:
+                print(f"left out: {clients} clients, {images} images a request", flush=True)
+                continue
             served = _measure(client, images, clients, args.seconds, chip, name)
             report["loads"].append(asdict(served))
             args.out.write_text(json.dumps(report, indent=1) + "\n")
@@ -119,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--size", choices=tuple(SIZES), help="default: xl on a GPU, else small")
     add("--precision", choices=("bf16", "fp16", "fp32"), help="default: bf16 on a GPU, else fp32")
     add("--seconds", type=float, default=10.0, help="of each load")
+    add("--minutes", type=float, default=math.inf, help="begin no other load after so long")
     add("--folder", type=Path, default=Path("runs/xl"), help="for weights and models, 5 GB")
     add("--out", type=Path, default=Path("docs/benchmarks/gpu_serve_check.json"))
     return parser
