@@ -191,6 +191,8 @@ def mend_orchestrator(repository: Path, guidance_scale: float | None) -> bool:
         if found.instance_group:
             del mended.instance_group[:]
             mended.instance_group.extend(found.instance_group)
+    if guidance_scale is None and found is None:  # as in a new repository
+        guidance_scale = Settings.default_guidance_scale
     if guidance_scale is not None:
         mended.parameters[_GUIDANCE].string_value = str(guidance_scale)
     path, text = folder / code, (COMMITTED / code).read_text()

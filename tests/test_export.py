@@ -264,3 +264,15 @@ def test_a_failed_installation_brings_the_old_models_back(
     assert not (repository / contract.PREDICTOR / "new").exists()
     for model in (contract.PREDICTOR, contract.REFINER):
         assert installed_fingerprint(repository, model)
+
+
+def test_the_default_guidance_is_the_repositorys(golden_repository: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "models"
+    shutil.copytree(golden_repository, repository)
+    assert Settings.load(repository).default_guidance_scale == 1.5
+    for given, expected in ((("--guidance-scale", "2"), 2.0), ((), 2.0)):
+        done = run_export(*GOLDEN_EXPORT, *given, "--repository", repository)
+        assert done.returncode == 0, done.stderr
+        assert Settings.load(repository).default_guidance_scale == expected
+    done = run_export(*GOLDEN_EXPORT, "--guidance-scale", "nan", "--repository", repository)
+    assert done.returncode == 2 and "guidance_scale must be" in done.stderr

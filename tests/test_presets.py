@@ -132,6 +132,10 @@ def test_another_repository_does_not_get_them(
     own(template / "presets.json")
     staged.mkdir()
     monkeypatch.setattr(install, "COMMITTED", template)
+    install.add_orchestrator(staged, Settings(default_guidance_scale=2.5), tmp_path / "models")
     install.install(staged, tmp_path / "models", [])
+    assert Settings.load(tmp_path / "models").default_guidance_scale == 2.5
+    text = (tmp_path / "models" / "flowturbo" / "config.pbtxt").read_text()
+    assert text.startswith("# The orchestrator")  # comments and all
     assert (tmp_path / "models" / "flowturbo" / "config.pbtxt").exists()
     assert not presets_path(tmp_path / "models").exists()
