@@ -27,7 +27,7 @@ from export.source import Source, modules, source_digests
 from flowturbo import contract
 from flowturbo.nets.sit import SiTConfig
 from flowturbo.nets.weights import CheckpointError
-from flowturbo.parity import TOLERANCES, VERIFIED_ROWS, Figures, VerificationError
+from flowturbo.parity import TOLERANCES, Figures, VerificationError, batches_up_to
 from flowturbo.presets import Presets, find_schedule, load_presets, parse_presets
 from flowturbo.repository import Settings
 from flowturbo.runtimes import model_file
@@ -37,7 +37,6 @@ from flowturbo.textfile import read_lines, read_text
 # Characters of these kinds are not seen: control, format, lone surrogates.
 _HIDDEN = ("Cc", "Cf", "Cs")
 _JOINERS = "\u200c\u200d"  # which spelling needs in some languages, between other characters
-_ENGINE_ROWS = (*VERIFIED_ROWS, 16)  # and the most, at which an engine is checked
 
 
 @dataclass(frozen=True)
@@ -130,9 +129,9 @@ def _settings(options: Options) -> Settings:
     if (options.repository / contract.ORCHESTRATOR).exists():
         return Settings.load(options.repository)
     # The committed one has the guidance that glyphs were tuned at.
-    scale = options.guidance_scale or Settings.default_guidance_scale
-    committed = Settings.load(install.COMMITTED.parent)
-    return replace(committed, default_guidance_scale=scale)
+    scale, committed = options.guidance_scale, Settings.load(install.COMMITTED.parent)
+    usual = Settings.default_guidance_scale
+    return replace(committed, default_guidance_scale=usual if scale is None else scale)
 
 
 def _ensembles(options: Options, presets: Presets) -> tuple[Schedule, ...]:
@@ -378,7 +377,7 @@ def _check_engine(
     folder: Path, engine: TensorRtModel, build: dict[str, Any], deployment: Deployment
 ) -> dict[str, Any]:
     """An engine's errors and fused attentions, for its record; raises VerificationError."""
-    batches = sorted({*(n for n in _ENGINE_ROWS if n < deployment.max_rows), deployment.max_rows})
+    batches = batches_up_to(deployment.max_rows)
     allowed, figures = TOLERANCES[build["precision"]], Figures.load(folder)
     parity: dict[str, float] = {}
     for rows in batches:

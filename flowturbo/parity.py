@@ -87,6 +87,11 @@ def check(model: str, expected: Tensors, found: Tensors, allowed: Tolerance) -> 
     return {error.output: error.relative for error in measured}
 
 
+def batches_up_to(most: int) -> list[int]:
+    """Rows at which what runs on a GPU is checked: some small batches, a usual one, the largest."""
+    return sorted({*(rows for rows in (*VERIFIED_ROWS, 16) if rows < most), most})
+
+
 @dataclass(frozen=True)
 class Figures:
     """Inputs and PyTorch's outputs of one composed model, by name in the contract's order.

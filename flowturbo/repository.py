@@ -149,8 +149,8 @@ def read_ensembles(repository: Path, variant: str) -> dict[str, str]:
 class Settings:
     """The service's settings, each a `parameters` entry of the orchestrator's config.pbtxt.
 
-    `default_schedule` may be a preset's name; `max_inflight` is how many requests are worked on at
-    a time (more are refused at once); `max_images` how many images one request may ask for;
+    `default_schedule` may be a preset's name. `max_inflight` is how many requests are worked on at
+    a time: more are refused at once. `max_images` is how many images one request may ask for,
     `default_timeout_s` the deadline of a request that sets none. Raises RepositoryError for a value
     that is not allowed.
     """

@@ -15,7 +15,9 @@ from google.protobuf import text_format
 from support import GOLDEN, GOLDEN_EXPORT, check_tensors, read_config, run_export
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
+import export.pipeline
 from bench.networks import SMALL
+from export.__main__ import _options
 from export.blocks import PredictorBlock
 from export.install import install, installed_fingerprint
 from export.onnx_graph import Exported, export_onnx
@@ -274,5 +276,10 @@ def test_the_default_guidance_is_the_repositorys(golden_repository: Path, tmp_pa
         done = run_export(*GOLDEN_EXPORT, *given, "--repository", repository)
         assert done.returncode == 0, done.stderr
         assert Settings.load(repository).default_guidance_scale == expected
+    for given, expected in ((("--guidance-scale", "0"), 0.0), ((), 1.5)):
+        options = _options(
+            [*map(str, GOLDEN_EXPORT), *given, "--repository", str(tmp_path / "new")]
+        )
+        assert export.pipeline._settings(options).default_guidance_scale == expected
     done = run_export(*GOLDEN_EXPORT, "--guidance-scale", "nan", "--repository", repository)
     assert done.returncode == 2 and "guidance_scale must be" in done.stderr

@@ -86,8 +86,8 @@ def fit(
     """Trains `model` in place; returns its exponential moving average, in evaluation mode.
 
     `loss_of(model, generator)` is the mean over this process's rows. It draws those of the whole
-    batch from `generator`, which is seeded by (seed, step) alone, and takes its own (`mine`): a run
-    that was stopped and resumed takes the same steps as one that was not, on any number of
+    batch from `generator`, which is seeded by (seed, step) alone, and takes its own (`mine`). So a
+    run that was stopped and resumed takes the same steps as one that was not, on any number of
     processes. State is saved in `folder`, the loss at the end in `<name>.json`; TensorBoard's files
     are in `<name>/`, and there are the pictures of `preview`. Raises PlanError for a state of
     another plan or `identity` (what else the steps depend on). Raises it too for a `folder` that

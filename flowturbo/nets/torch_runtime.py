@@ -19,8 +19,8 @@ _WARM_UPS = 3  # evaluations before a graph is captured: kernels are chosen, mem
 class TorchModel:
     """A composed model that `torch.export.save` wrote, loaded.
 
-    With `graph_rows`, on a GPU, the network is compiled and a CUDA graph is captured for each of
-    these sizes: a batch runs in the smallest that holds it, and one that none holds runs without.
+    With `graph_rows`, on a GPU, the network is compiled, and a CUDA graph is captured for each of
+    these sizes. A batch runs in the smallest graph that holds it. One that none holds runs without.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ import triton_python_backend_utils as pb_utils
 from flowturbo import contract
 from flowturbo.errors import NotFiniteError
 from flowturbo.generate import check_finite
-from flowturbo.parity import TOLERANCES, Figures
+from flowturbo.parity import TOLERANCES, Figures, batches_up_to
 from flowturbo.runtimes import Model, model_file, open_model
 from flowturbo.serving.triton_io import error_response
 
@@ -41,9 +41,8 @@ class TritonPythonModel:
             self._model = TorchModel(path, device, graph_rows=graph_rows)
             # What was verified at the export was not compiled, nor captured.
             figures = Figures.load(Path(args["model_repository"]))
-            batches = sorted({1, 2, 7, 16, max(graph_rows)})
-            fitting = [rows for rows in batches if rows <= max(graph_rows)]
-            figures.check(config["name"], self._model, TOLERANCES[stated["precision"]], fitting)
+            allowed, batches = TOLERANCES[stated["precision"]], batches_up_to(max(graph_rows))
+            figures.check(config["name"], self._model, allowed, batches)
         else:
             self._model = open_model(path, stated["precision"], runtime=runtime)
         self._name = config["name"]
