@@ -67,33 +67,41 @@ class TorchPipeline:
             x = torch.cat([x, x])
             y = torch.cat([y, torch.full_like(y, self.num_classes)])
         with torch.autocast("cpu", torch.bfloat16, enabled=self._bf16):
-            latent = self._sample(x, y, steps, guidance_scale)
+            latent = sample_plainly(self._predictor, self._refiner, x, y, steps, guidance_scale)
             images: Tensor = self._decoder(latent[: len(labels)])
         return images.numpy()
 
-    def _sample(self, x: Tensor, y: Tensor, steps: str, scale: float) -> Tensor:
-        t = torch.linspace(0, 1, len(steps) + 1)
-        h = t[1]  # the grid is uniform
-        v = None
 
-        def predict(x: Tensor, t: Tensor) -> Tensor:
-            return _guide(self._predictor(_shared(x, scale), t.repeat(len(x)), y), scale)
+def sample_plainly(
+    predictor: Network, refiner: Network, x: Tensor, y: Tensor, steps: str, scale: float
+) -> Tensor:
+    """Latents [n, C, h, w] from noise `x`, with the letters `steps` on a uniform grid.
 
-        def refine(x: Tensor, v: Tensor, t: Tensor) -> Tensor:
-            read = torch.cat([_shared(x, scale), v], 1)
-            return _guide(self._refiner(read, t.repeat(len(x)), y), scale)
+    With a `scale` other than 1, the second half of `x` is the first again, and its labels `y` are
+    the null label.
+    """
+    t = torch.linspace(0, 1, len(steps) + 1, device=x.device)
+    h = t[1]  # the grid is uniform
+    v = None
 
-        for i, step in enumerate(steps):
-            if step == "R":
-                assert v is not None  # a schedule does not start with R
-                d = v + refine(x, v, t[i])
-                d_next = d + refine(x + h * d, v, t[i + 1])
-            else:
-                d = v if step == "P" and v is not None else predict(x, t[i])
-                d_next = predict(x + h * d, t[i + 1])
-            x = x + h / 2 * (d + d_next)
-            v = d if step == "R" else d_next
-        return x
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        return _guide(predictor(_shared(x, scale), t.repeat(len(x)), y), scale)
+
+    def refine(x: Tensor, v: Tensor, t: Tensor) -> Tensor:
+        read = torch.cat([_shared(x, scale), v], 1)
+        return _guide(refiner(read, t.repeat(len(x)), y), scale)
+
+    for i, step in enumerate(steps):
+        if step == "R":
+            assert v is not None  # a schedule does not start with R
+            d = v + refine(x, v, t[i])
+            d_next = d + refine(x + h * d, v, t[i + 1])
+        else:
+            d = v if step == "P" and v is not None else predict(x, t[i])
+            d_next = predict(x + h * d, t[i + 1])
+        x = x + h / 2 * (d + d_next)
+        v = d if step == "R" else d_next
+    return x
 
 
 def _network(path: Path, *, reads_velocity: bool) -> SiT:

@@ -234,7 +234,7 @@ def find_chip(peak: float) -> Chip:
         other.copy_(tensor)
         torch.cuda.synchronize()
 
-    rate = 2 * tensor.nbytes / _median_seconds(copy, 0.2)
+    rate = 2 * tensor.nbytes / median_seconds(copy, 0.2)
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     return Chip(round(peak / 1e12, 1), round(rate / 1e12, 2), processors)
 
@@ -331,7 +331,7 @@ def _blocks(
         for rows in size.rows:
             inputs, form = _inputs(exported, rows), forms[exported.model]
             output, want = form(inputs)[0].astype(np.float64), reference[exported.model, rows]
-            seconds = _median_seconds(form.hold(inputs), size.measure_s)
+            seconds = median_seconds(form.hold(inputs), size.measure_s)
             counted = flops.get(exported.model)
             fraction = counted(rows) / seconds / peaks[precision] if counted else None
             error = float(np.abs(output - want).max() / np.abs(want).max())
@@ -379,7 +379,7 @@ def _schedules(
             def run(request: Any = request, program: Any = program) -> None:
                 generate(request, pipeline, program, infer)
 
-            ms = _median_seconds(run, size.measure_s) * 1e3 / batch
+            ms = median_seconds(run, size.measure_s) * 1e3 / batch
             at_paper = paper if batch == 8 else None
             estimate = None
             if chip:
@@ -393,7 +393,8 @@ def _schedules(
             yield ScheduleTime(engine, precision, schedule, batch, ms, at_paper, estimate)
 
 
-def _median_seconds(run: Callable[[], None], measure_s: float) -> float:
+def median_seconds(run: Callable[[], None], measure_s: float) -> float:
+    """Median of `run`'s seconds: three times at least, else for `measure_s`, 50 times at most."""
     run()  # compiles, captures, allocates
     run()
     times: list[float] = []
@@ -414,7 +415,7 @@ def matrix_peak(precision: str, device: str, measure_s: float) -> float:
         if device == "cuda":
             torch.cuda.synchronize()
 
-    return 2 * side**3 / _median_seconds(run, measure_s)
+    return 2 * side**3 / median_seconds(run, measure_s)
 
 
 def _memory() -> float | None:

@@ -72,6 +72,22 @@ def test_gpu_serve_check(tmp_path: Path) -> None:
     assert all(load["images_per_s"] > 0 for load in report["loads"])
 
 
+def test_gpu_profile(tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    run("bench.gpu_profile", "--size", "small", "--rows", 4, "--out", out)
+    report = json.loads(out.read_text())
+    assert len(report["products"]) == 4 * 5 and len(report["attention"]) == 4 * 4
+    assert all(each.get("tflops", 0) > 0 for each in report["products"] if "failed" not in each)
+    # What this machine cannot do is told with its reason.
+    failed = {each["kernel"] for each in report["attention"] if "failed" in each}
+    assert "cudnn" in failed and "math" not in failed
+    whole, *kernels = report["step"]
+    assert whole["ms"] > 0 and sum(each["ms"] for each in kernels) <= whole["kernels_ms"]
+    assert [each["images"] for each in report["trajectory"]] == [1, 2, 8]
+    timed = report["decoder"] + report["trajectory"]
+    assert all(each["ms_per_image"] > 0 for each in timed)
+
+
 H100, H200 = Chip(790, 3.0, 132), Chip(790, 4.3, 132)
 
 

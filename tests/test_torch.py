@@ -5,14 +5,20 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from flowturbo_client import FlowTurboClient
-from google.protobuf import text_format
+from google.protobuf import json_format, text_format
 from support import GLYPHS_EXPORT, GOLDEN_EXPORT, ROOT, golden_cases, read_config, run_export
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from tritonclient.grpc import model_config_pb2
 
 from bench.networks import SIZES, pipeline_modules
@@ -21,6 +27,7 @@ from export.onnx_graph import Exported
 from export.torch_program import export_program
 from flowturbo import LocalPipeline, contract
 from flowturbo.nets.torch_runtime import TorchModel
+from flowturbo.parity import VerificationError
 from flowturbo.serving.installation import ServerError
 from flowturbo.serving.tritonserver import running_server
 
@@ -141,3 +148,152 @@ def test_what_the_repository_says_of_it(repository: Path) -> None:
     assert list(build["files"]) == ["model.pt2", "model.py"]
     config = read_config(repository / contract.PREDICTOR / "config.pbtxt")
     assert config.HasField("dynamic_batching")
+
+
+class RecordedGraph:
+    """Stands for a CUDA graph: its operations, run again on the same tensors in the same order."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, tuple, dict, Any]] = []
+
+    def replay(self) -> None:
+        for operation, arguments, options, outputs in self.calls:
+            again = operation(*arguments, **options)
+            for held, made in zip(tree_leaves(outputs), tree_leaves(again), strict=True):
+                if isinstance(held, torch.Tensor) and held.data_ptr() != made.data_ptr():
+                    held.copy_(made)  # else a view of what is there already
+
+
+class Recorder(TorchDispatchMode):
+    """What `torch.cuda.graph` is for a CUDA graph."""
+
+    active = False
+
+    def __init__(self, graph: RecordedGraph, pool: object) -> None:
+        super().__init__()
+        self.graph = graph
+
+    def __enter__(self) -> Any:
+        Recorder.active = True
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        Recorder.active = False
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        self.graph.calls.append((func, args, kwargs or {}, outputs))
+        return outputs
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[RecordedGraph]:
+    """The CUDA graphs that are captured: PyTorch here has no CUDA, and records them itself."""
+    made: list[RecordedGraph] = []
+
+    def graph() -> RecordedGraph:
+        made.append(RecordedGraph())
+        return made[-1]
+
+    for name, stand_in in {
+        "graph_pool_handle": lambda: None,
+        "Stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
+        "current_stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
+        "stream": lambda stream: nullcontext(),
+        "CUDAGraph": graph,
+        "graph": Recorder,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    return made
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows for which the network is compiled: really traced, by a backend that only counts."""
+    made: list[int] = []
+    torch_compile = torch.compile
+
+    def backend(module: Any, inputs: list[Any]) -> Any:
+        made.append(len(next(each for each in inputs if isinstance(each, torch.Tensor))))
+        return module.forward
+
+    def compile_network(module: Any, **options: Any) -> Any:
+        fast = torch_compile(module, backend=backend, **options)
+        # What is compiled cannot be recorded by a mode of PyTorch.
+        return lambda *inputs: (module if Recorder.active else fast)(*inputs)
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", compile_network)
+    return made
+
+
+@pytest.mark.parametrize("model", [contract.PREDICTOR, contract.REFINER, contract.DECODER])
+def test_a_graph_for_each_batch_size(
+    model: str, recorded: list[RecordedGraph], compiled: list[int], tmp_path: Path
+) -> None:
+    """The code of a GPU, on a CPU: which graph takes a batch, and what its padding does."""
+    exported = next(e for e in pipeline_modules(SIZES["small"]) if e.model == model)
+    export_program(exported, tmp_path / "model.pt2")
+    plain = TorchModel(tmp_path / "model.pt2", threads=1)
+    # As many rows as the latent has channels, and as it has rows of pixels: no special cases.
+    graphs = TorchModel(tmp_path / "model.pt2", threads=1, graph_rows=(2, 4, 8, 10))
+    assert len(compiled) == 1
+    replays: list[int] = []
+    for size, graph in zip((10, 8, 4, 2), recorded, strict=True):  # the largest comes first
+
+        def counted(size: int = size, replay: Any = graph.replay) -> None:
+            replays.append(size)
+            replay()
+
+        graph.replay = counted  # type: ignore[method-assign]
+    taken = {10: 10, 1: 2, 2: 2, 3: 4, 4: 4, 7: 8, 8: 8, 11: None}
+    for rows, size in taken.items():
+        replays.clear()
+        inputs = {k: v.numpy() for k, v in exported.random_inputs(rows, seed=rows).items()}
+        for found, want in zip(graphs(inputs), plain(inputs), strict=True):
+            largest = 1 if want.dtype == np.uint8 else 1e-4 * np.abs(want).max()
+            np.testing.assert_allclose(found.astype(float), want, rtol=0, atol=largest)
+        assert replays == ([size] if size else [])
+    assert len(compiled) == 1
+
+
+def test_a_model_on_a_gpu_is_checked_before_it_is_ready(
+    recorded: list[RecordedGraph],
+    compiled: list[int],
+    repository: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What was verified at the export was neither compiled nor captured."""
+    folder = tmp_path / contract.REFINER
+    shutil.copytree(repository / contract.REFINER, folder)
+    devices: list[str] = []
+
+    def model(path: Path, device: str, **options: Any) -> TorchModel:
+        devices.append(device)
+        return TorchModel(path, threads=1, **options)
+
+    monkeypatch.setattr("flowturbo.nets.torch_runtime.TorchModel", model)
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", ModuleType("pb_utils"))
+    monkeypatch.delitem(sys.modules, "flowturbo.serving.block", raising=False)
+    block = import_module("flowturbo.serving.block").TritonPythonModel()
+    config = json_format.MessageToDict(
+        read_config(folder / "config.pbtxt"), preserving_proto_field_name=True
+    )
+    config["parameters"]["graph_rows"] = {"string_value": "1,2,4,8,16"}
+    arguments = {
+        "model_config": json.dumps(config),
+        "model_repository": str(folder),
+        "model_version": "1",
+        "model_instance_kind": "GPU",
+        "model_instance_device_id": "3",
+    }
+    block.initialize(arguments)
+    assert devices == ["cuda:3"] and len(recorded) == 5
+    program = torch.export.load(folder / "1/model.pt2")
+    with torch.no_grad():
+        program.state_dict["network.final_layer.linear.weight"].mul_(1.05)
+    torch.export.save(program, folder / "1/model.pt2")
+    with pytest.raises(VerificationError, match="velocity_refiner: output .* is off by"):
+        block.initialize(arguments)

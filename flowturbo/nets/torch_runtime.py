@@ -1,6 +1,6 @@
 """Exported programs in PyTorch: on a CPU as they are, on a GPU compiled and as CUDA graphs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ _WARM_UPS = 3  # evaluations before a graph is captured: kernels are chosen, mem
 class TorchModel:
     """A composed model that `torch.export.save` wrote, loaded.
 
-    With `graph_rows`, on a GPU, the network is compiled, and a CUDA graph is captured for each of
-    these sizes. A batch runs in the smallest graph that holds it. One that none holds runs without.
+    With `graph_rows`, which needs a GPU, the network is compiled, and a CUDA graph is captured for
+    each of these sizes. A batch runs in the smallest graph that holds it, or without one where none
+    does.
     """
 
     def __init__(
@@ -30,7 +31,7 @@ class TorchModel:
         threads: int | None = None,
         graph_rows: Sequence[int] = (),
     ) -> None:
-        self.on_gpu = device != "cpu"
+        self.on_gpu = device.startswith("cuda")
         self._device = device
         program = torch.export.load(path)
         self._inputs = list(program.graph_signature.user_inputs)
@@ -46,8 +47,8 @@ class TorchModel:
         # copies the activations of 64 images and more, which changes no value.
         self._module._forward_pre_hooks.clear()
         self._graphs: dict[int, _Graph] = {}
-        if self.on_gpu and graph_rows:
-            self._module = torch.compile(self._module, dynamic=True, fullgraph=True)
+        if graph_rows:
+            self._module = torch.compile(self._module, fullgraph=True)
             self._capture(program, graph_rows)
 
     def __call__(self, inputs: Tensors) -> tuple[np.ndarray, ...]:
@@ -59,7 +60,7 @@ class TorchModel:
             outputs = self._graphs[size].replay(given)
         else:
             with torch.inference_mode(), self._attention():
-                outputs = self._module(*(tensor.to(self._device) for tensor in given))
+                outputs = self._module(*_any_rows(tensor.to(self._device) for tensor in given))
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         return tuple(output[:rows].cpu().numpy() for output in outputs)
 
@@ -72,12 +73,25 @@ class TorchModel:
         most = max(graph_rows)
         nodes = {node.name: node.meta["val"] for node in program.graph.nodes if "val" in node.meta}
         buffers = [
-            torch.zeros((most, *nodes[name].shape[1:]), dtype=nodes[name].dtype, device="cuda")
-            for name in self._inputs
+            torch.zeros((most, *node.shape[1:]), dtype=node.dtype, device=self._device)
+            for node in map(nodes.__getitem__, self._inputs)
         ]
         pool = torch.cuda.graph_pool_handle()
         for rows in sorted(graph_rows, reverse=True):
-            self._graphs[rows] = _Graph(self._module, [each[:rows] for each in buffers], pool)
+            inputs = _any_rows(each[:rows] for each in buffers)
+            self._graphs[rows] = _Graph(self._module, inputs, pool)
+
+
+def _any_rows(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """`tensors` marked, so that what is compiled for one batch size serves all of them.
+
+    `torch.compile(dynamic=True)` would take latent sides and channels for variable as well, and
+    compile anew where the rows happen to be as many.
+    """
+    marked = list(tensors)
+    for tensor in marked:
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    return marked
 
 
 class _Graph:
