@@ -6,7 +6,7 @@ REPOSITORY := model_repository
 SOURCES := flowturbo export training bench examples client tests
 
 .PHONY: help demo test unit check format setup export serve quality study refiners train fonts \
-  bench gpu-check gpu-serve-check xl-check clean
+  bench gpu-check gpu-profile gpu-serve-check xl-check clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -65,6 +65,9 @@ bench: export  ## load with perf_analyzer, and the service beside PyTorch and Fa
 
 gpu-check: setup  ## times SiT-XL/2's blocks and schedules in every engine that is here, bf16 first
 	$(BIN)/python -m bench.gpu_check $(GPU_CHECK)
+
+gpu-profile: setup  ## where the time of a SiT-XL/2 step goes: products, attention, kernels, decoder, one graph
+	$(BIN)/python -m bench.gpu_profile
 
 gpu-serve-check: setup  ## serves SiT-XL/2 (random weights) in PyTorch, without TensorRT, and puts load on it
 	$(BIN)/python -m bench.gpu_serve_check

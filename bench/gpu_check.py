@@ -197,9 +197,11 @@ def main() -> None:
     args.out.write_text(json.dumps(report, indent=1) + "\n")
     for line in report["left_out"]:
         print(f"left out: {line}")
+    print(f"written: {args.out}")
     if report["schedules"]:
-        plot(report, args.out.with_suffix(".png"))
-    print(f"written: {args.out}, {args.out.with_suffix('.png')}")
+        picture = args.out.with_suffix(".png")
+        plot(report, picture)
+        print(f"written: {picture}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,14 +2,18 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
+import zipfile
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
 from support import ROOT, run_module
 
 from bench.estimate import Chip, image_tflop, predictor_ms, request_ms
+from bench.gpu_wheels import parts, slim_server
 from bench.latent_size import fitted
 from bench.networks import SIZES, XL, matrix_flops
 from flowturbo.program import compile_program
@@ -86,6 +90,39 @@ def test_gpu_profile(tmp_path: Path) -> None:
     assert [each["images"] for each in report["trajectory"]] == [1, 2, 8]
     timed = report["decoder"] + report["trajectory"]
     assert all(each["ms_per_image"] > 0 for each in timed)
+
+
+def test_the_servers_wheel_for_one_python(tmp_path: Path) -> None:
+    """The real wheel's other stubs are left out, and pip installs what is left."""
+    wheel = tmp_path / "given" / "nvidia_pytriton-0.7.0-py3-none-any.whl"
+    wheel.parent.mkdir()
+    installed = distribution("nvidia-pytriton")
+    files = [f for f in installed.files or () if "stub" in str(f) or "libs/libpython" in str(f)]
+    files += [f for f in installed.files or () if f.name in ("METADATA", "WHEEL")]
+    with zipfile.ZipFile(wheel, "w") as made:
+        for file in files:
+            made.write(file.locate(), str(file))
+        record = "nvidia_pytriton-0.7.0.dist-info/RECORD"
+        made.writestr(record, "".join(f"{file},,\n" for file in [*files, record]))
+    slim_server(wheel, "3.12")
+    site = tmp_path / "site"
+    pip = (sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--target", site)
+    subprocess.run([*pip, wheel], check=True, capture_output=True)
+    stubs = list(site.glob("pytriton/tritonserver/python_backend_stubs/*/*_stub"))
+    assert [stub.parent.name for stub in stubs] == ["3.12"]
+    assert os.access(stubs[0], os.X_OK) and not list(site.rglob("libpython*"))
+    slim_server(wheel, "3.12")
+    with pytest.raises(SystemExit, match="no stub for Python 3.11"):
+        slim_server(wheel, "3.11")
+
+
+def test_wheels_in_parts(tmp_path: Path) -> None:
+    for name, size in {"a": 6, "b": 5, "c": 4, "d": 1}.items():
+        (tmp_path / name).write_bytes(bytes(size * 1_000_000))
+    made = parts(sorted(tmp_path.iterdir()), 10)
+    assert [[path.name for path in part] for part in made] == [["a", "c"], ["b", "d"]]
+    with pytest.raises(SystemExit, match="a has 6.0 MB, more than --part-mb 5"):
+        parts(sorted(tmp_path.iterdir()), 5)
 
 
 H100, H200 = Chip(790, 3.0, 132), Chip(790, 4.3, 132)
