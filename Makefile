@@ -10,7 +10,7 @@ SOURCES := flowturbo export training bench examples client tests
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 17
 
 demo: export  ## serve the glyphs model and write picture grids to output/
 	$(BIN)/python examples/demo.py --repository $(REPOSITORY) --output output
