@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 GLYPHS := weights/glyphs
 REPOSITORY := model_repository
-SOURCES := flowturbo export training bench examples client tests
+SOURCES := flowturbo export training tuning bench research examples client tests
 
 .PHONY: help demo test unit check format setup export serve quality study refiners train fonts \
   bench gpu-check gpu-profile gpu-serve-check xl-check clean
@@ -19,7 +19,8 @@ test: check  ## lint, types and all tests
 	$(BIN)/pytest
 
 unit: setup  ## the tests that need no export and no server; seconds
-	$(BIN)/pytest tests/unit client/tests
+	$(BIN)/pytest -m unit tests
+	$(BIN)/pytest client/tests
 
 format: setup  ## formats the code, and mends what the linter can
 	$(BIN)/ruff check --fix $(SOURCES)
@@ -50,15 +51,15 @@ serve: export  ## until Ctrl-C
 	$(BIN)/python -m flowturbo.serve --repository $(REPOSITORY)
 
 quality: export  ## recognition and Fréchet distance of 1,000 images: H8, H1P5R3 and the default
-	$(BIN)/python -m bench.quality --repository $(REPOSITORY) --weights $(GLYPHS) \
+	$(BIN)/python -m research.quality --repository $(REPOSITORY) --weights $(GLYPHS) \
 	  --json $(GLYPHS)/quality.json
 
 study: export  ## quality against time, docs/quality.md; resumes, says at its start how long it takes
-	$(BIN)/python -m bench.study --repository $(REPOSITORY) --weights $(GLYPHS) \
+	$(BIN)/python -m research.study --repository $(REPOSITORY) --weights $(GLYPHS) \
 	  --json docs/benchmarks/study.json --report docs/quality.md
 
 refiners: export  ## those of the study's last section; an hour for training, five minutes for data
-	$(BIN)/python -m bench.study.refiners --repository $(REPOSITORY) --weights $(GLYPHS)
+	$(BIN)/python -m research.study.refiners --repository $(REPOSITORY) --weights $(GLYPHS)
 
 bench: export  ## load with perf_analyzer, and the service beside PyTorch and FastAPI; 20 minutes
 	$(BIN)/python -m bench.load --repository $(REPOSITORY) --baseline

@@ -1,7 +1,7 @@
 """What people run today: FlowTurbo's sampler written plainly in PyTorch, on the same checkpoints.
 
-The loop is that of the paper's public code (`reference` in `flowturbo.program`). Guidance doubles
-the batch, as in SiT: the conditional rows, then as many with the null label.
+The loop is that of the paper's public code (`reference` in `flowturbo.solver.program`). Guidance
+doubles the batch, as in SiT: the conditional rows, then as many with the null label.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from flowturbo.nets.checkpoint import build_network
 from flowturbo.nets.sit import GUIDED_CHANNELS, SiT
 from flowturbo.nets.vae import Decoder, load_vae
 from flowturbo.nets.weights import load_checkpoint
-from flowturbo.schedule import Schedule
+from flowturbo.solver.schedule import Schedule
 
 PRECISIONS = ("fp32", "bf16")
 

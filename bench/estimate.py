@@ -12,7 +12,7 @@ from bench.networks import matrix_flops
 from flowturbo import contract
 from flowturbo.generate import models_called
 from flowturbo.nets.sit import SiTConfig, refiner_config
-from flowturbo.program import Program
+from flowturbo.solver.program import Program
 
 # Rows and columns of an output tile, and how near to the peak a product of such tiles comes.
 _TILES = (((128, 256), 1.0), ((128, 128), 0.9))

@@ -33,13 +33,13 @@ from flowturbo import contract
 from flowturbo.errors import RepositoryError
 from flowturbo.generate import generate, program_for
 from flowturbo.gpu import gpu_count
-from flowturbo.guidance import Tensors
 from flowturbo.nets.sit import refiner_config
-from flowturbo.program import Variant
 from flowturbo.repository import Pipeline, Settings
 from flowturbo.request import parse_request
 from flowturbo.runtimes import open_model, runtime_for
-from flowturbo.schedule import Schedule
+from flowturbo.solver.guidance import Tensors
+from flowturbo.solver.program import Variant
+from flowturbo.solver.schedule import Schedule
 
 # ms/img at batch 8, guidance 1.5, one A800: FlowTurbo, tables 1 and 5. H8 compiled is 68.0.
 PAPER_MS = {

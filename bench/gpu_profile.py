@@ -29,7 +29,7 @@ from bench.networks import SIZES, Size, pipeline_modules, random_network, random
 from export.onnx_graph import PRECISIONS, to_precision
 from flowturbo.nets.sit import refiner_config
 from flowturbo.nets.vae import Decoder
-from flowturbo.schedule import Schedule
+from flowturbo.solver.schedule import Schedule
 
 Measured = dict[str, float]
 

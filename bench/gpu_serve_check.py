@@ -26,9 +26,9 @@ from bench.networks import SIZES
 from bench.xl_check import checkpoints
 from export.__main__ import main as export
 from flowturbo.gpu import gpu_count
-from flowturbo.program import compile_program
-from flowturbo.schedule import Schedule
 from flowturbo.serving.tritonserver import running_server
+from flowturbo.solver.program import compile_program
+from flowturbo.solver.schedule import Schedule
 
 SCHEDULE, SCALE = "H1P5R3", 1.5
 LOADS = ((1, 1), (8, 1), (1, 8), (1, 32))  # images of a request, and clients

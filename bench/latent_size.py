@@ -22,12 +22,12 @@ from export.onnx_graph import Exported
 from export.runtime import export_for
 from flowturbo import contract
 from flowturbo.generate import generate, program_for
-from flowturbo.guidance import Tensors
 from flowturbo.nets.sit import SiTConfig, refiner_config
-from flowturbo.program import Variant
 from flowturbo.repository import Pipeline, Settings
 from flowturbo.request import parse_request
 from flowturbo.runtimes import open_model
+from flowturbo.solver.guidance import Tensors
+from flowturbo.solver.program import Variant
 
 SIDES = (8, 16, 24, 32)
 REPETITIONS = 9

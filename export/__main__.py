@@ -21,11 +21,11 @@ from export.source import Source
 from export.verify import verify_repository
 from flowturbo.errors import FlowTurboError
 from flowturbo.gpu import gpu_count
-from flowturbo.guidance import Guidance
 from flowturbo.nets.weights import WEIGHTS_KEYS
 from flowturbo.repository import Settings
 from flowturbo.runtimes import RUNTIMES
 from flowturbo.serving.installation import cache_folder
+from flowturbo.solver.guidance import Guidance
 
 
 def main(argv: Sequence[str]) -> int:
@@ -174,7 +174,7 @@ def _export_parser() -> argparse.ArgumentParser:
         "--presets",
         type=Path,
         metavar="FILE",
-        help="schedules that requests may ask for by name, from bench.tune "
+        help="schedules that requests may ask for by name, from tuning "
         "(default: those that the repository has, or the paper's)",
     )
     add(

@@ -13,7 +13,7 @@ class StepBlock(nn.Module):
     """A network with guidance, for rows that each have their own coefficients.
 
     Inputs as in `flowturbo.contract`: x and velocity [B, C, h, w], label [B, 1], scalars [B, 5],
-    pair [B, 1]. The equations and the columns of `scalars` are those of `flowturbo.program`.
+    pair [B, 1]. The equations and the columns of `scalars` are those of `flowturbo.solver.program`.
     Guidance acts on the first `guidance_channels` channels; the others keep the row's own output,
     as in SiT. The network computes in the type of its parameters, all else in float32.
     """

@@ -11,7 +11,6 @@ from export import install
 from export.deployment import add_tensors
 from flowturbo import contract
 from flowturbo.ensemble import Step, block_steps, ensemble_name
-from flowturbo.program import Program, Variant, compile_program
 from flowturbo.repository import (
     BUILD_FILE,
     ENSEMBLE_SCHEDULE,
@@ -19,7 +18,8 @@ from flowturbo.repository import (
     Settings,
     read_record,
 )
-from flowturbo.schedule import Schedule
+from flowturbo.solver.program import Program, Variant, compile_program
+from flowturbo.solver.schedule import Schedule
 
 _PART = "part_of_ensemble"
 _FILES = ("config.pbtxt", "1/model.py", BUILD_FILE)

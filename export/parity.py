@@ -5,8 +5,8 @@ import torch
 
 from export.onnx_graph import Exported
 from flowturbo import contract
-from flowturbo.guidance import Tensors
 from flowturbo.parity import PAIRED, Evaluate, Figures, VerificationError
+from flowturbo.solver.guidance import Tensors
 
 _AT_ONCE = 6  # rows, which bounds the memory that a large decoder takes
 

@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 from export.blocks import StepBlock
 from export.onnx_graph import Exported
 from export.parity import torch_evaluation, torch_figures
-from flowturbo.guidance import Tensors
 from flowturbo.parity import Figures
+from flowturbo.solver.guidance import Tensors
 
 LARGEST = torch.finfo(torch.float16).max
 HEADROOM = 2.0  # other inputs than the few that are tried reach further

@@ -31,7 +31,7 @@ from flowturbo.parity import TOLERANCES, Figures, VerificationError, batches_up_
 from flowturbo.presets import Presets, find_schedule, load_presets, parse_presets
 from flowturbo.repository import Settings
 from flowturbo.runtimes import model_file
-from flowturbo.schedule import Schedule
+from flowturbo.solver.schedule import Schedule
 from flowturbo.textfile import read_lines, read_text
 
 # Characters of these kinds are not seen: control, format, lone surrogates.

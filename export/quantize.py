@@ -13,9 +13,9 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from export.onnx_graph import Exported
 from flowturbo import contract
-from flowturbo.guidance import Guidance, scalar_rows
-from flowturbo.program import BlockCall, PredictorCall, RefinerCall
 from flowturbo.runtimes import OnnxRuntimeModel
+from flowturbo.solver.guidance import Guidance, scalar_rows
+from flowturbo.solver.program import BlockCall, PredictorCall, RefinerCall
 
 LARGEST = 448.0  # of FLOAT8E4M3FN
 _STEPS, _ROWS, _GUIDANCE = 10, 16, 1.5

@@ -12,11 +12,11 @@ from export.onnx_graph import Exported, export_onnx
 from export.torch_program import export_program
 from flowturbo import contract
 from flowturbo.generate import models_called
-from flowturbo.guidance import Tensors
 from flowturbo.parity import TOLERANCES, Figures, VerificationError
 from flowturbo.presets import DEFAULT, built_in
-from flowturbo.program import compile_program
 from flowturbo.runtimes import model_file, open_model, runtime_for
+from flowturbo.solver.guidance import Tensors
+from flowturbo.solver.program import compile_program
 
 MEASURE_S = 0.5  # for one batch size
 # Calls that a request makes with the default schedule.

@@ -14,12 +14,12 @@ from export.source import Source, modules, source_digests
 from flowturbo import contract
 from flowturbo.errors import RepositoryError
 from flowturbo.generate import generate, program_for
-from flowturbo.guidance import Tensors
 from flowturbo.parity import TOLERANCES, Evaluate, VerificationError, errors
-from flowturbo.program import Variant
 from flowturbo.repository import Pipeline, Settings
 from flowturbo.request import GenerationRequest, parse_request
 from flowturbo.runtimes import model_file, open_model
+from flowturbo.solver.guidance import Tensors
+from flowturbo.solver.program import Variant
 
 IMAGES = 2
 GUIDANCE_SCALE = 1.5  # where the predictor has a null class

@@ -2,9 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
-from flowturbo.program import Program, Variant, compile_program
-from flowturbo.sampler import sample
-from flowturbo.schedule import Schedule
+from flowturbo.solver.program import Program, Variant, compile_program
+from flowturbo.solver.sampler import sample
+from flowturbo.solver.schedule import Schedule
 
 if TYPE_CHECKING:
     from flowturbo.local import LocalPipeline

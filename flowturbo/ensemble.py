@@ -13,12 +13,12 @@ import numpy as np
 from flowturbo import contract
 from flowturbo.errors import RequestError
 from flowturbo.generate import BLOCK_MODELS
-from flowturbo.guidance import Guidance, Tensors, alternate, pair_rows, scalar_rows, spread
-from flowturbo.program import BlockCall, Program, RefinerCall
 from flowturbo.repository import Pipeline, Settings
 from flowturbo.request import GenerationRequest, parse_request
-from flowturbo.sampler import Array, sample
-from flowturbo.schedule import Schedule
+from flowturbo.solver.guidance import Guidance, Tensors, alternate, pair_rows, scalar_rows, spread
+from flowturbo.solver.program import BlockCall, Program, RefinerCall
+from flowturbo.solver.sampler import Array, sample
+from flowturbo.solver.schedule import Schedule
 
 # Rows that the orchestrator gives to an ensemble on a CPU. On a GPU any number: latents stay there.
 _MOST_ROWS = 8

@@ -9,13 +9,13 @@ import numpy as np
 
 from flowturbo import contract
 from flowturbo.errors import NotFiniteError
-from flowturbo.guidance import Guidance, Tensors, gather, guided_block, spread
 from flowturbo.latents import encode_images
-from flowturbo.program import Network, Program, Variant, compile_program
 from flowturbo.repository import Pipeline
 from flowturbo.request import GenerationRequest
-from flowturbo.sampler import Array, AwaitedBlock, run, sampling
-from flowturbo.schedule import Schedule
+from flowturbo.solver.guidance import Guidance, Tensors, gather, guided_block, spread
+from flowturbo.solver.program import Network, Program, Variant, compile_program
+from flowturbo.solver.sampler import Array, AwaitedBlock, run, sampling
+from flowturbo.solver.schedule import Schedule
 
 # Evaluates a composed model: (its name, its inputs [rows, ...]) to its outputs in contract order.
 Infer = Callable[[str, Tensors], tuple[Array, ...]]

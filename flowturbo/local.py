@@ -9,12 +9,12 @@ import numpy as np
 from flowturbo import contract
 from flowturbo.errors import RequestError
 from flowturbo.generate import generate, program_for
-from flowturbo.guidance import Tensors
-from flowturbo.program import Program, Variant, compile_program
 from flowturbo.repository import Pipeline, Settings, read_build
 from flowturbo.request import GenerationRequest, default_schedule, parse_request
 from flowturbo.runtimes import Model, model_file, open_model
-from flowturbo.schedule import Schedule
+from flowturbo.solver.guidance import Tensors
+from flowturbo.solver.program import Program, Variant, compile_program
+from flowturbo.solver.schedule import Schedule
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Presets: names that a request may give in place of a schedule.
 
-A repository keeps its own in the orchestrator's folder, as `bench.tune` chooses them on the
+A repository keeps its own in the orchestrator's folder, as `tuning` chooses them on the
 deployed models and `export --presets` installs them: {"presets": {"fast": {"schedule": "H1P5R3"}}}.
 What else stands there is for people to read.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 from flowturbo import contract
 from flowturbo.errors import RepositoryError, RequestError
-from flowturbo.schedule import Schedule
+from flowturbo.solver.schedule import Schedule
 from flowturbo.textfile import TextFileError, read_text
 
 PRESETS_FILE = "presets.json"

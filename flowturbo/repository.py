@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from flowturbo import contract
 from flowturbo.errors import RepositoryError, RequestError
-from flowturbo.guidance import Guidance
 from flowturbo.presets import DEFAULT, Presets, built_in, load_presets, may_be_preset
-from flowturbo.program import Variant
-from flowturbo.schedule import Schedule
+from flowturbo.solver.guidance import Guidance
+from flowturbo.solver.program import Variant
+from flowturbo.solver.schedule import Schedule
 from flowturbo.textfile import TextFileError, read_json, read_text
 
 if TYPE_CHECKING:

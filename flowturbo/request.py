@@ -8,11 +8,11 @@ import numpy as np
 
 from flowturbo import contract
 from flowturbo.errors import RepositoryError, RequestError
-from flowturbo.guidance import Guidance
 from flowturbo.latents import FORMATS, MAX_SEED, draw_seeds, noise
 from flowturbo.presets import find_schedule
 from flowturbo.repository import Pipeline, Settings
-from flowturbo.schedule import Schedule
+from flowturbo.solver.guidance import Guidance
+from flowturbo.solver.schedule import Schedule
 
 _SPECS = {spec.name: spec for spec in contract.REQUEST_INPUTS}
 LARGEST_NOISE = 10.0  # of standard normal numbers, none of 10^20 is larger

@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from flowturbo.errors import RepositoryError
-from flowturbo.guidance import Tensors
+from flowturbo.solver.guidance import Tensors
 
 RUNTIMES = ("onnxruntime", "openvino", "torch")
 _CUDA = "CUDAExecutionProvider"

@@ -18,12 +18,12 @@ from bench.observe import Observation, Work, observing, read_work
 from flowturbo import contract
 from flowturbo.contract import DECODER, ORCHESTRATOR, PREDICTOR, REFINER
 from flowturbo.generate import generate, models_called
-from flowturbo.guidance import Tensors
 from flowturbo.local import LocalPipeline
-from flowturbo.program import compile_program
 from flowturbo.request import parse_request
-from flowturbo.schedule import Schedule
 from flowturbo.serving.tritonserver import ServerAddress
+from flowturbo.solver.guidance import Tensors
+from flowturbo.solver.program import compile_program
+from flowturbo.solver.schedule import Schedule
 
 ON_STEPS, ON_ENSEMBLE = "H2P4R2", "H1P5R3"  # make export has an ensemble for the second
 GUIDED = 2  # rows an image

@@ -15,7 +15,7 @@ from flowturbo.errors import RepositoryError, RequestError
 from flowturbo.presets import BUILT_IN, built_in, load_presets, presets_path, read_presets
 from flowturbo.repository import Pipeline, Settings
 from flowturbo.request import parse_request
-from flowturbo.schedule import Schedule
+from flowturbo.solver.schedule import Schedule
 
 # A name of a real preset, and one that only letters of schedules could be taken for.
 OWN = {"fast": "H1P1", "r3": "H1P2R1"}

@@ -2,7 +2,7 @@
 
 Training reads ImageNet's layout, a subfolder for each class, whose sorted order is the class ids.
 `find_images` and `read_image` are the one rule for all who read images from files: training and
-`bench.quality`.
+`research.quality`.
 """
 
 import os

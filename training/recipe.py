@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flowturbo.generate import LARGEST_TRAINED_STEP
-from flowturbo.guidance import MAX_SCALE
 from flowturbo.nets.sit import GUIDED_CHANNELS
+from flowturbo.solver.guidance import MAX_SCALE
 from training.data import Latents, Source
 from training.loop import mine
 from training.plan import PlanError

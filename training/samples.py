@@ -8,12 +8,12 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from flowturbo.guidance import MAX_SCALE
 from flowturbo.latents import noise
 from flowturbo.nets.sit import GUIDED_CHANNELS, SiT
 from flowturbo.nets.vae import Decoder
-from flowturbo.program import time_grid
-from flowturbo.schedule import Schedule
+from flowturbo.solver.guidance import MAX_SCALE
+from flowturbo.solver.program import time_grid
+from flowturbo.solver.schedule import Schedule
 from training.loop import device
 from training.plan import PlanError
 
@@ -78,8 +78,8 @@ def sample(
 ) -> Tensor:
     """Latents [B, C, h, w] from noise `x` of that shape, of class ids `label` [B].
 
-    Steps H, P and R on the schedule's grid as the public code takes them (`flowturbo.program`,
-    variant `reference`). Guided, the batch is doubled, as in SiT: the rows with the null label
+    Steps H, P and R on the schedule's grid as the public code takes them
+    (`flowturbo.solver.program`, variant `reference`). Guided, the batch is doubled, as in SiT: the rows with the null label
     follow the conditional ones.
     """
     guided, count = scale != 1.0, len(x)

@@ -7,8 +7,8 @@ from typing import Any
 from bench.capacity.block_times import OVERHEAD_MS, BlockTimes
 from flowturbo import contract
 from flowturbo.generate import models_called
-from flowturbo.program import compile_program
-from flowturbo.schedule import Schedule
+from flowturbo.solver.program import compile_program
+from flowturbo.solver.schedule import Schedule
 
 
 @dataclass(frozen=True)

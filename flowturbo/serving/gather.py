@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from flowturbo.generate import Infer
-from flowturbo.guidance import Tensors
+from flowturbo.solver.guidance import Tensors
 
 _logger = logging.getLogger(__name__)
 MOST_PASSED_OVER = 8  # about as many turns as a request makes of the predictor

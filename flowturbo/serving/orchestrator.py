@@ -26,8 +26,6 @@ from flowturbo.errors import (
 )
 from flowturbo.generate import AwaitedInfer, complete, make_images, models_called, program_for
 from flowturbo.gpu import gpu_count
-from flowturbo.guidance import Tensors
-from flowturbo.program import Program, Variant
 from flowturbo.repository import Pipeline, read_ensembles
 from flowturbo.request import GenerationRequest, default_schedule, parse_request
 from flowturbo.serving.answers import StoredAnswers
@@ -43,6 +41,8 @@ from flowturbo.serving.triton_io import (
     read_tensors,
     repository_of,
 )
+from flowturbo.solver.guidance import Tensors
+from flowturbo.solver.program import Program, Variant
 
 ALONE_S = 1.0  # after so long without company, a request need not wait to share its batches
 CANCEL_CHECK_S = 0.02  # asking the server whether a caller is still there costs a round trip

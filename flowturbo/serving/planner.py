@@ -7,7 +7,6 @@ import triton_python_backend_utils as pb_utils
 
 from flowturbo.ensemble import plan, read_request
 from flowturbo.generate import program_for
-from flowturbo.program import Variant
 from flowturbo.repository import Pipeline
 from flowturbo.request import default_schedule
 from flowturbo.serving.forwarded import Forwarded
@@ -17,6 +16,7 @@ from flowturbo.serving.triton_io import (
     read_tensors,
     repository_of,
 )
+from flowturbo.solver.program import Variant
 
 
 class TritonPythonModel:

@@ -9,9 +9,9 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from flowturbo.errors import RequestError
-from flowturbo.guidance import Tensors
 from flowturbo.repository import Settings
 from flowturbo.serving.outcomes import CODES, as_told, failure, incomplete, outcome_of
+from flowturbo.solver.guidance import Tensors
 
 
 def repository_of(args: dict[str, str]) -> Path:

@@ -1,1 +1,0 @@
-"""How good images are, by any sampler, beside real ones: `python -m bench.quality`."""

@@ -1,1 +1,0 @@
-"""Quality against time, with the paper's ablations: `python -m bench.study`."""

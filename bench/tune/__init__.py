@@ -1,1 +1,0 @@
-"""Choosing a schedule for a deployed model: time against quality."""

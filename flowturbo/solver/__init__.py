@@ -1,0 +1,1 @@
+"""The paper's mathematics: schedules, programs, guidance and the sampler; numpy alone."""

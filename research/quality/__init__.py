@@ -1,0 +1,1 @@
+"""How good images are, by any sampler, beside real ones: `python -m research.quality`."""

@@ -1,0 +1,254 @@
+"""How good images are: `python -m research.quality`.
+
+They are made in this process by the exported blocks that the server runs, or by a server, and
+compared with real ones by a network that looks at both: for glyphs a classifier, else Inception.
+A Fréchet distance depends on the number of images: compare at equal numbers only.
+"""
+
+import argparse
+import contextlib
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import flowturbo_client
+from flowturbo_client import FlowTurboClient
+
+from bench.observe import write_json
+from flowturbo.errors import FlowTurboError, RequestError
+from flowturbo.presets import DEFAULT, built_in
+from flowturbo.repository import Pipeline, Settings
+from flowturbo.request import default_guidance_scale, default_schedule
+from research.quality.engine import (
+    Engine,
+    Exact,
+    Recipe,
+    check_decoder,
+    find_sampler,
+    schedule_evaluations,
+)
+from research.quality.evaluate import (
+    IN_FLIGHT,
+    SERVED_BATCH,
+    Eyes,
+    Local,
+    described,
+    exact_distance,
+    exact_latents,
+    served,
+)
+from research.quality.images import ImageFolder, Speed
+
+PREDICTOR = "predictor.safetensors"  # of the weights folder, beside the classifier
+Row = dict[str, Any]
+_ALSO = (  # what it is called, its key and its interval's, and how it is written
+    ("spatial", "spatial_frechet_distance", "spatial_frechet_interval", ".3f"),
+    ("Inception Score", "inception_score", "inception_score_interval", ".2f"),
+    ("precision", "knn_precision", "knn_precision_interval", ".3f"),
+    ("recall", "knn_recall", "", ".3f"),
+    ("from exact", "from_exact", "", ".4f"),
+    ("ms/image", "ms_per_image", "", ".1f"),
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """The recipes of one repository, all of them found right before the first image is made."""
+
+    repository: Path
+    pipeline: Pipeline
+    recipes: tuple[Recipe, ...]
+    exact: Exact | None
+
+    @classmethod
+    def of(cls, repository: Path, args: argparse.Namespace) -> "Task":
+        """What `args` ask of `repository`; raises FlowTurboError, saying what it cannot do."""
+        pipeline, settings = Pipeline.load(repository), Settings.load(repository)
+        check_decoder(repository, pipeline)
+        paper = built_in(has_refiner=pipeline.has_refiner)[DEFAULT]
+        default = default_schedule(pipeline, settings)
+        texts = args.schedule or ["H8", str(paper), str(default)]
+        samplers = dict.fromkeys(find_sampler(text, pipeline) for text in texts)
+        scale = args.guidance_scale
+        if scale is None:
+            scale = default_guidance_scale(pipeline, settings)
+        interval, variant = tuple(args.guidance_interval), args.variant or settings.variant
+        recipes = tuple(Recipe(sampler, scale, interval, variant) for sampler in samplers)
+        for recipe in recipes:
+            if args.server and recipe.schedule is None:
+                raise RequestError(f"a server runs schedules, not {recipe.sampler}")
+        exact = None
+        if args.exact:
+            predictor = args.predictor or args.weights / PREDICTOR
+            exact = Exact.of_repository(predictor, repository)
+        return cls(repository, pipeline, recipes, exact)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints and writes the quality of each recipe in each repository, as each is done.
+
+    Returns the exit status: 2, and one line on stderr, for what the user can put right.
+    """
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.server and (args.variant or args.exact):
+        parser.error("--variant and --exact are of this process: leave them out with --server")
+    if args.npz and not args.out:
+        parser.error("--npz is written to the folder --out")
+    for name, least in (("images", 2), ("exact", 0), ("in_flight", 1)):
+        if (value := getattr(args, name)) < least:
+            parser.error(f"--{name.replace('_', '-')} must be {least} or more, got {value}")
+    try:
+        _measure(args)
+    except (FlowTurboError, flowturbo_client.FlowTurboError, OSError, ValueError) as error:
+        print(f"quality: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m research.quality", description=__doc__)
+    parser.add_argument("--repository", type=Path, nargs="+", default=[Path("model_repository")])
+    parser.add_argument("--weights", type=Path, default=Path("weights/glyphs"))
+    parser.add_argument(
+        "--schedule",
+        nargs="+",
+        help="schedules, presets, or baselines such as unipc:8, dpm:8 and dopri5, in bf16 "
+        "dopri5:1e-2 (research/quality/samplers.py); default: H8, H1P5R3 and the service's own",
+    )
+    parser.add_argument("--guidance-scale", type=float, help="default: the service's")
+    parser.add_argument(
+        "--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH")
+    )
+    parser.add_argument(
+        "--variant", help="of refiner steps in this process; default: the service's"
+    )
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument(
+        "--exact",
+        type=int,
+        default=0,
+        metavar="N",
+        help="measure the distance to the exact solution over N latents, in this process",
+    )
+    parser.add_argument(
+        "--predictor",
+        type=Path,
+        help=f"checkpoint to solve exactly (default: --weights/{PREDICTOR})",
+    )
+    parser.add_argument("--inception", type=Path, help="pt_inception-2015-12-05-6726825d.pth")
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        help="real images: .npz as ADM's, or a folder (turned as their EXIF data say)",
+    )
+    parser.add_argument(
+        "--server",
+        metavar="HOST:PORT",
+        help="makes the images instead, over gRPC; it must serve the --repository",
+    )
+    parser.add_argument("--in-flight", type=int, default=IN_FLIGHT, help="requests to the server")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="keeps the images here, and goes on with those of the same recipe and networks, "
+        "whatever version of this code made them",
+    )
+    parser.add_argument("--npz", action="store_true", help="also as ADM's evaluator reads them")
+    parser.add_argument("--json", type=Path, help="where to write the figures as well")
+    return parser
+
+
+def _measure(args: argparse.Namespace) -> None:
+    tasks = [Task.of(path, args) for path in args.repository]
+    classes = (task.pipeline.num_classes for task in tasks)
+    eyes = Eyes.open(args.weights, args.inception, args.reference, *classes)
+    rows: list[Row] = []
+    print(f"schedule  precision    recognised  Fréchet distance   ({args.images} images each)")
+    with contextlib.ExitStack() as stack:
+        images = args.out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        for row in (row for task in tasks for row in _rows(task, images, eyes, args)):
+            rows.append(row)
+            print(in_words(row), flush=True)
+            if args.json:
+                write_json(rows, args.json)
+
+
+def _rows(task: Task, images: Path, eyes: Eyes, args: argparse.Namespace) -> Iterator[Row]:
+    engine = None if args.server else Engine(task.repository)
+    for recipe in task.recipes:
+        row = _row(task, images, eyes, engine, recipe, args)
+        if engine and task.exact:
+            solved = exact_latents(task.exact, recipe.guidance, args.exact, images)
+            row["exact_images"] = args.exact
+            row["from_exact"] = exact_distance(engine, recipe, solved)
+        yield row
+
+
+def _row(
+    task: Task,
+    images: Path,
+    eyes: Eyes,
+    engine: Engine | None,
+    recipe: Recipe,
+    args: argparse.Namespace,
+) -> Row:
+    pipeline, source = task.pipeline, "process" if engine else f"server {args.server}"
+    said = described(recipe, task.repository, source)
+    words = re.sub(r"[^\w.-]+", "-", source)
+    name = f"{recipe}_{pipeline.precision}_{words}_{said['models']}"
+    folder = ImageFolder(images / name, said, pipeline.num_classes)
+    made, evaluations = _fill(task, folder, engine, recipe, args)
+    if args.npz:
+        folder.to_npz(images / f"{name}.npz", args.images)
+    row = {"schedule": recipe.sampler, "precision": pipeline.precision, **asdict(recipe)}
+    del row["sampler"]
+    row |= asdict(eyes.figures(folder, args.images))
+    row |= {"made": made.images, "ms_per_image": folder.speed.ms_per_image}
+    row["predictor"], row["refiner"] = evaluations or (None, None)
+    return row
+
+
+def _fill(
+    task: Task,
+    folder: ImageFolder,
+    engine: Engine | None,
+    recipe: Recipe,
+    args: argparse.Namespace,
+) -> tuple[Speed, tuple[int, int] | None]:
+    """Makes the images; also says how often each network was evaluated for one, where known."""
+    if engine:
+        make = Local(engine, recipe)
+        return folder.fill(args.images, make), make.evaluations
+    with FlowTurboClient(args.server) as client:
+        asked = served(client, recipe)
+        batch = min(SERVED_BATCH, Settings.load(task.repository).max_images)
+        made = folder.fill(args.images, asked, batch=batch, in_flight=args.in_flight)
+    assert recipe.schedule is not None  # a server runs nothing else
+    return made, schedule_evaluations(recipe.schedule)
+
+
+def in_words(row: Row) -> str:
+    """One recipe's figures on one line, those that it has."""
+    recognised = _figure(row, "recognised", "recognised_interval", ".1%")
+    frechet = _figure(row, "frechet_distance", "frechet_interval", ".3f")
+    text = f"{row['schedule']:<9} {row['precision']:<10} {recognised:>12}  {frechet:>16}"
+    for label, key, interval, form in _ALSO:
+        if row.get(key) is not None:
+            text += f", {label} {_figure(row, key, interval, form)}"
+    return text
+
+
+def _figure(row: Row, key: str, interval: str, form: str) -> str:
+    if row.get(key) is None:
+        return ""
+    half = row.get(interval)
+    return f"{row[key]:{form}}" + ("" if half is None else f" ± {half:{form}}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,253 @@
+"""The exported models of a repository, run by any sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from export.install import read_build
+from flowturbo import LocalPipeline, contract
+from flowturbo.errors import RepositoryError, RequestError
+from flowturbo.generate import Infer, awaited, decode, image_block, in_chunks
+from flowturbo.latents import noise
+from flowturbo.nets.checkpoint import load_predictor
+from flowturbo.nets.sit import GUIDED_CHANNELS
+from flowturbo.nets.weights import CheckpointError, sha256
+from flowturbo.presets import find_schedule
+from flowturbo.repository import Pipeline
+from flowturbo.solver.guidance import Guidance, Tensors, gather, spread
+from flowturbo.solver.program import Network, PredictorCall, Variant, compile_program
+from flowturbo.solver.sampler import Array, run
+from flowturbo.solver.schedule import Schedule
+from research.quality import samplers
+from research.quality.samplers import Counted, Velocity
+
+Make = Callable[[Array, Array], Array]  # labels [n] and seeds [n] to images [n, H, W, 3] uint8
+
+BATCH = 25  # images made at once; the models take 32 guided ones
+EXACT_TOLERANCE = 1e-4  # of a step: the latents are right to 0.001, a tenth of what solvers reach
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How images are made: `sampler` is a schedule (H1P5R3) or a baseline (samplers.py).
+
+    `interval` is that of guidance, `variant` how a refiner step is computed. Raises RequestError
+    for what cannot be read.
+    """
+
+    sampler: str
+    guidance_scale: float
+    interval: tuple[float, float] = (0.0, 1.0)
+    variant: str = Variant.REFERENCE.value
+
+    def __post_init__(self) -> None:
+        if self.schedule is None:
+            samplers.parse(self.sampler)
+        Guidance(self.guidance_scale, self.interval)
+        if self.variant not in [*Variant]:
+            allowed = ", ".join(Variant)
+            raise RequestError(f"variant must be one of {allowed}, got {self.variant!r}")
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """The schedule, None for a baseline."""
+        return None if samplers.is_baseline(self.sampler) else Schedule.parse(self.sampler)
+
+    @property
+    def guidance(self) -> Guidance:
+        return Guidance(self.guidance_scale, self.interval)
+
+    def __str__(self) -> str:
+        """All of it in words that can name a file."""
+        text = f"{self.sampler.replace(':', '-')}_g{self.guidance_scale:g}"
+        if self.interval != (0.0, 1.0):
+            text += f"_from{self.interval[0]:g}to{self.interval[1]:g}"
+        return text + f"_{self.variant}" * (self.variant != Variant.REFERENCE)
+
+
+def find_sampler(text: str, pipeline: Pipeline) -> str:
+    """What a recipe takes for `text`: a baseline, a schedule, or a preset's name for its schedule.
+
+    Raises RequestError for what cannot be read, or needs a refiner that `pipeline` lacks.
+    """
+    if samplers.is_baseline(text):
+        samplers.parse(text)
+        return text
+    try:
+        schedule = find_schedule(text, pipeline.presets)
+    except RequestError as error:
+        raise RequestError(f"{error}; {samplers.HELP}") from None
+    if schedule.refines and not pipeline.has_refiner:
+        raise RequestError(f"schedule {schedule} has refiner steps, and there is no refiner here")
+    return str(schedule)
+
+
+def check_decoder(repository: Path, pipeline: Pipeline) -> None:
+    """Raises RepositoryError unless `pipeline`, of `repository`, makes images."""
+    if not pipeline.has_decoder:
+        raise RepositoryError(f"{repository} makes latents only: export it with --vae")
+
+
+@dataclass(frozen=True)
+class Made:
+    """`latent` [n, C, h, w], `image` [n, H, W, 3] uint8, and each network's evaluations."""
+
+    latent: Array
+    image: Array
+    predictor: int
+    refiner: int
+
+
+class Engine(LocalPipeline):
+    """A repository, run in this process by schedules and by baselines alike.
+
+    How many images a request may ask for is the service's business: here BATCH are made at once.
+    """
+
+    def __init__(self, model_repository: str | Path) -> None:
+        super().__init__(model_repository)
+        most = max(BATCH, self.settings.max_images)
+        self.settings = replace(self.settings, max_images=most)
+
+    def make(self, recipe: Recipe, labels: Array, seeds: Array) -> Made:
+        """Images of the classes `labels` [n] from `seeds` [n], by a repository with a decoder."""
+        schedule = recipe.schedule
+        if schedule is None:
+            return self._baseline(recipe, labels, seeds)
+        result = self.generate(
+            labels,
+            seeds,
+            recipe.sampler,
+            recipe.guidance_scale,
+            guidance_interval=recipe.interval,
+            variant=recipe.variant,
+        )
+        assert result.image is not None
+        return Made(result.latent, result.image, *schedule_evaluations(schedule))
+
+    def _baseline(self, recipe: Recipe, labels: Array, seeds: Array) -> Made:
+        chunked = in_chunks(awaited(self._infer), self.pipeline.max_rows)
+
+        def infer(model: str, tensors: Tensors) -> tuple[Array, ...]:
+            return run(chunked(model, tensors))
+
+        counted = Counted(velocity(infer, self.pipeline, labels, recipe.guidance))
+        latent = samplers.parse(recipe.sampler)(counted, noise(seeds, self.pipeline.latent_shape))
+        image = run(decode(chunked, latent))
+        return Made(latent, image, counted.evaluations, 0)
+
+
+def schedule_evaluations(schedule: Schedule) -> tuple[int, int]:
+    """How often `schedule` evaluates the predictor and the refiner."""
+    program = compile_program(schedule)
+    return program.evaluations(Network.PREDICTOR), program.evaluations(Network.REFINER)
+
+
+def velocity(infer: Infer, pipeline: Pipeline, labels: Array, guidance: Guidance) -> Velocity:
+    """The guided velocity of images of the classes `labels` [n], by calls that move nothing."""
+
+    block = image_block(awaited(infer), pipeline, labels, guidance)
+
+    async def evaluate(x: Array, t: float) -> Array:
+        rows = spread(x, guidance)
+        _, found = await block(PredictorCall(0, t), rows, np.zeros_like(rows))
+        return gather(found, guidance)
+
+    return lambda x, t: run(evaluate(x, t))
+
+
+class Exact:
+    """The flow itself: the predictor of a checkpoint in float32, integrated to EXACT_TOLERANCE.
+
+    Guidance acts on the first `guided_channels`; `weights` and `num_heads` are as the export takes
+    them. `digest` tells it from the flows of others. Raises CheckpointError.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        *,
+        guided_channels: int = GUIDED_CHANNELS,
+        weights: str | None = None,
+        num_heads: int | None = None,
+        num_classes: int | None = None,
+        reverse_time: bool = False,
+    ) -> None:
+        self.digest = sha256(checkpoint)[:12]
+        if weights:
+            self.digest += f"_{weights}"
+        if num_heads:
+            self.digest += f"_{num_heads}heads"
+        if guided_channels != GUIDED_CHANNELS:
+            self.digest += f"_{guided_channels}guided"
+        if num_classes:
+            self.digest += f"_{num_classes}classes"
+        if reverse_time:
+            self.digest += "_reversed"
+        self._guided_channels = guided_channels
+        self._network = load_predictor(
+            checkpoint, weights, num_heads, num_classes=num_classes, reverse_time=reverse_time
+        )
+        config = self._network.config
+        self.num_classes = config.num_classes
+        self.latent_shape = (config.latent_channels, config.latent_size, config.latent_size)
+
+    @classmethod
+    def of_repository(cls, checkpoint: Path, repository: Path) -> Exact:
+        """`checkpoint`, read and guided as `repository` was exported.
+
+        Raises CheckpointError for another file than the repository was exported from.
+        """
+        made_from = read_build(repository / contract.PREDICTOR)["fingerprint"]
+        options = made_from["options"]
+        if sha256(checkpoint) != made_from["sha256"][contract.PREDICTOR]:
+            raise CheckpointError(
+                f"{checkpoint} is not the file that {repository} was exported from: give the one "
+                "that was exported with --predictor"
+            )
+        return cls(
+            checkpoint,
+            guided_channels=options["guidance_channels"],
+            weights=options["weights"],
+            num_heads=options["num_heads"],
+            num_classes=options["num_classes"],
+            reverse_time=options["reverse_time"],
+        )
+
+    def velocity(self, labels: Array, guidance: Guidance) -> Velocity:
+        """The guided velocity of images of the classes `labels` [n]."""
+        channels = self._guided_channels
+        label = torch.from_numpy(labels)
+        null = torch.full_like(label, self.num_classes)
+
+        @torch.inference_mode()
+        def evaluate(x: Array, t: float) -> Array:
+            rows, times = torch.from_numpy(x), torch.full((len(x),), t)
+            v: torch.Tensor = self._network(rows, times, label)
+            if guidance.active(t):
+                u = self._network(rows, times, null)
+                guided = u + guidance.scale * (v - u)
+                v = torch.cat([guided[:, :channels], v[:, channels:]], 1)
+            return v.numpy()
+
+        return evaluate
+
+    def latent(self, labels: Array, seeds: Array, guidance: Guidance) -> Array:
+        """Latents [n, C, h, w] float32 of the classes `labels` [n] from `seeds` [n]."""
+        solve = samplers.dopri5(EXACT_TOLERANCE, EXACT_TOLERANCE)
+        return solve(self.velocity(labels, guidance), noise(seeds, self.latent_shape))
+
+
+def distances(one: Array, other: Array) -> Array:
+    """Root mean square of the difference of each latent of `one` from `other`'s, [n].
+
+    Their mean is what is reported: some noises lie where the flow parts, any solver's error sends
+    them elsewhere, and a root mean square over all images would speak of these few alone.
+    """
+    apart = np.square(one.astype(np.float64) - other)
+    return np.sqrt(apart.mean(tuple(range(1, apart.ndim))))

@@ -1,0 +1,184 @@
+"""The quality of one recipe's images, generated and judged."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flowturbo_client import FlowTurboClient
+
+from flowturbo import contract
+from flowturbo.repository import BUILD_FILE, read_record
+from flowturbo.solver.guidance import Guidance
+from flowturbo.solver.sampler import Array
+from research.quality.engine import (
+    BATCH,
+    EXACT_TOLERANCE,
+    Engine,
+    Exact,
+    Make,
+    Recipe,
+    distances,
+    schedule_evaluations,
+)
+from research.quality.images import ImageFolder, beside
+from research.quality.judges import (
+    Classifier,
+    Inception,
+    Judge,
+    check_reference,
+    load_reference,
+)
+from research.quality.metrics import Figures, figures
+from training.classifier import Seen
+from training.frechet import Reference
+from training.glyphs import CLASS_NAMES
+
+# Options of the export that came later, where they change nothing: older digests stay the same.
+_UNSET = [("num_classes", None), ("reverse_time", False)]
+SERVED_BATCH, IN_FLIGHT = 8, 8  # images a request, and requests at a time
+_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True)
+class Eyes:
+    """What looks at images, and what it saw in real ones."""
+
+    judge: Judge
+    reference: Reference
+
+    @classmethod
+    def open(
+        cls, weights: Path, inception: Path | None, reference: Path | None, *num_classes: int
+    ) -> Eyes:
+        """The glyphs' classifier and features in `weights`, unless the others are given.
+
+        For models of `num_classes` classes. Raises ValueError for Inception without a reference,
+        without Inception for models of other classes than the glyphs', and for a reference of
+        features that the judge has not.
+        """
+        if inception is not None and reference is None:
+            raise ValueError(f"{inception} needs a reference of its own: --reference")
+        other = set(num_classes) - {len(CLASS_NAMES)}
+        if inception is None and other:
+            raise ValueError(
+                f"the glyphs' classifier knows {len(CLASS_NAMES)} classes, the model has "
+                f"{max(other)}: give --inception and --reference"
+            )
+        judge = Classifier(weights) if inception is None else Inception(inception)
+        path = reference or weights / "features.npz"
+        known = load_reference(path, judge)
+        check_reference(path, known, judge)
+        return cls(judge, known)
+
+    @property
+    def digest(self) -> str:
+        """Twelve digits that tell what was seen in the real images from other features."""
+        return hashlib.sha256(self.reference.pooled.mean.tobytes()).hexdigest()[:12]
+
+    def figures(self, folder: ImageFolder, count: int) -> Figures:
+        """Of the first `count` images of `folder`."""
+        seen = Seen.join(self.judge(images) for images in folder.batches(count))
+        labels = folder.labels(np.arange(count)) if self.judge.knows_labels else None
+        return figures(seen, self.reference, labels)
+
+
+def models_digest(repository: Path) -> str:
+    """Twelve digits that change with any network of `repository`, or with how it is computed.
+
+    Not with what another export of the same leaves in an ONNX file, such as paths.
+    """
+    stated = []
+    for path in (repository / name / BUILD_FILE for name in contract.COMPOSED):
+        build = read_record(path) if path.exists() else {}
+        made_from = build.get("fingerprint", {})
+        stated.append([build.get(key) for key in ("engine", "runtime", "precision")])
+        options = made_from.get("options")
+        if options:
+            options = {name: of for name, of in options.items() if (name, of) not in _UNSET}
+        stated.append([made_from.get("sha256"), options])
+    return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def described(recipe: Recipe, repository: Path, source: str) -> dict[str, Any]:
+    """What an image folder keeps of how its images came about."""
+    return {"recipe": str(recipe), "models": models_digest(repository), "source": source}
+
+
+class Local:
+    """Makes images in this process.
+
+    `evaluations` are those of predictor and refiner for an image, of dopri5 in the last batch;
+    None for a baseline that has made none yet.
+    """
+
+    def __init__(self, engine: Engine, recipe: Recipe) -> None:
+        self._engine, self._recipe = engine, recipe
+        schedule = recipe.schedule
+        self.evaluations = schedule_evaluations(schedule) if schedule else None
+
+    def __call__(self, labels: Array, seeds: Array) -> Array:
+        """Images [n, H, W, 3] uint8 of the classes `labels` [n] from `seeds` [n]."""
+        made = self._engine.make(self._recipe, labels, seeds)
+        self.evaluations = made.predictor, made.refiner
+        return made.image
+
+
+def served(client: FlowTurboClient, recipe: Recipe) -> Make:
+    """Makes images by a server, which runs schedules alone, in the variant of its settings."""
+
+    def make(labels: Array, seeds: Array) -> Array:
+        answer = client.generate(
+            labels.tolist(),
+            seeds.tolist(),
+            recipe.sampler,
+            recipe.guidance_scale,
+            guidance_interval=recipe.interval,
+            timeout_s=_TIMEOUT_S,
+        )
+        assert answer.images is not None  # they are what is asked for by default
+        return answer.images
+
+    return make
+
+
+def exact_latents(exact: Exact, guidance: Guidance, count: int, folder: Path) -> Array:
+    """Latents [count, C, h, w] at the end of the flow of seeds 0 to `count`, kept in `folder`."""
+    low, high = guidance.interval
+    name = f"exact_{exact.digest}_within{EXACT_TOLERANCE:g}_g{guidance.scale:g}_{low:g}_{high:g}"
+    path = folder / f"{name}_{count}.npy"
+
+    def solve() -> Array:
+        parts = np.array_split(np.arange(count), -(-count // BATCH))
+        found = [exact.latent(seeds % exact.num_classes, seeds, guidance) for seeds in parts]
+        return np.concatenate(found)
+
+    return kept(path, solve)
+
+
+def kept(path: Path, make: Callable[[], Array]) -> Array:
+    """The array in the file `path` (.npy), made and written if it is not there yet."""
+    if not path.exists():
+        partial = beside(path)
+        with partial.open("wb") as file:
+            np.save(file, make())
+        partial.rename(path)
+    try:
+        array: Array = np.load(path)
+    except (EOFError, ValueError) as error:
+        raise ValueError(f"{path} is no array, remove it: {error}") from error
+    return array
+
+
+def exact_distance(engine: Engine, recipe: Recipe, solved: Array) -> float:
+    """Mean distance of `recipe`'s latents of seeds 0 to len(solved) from those `solved`."""
+    made = []
+    for start in range(0, len(solved), BATCH):
+        seeds = np.arange(start, min(start + BATCH, len(solved)))
+        made.append(engine.make(recipe, seeds % engine.pipeline.num_classes, seeds).latent)
+    return float(distances(np.concatenate(made), solved).mean())

@@ -1,0 +1,1 @@
+"""Quality against time, with the paper's ablations: `python -m research.study`."""

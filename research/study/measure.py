@@ -1,0 +1,133 @@
+"""One point of the study: its time beside H8's, its distance to the exact solution, its quality."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flowturbo.latents import noise
+from flowturbo.solver.guidance import Guidance
+from flowturbo.solver.sampler import Array
+from research.quality.engine import BATCH, Engine, Exact, Made, Recipe, distances
+from research.quality.evaluate import Eyes, Local, described, exact_latents
+from research.quality.images import ImageFolder
+from research.quality.metrics import half_width, mean_without
+from research.study.points import MAIN, Point
+
+BASELINE = "H8"
+STABILITY_STEPS = 32
+
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What points are measured with. `rounds` batches of BATCH images are timed and compared with
+    the exact solution; `work` keeps images and exact solutions.
+    """
+
+    engines: Mapping[str, Engine]
+    repositories: Mapping[str, Path]
+    exact: Exact
+    eyes: Eyes
+    work: Path
+    rounds: int
+
+    def point(self, point: Point) -> Figures:
+        """All figures of `point`, ready for JSON."""
+        recipe, engine = point.recipe, self.engines[point.repository]
+        said = described(recipe, self.repositories[point.repository], "process")
+        name = f"{point.repository}_{recipe}_{said['models']}"
+        folder = ImageFolder(self.work / "images" / name, said, engine.pipeline.num_classes)
+        figures = self._beside_baseline(engine, point, folder)
+        folder.fill(point.images, Local(engine, recipe))
+        stated = {"repository": point.repository, "models": said["models"], **asdict(recipe)}
+        return stated | figures | asdict(self.eyes.figures(folder, point.images))
+
+    def seconds_an_evaluation(self) -> float:
+        """Of one row of the predictor, with a share of the decoder: for an estimate."""
+        engine, seeds = self.engines[MAIN], np.arange(BATCH)
+        labels = seeds % engine.pipeline.num_classes
+        recipe = Recipe(BASELINE, 1.0)
+        engine.make(recipe, labels, seeds)  # the first is slower
+        seconds, made = _timed(engine, recipe, labels, seeds)
+        return seconds / BATCH / made.predictor
+
+    def _beside_baseline(self, engine: Engine, point: Point, folder: ImageFolder) -> Figures:
+        """Takes turns with the baseline at the same scale, first one first, then the other."""
+        recipe, images = point.recipe, point.images
+        baseline, main = Recipe(BASELINE, recipe.guidance_scale), self.engines[MAIN]
+        times: list[tuple[float, float]] = []
+        latents: list[Array] = []
+        seeds = np.arange(min(BATCH, images))
+        engine.make(recipe, folder.labels(seeds), seeds)  # a runtime's first call is slower
+        for k in range(min(self.rounds, -(-images // BATCH))):
+            seeds = np.arange(k * BATCH, min((k + 1) * BATCH, images))
+            labels = folder.labels(seeds)
+            turns = [(engine, recipe), (main, baseline)]
+            done = [_timed(*turn, labels, seeds) for turn in (turns if k % 2 else turns[::-1])]
+            (own_s, made), (other_s, _) = done if k % 2 else done[::-1]
+            times.append((1e3 * own_s / len(seeds), 1e3 * other_s / len(seeds)))
+            latents.append(made.latent)
+            folder.write(seeds, made.image)
+        latent = np.concatenate(latents)
+        solved = exact_latents(self.exact, recipe.guidance, len(latent), self.work)
+        apart = distances(latent, solved)
+        return {
+            "predictor": made.predictor,
+            "refiner": made.refiner,
+            **summary(times),
+            "from_exact": float(apart.mean()),
+            "from_exact_without_block": (without := mean_without(apart)),
+            "from_exact_interval": half_width(without) if without else None,
+            "exact_images": len(latent),
+        }
+
+
+def _timed(engine: Engine, recipe: Recipe, labels: Array, seeds: Array) -> tuple[float, Made]:
+    started_s = time.perf_counter()
+    made = engine.make(recipe, labels, seeds)
+    return time.perf_counter() - started_s, made
+
+
+def summary(times: list[tuple[float, float]]) -> Figures:
+    """Of rounds with the ms an image of a point and, at the same time, of the baseline."""
+    own, baseline = zip(*times, strict=True)
+    ratios = [one / other for one, other in times]
+    return {
+        "ms_per_image": statistics.median(own),
+        "baseline_ms_per_image": statistics.median(baseline),
+        "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+        "rounds": len(times),
+    }
+
+
+def stability(exact: Exact, guidance: Guidance, images: int) -> Figures:
+    """|v(t + h) - v(t)| / |v(t)| along the flow, h = 1 / STABILITY_STEPS, over `images` images.
+
+    v is the guided velocity and the norm is over an image's latent; the way is by Adams-Bashforth 2
+    from a Heun step, which evaluates the velocity at its own points alone.
+    """
+    seeds, h = np.arange(images), np.float32(1 / STABILITY_STEPS)
+    velocity = exact.velocity(seeds % exact.num_classes, guidance)
+    x = noise(seeds, exact.latent_shape)
+    v = velocity(x, 0.0)
+    before = 2 * v - velocity(x + h * v, float(h))  # makes the first step Heun's
+    rows = []
+    for k in range(1, STABILITY_STEPS):
+        x = x + h * (1.5 * v - 0.5 * before)
+        before, v = v, velocity(x, k / STABILITY_STEPS)
+        rows.append(_norm(v - before) / _norm(before))
+    low, middle, high = np.percentile(rows, [10, 50, 90], axis=1).tolist()
+    t = [k / STABILITY_STEPS for k in range(STABILITY_STEPS - 1)]
+    return {"t": t, "median": middle, "low": low, "high": high, "images": images}
+
+
+def _norm(rows: Array) -> Array:
+    return np.sqrt(np.square(rows.astype(np.float64)).sum((1, 2, 3)))

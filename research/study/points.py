@@ -1,0 +1,192 @@
+"""What the study measures: the one list of its points."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flowturbo.solver.program import Variant
+from research.quality.engine import Recipe
+from research.study.refiners import REFINERS
+
+MAIN = "main"  # the name of the first repository, whose refiner all sections but the last use
+CURVES, REFINER_STEPS = "Solvers", "Number of refiner steps"
+GRIDS, GUIDANCE = "Time grid", "Guidance scale"
+
+
+@dataclass(frozen=True)
+class Size:
+    """How many images a point of the curves has, and one of the other sections."""
+
+    curves: int = 10_000
+    others: int = 2_000
+
+
+@dataclass(frozen=True)
+class Point:
+    """One recipe in one repository and a number of images, by its name."""
+
+    recipe: Recipe
+    images: int
+    repository: str = MAIN
+
+    def __str__(self) -> str:
+        return f"{self.repository}/{self.recipe} {self.images}"
+
+
+@dataclass(frozen=True)
+class Section:
+    """Points that belong in one table; `text` says what to look for in it."""
+
+    title: str
+    text: str
+    points: tuple[Point, ...]
+
+
+def sections(
+    scale: float, guided: float, size: Size, refiners: Sequence[str] = ()
+) -> tuple[Section, ...]:
+    """The study at guidance `scale`, and at scale `guided` where guidance itself is looked at.
+
+    `refiners` names those of research/study/refiners.py that there are.
+    """
+
+    def of(samplers: str, scale: float = scale, **recipe: object) -> tuple[Point, ...]:
+        return tuple(
+            Point(Recipe(s, scale, **recipe), size.others)  # type: ignore[arg-type]
+            for s in samplers.split()
+        )
+
+    found = [
+        Section(
+            CURVES,
+            "Solvers that evaluate the predictor alone, then FlowTurbo. Behind an @ stands the "
+            "shift of the time grid, where it is not uniform.",
+            tuple(Point(Recipe(sampler, scale), size.curves) for sampler in _SOLVERS.split()),
+        ),
+        Section(
+            GRIDS,
+            "Shifts above 1 take shorter steps near the noise and longer ones near the data.",
+            of(" ".join(f"{s}{shift}" for s in _ON_GRIDS.split() for shift in _SHIFTS)),
+        ),
+        Section(
+            "In place of the refiner",
+            "T extrapolates the velocity along a line, Z keeps it as it is, both without any "
+            "evaluation. The others of each group leave these steps out and take longer ones, or "
+            "spend their time on evaluations of the predictor.",
+            of(_RIVALS),
+        ),
+        Section(
+            "Refiner steps after Adams-Bashforth",
+            "On the uniform grid they also shorten the steps before them, as a shift does.",
+            of("A6 A6R2 A6Z2 A7 A7R1 A8 A6@2 A6R2@2 A6Z2@2 A7@2 A7R1@2 A8@2"),
+        ),
+        Section("Components", "The schedules of the paper's ablation.", of(_COMPONENTS)),
+        Section(
+            "Order of blocks",
+            "Refiner steps come last in the paper, and suffer most elsewhere.",
+            of("H5P7R3 P5H7R3 P5R7H3 H5R7P3 H1P1R1H1P1R1H1P1R1 H3P3R3"),
+        ),
+        Section(
+            REFINER_STEPS,
+            "More of them on the same grid from noise to data: every step is shorter.",
+            of("H1P5 H1P5R1 H1P5R2 H1P5R3 H1P5R4 H1P5R5 H1P5R6"),
+        ),
+        Section(
+            "What a refiner step reads",
+            "In its second evaluation: the velocity from before the step (`reference`, as the "
+            "public code does) or the refined one (`paper`, Eq. 7).",
+            tuple(
+                point
+                for sampler in ("H1P5R3", "H2P4R2", "H5P7R3")
+                for variant in Variant
+                for point in of(sampler, variant=variant.value)
+            ),
+        ),
+        Section(
+            "Nearly exact",
+            "Many steps, and a solver that chooses its own.",
+            # SiT's own tolerance of dopri5, 1e-3, takes the rounding of bfloat16 for error, at
+            # twice the evaluations.
+            of("H8 H16 H32 dopri5:1e-2"),
+        ),
+        Section(
+            GUIDANCE,
+            "The same schedules at other scales.",
+            tuple(
+                point
+                for other in sorted({1.0, 1.5, guided, scale})
+                for point in of("H4 H8 H16 H1P5R3 A8@3", scale=other)
+            ),
+        ),
+        Section(
+            "Guidance interval",
+            "Guidance acts between two times only; an evaluation outside costs half. The exact "
+            "solution is that of the flow so guided.",
+            tuple(
+                point
+                for interval in ((0.0, 1.0), (0.0, 0.8), (0.1, 0.8), (0.2, 1.0))
+                for point in of("H8 H1P5R3", scale=guided, interval=interval)
+            ),
+        ),
+    ]
+    if refiners:
+        found.append(
+            Section(
+                "Refiners",
+                _REFINERS_TEXT + "\n".join(f"- `{n}`: {_options(n)}" for n in refiners),
+                tuple(
+                    Point(Recipe(sampler, each), size.others, name)
+                    for sampler, each in (
+                        ("H1P5R3", scale),
+                        ("H1P5R3@2", scale),
+                        ("H1P5R3", guided),
+                    )
+                    for name in (MAIN, *refiners)
+                ),
+            )
+        )
+    return tuple(found)
+
+
+_REFINERS_TEXT = """\
+The same predictor with other refiners. `main` is the glyphs' own (weights/glyphs/README.md), the
+others are trained by `python -m research.study.refiners`, with these options of
+`python -m training.refiner`:
+
+"""
+_SOLVERS = (
+    "H4 H8 H12 H1P2Z1@3 H1P3Z1@3 H2P3Z1@3 A4@2 A6@3 A8@3 H1P2R1@2 H1P5R3 H1P5R3@2 H2P4R2 H1P2R1 "
+    "H1P5 H1P5Z3 H1P5T3 H2P4Z2 H1P1Z1@3 H1P3T2@1.5 H1P4Z1@1.5 H1P2Z1@2 H1P3Z1@2 "
+    "A8 unipc:8 unipc:8@2 dpm:8 E8 H4@1.5 H8@1.5 P7 A12 H2P9Z1@2 unipc:12 unipc:6@2 dpm:12 E16 P11 "
+    "H16 H2P8R2 H5P7R3 H8P9R5 A5@2 A6@2 A12@3 unipc:6@3 unipc:8@3 dpm:8@3"
+)
+_ON_GRIDS, _SHIFTS = "H4 H8 A8 H1P5R3", ("", "@1.5", "@2", "@3", "@4")
+_RIVALS = (
+    "H1P5R3 H1P5T3 H1P5Z3 H1P5 H1P6 H2P4R2 H2P4T2 H2P4Z2 H2P4 H2P5 H5P7R3 H5P7T3 H5P7Z3 H5P7 H5P8 "
+    "H1P5R3@2 H1P5T3@2 H1P5Z3@2 H1P5@2 H1P6@2 H1P3R1@3 H1P3T1@3 H1P3Z1@3 H1P3@3 H1P4@3"
+)
+_COMPONENTS = "H8 H7R1 H6R2 H5R3 H7R2 H5P2R2 H3P4R2 H3P3R2 H2P8R2 H2P4R2 H1P6R2 H1P5R3"
+
+
+def _options(refiner: str) -> str:
+    options = REFINERS.get(refiner)
+    return f"`{options}`" if options else "no more, it is of an earlier list"
+
+
+def sections_of(study: Mapping[str, Any]) -> tuple[Section, ...]:
+    """Those that the file `study` is of."""
+    size = Size(**study["size"])
+    return sections(study["guidance_scale"], study["guided_scale"], size, study["refiners"])
+
+
+def measured(study: Mapping[str, Any], section: Section) -> list[tuple[Point, dict[str, Any]]]:
+    """The points of `section` that `study` has figures of, with them."""
+    found = study["points"]
+    return [(point, found[str(point)]) for point in section.points if str(point) in found]
+
+
+def unique(of: Iterable[Section]) -> tuple[Point, ...]:
+    """Every point of the sections once, in their order."""
+    return tuple(dict.fromkeys(point for section in of for point in section.points))

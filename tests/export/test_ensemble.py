@@ -1,0 +1,283 @@
+"""Ensembles on a real Triton server: a fixed schedule's model answers as the orchestrator does."""
+
+import json
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+from support import GLYPHS_EXPORT, GOLDEN, Caller, check_tensors, read_config, run_export
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
+
+from flowturbo import LocalPipeline, contract
+from flowturbo.ensemble import block_steps, ensemble_name
+from flowturbo.serving.tritonserver import ServerAddress, running_server
+from flowturbo.solver.program import BlockCall, Program, RefinerCall, Variant, compile_program
+from flowturbo.solver.sampler import sample
+from flowturbo.solver.schedule import Schedule
+
+SCHEDULES = tuple(map(Schedule.parse, ("H1P5R3", "E2A2@2.5")))
+H1P5R3 = "flowturbo_h1p5r3"
+Infer = Callable[..., np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def repository(glyphs_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    copy = tmp_path_factory.mktemp("ensembles") / "models"
+    shutil.copytree(glyphs_repository, copy)
+    presets = copy.with_name("presets.json")
+    presets.write_text(json.dumps({"presets": {"own": {"schedule": "H1P5R3"}}}))
+    for schedules in (("H3", "H1P5R3"), tuple(map(str, SCHEDULES))):
+        options = ("--ensemble", *schedules, "--presets", presets)
+        done = run_export(*GLYPHS_EXPORT, *options, "--repository", copy)
+        assert done.returncode == 0, done.stderr
+        assert "PyTorch" not in done.stdout  # the models were there
+    return copy
+
+
+@pytest.fixture(scope="module")
+def local(repository: Path) -> LocalPipeline:
+    return LocalPipeline(repository)
+
+
+@pytest.fixture(scope="module")
+def server(repository: Path) -> Iterator[ServerAddress]:
+    with running_server(repository) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def infer(server: ServerAddress) -> Iterator[Infer]:
+    with triton.InferenceServerClient(server.grpc) as client:
+
+        def call(model: str, **tensors: Any) -> np.ndarray:
+            inputs = []
+            for name, value in tensors.items():
+                dtype = "BYTES" if value.dtype == object else np_to_triton_dtype(value.dtype)
+                inputs.append(triton.InferInput(name, list(value.shape), dtype))
+                inputs[-1].set_data_from_numpy(value)
+            outputs = [triton.InferRequestedOutput("image")]
+            image = client.infer(model, inputs, outputs=outputs, client_timeout=60)
+            return image.as_numpy("image").astype(np.int64)
+
+        yield call
+
+
+def ids(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.int64)
+
+
+def text(value: str) -> np.ndarray:
+    return np.array([value.encode()], dtype=object)
+
+
+def scale(value: float) -> np.ndarray:
+    return np.array([value], dtype=np.float32)
+
+
+def test_repository_has_the_ensembles_asked_for_last(repository: Path) -> None:
+    generated = {path.name for path in repository.glob("flowturbo_*")} - {"flowturbo_stream"}
+    names = {ensemble_name(schedule) for schedule in SCHEDULES}
+    around = {contract.FINISHER, *(f"{name}_planner" for name in names)}
+    assert generated == {*around, *names}
+    config = read_config(repository / H1P5R3 / "config.pbtxt")
+    check_tensors(config.input, contract.ENSEMBLE_INPUTS, {})
+    outputs = (contract.ENSEMBLE_IMAGE, contract.ENSEMBLE_LATENT)
+    check_tensors(config.output, outputs, {"H": 64, "W": 64, "C": 4, "h": 16, "w": 16})
+    models = [step.model_name for step in config.ensemble_scheduling.step]
+    assert models.count(contract.PREDICTOR) == 7
+    assert models.count(contract.REFINER) == 3
+
+
+@pytest.mark.parametrize("variant", Variant)
+@pytest.mark.parametrize(
+    "schedule", ["H1P5R3", "P2R2", "E3", "A4", "E1R2P1R1A2", "H2E1P1", "H1P2Z1A1T2"]
+)
+def test_wiring_is_the_samplers(schedule: str, variant: Variant) -> None:
+    """Any block at all gives the same, called by the sampler or by an ensemble's rules."""
+    program = compile_program(Schedule.parse(schedule), variant=variant)
+    noise = np.random.default_rng(0).standard_normal((2, 3))
+
+    def block(call: BlockCall, x: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if isinstance(call, RefinerCall):
+            return x + np.sin(v + call.end), v + np.cos(x + call.t) * (1 + call.reads_refined)
+        v_next = np.cos(3 * (x + call.euler * v) + call.t)
+        return x + call.w_prev * v + call.w_next * v_next, v_next
+
+    expected = sample(program, noise, block)
+    np.testing.assert_array_equal(run_steps(program, noise, block), expected)
+
+
+def run_steps(program: Program, noise: np.ndarray, block: Callable[..., Any]) -> np.ndarray:
+    steps, end = block_steps(program)
+    tensors = {contract.PLAN_NOISE: noise}
+    for index, (step, call) in enumerate(zip(steps, program.calls, strict=True)):
+        assert step.inputs["scalars"] == contract.plan_scalars(index)
+        arrays = [tensors[step.inputs[key]] for key in ("x", "velocity")]
+        results = dict(zip(("x_next", "velocity_next"), block(call, *arrays), strict=True))
+        tensors |= {name: results[key] for key, name in step.outputs.items()}
+    return tensors[end]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize("guidance", [None, 1.0, 2.5])
+def test_images_are_those_of_single_steps(
+    infer: Infer, local: LocalPipeline, schedule: Schedule, guidance: float | None
+) -> None:
+    """Asked for by its own name and through the orchestrator."""
+    labels, seeds = ids(3, 0, 35), ids(7, 8, 2**40)
+    expected = local.generate(labels, seeds, str(schedule), guidance).image
+    assert expected is not None
+    assert expected.std() > 10
+    tensors = {"label": labels, "seed": seeds}
+    if guidance is not None:
+        tensors["guidance_scale"] = scale(guidance)
+    for found in (
+        infer(ensemble_name(schedule), **tensors),
+        infer("flowturbo", schedule=text(str(schedule)), **tensors),
+    ):
+        assert np.abs(found - expected).max() <= 1
+
+
+def test_the_orchestrator_calls_the_ensemble(infer: Infer, server: ServerAddress) -> None:
+    """But where a request wants what an ensemble lacks: a part of the times guided."""
+    request = {"label": ids(3), "seed": ids(1), "schedule": text("H1P5R3")}
+    time.sleep(1.1)  # after company, requests are gathered for a while
+    before = count_of(server, H1P5R3)
+    infer("flowturbo", **request)
+    assert count_of(server, H1P5R3) == before + 1
+    infer("flowturbo", **request | {"schedule": text("own")})  # a preset, which is H1P5R3
+    before += 1
+    assert count_of(server, H1P5R3) == before + 1
+    infer("flowturbo", guidance_interval=np.array([0.1, 0.8], np.float32), **request)
+    assert count_of(server, H1P5R3) == before + 1
+
+
+def count_of(server: ServerAddress, model: str) -> int:
+    with triton.InferenceServerClient(server.grpc) as client:
+        (found,) = client.get_inference_statistics(model).model_stats
+    return found.inference_stats.success.count
+
+
+def test_class_names(infer: Infer) -> None:
+    by_name = infer(H1P5R3, class_name=text("C"), seed=ids(5))
+    np.testing.assert_array_equal(by_name, infer(H1P5R3, label=ids(2), seed=ids(5)))
+
+
+def test_concurrent_requests_share_batches(infer: Infer, server: ServerAddress) -> None:
+    expected = infer(H1P5R3, label=ids(3), seed=ids(1))
+    before = executions_by_rows(server)
+    with ThreadPoolExecutor(32) as pool:
+        jobs = [pool.submit(infer, H1P5R3, label=ids(3), seed=ids(1)) for _ in range(32)]
+        for job in jobs:
+            assert np.abs(job.result() - expected).max() <= 1
+    new = executions_by_rows(server) - before
+    assert sum(rows * count for rows, count in new.items()) == 32 * 2 * 7
+    assert new.total() < 32 * 7  # how many fewer hangs on what else the machine does
+
+
+def test_batches_are_shared_with_the_orchestrators(infer: Infer, server: ServerAddress) -> None:
+    """While rows of a larger request are evaluated, two small requests come to wait together.
+
+    Whether they do is chance, more often than not: they get many.
+    """
+    before = executions_by_rows(server)
+    large = {"label": ids(*range(8)), "seed": ids(*range(8))}
+    small = {"label": ids(1), "seed": ids(2)}
+    for _ in range(30):
+        with ThreadPoolExecutor(3) as pool:
+            jobs = [
+                pool.submit(infer, H1P5R3, **large),
+                pool.submit(infer, H1P5R3, **small),
+                pool.submit(infer, "flowturbo", **small, schedule=text("H1P6")),
+            ]
+            for job in jobs:
+                job.result()
+        new = executions_by_rows(server) - before
+        if new[4] + new[20]:  # both small ones, perhaps with the large one
+            return
+    raise AssertionError(new)
+
+
+def executions_by_rows(server: ServerAddress) -> Counter[int]:
+    """How many batches of each size the predictor has evaluated."""
+    with triton.InferenceServerClient(server.grpc) as client:
+        (model,) = client.get_inference_statistics(contract.PREDICTOR).model_stats
+    return Counter({batch.batch_size: batch.compute_infer.count for batch in model.batch_stats})
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"label": ids(36), "seed": ids(1)}, "label must be 0 to 35, got 36"),
+    ({"label": ids(1)}, "needs seed"),
+    ({"seed": ids(1)}, "got neither"),
+    ({"label": ids(1), "seed": ids(-1)}, "seed must be 0 to"),
+    ({"label": ids(1), "seed": ids(1, 2)}, "one entry an image, 1 here, got 2"),
+    ({"label": ids(), "seed": ids()}, "1 to 64 images, got 0"),
+    ({"label": ids(1), "seed": ids(1), "guidance_scale": scale(np.nan)}, "got nan"),
+    ({"label": ids(*[1] * 33), "seed": ids(*[1] * 33)}, "at most 64 rows .* got 66"),
+    ({"label": ids(1), "seed": ids(1), "schedule": text("H1")}, "unexpected inference input"),
+]
+
+
+@pytest.mark.parametrize(("tensors", "message"), BAD)
+def test_bad_requests_are_refused(infer: Infer, tensors: dict[str, Any], message: str) -> None:
+    with pytest.raises(InferenceServerException, match=message) as caught:
+        infer(H1P5R3, **tensors)
+    assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
+
+
+@pytest.mark.parametrize("name", ["guidance_scal", "schedule"])
+def test_unknown_parameters_are_refused(server: ServerAddress, name: str) -> None:
+    """The server makes one of every member of a JSON request that is no input."""
+    with triton.InferenceServerClient(server.grpc) as client:
+        label, seed = (triton.InferInput(each, [1], "INT64") for each in ("label", "seed"))
+        for tensor in (label, seed):
+            tensor.set_data_from_numpy(ids(1))
+        with pytest.raises(InferenceServerException, match=f"unknown request parameter '{name}'"):
+            client.infer(H1P5R3, [label, seed], parameters={name: "7"}, client_timeout=60)
+
+
+def test_rows_that_do_not_fit_their_pairs_are_told_in_a_sentence(server: ServerAddress) -> None:
+    rows = np.zeros((2, 4, 16, 16), np.float32)
+    with Caller(server.grpc) as caller:
+        pairs = {contract.PLAN_PAIR: np.zeros((2, 1), np.int32)}
+        (latent,) = caller.infer(contract.FINISHER, ["latent"], latent_rows=rows, **pairs)
+        assert latent.shape == rows.shape
+        pairs = {contract.PLAN_PAIR: np.zeros((1, 1), np.int32)}
+        with pytest.raises(InferenceServerException, match="IndexError") as caught:
+            caller.infer(contract.FINISHER, ["latent"], latent_rows=rows, **pairs)
+        assert "\n" not in caught.value.message()
+
+
+def test_largest_requests(infer: Infer) -> None:
+    labels, seeds = ids(*(k % 36 for k in range(64))), ids(*range(64))
+    unguided = infer(H1P5R3, label=labels, seed=seeds, guidance_scale=scale(1.0))
+    guided = infer(H1P5R3, label=labels[:32], seed=seeds[:32])
+    assert (len(unguided), len(guided)) == (64, 32)
+
+
+def test_export_option(tmp_path: Path) -> None:
+    repository = tmp_path / "models"
+    predictor = ("--predictor", GOLDEN / "predictor.pt", "--num-heads", "2")
+    common = (*predictor, "--precision", "fp16", "--repository", repository)
+    for schedule, message in (("H1P5R3", "needs --refiner"), ("H1X2", "unknown step 'X'")):
+        done = run_export(*common, "--ensemble", schedule)
+        assert done.returncode == 2
+        assert message in done.stderr
+    done = run_export(*common, "--ensemble", "E2", "H1P5", "EE")
+    assert done.returncode == 0, done.stderr
+    generated = {path.name for path in repository.glob("flowturbo_*")}
+    models = {"flowturbo_e2", "flowturbo_h1p5"}
+    assert generated == {contract.FINISHER, *models, *(f"{model}_planner" for model in models)}
+    (output,) = read_config(repository / "flowturbo_e2" / "config.pbtxt").output
+    assert output.name == "latent"
+    assert "up to date" in run_export(*common).stdout  # and the ensembles are still there
+    assert {path.name for path in repository.glob("flowturbo_*")} == generated
+    assert run_export(*common, "--ensemble").returncode == 0
+    assert not list(repository.glob("flowturbo_*"))

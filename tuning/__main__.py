@@ -1,0 +1,244 @@
+"""Finds the schedules that are worth having on a deployed model: `python -m tuning`.
+
+Times are those of a lone request, from its blocks' times: measured here, or for TensorRT and GPUs
+those of bench.gpu_check (`--times`). The figure is the distance to the exact solution of the flow,
+the mean over latents of their RMS; with `--metric frechet` the schedules that remain are judged by
+the Fréchet distance of their images. Latents and images are always of the ONNX files, run in this
+process. Writes presets for `python -m export --presets`.
+"""
+
+import argparse
+import datetime
+import math
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.capacity.block_times import BlockTimes
+from bench.observe import hardware, write_json
+from export.install import read_build
+from flowturbo import LocalPipeline, contract
+from flowturbo.errors import FlowTurboError
+from flowturbo.local import models_of
+from flowturbo.presets import DEFAULT, built_in
+from flowturbo.repository import Settings
+from flowturbo.request import default_guidance_scale
+from flowturbo.solver.guidance import Guidance
+from flowturbo.solver.schedule import Schedule
+from research.quality.engine import Engine, Recipe, check_decoder
+from research.quality.evaluate import Eyes, Local, described, models_digest
+from research.quality.images import ImageFolder
+from research.quality.metrics import BLOCKS
+from tuning import choice, report
+from tuning.candidates import Cost, candidates, check_images, measured
+from tuning.choice import Rated
+from tuning.scores import Distances, Score, solve
+from tuning.search import finalists, search
+
+CAP = 3  # times the time of the paper's fast schedule, where no latency is asked for
+FEWEST = 5 * BLOCKS  # latents: a fifth of them makes the first stage
+_ROUNDS = 5  # in which the front's schedules are timed in turns
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit status: 2, and one line on stderr, for what the user can put right."""
+    args = _parser().parse_args(argv)
+    try:
+        print(_tune(args))
+    except (FlowTurboError, OSError, ValueError) as error:
+        print(f"tune: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tuning", description=__doc__)
+    add = parser.add_argument
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--latency-ms", type=float, help="the most that a request may take")
+    target.add_argument("--quality", type=float, help="the figure to reach, lower is better")
+    add("--repository", type=Path, default=Path("model_repository"))
+    add("--images", type=int, default=1, help="of the request that is timed (default: 1)")
+    add("--guidance-scale", type=float, help="default: the service's")
+    add("--times", type=Path, help="block times, or a report of bench.gpu_check")
+    add("--engine", help="which one of the report")
+    add("--precision", help="which one of the report")
+    add("--metric", choices=("distance", "frechet"), default="distance")
+    add("--latents", type=int, default=60, help=f"for the distance, {FEWEST} or more (default: 60)")
+    add("--predictor", type=Path, help="checkpoint to solve exactly (default: the deployed one)")
+    add("--judged", type=int, default=1000, help="images for a Fréchet distance (default: 1000)")
+    add("--finalists", type=int, default=12, help="judged by it, or all on the front (default: 12)")
+    add("--weights", type=Path, default=Path("weights/glyphs"), help="the judge's folder")
+    add("--inception", type=Path, help="pt_inception-2015-12-05-6726825d.pth")
+    add("--reference", type=Path, help="real images: .npz as ADM's, or a folder")
+    add("--cache", type=Path, default=Path("runs/tune"), help="exact solutions and images")
+    add("--out", type=Path, default=Path("output/presets.json"), help="and a .png beside it")
+    return parser
+
+
+def _tune(args: argparse.Namespace) -> str:
+    """Searches and writes; what to tell the user."""
+    if args.latents < FEWEST:
+        raise ValueError(f"--latents must be at least {FEWEST}, got {args.latents}")
+    if args.judged < FEWEST:
+        raise ValueError(f"--judged must be at least {FEWEST}, got {args.judged}")
+    if not math.isfinite(args.latency_ms or 0.0):
+        raise ValueError(f"--latency-ms must be a finite number, got {args.latency_ms:g}")
+    pipeline = Engine(args.repository)
+    scale = args.guidance_scale
+    if scale is None:
+        scale = default_guidance_scale(pipeline.pipeline, pipeline.settings)
+    guidance = Guidance(scale)
+    elsewhere = runs_elsewhere(args.repository, pipeline)
+    check_images(args.images, guidance, pipeline.pipeline, Settings.load(args.repository))
+    cost = Cost.of(_times(args, pipeline, guidance, elsewhere), args.images, guidance)
+    paper = built_in(has_refiner=pipeline.pipeline.has_refiner)[DEFAULT]
+    cap_ms = CAP * cost.ms(paper) if args.latency_ms is None else args.latency_ms
+    judge = None
+    if args.metric == "frechet":  # refused before the search
+        check_decoder(args.repository, pipeline.pipeline)
+        classes = pipeline.pipeline.num_classes
+        judge = Eyes.open(args.weights, args.inception, args.reference, classes)
+    stages, metric = _search(args, pipeline, guidance, cost, paper, cap_ms)
+    tried = stages[-1]
+    if judge:
+        tried, metric = _judged(args, pipeline, judge, tried, paper, guidance), "Fréchet distance"
+    found = choice.choose(tried, paper, cap_ms, args.quality)
+    times_of = str(args.times) if args.times else "this process"
+    figures_of = f"the ONNX files in {pipeline.pipeline.runtime}, in this process"
+    stated = {
+        **found.stated(),
+        "target": {"latency_ms": args.latency_ms, "quality": args.quality, "cap_ms": cap_ms},
+        "metric": metric,
+        "latents": args.latents,
+        "judged": args.judged if args.metric == "frechet" else None,
+        "images": args.images,
+        "guidance_scale": guidance.scale,
+        "times_of": times_of,
+        "figures_of": figures_of,
+        **_circumstances(args.repository, pipeline, cost),
+    }
+    write_json(stated, args.out)
+    labels = f"ms, a lone request, images: {args.images}", metric
+    report.draw(tried, found, labels, args.out.with_suffix(".png"))
+    clocked = None
+    if not elsewhere:
+        clocked = in_process_ms(pipeline, [r.schedule for r in found.front], guidance, args.images)
+    head = f"{metric}; images: {args.images}, guidance {guidance.scale:g}, up to {cap_ms:.1f} ms"
+    whose = f"times: {times_of}; figures: {figures_of}"
+    written = f"written: {args.out} and a .png"
+    return "\n".join([head, whose, report.table(found, clocked), written])
+
+
+def runs_elsewhere(repository: Path, pipeline: LocalPipeline) -> str | None:
+    """Where the service runs the blocks of `repository`, if it is not as `pipeline` does here."""
+    if read_build(repository / contract.PREDICTOR)["engine"] == "tensorrt":
+        return "in TensorRT"
+    # PyTorch here runs no CUDA graphs.
+    differs = pipeline.pipeline.runtime == "torch" or not pipeline.on_gpu
+    return "on a GPU" if pipeline.pipeline.on_gpu and differs else None
+
+
+def _times(
+    args: argparse.Namespace, pipeline: Engine, guidance: Guidance, elsewhere: str | None
+) -> BlockTimes:
+    if args.times:
+        times = BlockTimes.read(args.times, args.engine, args.precision)
+        if missing := set(models_of(pipeline.pipeline)) - times.times_ms.keys():
+            raise ValueError(f"{args.times} has no times of {min(missing)}")
+        return times
+    if args.engine or args.precision:
+        raise ValueError("--engine and --precision choose from a report, which --times is to name")
+    if elsewhere:
+        raise ValueError(
+            f"{args.repository} runs {elsewhere}, whose times this process cannot measure: give "
+            "--times, the report that bench.gpu_check writes there"
+        )
+    return measured(args.repository, args.images, guidance)
+
+
+def _search(
+    args: argparse.Namespace,
+    pipeline: LocalPipeline,
+    guidance: Guidance,
+    cost: Cost,
+    paper: Schedule,
+    cap_ms: float,
+) -> tuple[list[list[Rated]], str]:
+    """The stages of the search up to `cap_ms`, `paper` always in it; and its metric.
+
+    Raises ValueError where nothing is as fast.
+    """
+    every = {s: cost.ms(s) for s in candidates(has_refiner=pipeline.pipeline.has_refiner)}
+    fastest = min(every, key=lambda schedule: every[schedule])
+    if every[fastest] > cap_ms:
+        raise ValueError(
+            f"no schedule takes {cap_ms:g} ms or less, {fastest} takes {every[fastest]:.1f}"
+        )
+    within = {schedule: ms for schedule, ms in every.items() if ms <= cap_ms}
+    whose, solved = solve(
+        pipeline, args.repository, args.predictor, guidance, args.latents, args.cache
+    )
+    score = Distances(pipeline, guidance, solved).score
+    stages = search(within | {paper: cost.ms(paper)}, score, args.latents, [paper])
+    return stages, f"distance to {whose}"
+
+
+def _judged(
+    args: argparse.Namespace,
+    engine: Engine,
+    eyes: Eyes,
+    tried: Sequence[Rated],
+    paper: Schedule,
+    guidance: Guidance,
+) -> list[Rated]:
+    """The finalists of `tried`, and `paper`, by the Fréchet distance of their images."""
+    found = []
+    for each in finalists(tried, args.finalists, [paper]):
+        recipe = Recipe(str(each.schedule), guidance.scale, variant=engine.settings.variant)
+        said = described(recipe, args.repository, "process")
+        path = args.cache / f"{recipe}_{said['models']}"
+        folder = ImageFolder(path, said, engine.pipeline.num_classes)
+        folder.fill(args.judged, Local(engine, recipe))
+        figures = eyes.figures(folder, args.judged)
+        score = Score(figures.frechet_distance, figures.frechet_distance_without_block)
+        found.append(Rated(each.schedule, each.ms, score))
+    return found
+
+
+def in_process_ms(
+    pipeline: LocalPipeline, schedules: Sequence[Schedule], guidance: Guidance, images: int
+) -> list[float]:
+    """Median milliseconds of a request to `pipeline` with each schedule, which take turns."""
+    seeds = np.arange(images)
+    labels = seeds % pipeline.pipeline.num_classes
+    taken: list[list[float]] = []
+    for _ in range(_ROUNDS):
+        taken.append([])
+        for schedule in schedules:
+            started = time.perf_counter()
+            pipeline.generate(labels, seeds, str(schedule), guidance.scale)
+            taken[-1].append(1e3 * (time.perf_counter() - started))
+    return [statistics.median(of_schedule) for of_schedule in zip(*taken, strict=True)]
+
+
+def _circumstances(repository: Path, pipeline: LocalPipeline, cost: Cost) -> dict[str, Any]:
+    return {
+        "block_ms": cost.block_ms,
+        "overhead_ms": cost.overhead_ms,
+        "hardware": hardware(),
+        "precision": pipeline.pipeline.precision,
+        "runtime": pipeline.pipeline.runtime,
+        "variant": pipeline.settings.variant,
+        "models": models_digest(repository),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

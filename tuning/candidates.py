@@ -1,0 +1,70 @@
+"""Schedules worth a look, and what each takes, from the measured times of the blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from bench.capacity.block_times import BlockTimes, measure
+from flowturbo import contract
+from flowturbo.generate import models_called
+from flowturbo.repository import Pipeline, Settings
+from flowturbo.solver.guidance import Guidance
+from flowturbo.solver.program import compile_program
+from flowturbo.solver.schedule import Schedule
+from research.quality.engine import schedule_evaluations
+
+MOST_EVALUATIONS = 32  # of the predictor: the paper's longest schedule has 25
+_HEUN, _PSEUDO = (1, 2, 3, 5, 8), (0, 1, 2, 3, 5, 7, 9)
+_KEPT, _REFINED = ("", "Z1", "Z2"), ("R1", "R2", "R3", "R5")
+_SHIFTS = (1.0, 2.0, 3.0)  # of the time grid
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one request that is alone takes.
+
+    `block_ms` is one execution of each model at the request's rows, `overhead_ms` each call's.
+    """
+
+    block_ms: dict[str, float]
+    overhead_ms: float
+
+    @classmethod
+    def of(cls, times: BlockTimes, images: int, guidance: Guidance) -> Cost:
+        """Of `images` images, which are one batch; raises ValueError for more than is measured."""
+        rows = images * guidance.rows
+        of_rows = {model: images if model == contract.DECODER else rows for model in times.times_ms}
+        block_ms = {model: times.table(model, n)[n] for model, n in of_rows.items()}
+        return cls(block_ms, times.overhead_ms)
+
+    def ms(self, schedule: Schedule) -> float:
+        """Milliseconds of a request, all its images together."""
+        models = models_called(compile_program(schedule))
+        models += [contract.DECODER] * (contract.DECODER in self.block_ms)
+        return sum(self.block_ms[model] + self.overhead_ms for model in models)
+
+
+def check_images(images: int, guidance: Guidance, pipeline: Pipeline, settings: Settings) -> None:
+    """Raises ValueError unless `images` are one request, and one batch."""
+    most = min(settings.max_images, pipeline.max_rows // guidance.rows)
+    if not 1 <= images <= most:
+        raise ValueError(f"--images must be 1 to {most} here, got {images}")
+
+
+def measured(repository: Path, images: int, guidance: Guidance) -> BlockTimes:
+    """What Cost needs of `repository`, measured here."""
+    return BlockTimes(measure(repository, sizes=(images, images * guidance.rows)))
+
+
+def candidates(*, has_refiner: bool) -> list[Schedule]:
+    """H a P b R c in the paper's order, A in place of H and P, Z in place of R, and H, P, A alone.
+
+    All on every grid of _SHIFTS, and up to MOST_EVALUATIONS.
+    """
+    heads = [f"H{a}P{b}" for a in _HEUN for b in _PSEUDO] + [f"A{n}" for n in range(4, 13)]
+    texts = [head + tail for head in heads for tail in (*_KEPT, *_REFINED * has_refiner)]
+    texts += [f"{letter}{n}" for letter in "HPA" for n in range(2, MOST_EVALUATIONS + 1)]
+    plain = dict.fromkeys(map(Schedule.parse, texts))
+    short = [s for s in plain if schedule_evaluations(s)[0] <= MOST_EVALUATIONS]
+    return [replace(schedule, shift=shift) for schedule in short for shift in _SHIFTS]

@@ -1,0 +1,112 @@
+"""From rated schedules to the few that are worth having, and to presets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flowturbo.solver.schedule import Schedule
+from tuning.scores import Score
+
+DEFINITIONS = {
+    "fast": "the fastest whose figure is no higher than that of the paper's, or else `best`",
+    "balanced": "between the two, the farthest below the line through them, both axes logarithmic",
+    "best": "the fastest within the cap that is not surely worse than another",
+}
+
+
+@dataclass(frozen=True)
+class Rated:
+    """A schedule, the milliseconds of a request, and its figure of merit."""
+
+    schedule: Schedule
+    ms: float
+    score: Score
+
+    def stated(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {
+            "schedule": str(self.schedule),
+            "ms": round(self.ms, 3),
+            "metric": self.score.value,
+            "interval": self.score.interval,
+        }
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The front from the fastest to the best, the presets on it, and what fits the target."""
+
+    front: Sequence[Rated]
+    presets: Mapping[str, Rated]
+    paper: Rated
+    recommended: Rated | None
+
+    def stated(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {
+            "presets": {name: each.stated() for name, each in self.presets.items()},
+            "definitions": DEFINITIONS,
+            "recommended": self.recommended and self.recommended.stated(),
+            "paper": self.paper.stated(),
+            "front": [each.stated() for each in self.front],
+        }
+
+
+def choose(tried: Sequence[Rated], paper: Schedule, cap_ms: float, quality: float | None) -> Choice:
+    """From `tried`, at least one of them within `cap_ms`, and `paper` among them.
+
+    What is recommended is the best within the cap, or the fastest that reaches `quality`.
+    """
+    of_front = front(each for each in tried if each.ms <= cap_ms)
+    of_paper = next(each for each in tried if each.schedule == paper)
+    best = best_of(of_front)
+    return Choice(
+        of_front,
+        presets(of_front, of_paper.score.value),
+        of_paper,
+        best if quality is None else fastest_as_good(of_front, quality),
+    )
+
+
+def front(rated: Iterable[Rated]) -> list[Rated]:
+    """Those with no other as fast and as good, from the fastest to the best."""
+    found: list[Rated] = []
+    for each in sorted(rated, key=lambda r: (r.ms, r.score.value)):
+        if not found or each.score.value < found[-1].score.value:
+            found.append(each)
+    return found
+
+
+def best_of(of_front: Sequence[Rated]) -> Rated:
+    """DEFINITIONS["best"]."""
+    return next(
+        each
+        for each in of_front
+        if not any(each.score.surely_above(other.score) for other in of_front)
+    )
+
+
+def fastest_as_good(of_front: Sequence[Rated], figure: float) -> Rated | None:
+    """The fastest whose figure is `figure` at most, if there is one."""
+    return next((each for each in of_front if each.score.value <= figure), None)
+
+
+def presets(of_front: Sequence[Rated], of_paper: float) -> dict[str, Rated]:
+    """The presets of DEFINITIONS; `of_paper` is the figure of the paper's fast schedule."""
+    best = best_of(of_front)
+    fast = fastest_as_good(of_front, of_paper) or best
+    fast = min(fast, best, key=lambda each: each.ms)
+    between = of_front[of_front.index(fast) : of_front.index(best) + 1]
+    return {"fast": fast, "balanced": knee(between), "best": best}
+
+
+def knee(of_front: Sequence[Rated]) -> Rated:
+    """The one farthest below the line from the first to the last, both axes logarithmic."""
+    points = [(math.log(each.ms), math.log(each.score.value)) for each in of_front]
+    (x0, y0), (x1, y1) = points[0], points[-1]
+    slope = (y1 - y0) / (x1 - x0) if x1 > x0 else 0.0
+    below = [y0 + slope * (x - x0) - y for x, y in points]
+    return of_front[below.index(max(below))]

@@ -1,0 +1,112 @@
+"""How far a schedule's latents are from those of the exact solution, and how sure that is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from flowturbo import LocalPipeline
+from flowturbo.request import parse_request
+from flowturbo.solver.guidance import Guidance
+from flowturbo.solver.program import Variant, compile_program
+from flowturbo.solver.sampler import Array
+from flowturbo.solver.schedule import Schedule
+from research.quality.engine import BATCH, Exact, distances
+from research.quality.evaluate import exact_latents, kept, models_digest
+from research.quality.metrics import half_width, mean_without
+
+HEUN_STEPS = 64  # of what stands in for the exact solution where there is no checkpoint
+
+
+@dataclass(frozen=True)
+class Score:
+    """A figure of merit, lower is better, and the same without each of BLOCKS blocks of seeds."""
+
+    value: float
+    without: tuple[float, ...]
+
+    @classmethod
+    def of(cls, distances: Array) -> Score:
+        """The mean of those of each seed's latent, [n >= BLOCKS]."""
+        return cls(float(distances.mean()), mean_without(distances))
+
+    @property
+    def interval(self) -> float:
+        """Half the 95% interval over seeds (research.quality.metrics)."""
+        return half_width(self.without)
+
+    def surely_above(self, other: Score) -> bool:
+        """Whether it would be so with other seeds: of the same seeds' differences, 95%."""
+        difference = np.subtract(self.without, other.without)
+        return self.value - other.value > half_width(difference)
+
+
+class Distances:
+    """Distances of schedules to `solved` [n, C, h, w], the ends of the flow of seeds 0 to n.
+
+    A latent is made once, however often its schedule is scored.
+    """
+
+    def __init__(self, pipeline: LocalPipeline, guidance: Guidance, solved: Array) -> None:
+        self._pipeline, self._guidance, self._solved = pipeline, guidance, solved
+        self._known: dict[Schedule, Array] = {}
+
+    def score(self, schedule: Schedule, count: int) -> Score:
+        """Over the first `count` seeds."""
+        known = self._known.get(schedule, np.zeros(0))
+        if len(known) < count:
+            made = latents(self._pipeline, schedule, self._guidance, range(len(known), count))
+            apart = distances(made, self._solved[len(known) : count])
+            known = np.concatenate([known, apart])
+            self._known[schedule] = known
+        return Score.of(known[:count])
+
+
+def latents(
+    pipeline: LocalPipeline, schedule: Schedule, guidance: Guidance, seeds: Iterable[int]
+) -> Array:
+    """Latents [n, C, h, w] of `seeds`, of which seed i has class i mod classes."""
+    every = np.fromiter(seeds, np.int64)
+    parts = np.array_split(every, -(-len(every) // BATCH))
+    return np.concatenate([_latents(pipeline, schedule, guidance, part) for part in parts])
+
+
+def _latents(
+    pipeline: LocalPipeline, schedule: Schedule, guidance: Guidance, seeds: Array
+) -> Array:
+    tensors = {
+        "label": seeds % pipeline.pipeline.num_classes,
+        "seed": seeds,
+        "schedule": np.array([str(schedule)], dtype=object),
+        "guidance_scale": np.array([guidance.scale], dtype=np.float32),
+    }
+    request = parse_request(tensors, ["latent"], pipeline.pipeline, pipeline.settings)
+    # Not program_for, which warns of long refiner steps: whether they harm is measured here.
+    program = compile_program(schedule, variant=Variant(pipeline.settings.variant))
+    return pipeline.run(request, program)["latent"]
+
+
+def solve(
+    pipeline: LocalPipeline,
+    repository: Path,
+    predictor: Path | None,
+    guidance: Guidance,
+    count: int,
+    cache: Path,
+) -> tuple[str, Array]:
+    """The ends of the flow of seeds 0 to `count`, [count, C, h, w], kept in `cache`, and whose.
+
+    Of the checkpoint `predictor` in float32; without one, of the deployed predictor, by as many
+    steps of Heun as leave nothing to gain: then its rounding is no error.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    if predictor is not None:
+        exact = Exact.of_repository(predictor, repository)
+        return f"{predictor.name} in float32", exact_latents(exact, guidance, count, cache)
+    path = cache / f"heun{HEUN_STEPS}_{models_digest(repository)}_g{guidance.scale:g}_{count}.npy"
+    schedule = Schedule("H" * HEUN_STEPS)
+    solved = kept(path, lambda: latents(pipeline, schedule, guidance, range(count)))
+    return f"the deployed predictor, Heun, {HEUN_STEPS} steps", solved
