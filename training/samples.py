@@ -79,8 +79,8 @@ def sample(
     """Latents [B, C, h, w] from noise `x` of that shape, of class ids `label` [B].
 
     Steps H, P and R on the schedule's grid as the public code takes them
-    (`flowturbo.solver.program`, variant `reference`). Guided, the batch is doubled, as in SiT: the rows with the null label
-    follow the conditional ones.
+    (`flowturbo.solver.program`, variant `reference`). Guided, the batch is doubled, as in SiT: the
+    rows with the null label follow the conditional ones.
     """
     guided, count = scale != 1.0, len(x)
     if guided:

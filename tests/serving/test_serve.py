@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tritonclient.grpc as grpc
+from support import ROOT
 
 from flowturbo.serve import check_backends, check_repository
 from flowturbo.serving.installation import Installation, ServerError, SetupError, find_server
