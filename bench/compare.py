@@ -80,7 +80,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CompareConfig:
     """What is compared. `seconds` is the window of the concurrent case; a lone one has half."""
 
     repository: Path
@@ -103,7 +103,7 @@ class Plan:
         clients: int = 8,
         batches: Sequence[int] = (1, 8),
         forms: Sequence[Form] = (),
-    ) -> "Plan":
+    ) -> "CompareConfig":
         """`batches` are the images of a lone client's request, `clients` those of the other case.
 
         `forms` defaults to eager and compiled, each in float32 and, where that is the repository's
@@ -136,13 +136,13 @@ class Plan:
 
 
 def run(repository: Path, rounds: int, **options: Any) -> dict[str, Any]:
-    """Compares (`options`: those of `Plan.of`) and answers the report.
+    """Compares (`options`: those of `CompareConfig.of`) and answers the report.
 
     `rounds`: every `Figure`. `summary`: for each case and contender the ratio to the service, with
     median, min and max over the rounds; above 1 the service is faster (median latency of a lone
     client, images a second of many). `markdown`: both as text.
     """
-    plan = Plan.of(repository, rounds, **options)
+    plan = CompareConfig.of(repository, rounds, **options)
     figures: list[Figure] = []
     with _contenders(plan) as (alone, together, difference):
         turns = [
@@ -166,7 +166,9 @@ def run(repository: Path, rounds: int, **options: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _contenders(plan: Plan) -> Iterator[tuple[dict[str, Measure], dict[str, Measure], float]]:
+def _contenders(
+    plan: CompareConfig,
+) -> Iterator[tuple[dict[str, Measure], dict[str, Measure], float]]:
     """Those for a lone client and those for many, and how far their images are apart (levels)."""
     with contextlib.ExitStack() as stack:
         url = stack.enter_context(running_server(plan.repository)).grpc
@@ -233,7 +235,7 @@ def _summary(case: Case, contender: str, figures: Sequence[Figure]) -> dict[str,
     }
 
 
-def _settings(plan: Plan) -> dict[str, Any]:
+def _settings(plan: CompareConfig) -> dict[str, Any]:
     pipeline = Pipeline.load(plan.repository)
     return {
         "processor": hardware()["cpu"],

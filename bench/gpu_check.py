@@ -27,7 +27,7 @@ from bench.estimate import Chip, predictor_ms, request_ms
 from bench.networks import SIZES, Size, matrix_flops, pipeline_modules
 from export.deployment import Deployment
 from export.engine import Builder, build_engine, find_builders
-from export.onnx_graph import PRECISIONS, Exported, export_onnx, to_precision
+from export.onnx_graph import PRECISIONS, ExportTarget, export_onnx, to_precision
 from export.quantize import quantize
 from flowturbo import contract
 from flowturbo.errors import RepositoryError
@@ -73,7 +73,7 @@ class Form(Protocol):
 class TorchForm:
     """A PyTorch module, as it is or compiled."""
 
-    def __init__(self, exported: Exported, precision: str, device: str, compiled: bool) -> None:
+    def __init__(self, exported: ExportTarget, precision: str, device: str, compiled: bool) -> None:
         self._names = [spec.name for spec in contract.COMPOSED[exported.model][0]]
         module = deepcopy(exported.module)
         to_precision(module, precision)
@@ -242,7 +242,7 @@ def find_chip(peak: float) -> Chip:
 
 
 def _reference(
-    exports: list[Exported], size: Size, device: str
+    exports: list[ExportTarget], size: Size, device: str
 ) -> dict[tuple[str, int], np.ndarray]:
     """What PyTorch answers in float32, by model and rows: errors are told against it."""
     found = {}
@@ -253,13 +253,13 @@ def _reference(
     return found
 
 
-def _inputs(exported: Exported, rows: int) -> Tensors:
+def _inputs(exported: ExportTarget, rows: int) -> Tensors:
     made = exported.random_inputs(rows, seed=rows)
     return {name: value.numpy() for name, value in made.items()}
 
 
 def _forms(
-    engine: str, precision: str, exports: list[Exported], device: str, scratch: Path
+    engine: str, precision: str, exports: list[ExportTarget], device: str, scratch: Path
 ) -> Iterator[tuple[str, dict[str, Form]]]:
     """The models in one engine and precision, by its name; of PyTorch eager, then compiled.
 
@@ -299,7 +299,7 @@ def _check_onnx(precision: str) -> None:
         raise RepositoryError("the ONNX Runtime here does not use the GPU: install onnxruntime-gpu")
 
 
-def _export(exported: Exported, precision: str, path: Path) -> None:
+def _export(exported: ExportTarget, precision: str, path: Path) -> None:
     path.parent.mkdir(parents=True)
     half = replace(exported, module=deepcopy(exported.module))
     to_precision(half.module, precision)
@@ -320,7 +320,7 @@ def _blocks(
     forms: dict[str, Form],
     size: Size,
     chip: Chip | None,
-    exports: list[Exported],
+    exports: list[ExportTarget],
     peaks: dict[str, float],
     reference: dict[tuple[str, int], np.ndarray],
 ) -> Iterator[BlockTime]:

@@ -18,7 +18,7 @@ import numpy as np
 from bench.load import fitted_line
 from bench.networks import GLYPHS, random_network
 from export.blocks import PredictorBlock, RefinerBlock
-from export.onnx_graph import Exported
+from export.onnx_graph import ExportTarget
 from export.runtime import export_for
 from flowturbo import contract
 from flowturbo.generate import generate, program_for
@@ -70,7 +70,7 @@ class Run:
         with tempfile.TemporaryDirectory() as scratch:
             self._models = {}
             for model, block in blocks.items():
-                exported = Exported(model, block, shape, config)
+                exported = ExportTarget(model, block, shape, config)
                 path = export_for(served.runtime, exported, Path(scratch))
                 opened = open_model(path, served.precision, runtime=served.runtime)
                 self._models[model] = opened

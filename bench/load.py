@@ -35,7 +35,7 @@ Attempt = tuple[str, float]  # one of OUTCOMES, after how many ms
 
 
 @dataclass(frozen=True)
-class Plan:
+class LoadConfig:
     """Which points to measure, and for how long each: `seconds`, or `requests` where given."""
 
     concurrency: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
@@ -70,7 +70,7 @@ class Bench:
 
     tool: PerfAnalyzer
     url: str
-    plan: Plan
+    plan: LoadConfig
     max_inflight: int
 
     def closed_loop(self) -> list[Point]:
@@ -220,7 +220,7 @@ def _outcomes(attempts: Sequence[Attempt]) -> Point:
     }
 
 
-def measure(url: str, repository: Path, plan: Plan) -> Iterator[dict[str, Any]]:
+def measure(url: str, repository: Path, plan: LoadConfig) -> Iterator[dict[str, Any]]:
     """The report after each scenario, growing."""
     server = described_server(url, repository)
     tool = perf_analyzer.find_perf_analyzer()
@@ -269,13 +269,13 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _plan(args: argparse.Namespace) -> Plan:
+def _plan(args: argparse.Namespace) -> LoadConfig:
     chosen: dict[str, Any] = dict(QUICK) if args.quick else {}
     if args.concurrency:
         chosen["concurrency"] = tuple(args.concurrency)
     if args.seconds:
         chosen |= {"seconds": args.seconds, "requests": None}
-    return Plan(**chosen)
+    return LoadConfig(**chosen)
 
 
 def main() -> None:

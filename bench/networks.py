@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from export.blocks import DecoderBlock, PredictorBlock, RefinerBlock
-from export.onnx_graph import Exported
+from export.onnx_graph import ExportTarget
 from flowturbo import contract
 from flowturbo.nets.sit import SiT, SiTConfig, refiner_config
 from flowturbo.nets.vae import Decoder
@@ -74,7 +74,7 @@ def random_vae(channels: tuple[int, ...], latent_channels: int) -> AutoencoderKL
     return frozen
 
 
-def pipeline_modules(size: Size) -> list[Exported]:
+def pipeline_modules(size: Size) -> list[ExportTarget]:
     """Predictor, refiner and decoder blocks in float32, as an export has them."""
     config = size.config
     shape = (config.latent_channels, config.latent_size, config.latent_size)
@@ -85,7 +85,7 @@ def pipeline_modules(size: Size) -> list[Exported]:
             Decoder(random_vae(size.vae_channels, config.latent_channels))
         ),
     }
-    return [Exported(model, module, shape, config) for model, module in made.items()]
+    return [ExportTarget(model, module, shape, config) for model, module in made.items()]
 
 
 def matrix_flops(config: SiTConfig, rows: int) -> float:

@@ -21,7 +21,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repository", type=Path, default=Path("model_repository"))
     parser.add_argument("--output", type=Path, default=Path("output"))
-    parser.add_argument("--text", default="FLOWTURBO2", help="an image a character")
+    parser.add_argument("--characters", default="FLOWTURBO2", help="one image per character")
     parser.add_argument("--seed", type=int, default=2024)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
@@ -31,7 +31,7 @@ def main() -> int:
     try:
         with running_server(args.repository, log_path=log) as address:
             print(f"ready after {time.monotonic() - started:.1f} s, gRPC at {address.grpc}")
-            return generate(address.grpc, args.text, args.seed, args.output)
+            return generate(address.grpc, args.characters, args.seed, args.output)
     except ServerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -39,7 +39,16 @@ def main() -> int:
 
 def generate(url: str, text: str, seed: int, output: Path) -> int:
     """The client's command line, once for all schedules: their rows share seeds."""
-    command = [sys.executable, "-m", "flowturbo_client", "generate", "--url", url, "--text", text]
+    command = [
+        sys.executable,
+        "-m",
+        "flowturbo_client",
+        "generate",
+        "--url",
+        url,
+        "--characters",
+        text,
+    ]
     command += ["--seed", str(seed), "--schedule", *SCHEDULES, "--warmup", "--output", str(output)]
     return subprocess.run(command).returncode
 

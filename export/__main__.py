@@ -17,7 +17,7 @@ from export.engine import CAPABILITIES
 from export.onnx_graph import PRECISIONS
 from export.pipeline import Options, export_pipeline
 from export.runtime import candidates
-from export.source import Source
+from export.source import Checkpoints
 from export.verify import verify_repository
 from flowturbo.errors import FlowTurboError
 from flowturbo.gpu import gpu_count
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         if argv[:1] == ["verify"]:
             values = vars(_verify_parser().parse_args(argv[1:]))
-            verify_repository(_take(Source, values), values["repository"], values["schedule"])
+            verify_repository(_take(Checkpoints, values), values["repository"], values["schedule"])
         else:
             export_pipeline(_options(argv))
     except (FlowTurboError, OSError) as error:
@@ -61,7 +61,7 @@ def _options(argv: Sequence[str]) -> Options:
         )
     if values["precision"] == "fp8" and values["engine"] == "onnxruntime":
         parser.error("--precision fp8 goes with --engine tensorrt (or python, slowly, on a CPU)")
-    values["source"] = _take(Source, values)
+    values["source"] = _take(Checkpoints, values)
     if values["ensemble"] is not None:
         values["ensemble"] = tuple(values["ensemble"])
     values["deployment"] = _take(Deployment, values)

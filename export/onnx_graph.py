@@ -25,7 +25,7 @@ PRECISIONS = {
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportTarget:
     """A module to export: its composed model's name and the size of its latents, (C, h, w).
 
     `config` is the predictor's, which the whole pipeline shares.
@@ -76,7 +76,7 @@ def to_precision(module: nn.Module, precision: str) -> None:
         parameter.data = parameter.data.to(PRECISIONS[precision])
 
 
-def export_onnx(exported: Exported, path: Path) -> None:
+def export_onnx(exported: ExportTarget, path: Path) -> None:
     """Writes the module as ONNX with any number of rows; large weights lie beside it."""
     example = exported.random_inputs(4, seed=0)
     _, outputs = contract.COMPOSED[exported.model]

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from export.onnx_graph import Exported
+from export.onnx_graph import ExportTarget
 from flowturbo import contract
 from flowturbo.parity import PAIRED, Evaluate, Figures, VerificationError
 from flowturbo.solver.guidance import Tensors
@@ -11,7 +11,7 @@ from flowturbo.solver.guidance import Tensors
 _AT_ONCE = 6  # rows, which bounds the memory that a large decoder takes
 
 
-def torch_evaluation(exported: Exported) -> Evaluate:
+def torch_evaluation(exported: ExportTarget) -> Evaluate:
     """The PyTorch module itself, in whatever precision it has now."""
     names = [spec.name for spec in contract.COMPOSED[exported.model][0]]
 
@@ -24,7 +24,7 @@ def torch_evaluation(exported: Exported) -> Evaluate:
     return evaluate
 
 
-def torch_figures(exported: Exported) -> Figures:
+def torch_figures(exported: ExportTarget) -> Figures:
     """What the module answers, in the precision it has now, on random inputs."""
     made = exported.random_inputs(PAIRED + 1, seed=1)
     inputs = {name: value.numpy() for name, value in made.items()}

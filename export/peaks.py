@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from export.blocks import StepBlock
-from export.onnx_graph import Exported
+from export.onnx_graph import ExportTarget
 from export.parity import torch_evaluation, torch_figures
 from flowturbo.parity import Figures
 from flowturbo.solver.guidance import Tensors
@@ -81,7 +81,7 @@ class PeakOf(TorchDispatchMode):
         return result
 
 
-def watched_figures(exported: Exported) -> tuple[Figures, Peak]:
+def watched_figures(exported: ExportTarget) -> tuple[Figures, Peak]:
     """The figures that every form is held to, and the peak of the model.
 
     That is the largest of its weights, of what it computes for these figures and for `extremes`.
@@ -96,7 +96,7 @@ def watched_figures(exported: Exported) -> tuple[Figures, Peak]:
     return figures, watch.peak
 
 
-def extremes(exported: Exported) -> Iterator[Tensors]:
+def extremes(exported: ExportTarget) -> Iterator[Tensors]:
     """Inputs of a step block at both ends of the flow and in its middle, for the labels that count.
 
     These are all labels of a small table. Of a large one they are those with the largest

@@ -19,11 +19,11 @@ from export.ensemble import (
     installed_ensembles,
     write_ensembles,
 )
-from export.onnx_graph import Exported, count_attentions, to_precision
+from export.onnx_graph import ExportTarget, count_attentions, to_precision
 from export.parity import torch_figures
 from export.peaks import HALVES, LARGEST, watched_figures
-from export.runtime import Execution, Trial, attempt, candidates, choose, export_for
-from export.source import Source, modules, source_digests
+from export.runtime import Runtime, TrialResult, candidates, choose, export_for, try_runtimes
+from export.source import Checkpoints, modules, source_digests
 from flowturbo import contract
 from flowturbo.nets.sit import SiTConfig
 from flowturbo.nets.weights import CheckpointError
@@ -43,7 +43,7 @@ _JOINERS = "\u200c\u200d"  # which spelling needs in some languages, between oth
 class Options:
     """What to export, and to where; `command` is what makes it again."""
 
-    source: Source
+    source: Checkpoints
     deployment: Deployment
     repository: Path
     class_names: Path | None
@@ -222,17 +222,17 @@ def _write_models(options: Options, fingerprint: dict[str, Any], staged: Path) -
     for exported in modules(options.source):
         _check_names(options, exported.config)
         written[exported.model] = _write(exported, options, staged / exported.model)
-    chosen: dict[str, Execution] = {}
+    chosen: dict[str, Runtime] = {}
     for precision in dict.fromkeys(model.precision for model in written.values()):
         group = {name: m.trials for name, m in written.items() if m.precision == precision}
-        execution = choose(group)
-        chosen |= dict.fromkeys(group, execution)
+        runtime = choose(group)
+        chosen |= dict.fromkeys(group, runtime)
         if len(candidates(replace(options.deployment, precision=precision))) > 1:
-            print(f"fastest here: {execution}")
+            print(f"fastest here: {runtime}")
     for name, model in written.items():
         parity = model.trials[chosen[name]].parity
         print(f"{name}: {', '.join(f'{output} off by {e:.1e}' for output, e in parity.items())}")
-        times = {str(execution): trial.times_ms for execution, trial in model.trials.items()}
+        times = {str(runtime): trial.times_ms for runtime, trial in model.trials.items()}
         found = asdict(chosen[name]) | {"parity": parity, "times_ms": times}
         install.write_build(staged / name, model.build | found | {"fingerprint": fingerprint})
 
@@ -243,10 +243,10 @@ class _Written:
 
     build: dict[str, Any]
     precision: str
-    trials: dict[Execution, Trial]
+    trials: dict[Runtime, TrialResult]
 
 
-def _write(exported: Exported, options: Options, folder: Path) -> _Written:
+def _write(exported: ExportTarget, options: Options, folder: Path) -> _Written:
     """Exports one model into `folder`; its configuration comes later."""
     (folder / "1").mkdir(parents=True)
     deployment, source = options.deployment, options.source.files()[exported.model]
@@ -294,12 +294,12 @@ def _precisions(model: str, deployment: Deployment) -> list[str]:
 
 
 def _export(
-    exported: Exported,
+    exported: ExportTarget,
     deployment: Deployment,
     figures: Figures,
     precisions: list[str],
     version: Path,
-) -> tuple[str, dict[Execution, Trial]]:
+) -> tuple[str, dict[Runtime, TrialResult]]:
     """Writes the file that is to be run; which of `precisions` it was, and its trials."""
     for precision in precisions[:-1]:
         tried = replace(exported, module=deepcopy(exported.module))
@@ -311,8 +311,8 @@ def _export(
 
 
 def _export_as(
-    exported: Exported, deployment: Deployment, figures: Figures, precision: str, version: Path
-) -> dict[Execution, Trial]:
+    exported: ExportTarget, deployment: Deployment, figures: Figures, precision: str, version: Path
+) -> dict[Runtime, TrialResult]:
     deployment = replace(deployment, precision=precision)
     # A float32 file is run in bfloat16 too.
     stored = "fp32" if precision == AUTO else precision
@@ -326,16 +326,16 @@ def _export_as(
         quantize(exported, path)
     print("verify ... ", end="", flush=True)
     _, opt_rows, _ = deployment.profile
-    trials = attempt(
+    trials = try_runtimes(
         exported, path, figures, candidates(deployment), opt_rows, on_gpu=deployment.on_gpu
     )
     print(", ".join(map(_shown, trials, trials.values())), flush=True)
     return trials
 
 
-def _shown(execution: Execution, trial: Trial) -> str:
+def _shown(runtime: Runtime, trial: TrialResult) -> str:
     times = ", ".join(f"{ms:.1f} ms for {rows} rows" for rows, ms in trial.times_ms.items())
-    return f"{execution} ({times})" if times else str(execution)
+    return f"{runtime} ({times})" if times else str(runtime)
 
 
 def _lacking(repository: Path, builder: Builder) -> list[str]:

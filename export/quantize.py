@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from export.onnx_graph import Exported
+from export.onnx_graph import ExportTarget
 from flowturbo import contract
 from flowturbo.runtimes import OnnxRuntimeModel
 from flowturbo.solver.guidance import Guidance, scalar_rows
@@ -21,7 +21,7 @@ LARGEST = 448.0  # of FLOAT8E4M3FN
 _STEPS, _ROWS, _GUIDANCE = 10, 16, 1.5
 
 
-def quantize(exported: Exported, path: Path) -> None:
+def quantize(exported: ExportTarget, path: Path) -> None:
     """Replaces the float16 block at `path` by its fp8 form; large weights lie beside it."""
     model = onnx.load(path)
     large = path.with_suffix(".onnx.data").exists()
@@ -43,7 +43,7 @@ def quantize(exported: Exported, path: Path) -> None:
     )
 
 
-def _largest_inputs(exported: Exported, path: Path, names: list[str]) -> dict[str, float]:
+def _largest_inputs(exported: ExportTarget, path: Path, names: list[str]) -> dict[str, float]:
     """The largest value of each tensor in `names` over steps from noise to data."""
     watched = onnx.load(path, load_external_data=False)
     watched.graph.output.extend(

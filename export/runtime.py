@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from export.deployment import AUTO, Deployment
-from export.onnx_graph import Exported, export_onnx
+from export.onnx_graph import ExportTarget, export_onnx
 from export.torch_program import export_program
 from flowturbo import contract
 from flowturbo.generate import models_called
@@ -25,48 +25,48 @@ _CALLS = Counter([*models_called(_DEFAULT), contract.DECODER])
 
 
 @dataclass(frozen=True)
-class Execution:
+class Runtime:
     """A runtime (flowturbo.runtimes.RUNTIMES) and what the networks compute in."""
 
-    runtime: str
+    name: str
     precision: str
 
     def __str__(self) -> str:
-        return f"{self.runtime} {self.precision}"
+        return f"{self.name} {self.precision}"
 
 
 _ON_CPU = (
-    Execution("onnxruntime", "fp32"),
-    Execution("openvino", "fp32"),
-    Execution("openvino", "bf16"),
+    Runtime("onnxruntime", "fp32"),
+    Runtime("openvino", "fp32"),
+    Runtime("openvino", "bf16"),
 )
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One model in one execution: its error by output, and milliseconds by rows of a batch."""
+class TrialResult:
+    """One model in one runtime: its error by output, and milliseconds by rows of a batch."""
 
     parity: dict[str, float]
     times_ms: dict[int, float]
 
 
-def candidates(deployment: Deployment) -> list[Execution]:
+def candidates(deployment: Deployment) -> list[Runtime]:
     """What `deployment` leaves open; empty if it asks for what no runtime does."""
     runtime, precision = deployment.runtime, deployment.precision
     if runtime == "torch":
         fits = deployment.engine == "python" and precision != "fp8"
-        return [Execution("torch", "fp32" if precision == AUTO else precision)] if fits else []
+        return [Runtime("torch", "fp32" if precision == AUTO else precision)] if fits else []
     if deployment.engine == "python" and precision in (AUTO, "fp32", "bf16"):
         return [
-            e for e in _ON_CPU if runtime in (AUTO, e.runtime) and precision in (AUTO, e.precision)
+            e for e in _ON_CPU if runtime in (AUTO, e.name) and precision in (AUTO, e.precision)
         ]
     if precision == AUTO:
         return []
-    only = Execution(runtime_for(precision), precision)
-    return [only] if runtime in (AUTO, only.runtime) else []
+    only = Runtime(runtime_for(precision), precision)
+    return [only] if runtime in (AUTO, only.name) else []
 
 
-def export_for(runtime: str, exported: Exported, version: Path) -> Path:
+def export_for(runtime: str, exported: ExportTarget, version: Path) -> Path:
     """Writes the module into the folder `version` as the file that `runtime` loads."""
     path = version / model_file(runtime)
     if runtime == "torch":
@@ -76,36 +76,36 @@ def export_for(runtime: str, exported: Exported, version: Path) -> Path:
     return path
 
 
-def attempt(
-    exported: Exported,
+def try_runtimes(
+    exported: ExportTarget,
     path: Path,
     figures: Figures,
-    open_to: list[Execution],
+    open_to: list[Runtime],
     opt_rows: int,
     *,
     on_gpu: bool = False,
-) -> dict[Execution, Trial]:
+) -> dict[Runtime, TrialResult]:
     """Tries the file `path` in each of `open_to`; times them where there are several.
 
     PyTorch runs it where the server will, `on_gpu` or not.
 
     One that is too far off `figures` drops out; raises VerificationError if it is the only one.
     """
-    trials: dict[Execution, Trial] = {}
-    for execution in open_to:
-        model = open_model(path, execution.precision, runtime=execution.runtime, on_gpu=on_gpu)
+    trials: dict[Runtime, TrialResult] = {}
+    for runtime in open_to:
+        model = open_model(path, runtime.precision, runtime=runtime.name, on_gpu=on_gpu)
         try:
-            parity = figures.check(exported.model, model, TOLERANCES[execution.precision])
+            parity = figures.check(exported.model, model, TOLERANCES[runtime.precision])
         except VerificationError as error:
             if len(open_to) == 1:
                 raise
-            print(f"{execution} left out: {error} ... ", end="", flush=True)
+            print(f"{runtime} left out: {error} ... ", end="", flush=True)
             continue
         times = {}
         for rows in (2, opt_rows) if len(open_to) > 1 else ():
             inputs = {k: v.numpy() for k, v in exported.random_inputs(rows, seed=rows).items()}
             times[rows] = round(_milliseconds(model, inputs), 3)
-        trials[execution] = Trial(parity, times)
+        trials[runtime] = TrialResult(parity, times)
     if not trials:
         raise VerificationError(f"{exported.model}: no runtime here computes what PyTorch does")
     return trials
@@ -124,20 +124,20 @@ def _milliseconds(model: Callable[[Tensors], object], inputs: Tensors) -> float:
             return best * 1e3
 
 
-def choose(trials: Mapping[str, Mapping[Execution, Trial]]) -> Execution:
-    """The fastest execution that every model of the pipeline has.
+def choose(trials: Mapping[str, Mapping[Runtime, TrialResult]]) -> Runtime:
+    """The fastest runtime that every model of the pipeline has.
 
     By the time of a request's calls, alone and in large batches alike (geometric mean).
     """
     common = [e for e in next(iter(trials.values())) if all(e in of for of in trials.values())]
     if not common:
         raise VerificationError("no runtime here computes what PyTorch does for every model")
-    return min(common, key=lambda execution: _cost(trials, execution))
+    return min(common, key=lambda runtime: _cost(trials, runtime))
 
 
-def _cost(trials: Mapping[str, Mapping[Execution, Trial]], execution: Execution) -> float:
+def _cost(trials: Mapping[str, Mapping[Runtime, TrialResult]], runtime: Runtime) -> float:
     totals: dict[int, float] = {}
     for model, of_model in trials.items():
-        for rows, ms in of_model[execution].times_ms.items():
+        for rows, ms in of_model[runtime].times_ms.items():
             totals[rows] = totals.get(rows, 0.0) + _CALLS[model] * ms
     return math.prod(totals.values())

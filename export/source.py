@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from export.blocks import DecoderBlock, PredictorBlock, RefinerBlock
-from export.onnx_graph import Exported
+from export.onnx_graph import ExportTarget
 from flowturbo import contract
 from flowturbo.nets.checkpoint import load_predictor, load_refiner
 from flowturbo.nets.sit import SiTConfig
@@ -17,7 +17,7 @@ _PLACES = ("predictor", "refiner", "vae")
 
 
 @dataclass(frozen=True)
-class Source:
+class Checkpoints:
     """The checkpoints of a pipeline and how to read them (`python -m export --help`)."""
 
     predictor: Path
@@ -45,12 +45,12 @@ class Source:
         return {model: path for model, path in given.items() if path}
 
 
-def source_digests(source: Source) -> dict[str, str]:
+def source_digests(source: Checkpoints) -> dict[str, str]:
     """Digest of what each composed model is made from."""
     return {model: sha256(path) for model, path in source.files().items()}
 
 
-def modules(source: Source) -> Iterator[Exported]:
+def modules(source: Checkpoints) -> Iterator[ExportTarget]:
     """What is to be exported, in float32, each checked against the predictor."""
     predictor = load_predictor(
         source.predictor,
@@ -67,15 +67,15 @@ def modules(source: Source) -> Iterator[Exported]:
             f"--guidance-channels must be 1 to {config.latent_channels}, got {channels}"
         )
     # All checkpoints are read before the first is exported: a wrong one is found at once.
-    found = [Exported(contract.PREDICTOR, PredictorBlock(predictor, channels), shape, config)]
+    found = [ExportTarget(contract.PREDICTOR, PredictorBlock(predictor, channels), shape, config)]
     if source.refiner:
         refiner = load_refiner(
             source.refiner, config, source.refiner_weights, source.refiner_num_heads
         )
-        found.append(Exported(contract.REFINER, RefinerBlock(refiner, channels), shape, config))
+        found.append(ExportTarget(contract.REFINER, RefinerBlock(refiner, channels), shape, config))
     if source.vae:
         decoder = DecoderBlock(_decoder(source.vae, config))
-        found.append(Exported(contract.DECODER, decoder, shape, config))
+        found.append(ExportTarget(contract.DECODER, decoder, shape, config))
     yield from found
 
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 
-from export.onnx_graph import Exported
+from export.onnx_graph import ExportTarget
 
 
-def export_program(exported: Exported, path: Path) -> None:
+def export_program(exported: ExportTarget, path: Path) -> None:
     """Writes the module with any number of rows."""
     example = exported.random_inputs(4, seed=0)
     program = torch.export.export(

@@ -8,9 +8,9 @@ import numpy as np
 
 from export.engine import Builder, EngineError, find_builders
 from export.install import read_build
-from export.onnx_graph import Exported, to_precision
+from export.onnx_graph import ExportTarget, to_precision
 from export.parity import torch_evaluation, torch_figures
-from export.source import Source, modules, source_digests
+from export.source import Checkpoints, modules, source_digests
 from flowturbo import contract
 from flowturbo.errors import RepositoryError
 from flowturbo.generate import generate, program_for
@@ -28,7 +28,7 @@ _ROW = "{:<28} {:<32} {:>10} {:>10} {:>10}  {}"
 Forms = dict[str, Evaluate]  # by model
 
 
-def verify_repository(source: Source, repository: Path, schedule: str | None) -> None:
+def verify_repository(source: Checkpoints, repository: Path, schedule: str | None) -> None:
     """Prints the error of every form of every model, and of a trajectory through each form.
 
     All are compared with PyTorch in float32. Raises VerificationError if any error is above its
@@ -72,7 +72,7 @@ def verify_repository(source: Source, repository: Path, schedule: str | None) ->
         raise VerificationError(f"{len(failed)} of the errors are too large: {'; '.join(failed)}")
 
 
-def _builds(source: Source, repository: Path) -> dict[str, dict[str, Any]]:
+def _builds(source: Checkpoints, repository: Path) -> dict[str, dict[str, Any]]:
     """The record of each model; raises RepositoryError where `source` is not what they are of."""
     digests = source_digests(source)
     for model in contract.COMPOSED:
@@ -101,7 +101,7 @@ def _builds(source: Source, repository: Path) -> dict[str, dict[str, Any]]:
 
 
 def _forms(
-    exports: list[Exported], builds: dict[str, dict], repository: Path
+    exports: list[ExportTarget], builds: dict[str, dict], repository: Path
 ) -> Iterator[tuple[dict[str, str], Forms]]:
     """What each model is run by, and how; one such form of all models after the other.
 

@@ -15,13 +15,13 @@ from flowturbo.errors import RequestError
 from flowturbo.generate import BLOCK_MODELS
 from flowturbo.repository import Pipeline, Settings
 from flowturbo.request import GenerationRequest, parse_request
-from flowturbo.solver.guidance import Guidance, Tensors, alternate, pair_rows, scalar_rows, spread
+from flowturbo.solver.guidance import Guidance, Tensors, interleave, pair_rows, scalar_rows, to_rows
 from flowturbo.solver.program import BlockCall, Program, RefinerCall
 from flowturbo.solver.sampler import Array, sample
 from flowturbo.solver.schedule import Schedule
 
 # Rows that the orchestrator gives to an ensemble on a CPU. On a GPU any number: latents stay there.
-_MOST_ROWS = 8
+_MAX_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,10 @@ def ensemble_for(
     request, which does not show there, and cannot be stopped.
     """
     guidance = request.guidance
-    whole = not guidance.used or guidance.interval == Guidance().interval
+    whole = not guidance.enabled or guidance.interval == Guidance().interval
     if request.initial_noise is not None or not whole:
         return None
-    most = pipeline.max_rows if pipeline.on_gpu else min(_MOST_ROWS, pipeline.max_rows)
+    most = pipeline.max_rows if pipeline.on_gpu else min(_MAX_ROWS, pipeline.max_rows)
     if request.rows > most:
         return None
     return ensembles.get(str(request.schedule))
@@ -125,19 +125,19 @@ def plan(request: GenerationRequest, pipeline: Pipeline, program: Program) -> Te
     Raises RequestError for more rows than one batch holds: nothing here can split them.
     """
     guidance = request.guidance
-    noise = spread(request.start(pipeline), guidance)
+    noise = to_rows(request.start(pipeline), guidance)
     if len(noise) > pipeline.max_rows:
         raise RequestError(
             f"a request to this model has at most {pipeline.max_rows} rows (2 a guided image), got "
             f"{len(noise)}: ask for fewer images, or the model {contract.ORCHESTRATOR}"
         )
     labels = request.labels[:, None]
-    if guidance.used:
-        labels = alternate(labels, np.array([[pipeline.null_label]], dtype=np.int64))
+    if guidance.enabled:
+        labels = interleave(labels, np.array([[pipeline.null_label]], dtype=np.int64))
     tensors = {
         contract.PLAN_NOISE: noise,
         contract.PLAN_LABEL: labels,
-        contract.PLAN_PAIR: pair_rows(len(noise), guided=guidance.used),
+        contract.PLAN_PAIR: pair_rows(len(noise), guided=guidance.enabled),
     }
     for index, call in enumerate(program.calls):
         scalars = scalar_rows(call, len(noise), guidance)

@@ -12,9 +12,9 @@ from flowturbo.errors import NotFiniteError
 from flowturbo.latents import encode_images
 from flowturbo.repository import Pipeline
 from flowturbo.request import GenerationRequest
-from flowturbo.solver.guidance import Guidance, Tensors, gather, guided_block, spread
+from flowturbo.solver.guidance import Guidance, Tensors, guided_block, to_images, to_rows
 from flowturbo.solver.program import Network, Program, Variant, compile_program
-from flowturbo.solver.sampler import Array, AwaitedBlock, run, sampling
+from flowturbo.solver.sampler import Array, AwaitedBlock, run_sync, sample_async
 from flowturbo.solver.schedule import Schedule
 
 # Evaluates a composed model: (its name, its inputs [rows, ...]) to its outputs in contract order.
@@ -30,7 +30,7 @@ def generate(
     request: GenerationRequest, pipeline: Pipeline, program: Program, infer: Infer
 ) -> dict[str, Array]:
     """The output tensors that `request` asks for, by name (contract.REQUEST_OUTPUTS)."""
-    made = run(make_images(request, pipeline, program, awaited(infer)))
+    made = run_sync(make_images(request, pipeline, program, awaited(infer)))
     return complete(request, pipeline, made)
 
 
@@ -92,8 +92,8 @@ async def _latent(
     request: GenerationRequest, pipeline: Pipeline, program: Program, infer: AwaitedInfer
 ) -> Array:
     block = image_block(infer, pipeline, request.labels, request.guidance)
-    noise = spread(request.start(pipeline), request.guidance)
-    return gather(await sampling(program, noise, block), request.guidance)
+    noise = to_rows(request.start(pipeline), request.guidance)
+    return to_images(await sample_async(program, noise, block), request.guidance)
 
 
 def image_block(
@@ -108,7 +108,9 @@ def image_block(
     return guided_block(
         evaluate,
         conditioning={"label": labels[:, None]},
-        null={"label": np.array([[pipeline.null_label]], dtype=np.int64)} if guidance.used else {},
+        null={"label": np.array([[pipeline.null_label]], dtype=np.int64)}
+        if guidance.enabled
+        else {},
         guidance=guidance,
     )
 

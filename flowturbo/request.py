@@ -177,7 +177,7 @@ def _guidance(
         low, high = (float(t) for t in tensors["guidance_interval"])
         interval = low, high
     guidance = Guidance(scale, interval)
-    if guidance.used and not pipeline.null_class:
+    if guidance.enabled and not pipeline.null_class:
         raise RequestError(
             "guidance needs a network that also knows images without a class, this one was trained "
             f"with classes alone: guidance_scale must be 1, got {scale:g}"

@@ -1,4 +1,4 @@
-"""Exported models as served and as run in-process: one place for the runtimes' options."""
+"""ExportTarget models as served and as run in-process: one place for the runtimes' options."""
 
 import os
 from pathlib import Path

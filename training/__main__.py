@@ -26,8 +26,8 @@ from training.frechet import Reference, Statistics
 from training.glyphs import CLASS_NAMES, GlyphImages, load_or_render
 from training.latents import Storage, Writer
 from training.loop import digest_of, processes, save_weights
-from training.plan import Plan, PlanError
-from training.recipe import Recipe
+from training.objective import RefinerObjective
+from training.plan import PlanError, TrainingConfig
 from training.samples import RefinerPreview
 from training.shards import Shards
 
@@ -35,13 +35,15 @@ IMAGES = 48_000
 REFERENCE_IMAGES = 10_000  # whose features generated images are compared with
 REFERENCE_ROWS = 5_000  # of them, whose features are kept as they are
 PLANS = {
-    "vae": Plan(1750, batch=32, learning_rate=1.5e-3, seed=1, restarts=(1000,), ema_decay=0.0),
-    "classifier": Plan(1500, batch=128, learning_rate=2e-3, seed=2, ema_decay=0.99),
-    "predictor": Plan(2600, batch=96, learning_rate=1e-3, seed=3),
-    "predictor_uniform": Plan(
+    "vae": TrainingConfig(
+        1750, batch=32, learning_rate=1.5e-3, seed=1, restarts=(1000,), ema_decay=0.0
+    ),
+    "classifier": TrainingConfig(1500, batch=128, learning_rate=2e-3, seed=2, ema_decay=0.99),
+    "predictor": TrainingConfig(2600, batch=96, learning_rate=1e-3, seed=3),
+    "predictor_uniform": TrainingConfig(
         5600, batch=96, learning_rate=1e-3, seed=5, restarts=(1800, 3100), ema_decay=0.995
     ),
-    "refiner": Plan(2500, batch=64, learning_rate=1e-3, seed=4),
+    "refiner": TrainingConfig(2500, batch=64, learning_rate=1e-3, seed=4),
 }
 
 
@@ -85,7 +87,7 @@ def _run(args: argparse.Namespace) -> None:
         source,
         velocity,
         untrained,
-        Recipe(),
+        RefinerObjective(),
         PLANS["refiner"],
         args.runs,
         identity={**latents, "predictor": digest_of(velocity.state_dict())},
@@ -100,7 +102,7 @@ def _run(args: argparse.Namespace) -> None:
 
 def reference(judge: nn.Sequential, images: np.ndarray) -> Reference:
     """What the classifier sees in real `images` [N, 64, 64, 3] uint8."""
-    seen = classifier.look(judge, images)
+    seen = classifier.extract_features(judge, images)
     pooled, spatial = Statistics.of(seen.pooled), Statistics.of(seen.spatial)
     return Reference(pooled, spatial, seen.pooled[:REFERENCE_ROWS])
 

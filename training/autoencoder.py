@@ -10,7 +10,7 @@ from torch import Tensor
 
 from training.data import encode, to_unit
 from training.loop import fit
-from training.plan import Plan
+from training.plan import TrainingConfig
 
 KL_WEIGHT = 5e-4  # of the mean over latent values: keeps latents near unit scale, blurs nothing
 BLOCKS = (16, 32, 64)
@@ -33,7 +33,7 @@ def build() -> AutoencoderKL:
 
 
 def train(
-    images: np.ndarray, plan: Plan, folder: Path, identity: Mapping[str, str]
+    images: np.ndarray, plan: TrainingConfig, folder: Path, identity: Mapping[str, str]
 ) -> AutoencoderKL:
     """Fits the VAE to `images` [N, 64, 64, 3] uint8; sets its scaling factor.
 

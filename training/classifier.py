@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from training.data import to_unit
 from training.glyphs import CLASS_NAMES, label_of
 from training.loop import device, fit
-from training.plan import Plan
+from training.plan import TrainingConfig
 
 SPATIAL_CHANNELS = 7  # as ADM's evaluator takes for sFID
 _THIRD, _LAST = 9, 12  # layers up to the third and the last convolution's activation
@@ -30,7 +30,7 @@ def build() -> nn.Sequential:
 
 
 def train(
-    images: np.ndarray, plan: Plan, folder: Path, identity: Mapping[str, str]
+    images: np.ndarray, plan: TrainingConfig, folder: Path, identity: Mapping[str, str]
 ) -> nn.Sequential:
     """Fits the classifier to `images` [N, 64, 64, 3] uint8, whose class follows from the index.
 
@@ -52,7 +52,7 @@ def train(
 
 
 @dataclass(frozen=True)
-class Seen:
+class Features:
     """What a network sees in N images, float32: as FID, sFID and Inception Score need it.
 
     `pooled` [N, D]: channels of the last convolution averaged over the image. `spatial` [N, S]:
@@ -65,22 +65,24 @@ class Seen:
     probability: np.ndarray
 
     @classmethod
-    def join(cls, parts: Iterable["Seen"]) -> "Seen":
+    def join(cls, parts: Iterable["Features"]) -> "Features":
         """What was seen in all images of `parts`."""
         rows = ((part.pooled, part.spatial, part.probability) for part in parts)
         return cls(*(np.concatenate(of_kind) for of_kind in zip(*rows, strict=True)))
 
 
-def look(model: nn.Sequential, images: np.ndarray) -> Seen:
+def extract_features(model: nn.Sequential, images: np.ndarray) -> Features:
     """What the classifier sees in `images` [N, 64, 64, 3] uint8: 128 pooled, 448 spatial."""
     model = model.to(device()).eval()
-    return Seen.join(_look(model, images[k : k + _BATCH]) for k in range(0, len(images), _BATCH))
+    return Features.join(
+        _look(model, images[k : k + _BATCH]) for k in range(0, len(images), _BATCH)
+    )
 
 
 @torch.no_grad()
-def _look(model: nn.Sequential, images: np.ndarray) -> Seen:
+def _look(model: nn.Sequential, images: np.ndarray) -> Features:
     maps = model[:_THIRD](to_unit(images))
     last = model[_THIRD:_LAST](maps)
     spatial = maps[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
     found = last.mean((2, 3)), spatial, model[_LAST:](last).softmax(1)
-    return Seen(*(tensor.cpu().numpy() for tensor in found))
+    return Features(*(tensor.cpu().numpy() for tensor in found))

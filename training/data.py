@@ -16,7 +16,7 @@ from tqdm import tqdm
 from flowturbo.nets.sit import SiTConfig
 from flowturbo.nets.vae import latent_scale
 from training.images import DataError, Pictures
-from training.loop import device, digest_of, mine
+from training.loop import device, digest_of, local_rows
 
 # What a VAE's configuration says of the scale of its latents, and of its encoder without a trace in
 # the tensors.
@@ -70,7 +70,7 @@ def finite(*latents: Tensor) -> Tensor:
     return torch.stack(largest).isfinite().all(0)
 
 
-class Source(Protocol):
+class LatentSource(Protocol):
     """Latents of shape (C, h, w), any rows of which can be read."""
 
     shape: tuple[int, int, int]
@@ -144,7 +144,7 @@ class EncodedImages:
 
 def _bad_rows(pictures: Pictures, *, skip_bad: bool) -> dict[int, str]:
     """Rows that cannot be decoded, and why, found by all processes together."""
-    rows = mine(torch.arange(len(pictures))).tolist()
+    rows = local_rows(torch.arange(len(pictures))).tolist()
     checked = zip(rows, tqdm(pictures.read(rows), "check", len(rows)), strict=True)
     bad = [(row, str(image)) for row, (image, _) in checked if isinstance(image, DataError)]
     bad = sorted(gather_object(bad))

@@ -30,7 +30,7 @@ _NAME = re.compile(rf"({_FAMILIES})(-?({_STYLES}))?|LinBiolinum_(R|RB)|LinLibert
 
 # Pairs that some fonts draw alike: such a font would teach that the two classes are one.
 _LOOKALIKES = (("0", "O"), ("1", "I"), ("5", "S"), ("2", "Z"), ("8", "B"))
-_MOST_ALIKE = 0.80  # intersection over union
+_MAX_ALIKE = 0.80  # intersection over union
 
 
 def font_paths(root: Path = FONT_ROOT) -> list[Path]:
@@ -53,7 +53,7 @@ def _alike(path: Path) -> Iterator[bool]:
     font = ImageFont.truetype(str(path), 64)
     for first, second in _LOOKALIKES:
         a, b = _silhouette(font, first), _silhouette(font, second)
-        yield float((a & b).sum() / max((a | b).sum(), 1)) > _MOST_ALIKE
+        yield float((a & b).sum() / max((a | b).sum(), 1)) > _MAX_ALIKE
 
 
 def _silhouette(font: ImageFont.FreeTypeFont, text: str) -> np.ndarray:

@@ -26,7 +26,7 @@ from flowturbo.nets.vae import latent_factor, load_vae, sample_size
 from flowturbo.textfile import read_json
 from training.data import SCALE, Latents, encode, finite, text_digest, vae_digest
 from training.images import DataError, check_outside, list_pictures, printable, shown, unused
-from training.loop import alone, device, processes, tell, whole
+from training.loop import atomic_write, device, exclusive, print_error, processes
 from training.shards import INDEX, SETTINGS, SETTINGS_KEY, shard_files
 
 # Fields of the VAE's configuration that its latents are scaled by.
@@ -115,7 +115,7 @@ class Writer:
         images. It does so too for images that change meanwhile, and where no image is left. Raises
         PlanError where another run is at work in the folder.
         """
-        with alone(self.out):
+        with exclusive(self.out):
             self._write_missing(processes())
 
     def _write_missing(self, state: PartialState) -> None:
@@ -286,7 +286,7 @@ def _stated(path: Path) -> tuple[int, dict[str, Any]]:
 
 
 def _write(path: Path, content: bytes) -> None:
-    with whole(path) as file:
+    with atomic_write(path) as file:
         file.write(content)
 
 
@@ -322,7 +322,7 @@ def main(argv: Sequence[str]) -> int:
                 f"{len(images.empty)} classes without images (all of them in {INDEX})"
             )
     except (FlowTurboError, OSError) as error:
-        tell("latents", error)
+        print_error("latents", error)
         return 2  # on GPUs, to leave the group would wait for the others; the launcher ends them
     processes().destroy_process_group()
     return 0

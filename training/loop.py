@@ -29,7 +29,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from flowturbo.nets.sit import SiT
-from training.plan import Pace, Plan, PlanError
+from training.plan import Pace, PlanError, TrainingConfig
 
 
 class Preview(Protocol):
@@ -56,7 +56,7 @@ def device() -> torch.device:
     return found
 
 
-def tell(command: str, error: Exception) -> None:
+def print_error(command: str, error: Exception) -> None:
     """One line on stderr; of several processes, each says which it is.
 
     What is wrong for one of them alone, such as a disk, is known to no other.
@@ -66,7 +66,7 @@ def tell(command: str, error: Exception) -> None:
     print(f"{command}{which if state.num_processes > 1 else ''}: {error}", file=sys.stderr)
 
 
-def mine(batch: Tensor) -> Tensor:
+def local_rows(batch: Tensor) -> Tensor:
     """The rows of this process, of a tensor of the whole batch."""
     state = processes()
     return batch[state.process_index :: state.num_processes]
@@ -76,7 +76,7 @@ def fit(
     name: str,
     model: nn.Module,
     loss_of: LossOf,
-    plan: Plan,
+    plan: TrainingConfig,
     folder: Path,
     *,
     pace: Pace = Pace(),  # noqa: B008 (it is frozen)
@@ -86,8 +86,8 @@ def fit(
     """Trains `model` in place; returns its exponential moving average, in evaluation mode.
 
     `loss_of(model, generator)` is the mean over this process's rows. It draws those of the whole
-    batch from `generator`, which is seeded by (seed, step) alone, and takes its own (`mine`). So a
-    run that was stopped and resumed takes the same steps as one that was not, on any number of
+    batch from `generator`, which is seeded by (seed, step) alone, and takes its own (`local_rows`).
+    So a run that was stopped and resumed takes the same steps as one that was not, on any number of
     processes. State is saved in `folder`, the loss at the end in `<name>.json`; TensorBoard's files
     are in `<name>/`, and there are the pictures of `preview`. Raises PlanError for a state of
     another plan or `identity` (what else the steps depend on). Raises it too for a `folder` that
@@ -97,7 +97,7 @@ def fit(
     # Precision is the plan's: what `accelerate launch` may have been told is not asked.
     accelerator = Accelerator(mixed_precision="no")
     plan.check_processes(accelerator.num_processes)
-    with alone(folder):
+    with exclusive(folder):
         model.to(accelerator.device).train()
         average = AveragedModel(model, multi_avg_fn=_average(plan.ema_decay))
         optimizer = torch.optim.AdamW(
@@ -139,7 +139,7 @@ def _step(
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
     loss_of: LossOf,
-    plan: Plan,
+    plan: TrainingConfig,
     step: int,
 ) -> tuple[float, dict[str, float]]:
     """One step of the optimizer: the loss of the whole batch, and figures to note."""
@@ -236,7 +236,7 @@ class _Run:
 
     def report(self) -> None:
         text = json.dumps({**self.progress, "plan": self.identity}, indent=1)
-        with whole(self.folder / f"{self.name}.json") as file:
+        with atomic_write(self.folder / f"{self.name}.json") as file:
             file.write(text.encode())
 
     def show(self, writer: SummaryWriter, picture: np.ndarray) -> None:
@@ -251,7 +251,7 @@ class _Run:
         # Not into the file: what a full disk makes of torch.save is not an OSError.
         content = io.BytesIO()
         torch.save({**state, "progress": self.progress, "plan": self.identity}, content)
-        with whole(self.path) as file:
+        with atomic_write(self.path) as file:
             file.write(content.getbuffer())
 
 
@@ -263,7 +263,7 @@ def _difference(key: str, then: Any, now: Any) -> str:
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A file to write, which is at `path` when all of it is written; OSError names it."""
     partial = path.with_suffix(".partial")
     try:
@@ -277,7 +277,7 @@ def whole(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def exclusive(folder: Path) -> Iterator[None]:
     """Nobody else works in `folder` meanwhile; the main process sees to it. Raises PlanError.
 
     A launcher that is killed leaves its processes behind, and they go on.
@@ -319,7 +319,7 @@ def save_weights(
     own = {name: str(getattr(model.config, name)) for name in stated}
     tensors = {key: value.cpu().to(dtype).contiguous() for key, value in model.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as file:
+    with atomic_write(path) as file:
         file.write(_in_order(save(tensors, {**own, **(notes or {})})))
 
 

@@ -13,7 +13,7 @@ class PlanError(FlowTurboError, ValueError):
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingConfig:
     """How long and how fast to train.
 
     `batch` is that of all processes together. The learning rate rises over `warmup` steps; with

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from flowturbo.nets.sit import SiT, SiTConfig
 from training.data import Latents
 from training.loop import LossOf, device, digest_of, fit
-from training.plan import Plan
+from training.plan import TrainingConfig
 
 NULL_LABEL_PROBABILITY = 0.1
 
@@ -53,7 +53,7 @@ PHASES = (("predictor", logit_normal), ("predictor_uniform", uniform))
 def train(
     data: Latents,
     num_classes: int,
-    plans: dict[str, Plan],
+    plans: dict[str, TrainingConfig],
     folder: Path,
     identity: Mapping[str, str],
 ) -> SiT:

@@ -21,17 +21,17 @@ from flowturbo.nets.checkpoint import KNOWN_HEADS, load_predictor, load_refiner
 from flowturbo.nets.sit import SiT, SiTConfig, refiner_config
 from flowturbo.nets.vae import latent_factor, load_vae
 from flowturbo.nets.weights import WEIGHTS_KEYS, sha256
-from training.data import EncodedImages, Source, vae_digest
+from training.data import EncodedImages, LatentSource, vae_digest
 from training.images import DataError, Skipped, check_outside, list_pictures, shown, unused
 from training.latents import natural, positive
-from training.loop import Preview, device, fit, processes, save_weights, tell, whole
-from training.plan import Pace, Plan, PlanError
-from training.recipe import Recipe, Rule, regression_loss
+from training.loop import Preview, atomic_write, device, fit, print_error, processes, save_weights
+from training.objective import RefinerObjective, Rule, regression_loss
+from training.plan import Pace, PlanError, TrainingConfig
 from training.samples import RefinerPreview
 from training.shards import Shards, is_sharded
 
 # Section 4.1: AdamW, 5e-5 constant, no decay, batch 18, 30,000 iterations.
-PAPER = Plan(
+PAPER = TrainingConfig(
     steps=30_000,
     batch=18,
     learning_rate=5e-5,
@@ -55,11 +55,11 @@ class Trained:
 
 
 def train(
-    source: Source,
+    source: LatentSource,
     predictor: SiT,
     model: SiT,
-    recipe: Recipe,
-    plan: Plan,
+    objective: RefinerObjective,
+    plan: TrainingConfig,
     folder: Path,
     *,
     pace: Pace = Pace(),  # noqa: B008 (it is frozen)
@@ -75,11 +75,16 @@ def train(
     null = predictor.config.num_classes if predictor.config.null_class else None
 
     def loss_of(network: nn.Module, generator: torch.Generator) -> Tensor:
-        draws = recipe.draw(plan.batch, source, generator).mine()
+        draws = objective.draw(plan.batch, source, generator).local()
         data = source.read(draws.row).to(device())
-        return regression_loss(recipe, predictor, network, null, data, draws.to(device()))
+        return regression_loss(objective, predictor, network, null, data, draws.to(device()))
 
-    depends_on = {**asdict(recipe), **asdict(model.config), "rows": len(source), **(identity or {})}
+    depends_on = {
+        **asdict(objective),
+        **asdict(model.config),
+        "rows": len(source),
+        **(identity or {}),
+    }
     ema = fit(
         "refiner", model, loss_of, plan, folder, pace=pace, identity=depends_on, preview=preview
     )
@@ -93,7 +98,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         _run(args)
     except (FlowTurboError, FloatingPointError, OSError) as error:
-        tell("refiner", error)
+        print_error("refiner", error)
         return 2  # on GPUs, to leave the group would wait for the others; the launcher ends them
     processes().destroy_process_group()
     return 0
@@ -103,7 +108,9 @@ def _run(args: argparse.Namespace) -> None:
     if args.out.suffix != ".safetensors" or args.out.is_dir():
         raise PlanError(f"--out must be a file that ends in .safetensors, got {args.out}")
     (low, high), (least, most) = args.step_range, args.train_guidance
-    recipe = Recipe(Rule(args.recipe), low, high, least, most, args.guidance_channels)
+    objective = RefinerObjective(
+        Rule(args.objective), low, high, least, most, args.guidance_channels
+    )
     plan = replace(PAPER, **{name: getattr(args, name) for name in _PLAN_OPTIONS})
     plan.check_processes(processes().num_processes)
     predictor = load_predictor(
@@ -128,18 +135,18 @@ def _run(args: argparse.Namespace) -> None:
         schedule=args.sample_schedule,
         guidance_scale=scale,
         precision=plan.precision,
-        guided_channels=recipe.guided_channels,
+        guided_channels=objective.guided_channels,
     )
     if processes().is_main_process:
         args.runs.mkdir(parents=True, exist_ok=True)
-        with whole(args.runs / UNUSED) as file:
+        with atomic_write(args.runs / UNUSED) as file:
             unused_data = {"left_out": source.left_out, **source.unused}
             file.write(json.dumps(unused_data, indent=1).encode())
     trained = train(
         source,
         predictor,
         model,
-        recipe,
+        objective,
         plan,
         args.runs,
         pace=Pace(args.save_every_s, args.log_every),
@@ -148,7 +155,7 @@ def _run(args: argparse.Namespace) -> None:
     )
     if processes().is_main_process:
         names = (
-            *("recipe", "step_range", "train_guidance", "guidance_channels"),
+            *("objective", "step_range", "train_guidance", "guidance_channels"),
             *("start", "steps", "out_weights"),
         )
         notes = {name: str(getattr(args, name)) for name in names}
@@ -157,7 +164,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _identity(args: argparse.Namespace, source: Shards | EncodedImages) -> dict[str, str]:
-    """What a run's steps depend on, beside its plan and recipe."""
+    """What a run's steps depend on, beside its plan and objective."""
     files = {name: getattr(args, name) for name in ("predictor", "start")}
     return {
         **{name: sha256(path) if path else "" for name, path in files.items()},
@@ -301,13 +308,18 @@ def _parser() -> argparse.ArgumentParser:
         default=Path("runs/refiner"),
         help="state, losses, samples; shared by all nodes",
     )
-    add("--recipe", choices=tuple(Rule), default=Rule.PAPER, help="of the text, or the public code")
+    add(
+        "--objective",
+        choices=tuple(Rule),
+        default=Rule.PAPER,
+        help="of the text, or the public code",
+    )
     add(
         "--step-range",
         type=float,
         nargs=2,
         metavar=("LOW", "HIGH"),
-        default=[Recipe().smallest_step, Recipe().largest_step],
+        default=[RefinerObjective().smallest_step, RefinerObjective().largest_step],
         help="range of the Euler steps that are refined",
     )
     add(
@@ -315,13 +327,13 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         nargs=2,
         metavar=("LOW", "HIGH"),
-        default=[Recipe().smallest_scale, Recipe().largest_scale],
+        default=[RefinerObjective().smallest_scale, RefinerObjective().largest_scale],
         help="range of the guidance scales at which velocities are refined",
     )
     add(
         "--guidance-channels",
         type=positive,
-        default=Recipe().guided_channels,
+        default=RefinerObjective().guided_channels,
         help="channels that guidance acts on, here and in samples",
     )
     add("--start", type=Path, help="refiner checkpoint to start from, not random weights")

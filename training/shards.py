@@ -19,7 +19,7 @@ from flowturbo.nets.sit import SiTConfig
 from flowturbo.textfile import TextFileError, read_json
 from training.data import Latents, finite
 from training.images import DataError
-from training.loop import digest_of, mine, processes
+from training.loop import digest_of, local_rows, processes
 
 INDEX = "index.json"  # written when all shards are there
 SETTINGS = "settings.json"  # what the shards depend on, from the start
@@ -204,7 +204,7 @@ def _read_all(
     Found by all processes together; a shard is held at a time. Raises DataError for latents that
     are not finite, unless they are skipped.
     """
-    share = mine(torch.arange(len(paths))).tolist()
+    share = local_rows(torch.arange(len(paths))).tolist()
     quiet = not processes().is_main_process
     bad, digests = [], []
     for shard in tqdm(share, "check", unit="shard", delay=2, disable=quiet):

@@ -30,8 +30,8 @@ from flowturbo.repository import Settings
 from flowturbo.request import default_guidance_scale
 from flowturbo.solver.guidance import Guidance
 from flowturbo.solver.schedule import Schedule
-from research.quality.engine import Engine, Recipe, check_decoder
-from research.quality.evaluate import Eyes, Local, described, models_digest
+from research.quality.engine import Engine, SamplingSpec, check_decoder
+from research.quality.evaluate import Evaluator, Local, described, models_digest
 from research.quality.images import ImageFolder
 from research.quality.metrics import BLOCKS
 from tuning import choice, report
@@ -41,7 +41,7 @@ from tuning.scores import Distances, Score, solve
 from tuning.search import finalists, search
 
 CAP = 3  # times the time of the paper's fast schedule, where no latency is asked for
-FEWEST = 5 * BLOCKS  # latents: a fifth of them makes the first stage
+MIN_LATENTS = 5 * BLOCKS  # latents: a fifth of them makes the first stage
 _ROUNDS = 5  # in which the front's schedules are timed in turns
 
 
@@ -69,7 +69,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--engine", help="which one of the report")
     add("--precision", help="which one of the report")
     add("--metric", choices=("distance", "frechet"), default="distance")
-    add("--latents", type=int, default=60, help=f"for the distance, {FEWEST} or more (default: 60)")
+    add(
+        "--latents",
+        type=int,
+        default=60,
+        help=f"for the distance, {MIN_LATENTS} or more (default: 60)",
+    )
     add("--predictor", type=Path, help="checkpoint to solve exactly (default: the deployed one)")
     add("--judged", type=int, default=1000, help="images for a Fréchet distance (default: 1000)")
     add("--finalists", type=int, default=12, help="judged by it, or all on the front (default: 12)")
@@ -83,10 +88,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _tune(args: argparse.Namespace) -> str:
     """Searches and writes; what to tell the user."""
-    if args.latents < FEWEST:
-        raise ValueError(f"--latents must be at least {FEWEST}, got {args.latents}")
-    if args.judged < FEWEST:
-        raise ValueError(f"--judged must be at least {FEWEST}, got {args.judged}")
+    if args.latents < MIN_LATENTS:
+        raise ValueError(f"--latents must be at least {MIN_LATENTS}, got {args.latents}")
+    if args.judged < MIN_LATENTS:
+        raise ValueError(f"--judged must be at least {MIN_LATENTS}, got {args.judged}")
     if not math.isfinite(args.latency_ms or 0.0):
         raise ValueError(f"--latency-ms must be a finite number, got {args.latency_ms:g}")
     pipeline = Engine(args.repository)
@@ -103,7 +108,7 @@ def _tune(args: argparse.Namespace) -> str:
     if args.metric == "frechet":  # refused before the search
         check_decoder(args.repository, pipeline.pipeline)
         classes = pipeline.pipeline.num_classes
-        judge = Eyes.open(args.weights, args.inception, args.reference, classes)
+        judge = Evaluator.open(args.weights, args.inception, args.reference, classes)
     stages, metric = _search(args, pipeline, guidance, cost, paper, cap_ms)
     tried = stages[-1]
     if judge:
@@ -192,7 +197,7 @@ def _search(
 def _judged(
     args: argparse.Namespace,
     engine: Engine,
-    eyes: Eyes,
+    eyes: Evaluator,
     tried: Sequence[Rated],
     paper: Schedule,
     guidance: Guidance,
@@ -200,11 +205,11 @@ def _judged(
     """The finalists of `tried`, and `paper`, by the Fréchet distance of their images."""
     found = []
     for each in finalists(tried, args.finalists, [paper]):
-        recipe = Recipe(str(each.schedule), guidance.scale, variant=engine.settings.variant)
-        said = described(recipe, args.repository, "process")
-        path = args.cache / f"{recipe}_{said['models']}"
+        spec = SamplingSpec(str(each.schedule), guidance.scale, variant=engine.settings.variant)
+        said = described(spec, args.repository, "process")
+        path = args.cache / f"{spec}_{said['models']}"
         folder = ImageFolder(path, said, engine.pipeline.num_classes)
-        folder.fill(args.judged, Local(engine, recipe))
+        folder.fill(args.judged, Local(engine, spec))
         figures = eyes.figures(folder, args.judged)
         score = Score(figures.frechet_distance, figures.frechet_distance_without_block)
         found.append(Rated(each.schedule, each.ms, score))

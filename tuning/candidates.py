@@ -14,7 +14,7 @@ from flowturbo.solver.program import compile_program
 from flowturbo.solver.schedule import Schedule
 from research.quality.engine import schedule_evaluations
 
-MOST_EVALUATIONS = 32  # of the predictor: the paper's longest schedule has 25
+MAX_EVALUATIONS = 32  # of the predictor: the paper's longest schedule has 25
 _HEUN, _PSEUDO = (1, 2, 3, 5, 8), (0, 1, 2, 3, 5, 7, 9)
 _KEPT, _REFINED = ("", "Z1", "Z2"), ("R1", "R2", "R3", "R5")
 _SHIFTS = (1.0, 2.0, 3.0)  # of the time grid
@@ -60,11 +60,11 @@ def measured(repository: Path, images: int, guidance: Guidance) -> BlockTimes:
 def candidates(*, has_refiner: bool) -> list[Schedule]:
     """H a P b R c in the paper's order, A in place of H and P, Z in place of R, and H, P, A alone.
 
-    All on every grid of _SHIFTS, and up to MOST_EVALUATIONS.
+    All on every grid of _SHIFTS, and up to MAX_EVALUATIONS.
     """
     heads = [f"H{a}P{b}" for a in _HEUN for b in _PSEUDO] + [f"A{n}" for n in range(4, 13)]
     texts = [head + tail for head in heads for tail in (*_KEPT, *_REFINED * has_refiner)]
-    texts += [f"{letter}{n}" for letter in "HPA" for n in range(2, MOST_EVALUATIONS + 1)]
+    texts += [f"{letter}{n}" for letter in "HPA" for n in range(2, MAX_EVALUATIONS + 1)]
     plain = dict.fromkeys(map(Schedule.parse, texts))
-    short = [s for s in plain if schedule_evaluations(s)[0] <= MOST_EVALUATIONS]
+    short = [s for s in plain if schedule_evaluations(s)[0] <= MAX_EVALUATIONS]
     return [replace(schedule, shift=shift) for schedule in short for shift in _SHIFTS]

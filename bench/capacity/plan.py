@@ -13,7 +13,7 @@ BISECTIONS = 9
 
 
 @dataclass(frozen=True)
-class Plan:
+class FleetPlan:
     """The largest load at which 95% of the requests are answered within `slo_p95_ms`, and others.
 
     `saturation_*` is the best batch and what it makes, `full_*` the fullest. `gpus` carry `rate`
@@ -62,14 +62,14 @@ def largest_load(replica: Replica, slo_p95_ms: float, requests: int = 4000) -> P
 
 def plan(
     replica: Replica, slo_p95_ms: float, rate: float | None = None, requests: int = 4000
-) -> Plan:
+) -> FleetPlan:
     """The load that one device carries within the SLO, and how many devices carry `rate`."""
     if rate is not None and not 0 < rate < math.inf:
         raise ValueError(f"the rate must be above 0 images/s, got {rate}")
     limit = largest_load(replica, slo_p95_ms, requests)
     saturation, images = replica.saturation()
     points = [open_loop(replica, saturation * load, requests) for load in LOADS]
-    found = Plan(
+    found = FleetPlan(
         slo_p95_ms,
         replica.lone_ms(),
         saturation,

@@ -4,7 +4,7 @@ import math
 import statistics
 from pathlib import Path
 
-from bench.capacity.plan import Checked, Plan
+from bench.capacity.plan import Checked, FleetPlan
 from bench.capacity.simulation import Point
 
 _HEAD = "images/s   made  rows  busy  device ms/img  refused   p50 ms   p95 ms"
@@ -22,14 +22,14 @@ def _row(point: Point) -> str:
     )
 
 
-def _best(found: Plan) -> str:
+def _best(found: FleetPlan) -> str:
     best = f"{found.saturation_per_s:.2f} images/s, {found.saturation_images} at a time"
     if found.saturation_images == found.full_images:
         return best
     return f"{best} (full batches, {found.full_images}: {found.full_per_s:.2f})"
 
 
-def print_plan(found: Plan, schedule: str) -> None:
+def print_plan(found: FleetPlan, schedule: str) -> None:
     """Prints the load curve of one GPU and, where a rate was asked, the fleets."""
     print(f"{schedule}: a request alone takes {found.lone_ms:.1f} ms; saturated, {_best(found)}")
     print(f"\n{_HEAD}")
@@ -61,7 +61,7 @@ def print_check(checked: list[Checked]) -> None:
         print(f"median of |{name}|: {statistics.median(errors):.1%}")
 
 
-def plot(found: Plan, schedule: str, path: Path) -> None:
+def plot(found: FleetPlan, schedule: str, path: Path) -> None:
     """Draws the percentiles over the load into the image file `path`."""
     import matplotlib
 

@@ -44,7 +44,9 @@ def _generate_parser(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--labels", nargs="+", metavar="NAME", help="class names, an image each")
     what.add_argument("--ids", nargs="+", type=int, metavar="ID", help="class ids, an image each")
-    what.add_argument("--text", type=_text, help="an image a character, as the class's name")
+    what.add_argument(
+        "--characters", type=_text, help="one image per character, whose class name it is"
+    )
     parser.add_argument(
         "--schedule",
         nargs="+",
@@ -105,7 +107,7 @@ def _client(args: argparse.Namespace) -> FlowTurboClient:
 
 
 def _generate(client: FlowTurboClient, args: argparse.Namespace) -> int:
-    labels = args.labels or args.ids or list(args.text)
+    labels = args.labels or args.ids or list(args.characters)
     schedules = list(dict.fromkeys(args.schedule or [None]))
     base_seed = args.seed
     if base_seed is None and len(schedules) > 1:

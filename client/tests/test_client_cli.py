@@ -42,7 +42,7 @@ def test_no_image_takes_the_place_of_another(triton, tmp_path):
 
 
 def test_text_ids_and_the_seeds_of_several_rows(triton, tmp_path):
-    assert _generate(triton, tmp_path, "--text", "AB") == 0
+    assert _generate(triton, tmp_path, "--characters", "AB") == 0
     assert triton.inputs()["class_name"].tolist() == [b"A", b"B"]
     assert "seed" not in triton.inputs()
     assert (tmp_path / "A_seed100_default.png").exists()
@@ -60,11 +60,11 @@ def test_warmup_is_one_more_request_a_schedule(triton, tmp_path, capsys):
 
 def test_one_line_on_failure(triton, nobody, tmp_path, capsys):
     triton.script = [(StatusCode.INVALID_ARGUMENT, "schedule 'X'\nis not a schedule")]
-    assert _generate(triton, tmp_path, "--text", "A", "--schedule", "X") == 1
+    assert _generate(triton, tmp_path, "--characters", "A", "--schedule", "X") == 1
     assert main(["health", "--url", nobody]) == 1
     assert main(["health", "--url", nobody, "--ca", str(tmp_path / "none.pem")]) == 1
     (tmp_path / "file").touch()
-    assert _generate(triton, tmp_path / "file", "--text", "A") == 1
+    assert _generate(triton, tmp_path / "file", "--characters", "A") == 1
     assert _generate(triton, tmp_path, "--ids", "0", "--seed", "-1") == 1
     out, err = capsys.readouterr()
     assert out == ""
@@ -75,7 +75,12 @@ def test_one_line_on_failure(triton, nobody, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "options",
-    [[], ["--text", ""], ["--text", "A", "--ids", "1"], ["--text", "A", "--batch", "0"]],
+    [
+        [],
+        ["--characters", ""],
+        ["--characters", "A", "--ids", "1"],
+        ["--characters", "A", "--batch", "0"],
+    ],
 )
 def test_wrong_usage(options, capsys):
     with pytest.raises(SystemExit) as stopped:

@@ -29,9 +29,9 @@ from flowturbo.gpu import gpu_count
 from flowturbo.repository import Pipeline, read_ensembles
 from flowturbo.request import GenerationRequest, default_schedule, parse_request
 from flowturbo.serving.answers import StoredAnswers
+from flowturbo.serving.batcher import Batcher
 from flowturbo.serving.deadlines import Deadlines
 from flowturbo.serving.forwarded import Forwarded, as_asked
-from flowturbo.serving.gather import Gatherer
 from flowturbo.serving.metrics import Metrics
 from flowturbo.serving.outcomes import outcome_of
 from flowturbo.serving.triton_io import (
@@ -44,7 +44,9 @@ from flowturbo.serving.triton_io import (
 from flowturbo.solver.guidance import Tensors
 from flowturbo.solver.program import Program, Variant
 
-ALONE_S = 1.0  # after so long without company, a request need not wait to share its batches
+IDLE_BEFORE_ENSEMBLE_S = (
+    1.0  # after so long without company, a request need not wait to share its batches
+)
 CANCEL_CHECK_S = 0.02  # asking the server whether a caller is still there costs a round trip
 
 
@@ -62,7 +64,7 @@ class Job:
     executed: Counter[str] = field(default_factory=Counter)
     lock: threading.Lock = field(default_factory=threading.Lock)
     answered: bool = False
-    checked: float = field(default_factory=time.monotonic)
+    last_cancel_check: float = field(default_factory=time.monotonic)
     cancelled: bool = False
 
     def check(self, workers: ThreadPoolExecutor) -> None:
@@ -75,8 +77,8 @@ class Job:
             raise self.expired()
         if self.cancelled:
             raise CancelledError("the request was cancelled by its caller")
-        if now - self.checked >= CANCEL_CHECK_S:
-            self.checked = now
+        if now - self.last_cancel_check >= CANCEL_CHECK_S:
+            self.last_cancel_check = now
             workers.submit(self._look)
 
     def _look(self) -> None:
@@ -103,7 +105,7 @@ class TritonPythonModel:
         # The composed models have an instance on each GPU.
         instances = max(1, gpu_count()) if self._pipeline.on_gpu else 1
         self._answers = StoredAnswers(repository_of(args), _call_block, instances)
-        self._gather = Gatherer(
+        self._batcher = Batcher(
             _call_block,
             tuple(contract.COMPOSED),
             self._pipeline.max_rows,
@@ -112,7 +114,7 @@ class TritonPythonModel:
         )
         self._deadlines = Deadlines(self._expire)
         self._inflight = 0
-        self._crowded = -math.inf  # when requests were last together here (monotonic s)
+        self._last_concurrent_at = -math.inf  # when requests were last together here (monotonic s)
         self._left = threading.Condition()  # and their lock
         self._workers = _all_threads(self._settings.max_inflight)
 
@@ -131,7 +133,7 @@ class TritonPythonModel:
         """Lets the requests in flight finish."""
         with self._left:
             self._left.wait_for(lambda: self._inflight == 0)
-        self._gather.close()
+        self._batcher.close()
         self._workers.shutdown(wait=True)
         self._deadlines.close()
 
@@ -163,7 +165,7 @@ class TritonPythonModel:
                 )
             self._inflight += 1
             if self._inflight > 1:
-                self._crowded = time.monotonic()
+                self._last_concurrent_at = time.monotonic()
             self._metrics.inflight(self._inflight)
 
     def _leave(self) -> None:
@@ -190,11 +192,11 @@ class TritonPythonModel:
             self._answers.check()
             program = program_for(request.schedule, Variant(self._settings.variant))
             ensemble = ensemble_for(request, self._ensembles, self._pipeline)
-            if ensemble and time.monotonic() - self._crowded > ALONE_S:
+            if ensemble and time.monotonic() - self._last_concurrent_at > IDLE_BEFORE_ENSEMBLE_S:
                 images = self._by_ensemble(job, request, program, ensemble)
             else:
                 infer = self._infer_for(job)
-                self._gather.start(make_images(request, self._pipeline, program, infer), made)
+                self._batcher.start(make_images(request, self._pipeline, program, infer), made)
                 return
         except BaseException as error:
             self._finish(job, ticket, request, error)
@@ -218,7 +220,7 @@ class TritonPythonModel:
     def _infer_for(self, job: Job) -> AwaitedInfer:
         async def infer(model: str, tensors: Tensors) -> tuple[np.ndarray, ...]:
             job.check(self._workers)
-            outputs = await self._gather.infer(model, tensors)
+            outputs = await self._batcher.infer(model, tensors)
             job.executed[model] += len(outputs[0])
             return outputs
 

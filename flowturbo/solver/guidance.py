@@ -38,33 +38,33 @@ class Guidance:
             )
 
     @property
-    def used(self) -> bool:
+    def enabled(self) -> bool:
         """Whether any evaluation is guided."""
         return self.scale != 1.0
 
     @property
     def rows(self) -> int:
         """Rows of an image in a network evaluation: two where it is guided."""
-        return 2 if self.used else 1
+        return 2 if self.enabled else 1
 
-    def active(self, t: float) -> bool:
+    def applies_at(self, t: float) -> bool:
         """Whether an evaluation at time `t` is guided."""
         # The ends come as float32: compared as such, a time named as an end is within.
-        return self.used and self.interval[0] <= float(np.float32(t)) <= self.interval[1]
+        return self.enabled and self.interval[0] <= float(np.float32(t)) <= self.interval[1]
 
     def scale_at(self, t: float) -> float:
         """The scale of an evaluation at time `t`."""
-        return self.scale if self.active(t) else 1.0
+        return self.scale if self.applies_at(t) else 1.0
 
 
-def spread(images: Array, guidance: Guidance) -> Array:
+def to_rows(images: Array, guidance: Guidance) -> Array:
     """One value an image, [n, ...], to one a row: [2n, ...] with guidance, as it is without."""
-    return np.repeat(images, 2, axis=0) if guidance.used else images
+    return np.repeat(images, 2, axis=0) if guidance.enabled else images
 
 
-def gather(rows: Array, guidance: Guidance) -> Array:
+def to_images(rows: Array, guidance: Guidance) -> Array:
     """One value an image from one a row: those of the conditional rows."""
-    return rows[::2] if guidance.used else rows
+    return rows[::2] if guidance.enabled else rows
 
 
 def guided_block(
@@ -81,15 +81,15 @@ def guided_block(
     conditional ones and costs half. A refiner step of which one evaluation is inside has both, and
     scale 1 for the other.
     """
-    paired = {name: alternate(value, null[name]) for name, value in conditioning.items() if null}
+    paired = {name: interleave(value, null[name]) for name, value in conditioning.items() if null}
 
     async def block(call: BlockCall, x: Array, v: Array) -> tuple[Array, Array]:
-        if any(guidance.active(t) for t in call.times):
+        if any(guidance.applies_at(t) for t in call.times):
             return await run(call.network, block_inputs(call, x, v, paired, guidance, guided=True))
-        x, v = gather(x, guidance), gather(v, guidance)
+        x, v = to_images(x, guidance), to_images(v, guidance)
         inputs = block_inputs(call, x, v, conditioning, guidance, guided=False)
         x_next, v_next = await run(call.network, inputs)
-        return spread(x_next, guidance), spread(v_next, guidance)
+        return to_rows(x_next, guidance), to_rows(v_next, guidance)
 
     return block
 
@@ -127,7 +127,7 @@ def pair_rows(rows: int, *, guided: bool) -> Array:
     return pair
 
 
-def alternate(conditional: Array, unconditional: Array) -> Array:
+def interleave(conditional: Array, unconditional: Array) -> Array:
     """[n, ...] and [1, ...] to [2n, ...]: conditional, unconditional, conditional, ..."""
     out = np.repeat(conditional, 2, axis=0)
     out[1::2] = unconditional

@@ -14,7 +14,7 @@ AwaitedBlock = Callable[[BlockCall, Array, Array], Awaitable[tuple[Array, Array]
 T = TypeVar("T")
 
 
-async def sampling(program: Program, noise: Array, block: AwaitedBlock) -> Array:
+async def sample_async(program: Program, noise: Array, block: AwaitedBlock) -> Array:
     """Latents at the end of the program's time grid, from `noise` [rows, C, h, w] at its start.
 
     A coroutine, so that a server can run many side by side and evaluate their blocks together.
@@ -26,19 +26,19 @@ async def sampling(program: Program, noise: Array, block: AwaitedBlock) -> Array
 
 
 def sample(program: Program, noise: Array, block: Block) -> Array:
-    """As `sampling`, at once."""
+    """As `sample_async`, at once."""
 
     async def evaluated(call: BlockCall, x: Array, v: Array) -> tuple[Array, Array]:
         return block(call, x, v)
 
-    return run(sampling(program, noise, evaluated))
+    return run_sync(sample_async(program, noise, evaluated))
 
 
-def run(coroutine: Coroutine[Any, Any, T]) -> T:
+def run_sync(coroutine: Coroutine[Any, Any, T]) -> T:
     """The result of a coroutine that has nothing to wait for."""
     try:
         coroutine.send(None)
     except StopIteration as end:
         result: T = end.value
         return result
-    raise RuntimeError("the coroutine waits, for what nobody gives it here")
+    raise RuntimeError("block() awaited something; use `sample_async` under a Batcher")

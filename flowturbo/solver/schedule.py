@@ -16,7 +16,7 @@ STEP_NAMES = {
     "T": "velocity extrapolated",
 }
 MAX_STEPS = 250
-LEAST_SHIFT, MOST_SHIFT = 0.1, 20.0
+MIN_SHIFT, MAX_SHIFT = 0.1, 20.0
 _NEEDS = {
     "^[RZT]": "R, Z and T have no velocity cached before them: start with H, P, E or A",
     # What follows the refiner's call cannot be joined to it, as it is to the predictor's.
@@ -24,7 +24,7 @@ _NEEDS = {
 }
 _RUN = re.compile(r"([A-Z])([0-9]{0,4})")
 _SHIFT = re.compile(r"[0-9]{1,2}(\.[0-9]{1,2})?")
-_SHIFT_HELP = f"a shift is a number from {LEAST_SHIFT:g} to {MOST_SHIFT:g}, as in A8@3"
+_SHIFT_HELP = f"a shift is a number from {MIN_SHIFT:g} to {MAX_SHIFT:g}, as in A8@3"
 _HELP = (
     "a schedule is letters of H (Heun), P (pseudo corrector), R (refiner), E (Euler), A "
     "(Adams-Bashforth 2), Z (velocity kept) and T (velocity extrapolated), each with an optional "
@@ -106,6 +106,6 @@ def read_shift(text: str) -> tuple[str, float]:
     if not re.fullmatch(_SHIFT, shown):
         raise RequestError(f"shift {shown[:20]!r} cannot be read: {_SHIFT_HELP}")
     shift = float(shown)
-    if not LEAST_SHIFT <= shift <= MOST_SHIFT:
+    if not MIN_SHIFT <= shift <= MAX_SHIFT:
         raise RequestError(f"shift {shown} is out of range: {_SHIFT_HELP}")
     return steps, shift

@@ -26,7 +26,7 @@ from flowturbo.request import default_guidance_scale, default_schedule
 from research.quality.engine import (
     Engine,
     Exact,
-    Recipe,
+    SamplingSpec,
     check_decoder,
     find_sampler,
     schedule_evaluations,
@@ -34,7 +34,7 @@ from research.quality.engine import (
 from research.quality.evaluate import (
     IN_FLIGHT,
     SERVED_BATCH,
-    Eyes,
+    Evaluator,
     Local,
     described,
     exact_distance,
@@ -57,11 +57,11 @@ _ALSO = (  # what it is called, its key and its interval's, and how it is writte
 
 @dataclass(frozen=True)
 class Task:
-    """The recipes of one repository, all of them found right before the first image is made."""
+    """The specs of one repository, all of them found right before the first image is made."""
 
     repository: Path
     pipeline: Pipeline
-    recipes: tuple[Recipe, ...]
+    specs: tuple[SamplingSpec, ...]
     exact: Exact | None
 
     @classmethod
@@ -77,19 +77,19 @@ class Task:
         if scale is None:
             scale = default_guidance_scale(pipeline, settings)
         interval, variant = tuple(args.guidance_interval), args.variant or settings.variant
-        recipes = tuple(Recipe(sampler, scale, interval, variant) for sampler in samplers)
-        for recipe in recipes:
-            if args.server and recipe.schedule is None:
-                raise RequestError(f"a server runs schedules, not {recipe.sampler}")
+        specs = tuple(SamplingSpec(sampler, scale, interval, variant) for sampler in samplers)
+        for spec in specs:
+            if args.server and spec.schedule is None:
+                raise RequestError(f"a server runs schedules, not {spec.sampler}")
         exact = None
         if args.exact:
             predictor = args.predictor or args.weights / PREDICTOR
             exact = Exact.of_repository(predictor, repository)
-        return cls(repository, pipeline, recipes, exact)
+        return cls(repository, pipeline, specs, exact)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints and writes the quality of each recipe in each repository, as each is done.
+    """Prints and writes the quality of each spec in each repository, as each is done.
 
     Returns the exit status: 2, and one line on stderr, for what the user can put right.
     """
@@ -155,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out",
         type=Path,
-        help="keeps the images here, and goes on with those of the same recipe and networks, "
+        help="keeps the images here, and goes on with those of the same spec and networks, "
         "whatever version of this code made them",
     )
     parser.add_argument("--npz", action="store_true", help="also as ADM's evaluator reads them")
@@ -166,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
 def _measure(args: argparse.Namespace) -> None:
     tasks = [Task.of(path, args) for path in args.repository]
     classes = (task.pipeline.num_classes for task in tasks)
-    eyes = Eyes.open(args.weights, args.inception, args.reference, *classes)
+    eyes = Evaluator.open(args.weights, args.inception, args.reference, *classes)
     rows: list[Row] = []
     print(f"schedule  precision    recognised  Fréchet distance   ({args.images} images each)")
     with contextlib.ExitStack() as stack:
@@ -178,34 +178,34 @@ def _measure(args: argparse.Namespace) -> None:
                 write_json(rows, args.json)
 
 
-def _rows(task: Task, images: Path, eyes: Eyes, args: argparse.Namespace) -> Iterator[Row]:
+def _rows(task: Task, images: Path, eyes: Evaluator, args: argparse.Namespace) -> Iterator[Row]:
     engine = None if args.server else Engine(task.repository)
-    for recipe in task.recipes:
-        row = _row(task, images, eyes, engine, recipe, args)
+    for spec in task.specs:
+        row = _row(task, images, eyes, engine, spec, args)
         if engine and task.exact:
-            solved = exact_latents(task.exact, recipe.guidance, args.exact, images)
+            solved = exact_latents(task.exact, spec.guidance, args.exact, images)
             row["exact_images"] = args.exact
-            row["from_exact"] = exact_distance(engine, recipe, solved)
+            row["from_exact"] = exact_distance(engine, spec, solved)
         yield row
 
 
 def _row(
     task: Task,
     images: Path,
-    eyes: Eyes,
+    eyes: Evaluator,
     engine: Engine | None,
-    recipe: Recipe,
+    spec: SamplingSpec,
     args: argparse.Namespace,
 ) -> Row:
     pipeline, source = task.pipeline, "process" if engine else f"server {args.server}"
-    said = described(recipe, task.repository, source)
+    said = described(spec, task.repository, source)
     words = re.sub(r"[^\w.-]+", "-", source)
-    name = f"{recipe}_{pipeline.precision}_{words}_{said['models']}"
+    name = f"{spec}_{pipeline.precision}_{words}_{said['models']}"
     folder = ImageFolder(images / name, said, pipeline.num_classes)
-    made, evaluations = _fill(task, folder, engine, recipe, args)
+    made, evaluations = _fill(task, folder, engine, spec, args)
     if args.npz:
         folder.to_npz(images / f"{name}.npz", args.images)
-    row = {"schedule": recipe.sampler, "precision": pipeline.precision, **asdict(recipe)}
+    row = {"schedule": spec.sampler, "precision": pipeline.precision, **asdict(spec)}
     del row["sampler"]
     row |= asdict(eyes.figures(folder, args.images))
     row |= {"made": made.images, "ms_per_image": folder.speed.ms_per_image}
@@ -217,23 +217,23 @@ def _fill(
     task: Task,
     folder: ImageFolder,
     engine: Engine | None,
-    recipe: Recipe,
+    spec: SamplingSpec,
     args: argparse.Namespace,
 ) -> tuple[Speed, tuple[int, int] | None]:
     """Makes the images; also says how often each network was evaluated for one, where known."""
     if engine:
-        make = Local(engine, recipe)
+        make = Local(engine, spec)
         return folder.fill(args.images, make), make.evaluations
     with FlowTurboClient(args.server) as client:
-        asked = served(client, recipe)
+        asked = served(client, spec)
         batch = min(SERVED_BATCH, Settings.load(task.repository).max_images)
         made = folder.fill(args.images, asked, batch=batch, in_flight=args.in_flight)
-    assert recipe.schedule is not None  # a server runs nothing else
-    return made, schedule_evaluations(recipe.schedule)
+    assert spec.schedule is not None  # a server runs nothing else
+    return made, schedule_evaluations(spec.schedule)
 
 
 def in_words(row: Row) -> str:
-    """One recipe's figures on one line, those that it has."""
+    """One spec's figures on one line, those that it has."""
     recognised = _figure(row, "recognised", "recognised_interval", ".1%")
     frechet = _figure(row, "frechet_distance", "frechet_interval", ".3f")
     text = f"{row['schedule']:<9} {row['precision']:<10} {recognised:>12}  {frechet:>16}"

@@ -19,9 +19,9 @@ from flowturbo.nets.sit import GUIDED_CHANNELS
 from flowturbo.nets.weights import CheckpointError, sha256
 from flowturbo.presets import find_schedule
 from flowturbo.repository import Pipeline
-from flowturbo.solver.guidance import Guidance, Tensors, gather, spread
+from flowturbo.solver.guidance import Guidance, Tensors, to_images, to_rows
 from flowturbo.solver.program import Network, PredictorCall, Variant, compile_program
-from flowturbo.solver.sampler import Array, run
+from flowturbo.solver.sampler import Array, run_sync
 from flowturbo.solver.schedule import Schedule
 from research.quality import samplers
 from research.quality.samplers import Counted, Velocity
@@ -33,7 +33,7 @@ EXACT_TOLERANCE = 1e-4  # of a step: the latents are right to 0.001, a tenth of 
 
 
 @dataclass(frozen=True)
-class Recipe:
+class SamplingSpec:
     """How images are made: `sampler` is a schedule (H1P5R3) or a baseline (samplers.py).
 
     `interval` is that of guidance, `variant` how a refiner step is computed. Raises RequestError
@@ -71,7 +71,7 @@ class Recipe:
 
 
 def find_sampler(text: str, pipeline: Pipeline) -> str:
-    """What a recipe takes for `text`: a baseline, a schedule, or a preset's name for its schedule.
+    """What a spec takes for `text`: a baseline, a schedule, or a preset's name for its schedule.
 
     Raises RequestError for what cannot be read, or needs a refiner that `pipeline` lacks.
     """
@@ -114,31 +114,31 @@ class Engine(LocalPipeline):
         most = max(BATCH, self.settings.max_images)
         self.settings = replace(self.settings, max_images=most)
 
-    def make(self, recipe: Recipe, labels: Array, seeds: Array) -> Made:
+    def make(self, spec: SamplingSpec, labels: Array, seeds: Array) -> Made:
         """Images of the classes `labels` [n] from `seeds` [n], by a repository with a decoder."""
-        schedule = recipe.schedule
+        schedule = spec.schedule
         if schedule is None:
-            return self._baseline(recipe, labels, seeds)
+            return self._baseline(spec, labels, seeds)
         result = self.generate(
             labels,
             seeds,
-            recipe.sampler,
-            recipe.guidance_scale,
-            guidance_interval=recipe.interval,
-            variant=recipe.variant,
+            spec.sampler,
+            spec.guidance_scale,
+            guidance_interval=spec.interval,
+            variant=spec.variant,
         )
         assert result.image is not None
         return Made(result.latent, result.image, *schedule_evaluations(schedule))
 
-    def _baseline(self, recipe: Recipe, labels: Array, seeds: Array) -> Made:
+    def _baseline(self, spec: SamplingSpec, labels: Array, seeds: Array) -> Made:
         chunked = in_chunks(awaited(self._infer), self.pipeline.max_rows)
 
         def infer(model: str, tensors: Tensors) -> tuple[Array, ...]:
-            return run(chunked(model, tensors))
+            return run_sync(chunked(model, tensors))
 
-        counted = Counted(velocity(infer, self.pipeline, labels, recipe.guidance))
-        latent = samplers.parse(recipe.sampler)(counted, noise(seeds, self.pipeline.latent_shape))
-        image = run(decode(chunked, latent))
+        counted = Counted(velocity(infer, self.pipeline, labels, spec.guidance))
+        latent = samplers.parse(spec.sampler)(counted, noise(seeds, self.pipeline.latent_shape))
+        image = run_sync(decode(chunked, latent))
         return Made(latent, image, counted.evaluations, 0)
 
 
@@ -154,11 +154,11 @@ def velocity(infer: Infer, pipeline: Pipeline, labels: Array, guidance: Guidance
     block = image_block(awaited(infer), pipeline, labels, guidance)
 
     async def evaluate(x: Array, t: float) -> Array:
-        rows = spread(x, guidance)
+        rows = to_rows(x, guidance)
         _, found = await block(PredictorCall(0, t), rows, np.zeros_like(rows))
-        return gather(found, guidance)
+        return to_images(found, guidance)
 
-    return lambda x, t: run(evaluate(x, t))
+    return lambda x, t: run_sync(evaluate(x, t))
 
 
 class Exact:
@@ -229,7 +229,7 @@ class Exact:
         def evaluate(x: Array, t: float) -> Array:
             rows, times = torch.from_numpy(x), torch.full((len(x),), t)
             v: torch.Tensor = self._network(rows, times, label)
-            if guidance.active(t):
+            if guidance.applies_at(t):
                 u = self._network(rows, times, null)
                 guided = u + guidance.scale * (v - u)
                 v = torch.cat([guided[:, :channels], v[:, channels:]], 1)

@@ -1,4 +1,4 @@
-"""The quality of one recipe's images, generated and judged."""
+"""The quality of one spec's images, generated and judged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from research.quality.engine import (
     Engine,
     Exact,
     Make,
-    Recipe,
+    SamplingSpec,
     distances,
     schedule_evaluations,
 )
@@ -35,7 +35,7 @@ from research.quality.judges import (
     load_reference,
 )
 from research.quality.metrics import Figures, figures
-from training.classifier import Seen
+from training.classifier import Features
 from training.frechet import Reference
 from training.glyphs import CLASS_NAMES
 
@@ -46,7 +46,7 @@ _TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True)
-class Eyes:
+class Evaluator:
     """What looks at images, and what it saw in real ones."""
 
     judge: Judge
@@ -55,7 +55,7 @@ class Eyes:
     @classmethod
     def open(
         cls, weights: Path, inception: Path | None, reference: Path | None, *num_classes: int
-    ) -> Eyes:
+    ) -> Evaluator:
         """The glyphs' classifier and features in `weights`, unless the others are given.
 
         For models of `num_classes` classes. Raises ValueError for Inception without a reference,
@@ -83,7 +83,7 @@ class Eyes:
 
     def figures(self, folder: ImageFolder, count: int) -> Figures:
         """Of the first `count` images of `folder`."""
-        seen = Seen.join(self.judge(images) for images in folder.batches(count))
+        seen = Features.join(self.judge(images) for images in folder.batches(count))
         labels = folder.labels(np.arange(count)) if self.judge.knows_labels else None
         return figures(seen, self.reference, labels)
 
@@ -105,9 +105,9 @@ def models_digest(repository: Path) -> str:
     return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def described(recipe: Recipe, repository: Path, source: str) -> dict[str, Any]:
+def described(spec: SamplingSpec, repository: Path, source: str) -> dict[str, Any]:
     """What an image folder keeps of how its images came about."""
-    return {"recipe": str(recipe), "models": models_digest(repository), "source": source}
+    return {"spec": str(spec), "models": models_digest(repository), "source": source}
 
 
 class Local:
@@ -117,28 +117,28 @@ class Local:
     None for a baseline that has made none yet.
     """
 
-    def __init__(self, engine: Engine, recipe: Recipe) -> None:
-        self._engine, self._recipe = engine, recipe
-        schedule = recipe.schedule
+    def __init__(self, engine: Engine, spec: SamplingSpec) -> None:
+        self._engine, self._spec = engine, spec
+        schedule = spec.schedule
         self.evaluations = schedule_evaluations(schedule) if schedule else None
 
     def __call__(self, labels: Array, seeds: Array) -> Array:
         """Images [n, H, W, 3] uint8 of the classes `labels` [n] from `seeds` [n]."""
-        made = self._engine.make(self._recipe, labels, seeds)
+        made = self._engine.make(self._spec, labels, seeds)
         self.evaluations = made.predictor, made.refiner
         return made.image
 
 
-def served(client: FlowTurboClient, recipe: Recipe) -> Make:
+def served(client: FlowTurboClient, spec: SamplingSpec) -> Make:
     """Makes images by a server, which runs schedules alone, in the variant of its settings."""
 
     def make(labels: Array, seeds: Array) -> Array:
         answer = client.generate(
             labels.tolist(),
             seeds.tolist(),
-            recipe.sampler,
-            recipe.guidance_scale,
-            guidance_interval=recipe.interval,
+            spec.sampler,
+            spec.guidance_scale,
+            guidance_interval=spec.interval,
             timeout_s=_TIMEOUT_S,
         )
         assert answer.images is not None  # they are what is asked for by default
@@ -175,10 +175,10 @@ def kept(path: Path, make: Callable[[], Array]) -> Array:
     return array
 
 
-def exact_distance(engine: Engine, recipe: Recipe, solved: Array) -> float:
-    """Mean distance of `recipe`'s latents of seeds 0 to len(solved) from those `solved`."""
+def exact_distance(engine: Engine, spec: SamplingSpec, solved: Array) -> float:
+    """Mean distance of `spec`'s latents of seeds 0 to len(solved) from those `solved`."""
     made = []
     for start in range(0, len(solved), BATCH):
         seeds = np.arange(start, min(start + BATCH, len(solved)))
-        made.append(engine.make(recipe, seeds % engine.pipeline.num_classes, seeds).latent)
+        made.append(engine.make(spec, seeds % engine.pipeline.num_classes, seeds).latent)
     return float(distances(np.concatenate(made), solved).mean())

@@ -1,4 +1,4 @@
-"""Images of a recipe in a folder, a PNG each: image i has class i mod classes, and seed i.
+"""Images of a spec in a folder, a PNG each: image i has class i mod classes, and seed i.
 
 What is there is not made again, so a run can be stopped, resumed and extended.
 """
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from flowturbo.textfile import read_json
 from research.quality.engine import BATCH, Make
 
-_RECIPE, _SPEED = "recipe.json", "speed.json"
+_SPEC, _SPEED = "spec.json", "speed.json"
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,17 @@ def beside(path: Path) -> Path:
 
 
 class ImageFolder:
-    """The folder `path` of images made as `recipe`, any JSON object, says.
+    """The folder `path` of images made as `spec`, any JSON object, says.
 
-    Raises ValueError when the folder's images are of another recipe.
+    Raises ValueError when the folder's images are of another spec.
     """
 
-    def __init__(self, path: Path, recipe: Mapping[str, Any], num_classes: int) -> None:
+    def __init__(self, path: Path, spec: Mapping[str, Any], num_classes: int) -> None:
         self.path, self.num_classes = path, num_classes
         self._shape: tuple[int, ...] | None = None
         path.mkdir(parents=True, exist_ok=True)
-        stated = json.dumps({**recipe, "num_classes": num_classes}, indent=1, sort_keys=True) + "\n"
-        written = path / _RECIPE
+        stated = json.dumps({**spec, "num_classes": num_classes}, indent=1, sort_keys=True) + "\n"
+        written = path / _SPEC
         if not written.exists():
             written.write_text(stated)
         if written.read_text() != stated:

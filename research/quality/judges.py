@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flowturbo.errors import FlowTurboError
 from training import classifier
-from training.classifier import SPATIAL_CHANNELS, Seen
+from training.classifier import SPATIAL_CHANNELS, Features
 from training.frechet import Reference, Statistics
 from training.glyphs import IMAGE_SIZE
 from training.images import Skipped, find_images, read_image, unused
@@ -34,7 +34,7 @@ class Judge(Protocol):
 
     knows_labels: bool
 
-    def __call__(self, images: np.ndarray) -> Seen: ...
+    def __call__(self, images: np.ndarray) -> Features: ...
 
 
 class Classifier:
@@ -46,7 +46,7 @@ class Classifier:
         self._model = classifier.build()
         self._model.load_state_dict(load_file(weights / "classifier.safetensors"))
 
-    def __call__(self, images: np.ndarray) -> Seen:
+    def __call__(self, images: np.ndarray) -> Features:
         """What it sees in `images` [N, 64, 64, 3] uint8; raises ValueError for others."""
         if images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3):
             size, seen = f"{IMAGE_SIZE} x {IMAGE_SIZE}", " x ".join(map(str, images.shape[1:3]))
@@ -54,7 +54,7 @@ class Classifier:
                 f"the glyphs' classifier reads images of {size} pixels, these have {seen}: "
                 "give --inception and --reference"
             )
-        return classifier.look(self._model, images)
+        return classifier.extract_features(self._model, images)
 
 
 class Inception:
@@ -80,18 +80,18 @@ class Inception:
         self._spatial: list[Tensor] = []
         self._model.Mixed_6d.branch1x1.register_forward_hook(self._keep)
 
-    def __call__(self, images: np.ndarray) -> Seen:
+    def __call__(self, images: np.ndarray) -> Features:
         """What it sees in `images` [N, H, W, 3] uint8: 2048 pooled, 2023 spatial, 1008 classes."""
         starts = range(0, len(images), _BATCH)
-        return Seen.join(self._look(images[start : start + _BATCH]) for start in starts)
+        return Features.join(self._look(images[start : start + _BATCH]) for start in starts)
 
     @torch.no_grad()
-    def _look(self, images: np.ndarray) -> Seen:
+    def _look(self, images: np.ndarray) -> Features:
         pixels = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).to(device())
         pooled, logits = self._model(pixels)
         spatial = self._spatial.pop()
         found = pooled, spatial.flatten(1), logits.softmax(1)
-        return Seen(*(tensor.cpu().numpy() for tensor in found))
+        return Features(*(tensor.cpu().numpy() for tensor in found))
 
     def _keep(self, _module: Any, _inputs: Any, output: Tensor) -> None:
         # Channels last, as TensorFlow flattens them: published mu_s and sigma_s have that order.
@@ -122,7 +122,7 @@ def load_reference(path: Path, judge: Judge) -> Reference:
     pictures, and for pictures of different sizes.
     """
     if path.is_dir():
-        return _reference_of(Seen.join(map(judge, _pictures(path))))
+        return _reference_of(Features.join(map(judge, _pictures(path))))
     if not zipfile.is_zipfile(path):
         path.stat()  # a missing file says so itself
         raise ValueError(f"{path} is neither a folder of images nor an .npz")
@@ -158,7 +158,7 @@ def check_reference(path: Path, reference: Reference, judge: Judge) -> None:
             )
 
 
-def _reference_of(seen: Seen) -> Reference:
+def _reference_of(seen: Features) -> Reference:
     return Reference(Statistics.of(seen.pooled), Statistics.of(seen.spatial), seen.pooled)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from training.classifier import Seen
+from training.classifier import Features
 from training.frechet import Reference, Statistics, frechet_distance
 
 Figure = Callable[[np.ndarray], float]  # of a row [N, ...] for each image
@@ -53,7 +53,7 @@ class Figures:
     knn_recall: float | None
 
 
-def figures(seen: Seen, reference: Reference, labels: np.ndarray | None) -> Figures:
+def figures(seen: Features, reference: Reference, labels: np.ndarray | None) -> Figures:
     """All figures of the images seen; `labels` [N] are the classes asked for, None if unknown."""
     recognised: _Interval = (None, None)
     spatial: _Interval = (None, None)

@@ -28,7 +28,7 @@ Velocity = Callable[[Array, float], Array]
 Sampler = Callable[[Velocity, Array], Array]  # noise at t = 0 to data at t = 1
 
 SIT_RTOL, SIT_ATOL = 1e-3, 1e-6  # of SiT's own dopri5, as in the paper's Table 1
-MOST_EVALUATIONS = 2000  # of dopri5: in float32 it takes a hundred or two at any useful tolerance
+MAX_EVALUATIONS = 2000  # of dopri5: in float32 it takes a hundred or two at any useful tolerance
 _FIRST_SIGMA = 1 - 1e-6  # at sigma 1 the solvers' log signal-to-noise ratio is infinite
 HELP = (
     "a baseline is unipc:STEPS, dpm:STEPS, dopri5 or dopri5:RTOL; all but dopri5 may end with a "
@@ -74,7 +74,7 @@ def dopri5(rtol: float = SIT_RTOL, atol: float = SIT_ATOL) -> Sampler:
 
     Where networks compute in fewer digits it takes their rounding for error, and its steps shorten
     in vain. Raises ValueError for a tolerance that is not above 0; the sampler raises RequestError
-    where it needs more than MOST_EVALUATIONS.
+    where it needs more than MAX_EVALUATIONS.
     """
     if not rtol > 0 or not atol > 0:
         raise ValueError(f"tolerances must be above 0, got {rtol:g} and {atol:g}")
@@ -83,9 +83,9 @@ def dopri5(rtol: float = SIT_RTOL, atol: float = SIT_ATOL) -> Sampler:
         counted = Counted(velocity)
 
         def flat(t: float, x: Array) -> Array:
-            if counted.evaluations == MOST_EVALUATIONS:
+            if counted.evaluations == MAX_EVALUATIONS:
                 raise RequestError(
-                    f"dopri5 at rtol {rtol:g} is at t = {t:.3f} after {MOST_EVALUATIONS} "
+                    f"dopri5 at rtol {rtol:g} is at t = {t:.3f} after {MAX_EVALUATIONS} "
                     "evaluations, the most allowed: give it a larger one, dopri5:1e-2 for bf16"
                 )
             return counted(x.reshape(noise.shape).astype(noise.dtype), t).ravel()

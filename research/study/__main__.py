@@ -26,7 +26,7 @@ from flowturbo.solver.guidance import Guidance
 from flowturbo.solver.schedule import Schedule, read_shift
 from flowturbo.textfile import read_json
 from research.quality.engine import BATCH, Engine, Exact, check_decoder, schedule_evaluations
-from research.quality.evaluate import Eyes, models_digest
+from research.quality.evaluate import Evaluator, models_digest
 from research.study import report
 from research.study.measure import BASELINE, Bench, stability
 from research.study.points import MAIN, Point, Size, sections_of, unique
@@ -146,7 +146,7 @@ def _measure(study: Study, args: argparse.Namespace) -> None:
 
 def _can_run(point: Point, bench: Bench) -> bool:
     """Whether there is a repository for it, with a refiner if it has refiner steps."""
-    engine, schedule = bench.engines.get(point.repository), point.recipe.schedule
+    engine, schedule = bench.engines.get(point.repository), point.spec.schedule
     if engine is None or schedule is None:
         return engine is not None
     return engine.pipeline.has_refiner or not schedule.refines
@@ -180,7 +180,9 @@ def _bench(args: argparse.Namespace) -> Bench:
         Exact.of_repository(
             args.predictor or args.weights / "predictor.safetensors", args.repository
         ),
-        Eyes.open(args.weights, args.inception, args.reference, engines[MAIN].pipeline.num_classes),
+        Evaluator.open(
+            args.weights, args.inception, args.reference, engines[MAIN].pipeline.num_classes
+        ),
         args.work,
         args.rounds,
     )
@@ -211,16 +213,16 @@ def _evaluations(points: Sequence[Point], bench: Bench) -> float:
     timed = bench.rounds * BATCH
     beside = schedule_evaluations(Schedule.parse(BASELINE))[0]
     total = 0.0
-    for guidance in {point.recipe.guidance for point in points}:
+    for guidance in {point.spec.guidance for point in points}:
         total += timed * _EXACT_EVALUATIONS * guidance.rows
     for point in points:
-        schedule, (name, _, steps) = point.recipe.schedule, point.recipe.sampler.partition(":")
+        schedule, (name, _, steps) = point.spec.schedule, point.spec.sampler.partition(":")
         if schedule is not None:
             predictor, refiner = schedule_evaluations(schedule)
             each = predictor + _REFINER_COST * refiner
         else:
             each = _ADAPTIVE_EVALUATIONS if name == "dopri5" else float(read_shift(steps)[0])
-        total += point.recipe.guidance.rows * (point.images * each + timed * beside)
+        total += point.spec.guidance.rows * (point.images * each + timed * beside)
     return total
 
 

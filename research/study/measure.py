@@ -14,8 +14,8 @@ import numpy as np
 from flowturbo.latents import noise
 from flowturbo.solver.guidance import Guidance
 from flowturbo.solver.sampler import Array
-from research.quality.engine import BATCH, Engine, Exact, Made, Recipe, distances
-from research.quality.evaluate import Eyes, Local, described, exact_latents
+from research.quality.engine import BATCH, Engine, Exact, Made, SamplingSpec, distances
+from research.quality.evaluate import Evaluator, Local, described, exact_latents
 from research.quality.images import ImageFolder
 from research.quality.metrics import half_width, mean_without
 from research.study.points import MAIN, Point
@@ -35,49 +35,49 @@ class Bench:
     engines: Mapping[str, Engine]
     repositories: Mapping[str, Path]
     exact: Exact
-    eyes: Eyes
+    eyes: Evaluator
     work: Path
     rounds: int
 
     def point(self, point: Point) -> Figures:
         """All figures of `point`, ready for JSON."""
-        recipe, engine = point.recipe, self.engines[point.repository]
-        said = described(recipe, self.repositories[point.repository], "process")
-        name = f"{point.repository}_{recipe}_{said['models']}"
+        spec, engine = point.spec, self.engines[point.repository]
+        said = described(spec, self.repositories[point.repository], "process")
+        name = f"{point.repository}_{spec}_{said['models']}"
         folder = ImageFolder(self.work / "images" / name, said, engine.pipeline.num_classes)
         figures = self._beside_baseline(engine, point, folder)
-        folder.fill(point.images, Local(engine, recipe))
-        stated = {"repository": point.repository, "models": said["models"], **asdict(recipe)}
+        folder.fill(point.images, Local(engine, spec))
+        stated = {"repository": point.repository, "models": said["models"], **asdict(spec)}
         return stated | figures | asdict(self.eyes.figures(folder, point.images))
 
     def seconds_an_evaluation(self) -> float:
         """Of one row of the predictor, with a share of the decoder: for an estimate."""
         engine, seeds = self.engines[MAIN], np.arange(BATCH)
         labels = seeds % engine.pipeline.num_classes
-        recipe = Recipe(BASELINE, 1.0)
-        engine.make(recipe, labels, seeds)  # the first is slower
-        seconds, made = _timed(engine, recipe, labels, seeds)
+        spec = SamplingSpec(BASELINE, 1.0)
+        engine.make(spec, labels, seeds)  # the first is slower
+        seconds, made = _timed(engine, spec, labels, seeds)
         return seconds / BATCH / made.predictor
 
     def _beside_baseline(self, engine: Engine, point: Point, folder: ImageFolder) -> Figures:
         """Takes turns with the baseline at the same scale, first one first, then the other."""
-        recipe, images = point.recipe, point.images
-        baseline, main = Recipe(BASELINE, recipe.guidance_scale), self.engines[MAIN]
+        spec, images = point.spec, point.images
+        baseline, main = SamplingSpec(BASELINE, spec.guidance_scale), self.engines[MAIN]
         times: list[tuple[float, float]] = []
         latents: list[Array] = []
         seeds = np.arange(min(BATCH, images))
-        engine.make(recipe, folder.labels(seeds), seeds)  # a runtime's first call is slower
+        engine.make(spec, folder.labels(seeds), seeds)  # a runtime's first call is slower
         for k in range(min(self.rounds, -(-images // BATCH))):
             seeds = np.arange(k * BATCH, min((k + 1) * BATCH, images))
             labels = folder.labels(seeds)
-            turns = [(engine, recipe), (main, baseline)]
+            turns = [(engine, spec), (main, baseline)]
             done = [_timed(*turn, labels, seeds) for turn in (turns if k % 2 else turns[::-1])]
             (own_s, made), (other_s, _) = done if k % 2 else done[::-1]
             times.append((1e3 * own_s / len(seeds), 1e3 * other_s / len(seeds)))
             latents.append(made.latent)
             folder.write(seeds, made.image)
         latent = np.concatenate(latents)
-        solved = exact_latents(self.exact, recipe.guidance, len(latent), self.work)
+        solved = exact_latents(self.exact, spec.guidance, len(latent), self.work)
         apart = distances(latent, solved)
         return {
             "predictor": made.predictor,
@@ -90,9 +90,9 @@ class Bench:
         }
 
 
-def _timed(engine: Engine, recipe: Recipe, labels: Array, seeds: Array) -> tuple[float, Made]:
+def _timed(engine: Engine, spec: SamplingSpec, labels: Array, seeds: Array) -> tuple[float, Made]:
     started_s = time.perf_counter()
-    made = engine.make(recipe, labels, seeds)
+    made = engine.make(spec, labels, seeds)
     return time.perf_counter() - started_s, made
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flowturbo.solver.program import Variant
-from research.quality.engine import Recipe
+from research.quality.engine import SamplingSpec
 from research.study.refiners import REFINERS
 
 MAIN = "main"  # the name of the first repository, whose refiner all sections but the last use
@@ -25,14 +25,14 @@ class Size:
 
 @dataclass(frozen=True)
 class Point:
-    """One recipe in one repository and a number of images, by its name."""
+    """One spec in one repository and a number of images, by its name."""
 
-    recipe: Recipe
+    spec: SamplingSpec
     images: int
     repository: str = MAIN
 
     def __str__(self) -> str:
-        return f"{self.repository}/{self.recipe} {self.images}"
+        return f"{self.repository}/{self.spec} {self.images}"
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ def sections(
     `refiners` names those of research/study/refiners.py that there are.
     """
 
-    def of(samplers: str, scale: float = scale, **recipe: object) -> tuple[Point, ...]:
+    def of(samplers: str, scale: float = scale, **spec: object) -> tuple[Point, ...]:
         return tuple(
-            Point(Recipe(s, scale, **recipe), size.others)  # type: ignore[arg-type]
+            Point(SamplingSpec(s, scale, **spec), size.others)  # type: ignore[arg-type]
             for s in samplers.split()
         )
 
@@ -63,7 +63,7 @@ def sections(
             CURVES,
             "Solvers that evaluate the predictor alone, then FlowTurbo. Behind an @ stands the "
             "shift of the time grid, where it is not uniform.",
-            tuple(Point(Recipe(sampler, scale), size.curves) for sampler in _SOLVERS.split()),
+            tuple(Point(SamplingSpec(sampler, scale), size.curves) for sampler in _SOLVERS.split()),
         ),
         Section(
             GRIDS,
@@ -137,7 +137,7 @@ def sections(
                 "Refiners",
                 _REFINERS_TEXT + "\n".join(f"- `{n}`: {_options(n)}" for n in refiners),
                 tuple(
-                    Point(Recipe(sampler, each), size.others, name)
+                    Point(SamplingSpec(sampler, each), size.others, name)
                     for sampler, each in (
                         ("H1P5R3", scale),
                         ("H1P5R3@2", scale),

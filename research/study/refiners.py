@@ -27,7 +27,7 @@ _ON = f"{_ALL} --learning-rate 5e-4 --start refiner.safetensors"
 # Options of `python -m training.refiner`; --start is a file in the folder of the glyphs' weights.
 REFINERS = {
     "paper": _SHORT,
-    "reference": f"{_SHORT} --recipe reference",
+    "reference": f"{_SHORT} --objective reference",
     "to 0.2": f"{_SHORT} --step-range 0 0.2",
     "from 0.06": f"{_SHORT} --step-range 0.06 0.12",
     "deep": f"{_SHORT} --depth 2",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flowturbo.textfile import read_text
-from research.quality.engine import EXACT_TOLERANCE, Recipe
+from research.quality.engine import EXACT_TOLERANCE, SamplingSpec
 from research.quality.metrics import BLOCKS
 from research.study import equal, figures
 from research.study.points import CURVES, MAIN, Point, Section, measured, sections_of, unique
@@ -159,13 +159,13 @@ def _markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _name(study: Study, point: Point, found: Found) -> str:
-    recipe, name = point.recipe, f"`{point.recipe.sampler}`"
-    if recipe.guidance_scale != study["guidance_scale"]:
-        name += f", guidance {recipe.guidance_scale:g}"
-    if recipe.interval != (0.0, 1.0):
-        name += f", from {recipe.interval[0]:g} to {recipe.interval[1]:g}"
-    if recipe.variant != "reference":
-        name += f", {recipe.variant}"
+    spec, name = point.spec, f"`{point.spec.sampler}`"
+    if spec.guidance_scale != study["guidance_scale"]:
+        name += f", guidance {spec.guidance_scale:g}"
+    if spec.interval != (0.0, 1.0):
+        name += f", from {spec.interval[0]:g} to {spec.interval[1]:g}"
+    if spec.variant != "reference":
+        name += f", {spec.variant}"
     return name + f", {point.repository}" * (point.repository != "main")
 
 
@@ -176,7 +176,7 @@ def _ratio(study: Study, point: Point, found: Found) -> str:
 
 def _less(study: Study, point: Point, found: Found) -> str:
     """Fréchet distance less H8's at the same guidance scale, of as many images."""
-    baseline = Point(Recipe("H8", point.recipe.guidance_scale), point.images, MAIN)
+    baseline = Point(SamplingSpec("H8", point.spec.guidance_scale), point.images, MAIN)
     other = study["points"].get(str(baseline))
     if not other or other is found:
         return ""

@@ -20,7 +20,7 @@ from bench.networks import SMALL
 from export.__main__ import _options
 from export.blocks import PredictorBlock
 from export.install import install, installed_fingerprint
-from export.onnx_graph import Exported, export_onnx
+from export.onnx_graph import ExportTarget, export_onnx
 from export.parity import torch_figures
 from flowturbo import LocalPipeline, contract
 from flowturbo.errors import RepositoryError
@@ -33,8 +33,10 @@ from flowturbo.runtimes import open_model
 def test_a_file_that_computes_something_else_is_refused(tmp_path: Path) -> None:
     network = SiT(SMALL)
 
-    def exported() -> Exported:
-        return Exported(contract.PREDICTOR, PredictorBlock(network, 3), (4, 8, 8), network.config)
+    def exported() -> ExportTarget:
+        return ExportTarget(
+            contract.PREDICTOR, PredictorBlock(network, 3), (4, 8, 8), network.config
+        )
 
     def verify() -> None:
         torch_figures(exported()).check(contract.PREDICTOR, model, TOLERANCES["fp32"])

@@ -8,14 +8,14 @@ import pytest
 from support import GOLDEN_EXPORT, run_export
 
 from export.deployment import AUTO, Deployment
-from export.runtime import Execution, Trial, candidates, choose
+from export.runtime import Runtime, TrialResult, candidates, choose
 from flowturbo import LocalPipeline, contract
 from flowturbo.parity import VerificationError
 
 ORT, OPENVINO, BF16 = (
-    Execution("onnxruntime", "fp32"),
-    Execution("openvino", "fp32"),
-    Execution("openvino", "bf16"),
+    Runtime("onnxruntime", "fp32"),
+    Runtime("openvino", "fp32"),
+    Runtime("openvino", "bf16"),
 )
 
 
@@ -26,7 +26,7 @@ ORT, OPENVINO, BF16 = (
         (Deployment(precision="fp32"), [ORT, OPENVINO]),
         (Deployment(precision=AUTO, runtime="openvino"), [OPENVINO, BF16]),
         (Deployment(precision="bf16"), [BF16]),
-        (Deployment(precision="fp16"), [Execution("onnxruntime", "fp16")]),
+        (Deployment(precision="fp16"), [Runtime("onnxruntime", "fp16")]),
         (Deployment(precision="bf16", runtime="onnxruntime"), []),
         (Deployment(precision="fp8", runtime="openvino"), []),
         (Deployment(engine="tensorrt", precision=AUTO), []),
@@ -34,13 +34,13 @@ ORT, OPENVINO, BF16 = (
         (Deployment(engine="onnxruntime", provider="cpu"), [ORT]),
     ],
 )
-def test_candidates(deployment: Deployment, expected: list[Execution]) -> None:
+def test_candidates(deployment: Deployment, expected: list[Runtime]) -> None:
     assert candidates(deployment) == expected
 
 
 def test_the_fastest_that_every_model_has() -> None:
-    def trial(*times: float) -> Trial:
-        return Trial({}, dict(zip((2, 16), times, strict=True)))
+    def trial(*times: float) -> TrialResult:
+        return TrialResult({}, dict(zip((2, 16), times, strict=True)))
 
     predictor = {ORT: trial(10, 60), OPENVINO: trial(9, 70), BF16: trial(5, 30)}
     refiner = {ORT: trial(2, 9), OPENVINO: trial(1, 8)}
@@ -56,10 +56,10 @@ def test_the_record_has_the_times_that_were_chosen_by(glyphs_repository: Path) -
         model: json.loads((glyphs_repository / model / "build.json").read_text())
         for model in contract.COMPOSED
     }
-    (chosen,) = {Execution(b["runtime"], b["precision"]) for b in builds.values()}
+    (chosen,) = {Runtime(b["runtime"], b["precision"]) for b in builds.values()}
     trials = {
         model: {
-            Execution(*name.split()): Trial({}, {int(rows): ms for rows, ms in times.items()})
+            Runtime(*name.split()): TrialResult({}, {int(rows): ms for rows, ms in times.items()})
             for name, times in build["times_ms"].items()
         }
         for model, build in builds.items()

@@ -49,7 +49,7 @@ def refined(
     def change(x: Tensor, v: Tensor, t: float) -> Tensor:
         read, at = torch.cat([x, v])[None], torch.tensor([t])
         c, u = (network(read, at, torch.tensor([y]))[0] for y in (label, NULL))
-        return u + guidance.scale * (c - u) if guidance.active(t) else c
+        return u + guidance.scale * (c - u) if guidance.applies_at(t) else c
 
     x0, v0, h = torch.from_numpy(x), torch.from_numpy(v), call.end - call.t
     d = v0 + change(x0, v0, call.t)

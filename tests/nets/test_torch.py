@@ -23,7 +23,7 @@ from tritonclient.grpc import model_config_pb2
 
 from bench.networks import SIZES, pipeline_modules
 from export.deployment import Deployment, model_config
-from export.onnx_graph import Exported
+from export.onnx_graph import ExportTarget
 from export.torch_program import export_program
 from flowturbo import LocalPipeline, contract
 from flowturbo.nets.torch_runtime import TorchModel
@@ -111,7 +111,7 @@ def test_it_needs_no_other_runtime(tmp_path: Path) -> None:
     assert LocalPipeline(tmp_path / "models").generate([1], [2], "H1").latent.shape[0] == 1
 
 
-def test_any_number_of_rows(exported_decoder: Exported, tmp_path: Path) -> None:
+def test_any_number_of_rows(exported_decoder: ExportTarget, tmp_path: Path) -> None:
     """Also where diffusers takes another way, from 64 images on."""
     export_program(exported_decoder, tmp_path / "model.pt2")
     model = TorchModel(tmp_path / "model.pt2")
@@ -124,7 +124,7 @@ def test_any_number_of_rows(exported_decoder: Exported, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def exported_decoder() -> Exported:
+def exported_decoder() -> ExportTarget:
     return next(e for e in pipeline_modules(SIZES["small"]) if e.model == contract.DECODER)
 
 

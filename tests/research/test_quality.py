@@ -25,8 +25,16 @@ from flowturbo.solver.guidance import Guidance
 from flowturbo.textfile import TextFileError
 from research.quality import __main__ as command
 from research.quality import judges
-from research.quality.engine import BATCH, Engine, Exact, Recipe, distances, find_sampler, velocity
-from research.quality.evaluate import Eyes, kept, served
+from research.quality.engine import (
+    BATCH,
+    Engine,
+    Exact,
+    SamplingSpec,
+    distances,
+    find_sampler,
+    velocity,
+)
+from research.quality.evaluate import Evaluator, kept, served
 from research.quality.images import ImageFolder, Speed
 from research.quality.judges import Classifier, Inception, load_reference
 from research.quality.metrics import (
@@ -39,7 +47,7 @@ from research.quality.metrics import (
     without_block,
 )
 from research.quality.samplers import Counted
-from training.classifier import Seen
+from training.classifier import Features
 from training.frechet import Reference, Statistics
 
 RNG = np.random.default_rng(0)
@@ -107,7 +115,7 @@ def test_the_interval_is_as_wide_as_the_figure_varies(
 
 
 def test_what_is_not_known_is_left_out() -> None:
-    seen = Seen(*(RNG.random((30, k)).astype(np.float32) for k in (4, 5, 6)))
+    seen = Features(*(RNG.random((30, k)).astype(np.float32) for k in (4, 5, 6)))
     known = asdict(figures(seen, Reference(Statistics.of(seen.pooled)), None))
     assert known.pop("frechet_distance") == pytest.approx(0, abs=1e-9)
     always = {"images", "frechet_interval", "frechet_distance_without_block"}
@@ -117,14 +125,14 @@ def test_what_is_not_known_is_left_out() -> None:
     every = asdict(figures(seen, reference, np.zeros(30, np.int64)))
     assert None not in every.values()
     assert (every["knn_precision"], every["knn_precision_interval"]) == (1, 0)
-    few = Seen(seen.pooled[:9], seen.spatial[:9], seen.probability[:9])
+    few = Features(seen.pooled[:9], seen.spatial[:9], seen.probability[:9])
     stated = asdict(figures(few, reference, np.zeros(9, np.int64)))
     assert [value for key, value in stated.items() if key.endswith("interval")] == [None] * 5
 
 
 def test_the_committed_reference_is_of_real_images() -> None:
     """Its statistics are of 10,000 images, its rows those of the first 5,000."""
-    eyes = Eyes.open(GLYPHS, None, None)
+    eyes = Evaluator.open(GLYPHS, None, None)
     assert eyes.reference.features is not None
     assert eyes.reference.spatial is not None
     part = Statistics.of(eyes.reference.features)
@@ -183,20 +191,20 @@ def test_images_resume_and_extend(tmp_path: Path) -> None:
         made.extend(seeds.tolist())
         return PICTURES[seeds]
 
-    folder = ImageFolder(tmp_path, {"recipe": "H8"}, num_classes=3)
+    folder = ImageFolder(tmp_path, {"spec": "H8"}, num_classes=3)
     with pytest.raises(ConnectionError):
         folder.fill(6, make, batch=2)
     assert folder.missing(6).tolist() == [4, 5]
     first = folder.speed
     assert (first.images, first.seconds > 0) == (4, True)
-    speed = ImageFolder(tmp_path, {"recipe": "H8"}, num_classes=3).fill(6, make, batch=2)
+    speed = ImageFolder(tmp_path, {"spec": "H8"}, num_classes=3).fill(6, make, batch=2)
     assert (speed.images, made) == (2, [0, 1, 2, 3, 4, 4, 5])
     assert folder.speed == Speed(6, first.seconds + speed.seconds)
     assert np.array_equal(np.concatenate(list(folder.batches(6, size=4))), PICTURES)
     assert folder.fill(6, make).ms_per_image is None
     assert folder.speed.images == 6
     with pytest.raises(ValueError, match="not of"):
-        ImageFolder(tmp_path, {"recipe": "H7"}, num_classes=3)
+        ImageFolder(tmp_path, {"spec": "H7"}, num_classes=3)
 
 
 def test_inception_sees_what_adm_takes(inception: Inception) -> None:
@@ -219,12 +227,12 @@ def test_other_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FlowTurboError, match="does not load as Inception"):
         Inception(tmp_path / "other.pth")
     with pytest.raises(ValueError, match="--reference"):
-        Eyes.open(GLYPHS, tmp_path / "other.pth", None)
+        Evaluator.open(GLYPHS, tmp_path / "other.pth", None)
 
 
 def test_the_glyphs_judge_is_for_glyphs() -> None:
     with pytest.raises(ValueError, match="knows 36 classes, the model has 1000: give --inception"):
-        Eyes.open(GLYPHS, None, None, 36, 1000)
+        Evaluator.open(GLYPHS, None, None, 36, 1000)
     with pytest.raises(ValueError, match="reads images of 64 x 64 pixels, these have 32 x 64"):
         Classifier(GLYPHS)(np.zeros((2, 32, 64, 3), np.uint8))
 
@@ -252,16 +260,16 @@ def test_solvers_approach_the_exact_solution(engine: Engine) -> None:
     exact = Exact(GLYPHS / "predictor.safetensors")
     solved = exact.latent(LABELS, SEEDS, Guidance(3.0))
     away = {
-        name: distances(engine.make(Recipe(name, 3.0), LABELS, SEEDS).latent, solved).mean()
+        name: distances(engine.make(SamplingSpec(name, 3.0), LABELS, SEEDS).latent, solved).mean()
         for name in ("H4", "H32", "unipc:32", "dopri5:1e-2")
     }
     assert max(far for name, far in away.items() if name != "H4") < 0.3 * away["H4"]
 
 
 @pytest.mark.parametrize("sampler", ["H8X", "R3", "unipc:0", "H1 P5"])
-def test_a_recipe_that_cannot_be_read(sampler: str) -> None:
+def test_a_sampler_that_cannot_be_read(sampler: str) -> None:
     with pytest.raises(RequestError):
-        Recipe(sampler, 3.0)
+        SamplingSpec(sampler, 3.0)
 
 
 def test_what_a_sampler_may_be(golden_repository: Path) -> None:
@@ -358,8 +366,8 @@ def test_rows_are_written_as_they_are_done(
     words += ["--out", tmp_path, "--images", "20", "--json", tmp_path / "quality.json"]
     assert command.main(list(map(str, words))) == 0
     capsys.readouterr()
-    (recipe,) = tmp_path.glob("P1_*/recipe.json")
-    recipe.write_text("{}")
+    (spec,) = tmp_path.glob("P1_*/spec.json")
+    spec.write_text("{}")
     assert command.main(list(map(str, words))) == 2
     (row,) = json.loads((tmp_path / "quality.json").read_text())
     assert row["schedule"] == "P2"
@@ -433,7 +441,7 @@ def test_files_of_a_run_that_are_damaged_are_named(tmp_path: Path) -> None:
     (folder.path / "speed.json").touch()
     with pytest.raises(TextFileError, match="speed.json is not JSON"):
         _ = folder.speed
-    (folder.path / "recipe.json").write_text("")
+    (folder.path / "spec.json").write_text("")
     with pytest.raises(ValueError, match="has images of nothing known, not of .*: remove it"):
         ImageFolder(folder.path, {}, num_classes=3)
     (tmp_path / "exact.npy").touch()
@@ -450,10 +458,10 @@ def client(glyphs_server: ServerAddress) -> Iterator[FlowTurboClient]:
 def test_the_service_makes_the_same_images(
     client: FlowTurboClient, engine: Engine, tmp_path: Path
 ) -> None:
-    recipe = Recipe("H1P2", 3.0)
+    spec = SamplingSpec("H1P2", 3.0)
     folder = ImageFolder(tmp_path, {}, num_classes=36)
-    assert folder.fill(12, served(client, recipe), batch=2, in_flight=4).images == 12
+    assert folder.fill(12, served(client, spec), batch=2, in_flight=4).images == 12
     seeds = np.arange(12)
-    expected = engine.make(recipe, folder.labels(seeds), seeds).image
+    expected = engine.make(spec, folder.labels(seeds), seeds).image
     # Its batches are of other sizes, for which bfloat16 rounds otherwise.
     assert np.abs(folder.read(seeds).astype(int) - expected.astype(int)).mean() < 1

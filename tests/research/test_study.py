@@ -25,10 +25,10 @@ def test_every_point_of_the_paper_is_there_once() -> None:
     listed = sections(1.0, 3.0, Size(), ["wide"])
     points = unique(listed)
     assert len({str(point) for point in points}) == len(points)
-    names = {point.recipe.sampler for point in points}
+    names = {point.spec.sampler for point in points}
     assert {"H8", "H7R1", "H2P8R2", "H1P5R3", "P5R7H3", "H8P9R5", "unipc:8", "H1P5T3"} <= names
     curves = next(section for section in listed if section.title == CURVES)
-    assert all(family(point.recipe.sampler) for point in curves.points)
+    assert all(family(point.spec.sampler) for point in curves.points)
     assert {point.images for point in curves.points} == {10_000}
     assert {point.repository for point in listed[-1].points} == {"main", "wide"}
 

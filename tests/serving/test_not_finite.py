@@ -20,7 +20,7 @@ from tritonclient.utils import InferenceServerException
 from bench.networks import SMALL
 from export import ensemble
 from export.blocks import PredictorBlock
-from export.onnx_graph import Exported
+from export.onnx_graph import ExportTarget
 from export.parity import torch_figures
 from export.peaks import LARGEST, PeakOf, watched_figures
 from flowturbo import LocalPipeline, contract
@@ -204,7 +204,7 @@ def test_peaks_of_rare_inputs_are_seen(large: str) -> None:
         else:
             row = -1 if large == "the null class" else 50
             network.y_embedder.embedding_table.weight[row] *= 1e3
-    exported = Exported(contract.PREDICTOR, block, shape, network.config)
+    exported = ExportTarget(contract.PREDICTOR, block, shape, network.config)
     assert not watched_figures(exported)[1].fits_half
     with PeakOf() as watch:
         torch_figures(exported)

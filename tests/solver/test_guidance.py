@@ -5,9 +5,9 @@ import pytest
 
 from flowturbo import Schedule, compile_program, sample
 from flowturbo.errors import RequestError
-from flowturbo.solver.guidance import Guidance, Tensors, gather, guided_block, spread
+from flowturbo.solver.guidance import Guidance, Tensors, guided_block, to_images, to_rows
 from flowturbo.solver.program import BlockCall, Network, PredictorCall
-from flowturbo.solver.sampler import Array, run, sampling
+from flowturbo.solver.sampler import Array, run_sync, sample_async
 
 pytestmark = pytest.mark.unit
 
@@ -42,7 +42,7 @@ def plain(schedule: str, guidance: Guidance) -> Array:
         t = np.full(len(x), call.t, dtype=np.float32)
         x_in = x + np.float32(call.euler) * v
         v_next = velocity(x_in, t, LABELS)
-        if guidance.active(call.t):
+        if guidance.applies_at(call.t):
             u = velocity(x_in, t, np.repeat(NULL, len(x), axis=0))
             v_next = u + np.float32(guidance.scale) * (v_next - u)
         return x + np.float32(call.w_prev) * v + np.float32(call.w_next) * v_next, v_next
@@ -57,8 +57,8 @@ def plain(schedule: str, guidance: Guidance) -> Array:
 def test_rows_equal_the_formula(schedule: str, guidance: Guidance) -> None:
     block = guided_block(served_block, {"label": LABELS}, {"label": NULL}, guidance)
     program = compile_program(Schedule.parse(schedule))
-    rows = run(sampling(program, spread(NOISE, guidance), block))
-    np.testing.assert_allclose(gather(rows, guidance), plain(schedule, guidance), atol=1e-5)
+    rows = run_sync(sample_async(program, to_rows(NOISE, guidance), block))
+    np.testing.assert_allclose(to_images(rows, guidance), plain(schedule, guidance), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_unguided_evaluations_cost_half(guidance: Guidance, rows: list[int]) -> 
         return tensors["x"], tensors["velocity"]
 
     block = guided_block(evaluate, {"label": LABELS}, {"label": NULL}, guidance)
-    run(sampling(compile_program(Schedule.parse("E4")), spread(NOISE, guidance), block))
+    run_sync(sample_async(compile_program(Schedule.parse("E4")), to_rows(NOISE, guidance), block))
     assert seen == rows
 
 

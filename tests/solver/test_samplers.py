@@ -5,7 +5,7 @@ import pytest
 
 from flowturbo.errors import RequestError
 from flowturbo.solver.guidance import Guidance
-from research.quality.samplers import MOST_EVALUATIONS, Counted, dopri5, parse
+from research.quality.samplers import MAX_EVALUATIONS, Counted, dopri5, parse
 
 pytestmark = pytest.mark.unit
 
@@ -50,7 +50,7 @@ def test_dopri5_does_not_chase_rounding() -> None:
     counted = Counted(rounded)
     with pytest.raises(RequestError, match=r"rtol 1e-07 is at t = 0\.\d+ after 2000 evaluations"):
         dopri5(1e-7, 1e-7)(counted, NOISE)
-    assert counted.evaluations == MOST_EVALUATIONS
+    assert counted.evaluations == MAX_EVALUATIONS
 
 
 @pytest.mark.parametrize(

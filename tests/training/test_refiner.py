@@ -24,9 +24,9 @@ from flowturbo.nets.sit import SiT, SiTConfig
 from flowturbo.nets.weights import load_checkpoint
 from flowturbo.solver.schedule import Schedule
 from training.data import InMemory, Latents
-from training.loop import alone, save_weights
-from training.plan import Plan, PlanError
-from training.recipe import Recipe, Rule, regression_loss
+from training.loop import exclusive, save_weights
+from training.objective import RefinerObjective, Rule, regression_loss
+from training.plan import PlanError, TrainingConfig
 from training.refiner import main
 from training.samples import RefinerPreview, sample, tile
 
@@ -106,7 +106,9 @@ def losses(out: Path) -> list[tuple[int, float]]:
 
 @pytest.mark.parametrize("low", [0.0, 0.06])
 def test_the_paper_draws_a_step_for_each_row(low: float) -> None:
-    draws = Recipe(Rule.PAPER, low, 0.12).draw(4000, SOURCE, torch.Generator().manual_seed(0))
+    draws = RefinerObjective(Rule.PAPER, low, 0.12).draw(
+        4000, SOURCE, torch.Generator().manual_seed(0)
+    )
     assert draws.step.min() > low
     assert draws.step.max() <= 0.12
     assert draws.step.mean() == pytest.approx((low + 0.12) / 2, abs=2e-3)
@@ -117,9 +119,9 @@ def test_the_paper_draws_a_step_for_each_row(low: float) -> None:
 
 
 def test_the_public_code_draws_one_step_for_the_batch() -> None:
-    recipe, steps, last = Recipe(Rule.REFERENCE), [], []
+    objective, steps, last = RefinerObjective(Rule.REFERENCE), [], []
     for seed in range(300):
-        draws = recipe.draw(64, SOURCE, torch.Generator().manual_seed(seed))
+        draws = objective.draw(64, SOURCE, torch.Generator().manual_seed(seed))
         assert draws.step.unique().numel() == 1
         steps.append(float(draws.step[0]))
         last.append(float((draws.t + draws.step).max()))
@@ -144,10 +146,10 @@ def test_a_guided_step_is_what_sampling_takes(guided: int) -> None:
         seen.append(read)
         return torch.zeros_like(read[:, :4])
 
-    recipe = Recipe(smallest_scale=3.0, largest_scale=3.0, guided_channels=guided)
-    draws = recipe.draw(200, SOURCE, torch.Generator().manual_seed(0))
+    objective = RefinerObjective(smallest_scale=3.0, largest_scale=3.0, guided_channels=guided)
+    draws = objective.draw(200, SOURCE, torch.Generator().manual_seed(0))
     data = SOURCE.read(draws.row)
-    loss = regression_loss(recipe, network, refiner, CLASSES, data, draws)  # type: ignore[arg-type]
+    loss = regression_loss(objective, network, refiner, CLASSES, data, draws)  # type: ignore[arg-type]
     x, _, x_next, read = seen
     moved = ((x_next - x) / draws.step[:, None, None, None]).mean((0, 2, 3))
     expected = torch.tensor([4.0] * guided + [2.0] * (4 - guided))
@@ -169,9 +171,9 @@ def test_what_the_networks_see(rule: str, first_is_dropped: bool) -> None:
             seen.append((x, t, label))
             return torch.full_like(x[:, :4], float(len(seen)))
 
-    draws = Recipe(Rule(rule)).draw(200, SOURCE, torch.Generator().manual_seed(0))
+    draws = RefinerObjective(Rule(rule)).draw(200, SOURCE, torch.Generator().manual_seed(0))
     data = SOURCE.read(draws.row)
-    loss = regression_loss(Recipe(Rule(rule)), Spy(), Spy(), CLASSES, data, draws)
+    loss = regression_loss(RefinerObjective(Rule(rule)), Spy(), Spy(), CLASSES, data, draws)
     (x, t, first), (x_next, t_next, second), (read, t_refined, third) = seen
     at, step = draws.t[:, None, None, None], draws.step[:, None, None, None]
     torch.testing.assert_close(x, (1 - at) * draws.noise + at * data.mean)
@@ -302,7 +304,7 @@ def test_a_predictor_without_a_null_class(
 
 
 def test_a_batch_that_cannot_be_shared() -> None:
-    plan = Plan(1, 18, 1e-3, seed=0)
+    plan = TrainingConfig(1, 18, 1e-3, seed=0)
     with pytest.raises(PlanError, match="multiple of the 4 processes, such as 16, 20; got 18"):
         plan.check_processes(4)
     plan.check_processes(3)
@@ -310,11 +312,11 @@ def test_a_batch_that_cannot_be_shared() -> None:
 
 def test_a_refiner_of_another_size(data: Path, tmp_path: Path) -> None:
     size = ("--depth", "2", "--width", "48", "--heads", "3", "--steps", "2")
-    assert main(arguments(data, tmp_path, *size, "--recipe", "reference")) == 0
+    assert main(arguments(data, tmp_path, *size, "--objective", "reference")) == 0
     checkpoint = load_checkpoint(tmp_path / "refiner.safetensors")
     config = infer_config(checkpoint, reads_velocity=True)
     assert (config.depth, config.width, config.num_heads, config.in_channels) == (2, 48, 3, 8)
-    assert checkpoint.metadata["recipe"] == "reference"
+    assert checkpoint.metadata["objective"] == "reference"
     build_network(checkpoint, reads_velocity=True)
 
 
@@ -469,7 +471,7 @@ def test_a_folder_in_use_is_refused(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As by the processes of a launcher that was killed."""
-    with alone(tmp_path):
+    with exclusive(tmp_path):
         assert main(arguments(data, tmp_path, "--steps", "1")) == 2
     assert f"{tmp_path} is in use: another run" in capsys.readouterr().err
     assert main(arguments(data, tmp_path, "--steps", "1")) == 0
@@ -528,7 +530,7 @@ def test_a_state_of_other_settings_is_refused(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments(data, tmp_path, "--steps", "2")) == 0
-    assert main(arguments(data, tmp_path, "--steps", "2", "--recipe", "reference")) == 2
+    assert main(arguments(data, tmp_path, "--steps", "2", "--objective", "reference")) == 2
     assert "was trained with" in capsys.readouterr().err
 
 

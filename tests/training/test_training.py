@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from flowturbo.nets.checkpoint import build_network
 from flowturbo.nets.weights import load_checkpoint
-from research.quality.engine import Engine, Recipe
+from research.quality.engine import Engine, RefinerObjective
 from research.quality.judges import Classifier
 from training import __main__ as stages
 from training.fonts import font_paths
 from training.frechet import Statistics, frechet_distance
 from training.loop import fit
-from training.plan import Pace, Plan
+from training.plan import Pace, TrainingConfig
 
 WEIGHTS = ROOT / "weights" / "glyphs"
 
@@ -34,7 +34,7 @@ def linear() -> nn.Linear:
 
 
 def test_a_resumed_run_takes_the_same_steps(tmp_path: Path) -> None:
-    plan = Plan(steps=12, batch=8, learning_rate=0.1, seed=3, warmup=2, restarts=(6,))
+    plan = TrainingConfig(steps=12, batch=8, learning_rate=0.1, seed=3, warmup=2, restarts=(6,))
     whole = fit("whole", linear(), regression, plan, tmp_path)
     pace = Pace(save_every_s=0.0)
     calls = 0
@@ -58,9 +58,9 @@ def test_a_resumed_run_takes_the_same_steps(tmp_path: Path) -> None:
 
 
 def test_a_run_is_not_resumed_with_another_plan(tmp_path: Path) -> None:
-    fit("run", linear(), regression, Plan(2, 8, 0.1, seed=3), tmp_path)
+    fit("run", linear(), regression, TrainingConfig(2, 8, 0.1, seed=3), tmp_path)
     with pytest.raises(ValueError, match="was trained with"):
-        fit("run", linear(), regression, Plan(2, 8, 0.2, seed=3), tmp_path)
+        fit("run", linear(), regression, TrainingConfig(2, 8, 0.2, seed=3), tmp_path)
 
 
 def test_a_stage_is_not_resumed_after_another_one_before_it(
@@ -98,7 +98,13 @@ def test_a_stage_is_not_resumed_after_another_one_before_it(
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match="at step 0"):
-        fit("run", linear(), lambda m, g: regression(m, g) * np.nan, Plan(2, 8, 0.1, 3), tmp_path)
+        fit(
+            "run",
+            linear(),
+            lambda m, g: regression(m, g) * np.nan,
+            TrainingConfig(2, 8, 0.1, 3),
+            tmp_path,
+        )
 
 
 def test_missing_fonts_are_named(tmp_path: Path) -> None:
@@ -128,8 +134,8 @@ def test_glyphs_are_recognised(glyphs_repository: Path) -> None:
     """A small part of what README states for 1,000 images."""
     engine, labels = Engine(glyphs_repository), np.arange(72) % 36
     settings = engine.settings
-    recipe = Recipe(str(engine.default_schedule), settings.default_guidance_scale)
-    made = [engine.make(recipe, labels[k : k + 24], np.arange(k, k + 24)) for k in (0, 24, 48)]
+    spec = RefinerObjective(str(engine.default_schedule), settings.default_guidance_scale)
+    made = [engine.make(spec, labels[k : k + 24], np.arange(k, k + 24)) for k in (0, 24, 48)]
     seen = Classifier(WEIGHTS)(np.concatenate([part.image for part in made]))
     assert (seen.probability.argmax(1) == labels).mean() >= 0.94
 

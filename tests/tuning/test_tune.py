@@ -16,7 +16,7 @@ from flowturbo.solver.schedule import Schedule
 from research.quality.engine import schedule_evaluations
 from tuning import scores
 from tuning.__main__ import main
-from tuning.candidates import MOST_EVALUATIONS, Cost, candidates, measured
+from tuning.candidates import MAX_EVALUATIONS, Cost, candidates, measured
 from tuning.choice import Rated, best_of, choose, fastest_as_good, front, knee
 from tuning.scores import Distances, Score, solve
 from tuning.search import finalists, search
@@ -46,7 +46,7 @@ def test_candidates() -> None:
     found = candidates(has_refiner=True)
     assert len(set(found)) == len(found) > 500
     assert {schedule(text) for text in ("H1P5R3", "H8P9R5", "H4", "A12", "P7")} <= set(found)
-    assert max(schedule_evaluations(each)[0] for each in found) == MOST_EVALUATIONS
+    assert max(schedule_evaluations(each)[0] for each in found) == MAX_EVALUATIONS
     assert not any(each.refines for each in candidates(has_refiner=False))
 
 

@@ -21,7 +21,7 @@ from flowturbo.generate import Infer
 from flowturbo.solver.guidance import Tensors
 
 _logger = logging.getLogger(__name__)
-MOST_PASSED_OVER = 8  # about as many turns as a request makes of the predictor
+MAX_SKIPPED = 8  # about as many turns as a request makes of the predictor
 
 Outputs = tuple[np.ndarray, ...]
 Request = Coroutine["_Call", Outputs, Any]
@@ -60,7 +60,7 @@ class _Device:
     threads: int
     free: int = 0
     queues: dict[str, deque[_Waiting]] = field(default_factory=dict)
-    passed_over: int = 0  # how often in a row the oldest call was
+    skipped: int = 0  # how often in a row the oldest call was
 
     def next(self) -> str:
         """The model for which most calls wait; of several, the later one in a program.
@@ -70,10 +70,10 @@ class _Device:
         longest = max(reversed(self.queues), key=lambda model: len(self.queues[model]))
         waiting = [model for model, queue in self.queues.items() if queue]
         oldest = min(waiting, key=lambda model: self.queues[model][0].number)
-        if oldest != longest and self.passed_over < MOST_PASSED_OVER:
-            self.passed_over += 1
+        if oldest != longest and self.skipped < MAX_SKIPPED:
+            self.skipped += 1
             return longest
-        self.passed_over = 0
+        self.skipped = 0
         return oldest
 
     def take(self, max_rows: int) -> tuple[str, list[_Waiting]]:
@@ -89,7 +89,7 @@ class _Device:
         return model, batch
 
 
-class Gatherer:
+class Batcher:
     """Runs `call(model, tensors)` on the joined rows of concurrent requests.
 
     A batch has at most `max_rows` rows. With `shared` all models take turns on one device: on a
@@ -134,7 +134,7 @@ class Gatherer:
         `done` is called with its result, or with the exception that ended it, on whatever thread
         that happens; it must not raise and should not take long.
         """
-        self._go_on([(request, done, None)])
+        self._advance([(request, done, None)])
 
     def close(self) -> None:
         """Ends the threads; every request must have ended."""
@@ -144,12 +144,12 @@ class Gatherer:
         for thread in self._threads:
             thread.join()
 
-    def _go_on(self, requests: Iterable[tuple[Request, Done, Any]]) -> None:
+    def _advance(self, requests: Iterable[tuple[Request, Done, Any]]) -> None:
         """Gives each of `requests` what it waited for, and has their next calls wait.
 
         All at once: an idle thread would take the first of them alone.
         """
-        calls = [(_resume(*request), *request[:2]) for request in requests]
+        calls = [(_step(*request), *request[:2]) for request in requests]
         with self._changed:
             for call, request, done in calls:
                 if call is not None:
@@ -162,7 +162,7 @@ class Gatherer:
         while taken := self._next_batch(device):
             model, batch = taken
             results = self._evaluate(model, [waiting.call.tensors for waiting in batch])
-            self._go_on((w.request, w.done, r) for w, r in zip(batch, results, strict=True))
+            self._advance((w.request, w.done, r) for w, r in zip(batch, results, strict=True))
 
     def _next_batch(self, device: _Device) -> tuple[str, list[_Waiting]] | None:
         with self._changed:
@@ -186,7 +186,7 @@ class Gatherer:
             return [error] * len(parts)
 
 
-def _resume(request: Request, done: Done, outputs: Any) -> _Call | None:
+def _step(request: Request, done: Done, outputs: Any) -> _Call | None:
     """Gives a request what it waited for; its next call, or None once it has ended."""
     try:
         if isinstance(outputs, BaseException):
@@ -199,5 +199,5 @@ def _resume(request: Request, done: Done, outputs: Any) -> _Call | None:
     try:
         done(result)
     except BaseException:  # the thread has others to serve
-        _logger.exception("the end of a request could not be told")
+        _logger.exception("completion callback failed")
     return None

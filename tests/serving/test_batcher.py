@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flowturbo.serving.gather import MOST_PASSED_OVER, Gatherer, Outputs
+from flowturbo.serving.batcher import MAX_SKIPPED, Batcher, Outputs
 from flowturbo.solver.guidance import Tensors
 
 pytestmark = pytest.mark.unit
@@ -64,7 +64,7 @@ class Crowd:
     """Requests of a gatherer, and what came of them."""
 
     def __init__(self, engine: Engine, models: tuple[str, ...], **options: Any) -> None:
-        self.gather = Gatherer(engine, models, **({"max_rows": 16} | options))
+        self.gather = Batcher(engine, models, **({"max_rows": 16} | options))
         self._done: queue.Queue[tuple[int, Any]] = queue.Queue()
         self._started = 0
 
@@ -208,4 +208,4 @@ def test_most_calls_go_first_but_not_for_ever() -> None:
     crowd.gather.close()
     order = [model for model, _ in engine.calls[1:]]
     turns = [k for k, model in enumerate(order) if model == "second"]
-    assert turns == [MOST_PASSED_OVER, 2 * MOST_PASSED_OVER + 2]
+    assert turns == [MAX_SKIPPED, 2 * MAX_SKIPPED + 2]

@@ -10,8 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from flowturbo.generate import LARGEST_TRAINED_STEP
 from flowturbo.nets.sit import GUIDED_CHANNELS
 from flowturbo.solver.guidance import MAX_SCALE
-from training.data import Latents, Source
-from training.loop import mine
+from training.data import Latents, LatentSource
+from training.loop import local_rows
 from training.plan import PlanError
 from training.predictor import NULL_LABEL_PROBABILITY
 
@@ -36,7 +36,7 @@ class Rule(StrEnum):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class RefinerObjective:
     """A rule, the range that steps are drawn from, within [0, 1], and that of the guidance scale.
 
     A scale of 1 is the paper's: velocities without guidance, which acts on the first
@@ -62,7 +62,7 @@ class Recipe:
                 f"{self.smallest_step} to {self.largest_step}"
             )
 
-    def draw(self, batch: int, source: Source, generator: torch.Generator) -> "Draws":
+    def draw(self, batch: int, source: LatentSource, generator: torch.Generator) -> "Draws":
         """The random numbers of a whole batch."""
         row = torch.randint(len(source), (batch,), generator=generator)
         dropped = torch.rand(batch, generator=generator) < NULL_LABEL_PROBABILITY
@@ -96,9 +96,9 @@ class Draws:
     t: Tensor
     scale: Tensor
 
-    def mine(self) -> "Draws":
+    def local(self) -> "Draws":
         """The rows of this process."""
-        return Draws(**{name: mine(value) for name, value in vars(self).items()})
+        return Draws(**{name: local_rows(value) for name, value in vars(self).items()})
 
     def to(self, device: torch.device) -> "Draws":
         """All of it on `device`."""
@@ -106,7 +106,7 @@ class Draws:
 
 
 def regression_loss(
-    recipe: Recipe,
+    objective: RefinerObjective,
     predictor: nn.Module,
     refiner: nn.Module,
     null_label: int | None,
@@ -131,7 +131,7 @@ def regression_loss(
     # The loop's choice of attention is for going backwards, which the predictor does not.
     with torch.no_grad(), sdpa_kernel(ANY_ATTENTION):
         x = (1 - at) * draws.noise + at * data.sample(draws.posterior)
-        first = data.label if recipe.rule is Rule.REFERENCE else label
+        first = data.label if objective.rule is Rule.REFERENCE else label
         if (draws.scale == 1).all():
             own = velocity = moved = predictor(x, t, first).float()
         else:
@@ -140,7 +140,7 @@ def regression_loss(
             c, u = (predictor(x, t, y).float() for y in (data.label, null))
             own = torch.where((first == null_label)[:, None, None, None], u, c)
             mixed = u + draws.scale[:, None, None, None] * (c - u)
-            guided = recipe.guided_channels
+            guided = objective.guided_channels
             velocity, moved = (torch.cat([mixed[:, :guided], v[:, guided:]], 1) for v in (own, c))
         x_next = x + step * moved
         target = predictor(x_next, t_next, label).float() - own
