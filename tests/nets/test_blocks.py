@@ -8,7 +8,7 @@ from torch import Tensor
 from bench.networks import SMALL, random_network
 from export.blocks import RefinerBlock
 from flowturbo.nets.sit import SiT, refiner_config
-from flowturbo.solver.guidance import Guidance, alternate, block_inputs
+from flowturbo.solver.guidance import Guidance, block_inputs, interleave
 from flowturbo.solver.program import RefinerCall, Schedule, Variant, compile_program
 
 pytestmark = pytest.mark.unit
@@ -28,9 +28,9 @@ def test_refiner_step(variant: Variant, guidance: Guidance) -> None:
     rng = np.random.default_rng(0)
     x, v = rng.standard_normal((2, 3, 4, 8, 8)).astype(np.float32)
     labels = np.array([[1], [2], [3]])
-    rows = [alternate(value, value) for value in (x, v)]
+    rows = [interleave(value, value) for value in (x, v)]
     inputs = block_inputs(
-        call, *rows, {"label": alternate(labels, np.array([[NULL]]))}, guidance, guided=True
+        call, *rows, {"label": interleave(labels, np.array([[NULL]]))}, guidance, guided=True
     )
     found = RefinerBlock(network, 4)(**{k: torch.from_numpy(t) for k, t in inputs.items()})
     for image in range(3):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flowturbo.nets.checkpoint import build_network
 from flowturbo.nets.weights import load_checkpoint
-from research.quality.engine import Engine, RefinerObjective
+from research.quality.engine import Engine, SamplingSpec
 from research.quality.judges import Classifier
 from training import __main__ as stages
 from training.fonts import font_paths
@@ -134,7 +134,7 @@ def test_glyphs_are_recognised(glyphs_repository: Path) -> None:
     """A small part of what README states for 1,000 images."""
     engine, labels = Engine(glyphs_repository), np.arange(72) % 36
     settings = engine.settings
-    spec = RefinerObjective(str(engine.default_schedule), settings.default_guidance_scale)
+    spec = SamplingSpec(str(engine.default_schedule), settings.default_guidance_scale)
     made = [engine.make(spec, labels[k : k + 24], np.arange(k, k + 24)) for k in (0, 24, 48)]
     seen = Classifier(WEIGHTS)(np.concatenate([part.image for part in made]))
     assert (seen.probability.argmax(1) == labels).mean() >= 0.94
