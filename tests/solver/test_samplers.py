@@ -82,7 +82,7 @@ def test_guidance_begins_on_the_grid_as_a_schedules(name: str, steps: int) -> No
         seen: list[bool] = []
 
         def noted(x: np.ndarray, t: float) -> np.ndarray:
-            seen.append(Guidance(3.0, (low / steps, 1.0)).active(t))  # noqa: B023
+            seen.append(Guidance(3.0, (low / steps, 1.0)).applies_at(t))  # noqa: B023
             return velocity(x, t)
 
         parse(f"{name}:{steps}")(noted, NOISE)
