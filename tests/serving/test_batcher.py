@@ -154,7 +154,7 @@ def test_a_request_whose_end_cannot_be_told_ends_no_other(
     crowd.gather.start(request(), done)
     crowd.start(1, 1, "model", "model")
     np.testing.assert_array_equal(crowd.results()[0], np.full((1, 3), 4.0))
-    assert "could not be told" in caplog.text
+    assert "completion callback failed" in caplog.text
 
 
 def test_a_request_that_never_calls_is_done(crowd: Crowd) -> None:
