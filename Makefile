@@ -42,7 +42,7 @@ setup: .venv/.installed  ## the virtual environment, with everything that is nee
 	touch $@
 
 export: setup  ## the glyphs model to the model repository; nothing to do if it is there
-	$(BIN)/python -m export --predictor $(GLYPHS)/predictor.safetensors \
+	$(BIN)/python -m export --name glyphs --predictor $(GLYPHS)/predictor.safetensors \
 	  --refiner $(GLYPHS)/refiner.safetensors --vae $(GLYPHS)/vae \
 	  --class-names $(GLYPHS)/classes.txt --presets $(GLYPHS)/presets.json --guidance-scale 3 --ensemble fast H1P5R3 \
 	  --repository $(REPOSITORY)
@@ -84,6 +84,4 @@ train: setup  ## the glyphs model from nothing, about two and a half hours on tw
 	$(BIN)/python -m training --out $(GLYPHS)
 
 clean:  ## all that is made here but the training runs
-	rm -rf .venv output $(REPOSITORY)/velocity_predictor $(REPOSITORY)/velocity_refiner \
-	  $(REPOSITORY)/vae_decoder $(REPOSITORY)/flowturbo/presets.json \
-	  $(REPOSITORY)/flowturbo_[!s]*
+	rm -rf .venv output $(REPOSITORY)/*_* $(REPOSITORY)/flowturbo/1/pipelines

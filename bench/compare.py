@@ -23,11 +23,12 @@ from bench.closed_loop import Measured, Work, closed_loop, torch_process
 from bench.compare_report import SERVICE, markdown, plot
 from bench.observe import hardware
 from bench.web import WebClient, running_web
+from flowturbo.contract import Role
 from flowturbo.errors import RepositoryError
+from flowturbo.pipeline import read_pipeline
 from flowturbo.presets import BUILT_IN, DEFAULT
-from flowturbo.repository import Pipeline, Settings
-from flowturbo.request import default_guidance_scale
 from flowturbo.serving.tritonserver import running_server
+from flowturbo.settings import Settings
 
 LONE_SHARE = 0.5  # of the window of concurrent clients: one client's requests vary less
 
@@ -111,13 +112,13 @@ class CompareConfig:
 
         Raises RepositoryError for a repository that runs on a GPU or has no decoder or refiner.
         """
-        pipeline = Pipeline.load(repository)
-        if pipeline.on_gpu or not (pipeline.has_decoder and pipeline.has_refiner):
+        pipeline = read_pipeline(repository)
+        if pipeline.on_gpu or not (pipeline.has(Role.DECODER) and pipeline.has(Role.REFINER)):
             raise RepositoryError(
                 f"{repository} must have a refiner and a decoder, and run on a CPU, as PyTorch does"
             )
         settings = Settings.load(repository)
-        paper, scale = BUILT_IN[DEFAULT], default_guidance_scale(pipeline, settings)
+        paper, scale = BUILT_IN[DEFAULT], pipeline.default_guidance_scale(settings)
         precisions = ["fp32"] + ["bf16"] * (pipeline.precision == "bf16")
         usual = [
             Form(compiled, precision) for precision in precisions for compiled in (False, True)
@@ -236,7 +237,7 @@ def _summary(case: Case, contender: str, figures: Sequence[Figure]) -> dict[str,
 
 
 def _settings(plan: CompareConfig) -> dict[str, Any]:
-    pipeline = Pipeline.load(plan.repository)
+    pipeline = read_pipeline(plan.repository)
     return {
         "processor": hardware()["cpu"],
         "threads": plan.threads,

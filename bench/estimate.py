@@ -9,8 +9,8 @@ import math
 from dataclasses import dataclass
 
 from bench.networks import matrix_flops
-from flowturbo import contract
-from flowturbo.generate import models_called
+from flowturbo.contract import Role
+from flowturbo.generate import roles_called
 from flowturbo.nets.sit import SiTConfig, refiner_config
 from flowturbo.solver.program import Program
 
@@ -59,11 +59,11 @@ def request_ms(
     chip: Chip, config: SiTConfig, program: Program, images: int, *, calls: bool = True
 ) -> float:
     """Milliseconds of one guided request, decoder included; without `calls` as on an ensemble."""
-    called = models_called(program)
+    called = roles_called(program)
     rows = 2 * images
     total = images * DECODER_TFLOP / (chip.peak * _DECODER) * 1e3
     for model in called:
-        if model == contract.PREDICTOR:
+        if model == Role.PREDICTOR:
             total += predictor_ms(chip, config, rows)
         else:
             total += 2 * predictor_ms(chip, refiner_config(config), rows)  # evaluations a step
@@ -72,9 +72,9 @@ def request_ms(
 
 def image_tflop(config: SiTConfig, program: Program) -> float:
     """TFLOP of one guided image, decoder included."""
-    called = models_called(program)
+    called = roles_called(program)
     flop = {
-        contract.PREDICTOR: matrix_flops(config, 2),
-        contract.REFINER: 2 * matrix_flops(refiner_config(config), 2),
+        Role.PREDICTOR: matrix_flops(config, 2),
+        Role.REFINER: 2 * matrix_flops(refiner_config(config), 2),
     }
     return sum(flop[model] for model in called) / 1e12 + DECODER_TFLOP

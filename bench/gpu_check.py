@@ -29,16 +29,18 @@ from export.deployment import Deployment
 from export.engine import Builder, build_engine, find_builders
 from export.onnx_graph import PRECISIONS, ExportTarget, export_onnx, to_precision
 from export.quantize import quantize
-from flowturbo import contract
+from flowturbo.conditions.class_label import LABEL, ClassLabel
+from flowturbo.contract import GUIDANCE_SCALE, IMAGE, SCHEDULE, SEED, Role
 from flowturbo.errors import RepositoryError
 from flowturbo.generate import generate, program_for
 from flowturbo.gpu import gpu_count
 from flowturbo.nets.sit import refiner_config
-from flowturbo.repository import Pipeline, Settings
+from flowturbo.pipeline import ModelRecord, Pipeline
 from flowturbo.request import parse_request
+from flowturbo.rows import Tensors
 from flowturbo.runtimes import open_model, runtime_for
-from flowturbo.solver.guidance import Tensors
-from flowturbo.solver.program import Variant
+from flowturbo.settings import Settings
+from flowturbo.solver.calls import Variant
 from flowturbo.solver.schedule import Schedule
 
 # ms/img at batch 8, guidance 1.5, one A800: FlowTurbo, tables 1 and 5. H8 compiled is 68.0.
@@ -53,11 +55,6 @@ PAPER_MS = {
 }
 ENGINES = ("PyTorch", "TensorRT", "ONNX")
 ORDER = ("bf16", "fp16", "fp8", "fp32")  # what matters most comes first
-_MODELS = {
-    "predictor": contract.PREDICTOR,
-    "refiner": contract.REFINER,
-    "decoder": contract.DECODER,
-}
 
 
 class Form(Protocol):
@@ -74,7 +71,7 @@ class TorchForm:
     """A PyTorch module, as it is or compiled."""
 
     def __init__(self, exported: ExportTarget, precision: str, device: str, compiled: bool) -> None:
-        self._names = [spec.name for spec in contract.COMPOSED[exported.model][0]]
+        self._names = [spec.name for spec in exported.tensors[0]]
         module = deepcopy(exported.module)
         to_precision(module, precision)
         module = module.to(device)
@@ -171,8 +168,7 @@ def main() -> None:
         "left_out": [],
     }
     print(f"{report['device']}: matrix peak, TFLOP/s: {report['matrix_peak_tflops']}", flush=True)
-    chosen = [_MODELS[name] for name in args.models]
-    exports = [each for each in pipeline_modules(size) if each.model in chosen]
+    exports = [each for each in pipeline_modules(size) if each.role in args.models]
     reference = _reference(exports, size, device)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
@@ -185,7 +181,7 @@ def main() -> None:
                 for label, forms in _forms(engine, precision, exports, device, Path(scratch)):
                     parts = label, precision, forms, size, chip
                     report["blocks"] += map(asdict, _blocks(*parts, exports, peaks, reference))
-                    if len(forms) == len(_MODELS):
+                    if len(forms) == len(Role):
                         report["schedules"] += map(asdict, _schedules(*parts))
                     forms.clear()  # before the next form is made
                     torch.cuda.empty_cache()
@@ -216,8 +212,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--models",
         nargs="+",
-        choices=tuple(_MODELS),
-        default=list(_MODELS),
+        choices=tuple(Role),
+        default=list(Role),
         help="default: all, which schedules need",
     )
     parser.add_argument(
@@ -245,11 +241,11 @@ def _reference(
     exports: list[ExportTarget], size: Size, device: str
 ) -> dict[tuple[str, int], np.ndarray]:
     """What PyTorch answers in float32, by model and rows: errors are told against it."""
-    found = {}
+    found: dict[tuple[str, int], np.ndarray] = {}
     for exported in exports:
         form = TorchForm(exported, "fp32", device, compiled=False)
         for rows in size.rows:
-            found[exported.model, rows] = form(_inputs(exported, rows))[0].astype(np.float64)
+            found[exported.role, rows] = form(_inputs(exported, rows))[0].astype(np.float64)
     return found
 
 
@@ -270,7 +266,7 @@ def _forms(
             raise RepositoryError("PyTorch runs no fp8 products here")
         for compiled in (False, True) if device == "cuda" else (False,):
             forms: dict[str, Form] = {
-                e.model: TorchForm(e, precision, device, compiled) for e in exports
+                e.role: TorchForm(e, precision, device, compiled) for e in exports
             }
             yield ("PyTorch compiled" if compiled else "PyTorch"), forms
         return
@@ -278,10 +274,10 @@ def _forms(
     builder = find_builders(None)[0] if engine == "TensorRT" else None
     if engine == "ONNX" and device == "cuda":
         _check_onnx(precision)
-    paths = {e.model: scratch / precision / e.model / "1" / "model.onnx" for e in exports}
+    paths = {e.role: scratch / precision / e.role / "1" / "model.onnx" for e in exports}
     for exported in exports:
-        if not paths[exported.model].exists():
-            _export(exported, precision, paths[exported.model])
+        if not paths[exported.role].exists():
+            _export(exported, precision, paths[exported.role])
     if builder:
         yield "TensorRT", {name: _engine(builder, path) for name, path in paths.items()}
         return
@@ -304,7 +300,7 @@ def _export(exported: ExportTarget, precision: str, path: Path) -> None:
     half = replace(exported, module=deepcopy(exported.module))
     to_precision(half.module, precision)
     export_onnx(half, path)
-    if precision == "fp8" and exported.model != contract.DECODER:
+    if precision == "fp8" and exported.role != Role.DECODER:
         quantize(half, path)
 
 
@@ -325,21 +321,21 @@ def _blocks(
     reference: dict[tuple[str, int], np.ndarray],
 ) -> Iterator[BlockTime]:
     flops = {
-        contract.PREDICTOR: lambda rows: matrix_flops(size.config, rows),
+        Role.PREDICTOR: lambda rows: matrix_flops(size.config, rows),
         # Two evaluations a step.
-        contract.REFINER: lambda rows: 2 * matrix_flops(refiner_config(size.config), rows),
+        Role.REFINER: lambda rows: 2 * matrix_flops(refiner_config(size.config), rows),
     }
     for exported in exports:
         for rows in size.rows:
-            inputs, form = _inputs(exported, rows), forms[exported.model]
-            output, want = form(inputs)[0].astype(np.float64), reference[exported.model, rows]
+            inputs, form = _inputs(exported, rows), forms[exported.role]
+            output, want = form(inputs)[0].astype(np.float64), reference[exported.role, rows]
             seconds = median_seconds(form.hold(inputs), size.measure_s)
-            counted = flops.get(exported.model)
+            counted = flops.get(exported.role)
             fraction = counted(rows) / seconds / peaks[precision] if counted else None
             error = float(np.abs(output - want).max() / np.abs(want).max())
-            ms, model = seconds * 1e3, exported.model
+            ms, model = seconds * 1e3, exported.role
             estimate = None
-            if chip and model == contract.PREDICTOR:
+            if chip and model == Role.PREDICTOR:
                 estimate = predictor_ms(chip, size.config, rows)
             share = f"{fraction:6.1%} of peak" if fraction else " " * 14
             print(
@@ -362,24 +358,25 @@ def _schedules(
     """Whole requests through the program that the server runs."""
     config = size.config
     shape = (config.latent_channels, config.latent_size, config.latent_size)
-    pipeline = Pipeline(shape, config.num_classes, (), max(size.rows), True, True)
+    models = dict.fromkeys(Role, ModelRecord(max_rows=max(size.rows)))
+    pipeline = Pipeline("check", ClassLabel(config.num_classes), shape, models)
 
-    def infer(model: str, tensors: Tensors) -> tuple[np.ndarray, ...]:
-        return forms[model](tensors)
+    def infer(role: Role, tensors: Tensors) -> tuple[np.ndarray, ...]:
+        return forms[role](tensors)
 
     for schedule, paper in PAPER_MS.items():
         program = program_for(Schedule.parse(schedule), Variant.REFERENCE)
         for batch in size.batches:
             tensors: Tensors = {
-                "label": np.arange(batch) % config.num_classes,
-                "seed": np.arange(batch),
-                "guidance_scale": np.array([1.5], dtype=np.float32),
-                "schedule": np.array([schedule], dtype=object),
+                LABEL: np.arange(batch) % config.num_classes,
+                SEED: np.arange(batch),
+                GUIDANCE_SCALE: np.array([1.5], dtype=np.float32),
+                SCHEDULE: np.array([schedule], dtype=object),
             }
-            request = parse_request(tensors, ["image"], pipeline, Settings())
+            request = parse_request(tensors, [IMAGE], pipeline, Settings())
 
             def run(request: Any = request, program: Any = program) -> None:
-                generate(request, pipeline, program, infer)
+                generate(request, pipeline, Settings(), program, infer)
 
             ms = median_seconds(run, size.measure_s) * 1e3 / batch
             at_paper = paper if batch == 8 else None
@@ -441,7 +438,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
         points = [
             (b["rows"], b["ms"] / b["rows"])
             for b in report["blocks"]
-            if (b["engine"], b["precision"], b["model"]) == (engine, precision, contract.PREDICTOR)
+            if (b["engine"], b["precision"], b["model"]) == (engine, precision, Role.PREDICTOR)
         ]
         left.plot(*zip(*points, strict=True), marker="o", label=f"{engine} {precision}")
     left.set(

@@ -17,17 +17,19 @@ import numpy as np
 
 from bench.load import fitted_line
 from bench.networks import GLYPHS, random_network
-from export.blocks import PredictorBlock, RefinerBlock
 from export.onnx_graph import ExportTarget
 from export.runtime import export_for
-from flowturbo import contract
+from flowturbo.conditions.class_label import LABEL, ClassLabel
+from flowturbo.contract import LATENT, SEED, Role
 from flowturbo.generate import generate, program_for
+from flowturbo.nets.blocks import PredictorBlock, RefinerBlock
 from flowturbo.nets.sit import SiTConfig, refiner_config
-from flowturbo.repository import Pipeline, Settings
+from flowturbo.pipeline import read_pipeline
 from flowturbo.request import parse_request
+from flowturbo.rows import Tensors
 from flowturbo.runtimes import open_model
-from flowturbo.solver.guidance import Tensors
-from flowturbo.solver.program import Variant
+from flowturbo.settings import Settings
+from flowturbo.solver.calls import Variant
 
 SIDES = (8, 16, 24, 32)
 REPETITIONS = 9
@@ -61,28 +63,36 @@ class Run:
     """One guided image of the default schedule, over and over."""
 
     def __init__(self, config: SiTConfig, repository: Path) -> None:
-        settings, served = Settings.load(repository), Pipeline.load(repository)
+        settings, served = Settings.load(repository), read_pipeline(repository)
         shape = (config.latent_channels, config.latent_size, config.latent_size)
         blocks = {
-            contract.PREDICTOR: PredictorBlock(random_network(config, 0), 3),
-            contract.REFINER: RefinerBlock(random_network(refiner_config(config), 1), 3),
+            Role.PREDICTOR: PredictorBlock(random_network(config, 0), 3),
+            Role.REFINER: RefinerBlock(random_network(refiner_config(config), 1), 3),
         }
         with tempfile.TemporaryDirectory() as scratch:
             self._models = {}
-            for model, block in blocks.items():
-                exported = ExportTarget(model, block, shape, config)
+            for role, block in blocks.items():
+                exported = ExportTarget(role, block, shape, ClassLabel(config.num_classes))
                 path = export_for(served.runtime, exported, Path(scratch))
                 opened = open_model(path, served.precision, runtime=served.runtime)
-                self._models[model] = opened
-        self._pipeline = replace(served, latent_shape=shape, has_decoder=False)
-        tensors: Tensors = {"label": np.array([0]), "seed": np.array([0])}
-        self._request = parse_request(tensors, ["latent"], self._pipeline, settings)
+                self._models[role] = opened
+        networks = {role: served.models[role] for role in blocks}
+        self._pipeline = replace(served, latent_shape=shape, models=networks)
+        self._settings = settings
+        tensors: Tensors = {LABEL: np.array([0]), SEED: np.array([0])}
+        self._request = parse_request(tensors, [LATENT], self._pipeline, settings)
         self._program = program_for(self._request.schedule, Variant(settings.variant))
 
     def milliseconds(self) -> float:
         """Of one request."""
         started = time.perf_counter()
-        generate(self._request, self._pipeline, self._program, lambda m, t: self._models[m](t))
+        generate(
+            self._request,
+            self._pipeline,
+            self._settings,
+            self._program,
+            lambda role, tensors: self._models[role](tensors),
+        )
         return (time.perf_counter() - started) * 1e3
 
 

@@ -85,9 +85,9 @@ _REQUESTS: Column = ("requests", lambda p: str(p["requests"]))
 def _server_columns() -> list[Column]:
     return [
         ("rows an execution", lambda p: f"{p['server']['rows_per_execution']:.1f}"),
-        ("predictor busy", lambda p: _busy(p, "velocity_predictor")),
-        ("refiner busy", lambda p: _busy(p, "velocity_refiner")),
-        ("decoder busy", lambda p: _busy(p, "vae_decoder")),
+        ("predictor busy", lambda p: _busy(p, "predictor")),
+        ("refiner busy", lambda p: _busy(p, "refiner")),
+        ("decoder busy", lambda p: _busy(p, "decoder")),
         ("sum", lambda p: f"{sum(m['busy_share'] for m in p['server']['models'].values()):.0%}"),
         ("CPU", lambda p: _optional(p, "cpu_cores", "{:.2f}")),
         ("memory MiB", _memory),

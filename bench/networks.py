@@ -6,9 +6,10 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from export.blocks import DecoderBlock, PredictorBlock, RefinerBlock
 from export.onnx_graph import ExportTarget
-from flowturbo import contract
+from flowturbo.conditions.class_label import ClassLabel
+from flowturbo.contract import Role
+from flowturbo.nets.blocks import DecoderBlock, PredictorBlock, RefinerBlock
 from flowturbo.nets.sit import SiT, SiTConfig, refiner_config
 from flowturbo.nets.vae import Decoder
 
@@ -78,14 +79,13 @@ def pipeline_modules(size: Size) -> list[ExportTarget]:
     """Predictor, refiner and decoder blocks in float32, as an export has them."""
     config = size.config
     shape = (config.latent_channels, config.latent_size, config.latent_size)
-    made: dict[str, nn.Module] = {
-        contract.PREDICTOR: PredictorBlock(random_network(config, 0), 3),
-        contract.REFINER: RefinerBlock(random_network(refiner_config(config), 1), 3),
-        contract.DECODER: DecoderBlock(
-            Decoder(random_vae(size.vae_channels, config.latent_channels))
-        ),
+    condition = ClassLabel(config.num_classes)
+    made: dict[Role, nn.Module] = {
+        Role.PREDICTOR: PredictorBlock(random_network(config, 0), 3),
+        Role.REFINER: RefinerBlock(random_network(refiner_config(config), 1), 3),
+        Role.DECODER: DecoderBlock(Decoder(random_vae(size.vae_channels, config.latent_channels))),
     }
-    return [ExportTarget(model, module, shape, config) for model, module in made.items()]
+    return [ExportTarget(role, module, shape, condition) for role, module in made.items()]
 
 
 def matrix_flops(config: SiTConfig, rows: int) -> float:

@@ -22,7 +22,8 @@ import tritonclient.grpc
 from flowturbo_client.settings import Settings
 
 from flowturbo import contract
-from flowturbo.repository import BUILD_FILE, read_record
+from flowturbo.contract import Role
+from flowturbo.pipeline import read_pipeline
 
 SAMPLE_S = 0.5
 _LISTENING = "0A"  # proc(5), /proc/net/tcp
@@ -114,7 +115,7 @@ class Observation:
     @property
     def rows_per_execution(self) -> float:
         """Of the two velocity networks together: what batching has achieved."""
-        networks = [w for name, w in self.models.items() if name != contract.DECODER]
+        networks = [work for role, work in self.models.items() if role != Role.DECODER]
         executions = sum(work.executions for work in networks)
         return sum(work.rows for work in networks) / executions if executions else 0.0
 
@@ -124,14 +125,15 @@ class Observer:
 
     observation: Observation
 
-    def __init__(self, url: str) -> None:
-        """Reads the counters and begins to sample memory.
+    def __init__(self, url: str, pipeline: str | None = None) -> None:
+        """Reads the counters of a `pipeline`'s models and begins to sample memory.
 
-        Raises tritonclient's InferenceServerException if the server does not answer.
+        None is for a server of one pipeline. Raises tritonclient's InferenceServerException if the
+        server does not answer, ValueError where it serves several pipelines and none is named.
         """
         self._client = connect(url)
         known = {model.name for model in self._client.get_model_repository_index().models}
-        self._models = [name for name in contract.COMPOSED if name in known]
+        self._models = _models(known, pipeline)
         self._pid = listening_process(int(url.rpartition(":")[2]))
         self._stop = threading.Event()
         self._memory: list[Memory] = []
@@ -157,8 +159,8 @@ class Observer:
         return Observation(wall_s, requests, work, spent, tuple(self._memory))
 
     def _work(self) -> dict[str, Work]:
-        names = (contract.ORCHESTRATOR, *self._models)
-        return {name: read_work(self._client, name) for name in names}
+        names = {contract.ORCHESTRATOR: contract.ORCHESTRATOR, **self._models}
+        return {role: read_work(self._client, name) for role, name in names.items()}
 
     def _cpu_s(self) -> float | None:
         return None if self._pid is None else cpu_s(process_tree(self._pid))
@@ -173,9 +175,12 @@ class Observer:
 
 
 @contextlib.contextmanager
-def observing(url: str) -> Iterator[Observer]:
-    """Observes the server at `url` (host:port of its gRPC endpoint) while the block runs."""
-    observer = Observer(url)
+def observing(url: str, pipeline: str | None = None) -> Iterator[Observer]:
+    """Observes the server at `url` (host:port of its gRPC endpoint) while the block runs.
+
+    `pipeline` is as for Observer.
+    """
+    observer = Observer(url, pipeline)
     try:
         yield observer
     finally:
@@ -239,16 +244,29 @@ def described_server(url: str, repository: Path) -> dict[str, Any]:
     with contextlib.closing(connect(url)) as client:
         config = client.get_model_config(contract.ORCHESTRATOR).config
         version = client.get_server_metadata().version
-    builds = {name: repository / name / BUILD_FILE for name in contract.COMPOSED}
-    models = {name: read_record(p) for name, p in builds.items() if p.exists()}
+    pipeline = read_pipeline(repository)
     return {
         "version": version,
         "settings": {name: value.string_value for name, value in config.parameters.items()},
         "models": {
-            name: {key: build[key] for key in ("engine", "runtime", "precision", "max_rows")}
-            for name, build in models.items()
+            role.value: {
+                key: getattr(record, key) for key in ("engine", "runtime", "precision", "max_rows")
+            }
+            for role, record in pipeline.models.items()
         },
     }
+
+
+def _models(known: Iterable[str], pipeline: str | None) -> dict[str, str]:
+    """The Triton models of a pipeline among those `known`, by role."""
+    if pipeline is None:
+        ending = contract.model_name("", Role.PREDICTOR)
+        found = [name.removesuffix(ending) for name in known if name.endswith(ending)]
+        if len(found) != 1:
+            raise ValueError(f"the server serves {', '.join(sorted(found)) or 'nothing'}: name one")
+        pipeline = found[0]
+    named = {role.value: contract.model_name(pipeline, role) for role in Role}
+    return {role: name for role, name in named.items() if name in known}
 
 
 def listening_process(port: int) -> int | None:

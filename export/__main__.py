@@ -1,7 +1,9 @@
 """Checkpoints to a model repository that Triton serves.
 
-`python -m export` exports, verifies and installs; `python -m export verify` checks an installed
-repository against its checkpoints, block by block and over a whole schedule.
+`python -m export` exports, verifies and installs a pipeline. `python -m export verify` checks an
+installed one against its checkpoints, block by block and over a whole schedule. `python -m export
+list` shows what is installed, `python -m export remove NAME` removes a pipeline. A running server
+notices none of this until it is started again.
 """
 
 import argparse
@@ -12,20 +14,26 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from export import install
 from export.deployment import AUTO, ENGINES, PROVIDERS, Deployment
 from export.engine import CAPABILITIES
 from export.onnx_graph import PRECISIONS
-from export.pipeline import Options, export_pipeline
+from export.pipeline import Options, export_pipeline, list_pipelines
 from export.runtime import candidates
 from export.source import Checkpoints
-from export.verify import verify_repository
+from export.verify import verify_pipeline
 from flowturbo.errors import FlowTurboError
 from flowturbo.gpu import gpu_count
 from flowturbo.nets.weights import WEIGHTS_KEYS
-from flowturbo.repository import Settings
+from flowturbo.pipeline import check_name, read_pipeline
+from flowturbo.presets import may_be_preset
 from flowturbo.runtimes import RUNTIMES
 from flowturbo.serving.installation import cache_folder
+from flowturbo.settings import Settings
 from flowturbo.solver.guidance import Guidance
+from flowturbo.solver.schedule import Schedule
+
+DEFAULT_NAME = "sit"  # of a pipeline that is given none
 
 
 def main(argv: Sequence[str]) -> int:
@@ -33,7 +41,14 @@ def main(argv: Sequence[str]) -> int:
     try:
         if argv[:1] == ["verify"]:
             values = vars(_verify_parser().parse_args(argv[1:]))
-            verify_repository(_take(Checkpoints, values), values["repository"], values["schedule"])
+            pipeline = read_pipeline(values["repository"], values["name"])
+            source = _take(Checkpoints, values)
+            verify_pipeline(source, values["repository"], pipeline, values["schedule"])
+        elif argv[:1] == ["list"]:
+            for line in list_pipelines(_list_parser().parse_args(argv[1:]).repository):
+                print(line)
+        elif argv[:1] == ["remove"]:
+            _remove(_remove_parser().parse_args(argv[1:]))
         else:
             export_pipeline(_options(argv))
     except (FlowTurboError, OSError) as error:
@@ -85,6 +100,13 @@ def _for_this_gpu(argv: Sequence[str]) -> Iterator[str]:
             yield word
 
 
+def _remove(args: argparse.Namespace) -> None:
+    gone = install.remove(args.repository, args.name)
+    print(f"export: removed {args.name} from {args.repository}: {', '.join(gone)}")
+    if Settings.load(args.repository).default_pipeline == args.name:
+        print(f"export: default_pipeline still names {args.name}: set it in flowturbo/config.pbtxt")
+
+
 def _take(cls: Any, values: dict[str, Any]) -> Any:
     """An instance of the dataclass `cls` from those of `values` that are its fields."""
     return cls(**{field.name: values[field.name] for field in fields(cls)})
@@ -93,6 +115,7 @@ def _take(cls: Any, values: dict[str, Any]) -> Any:
 def _source_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     add = parser.add_argument
+    add("--name", type=_name, default=DEFAULT_NAME, help="of the pipeline (default: %(default)s)")
     add("--predictor", type=Path, required=True, help="SiT checkpoint, .pt or .safetensors")
     add("--refiner", type=Path, help="refiner checkpoint; without it, no R steps")
     add("--vae", type=Path, help="diffusers AutoencoderKL folder; without it, latents only")
@@ -181,8 +204,15 @@ def _export_parser() -> argparse.ArgumentParser:
         "--guidance-scale",
         type=_guidance_scale,
         metavar="SCALE",
-        help="of requests that give none (default: what the repository has, in a new one "
-        f"{Settings.default_guidance_scale}, at which SiT's figures are published)",
+        help="of requests that give none (default: what the pipeline has, else the setting "
+        f"default_guidance_scale, {Settings.default_guidance_scale} in a new repository)",
+    )
+    add(
+        "--default-schedule",
+        type=_schedule,
+        metavar="SCHEDULE",
+        help="of requests that name none, or a preset (default: what the pipeline has, else the "
+        "setting default_schedule)",
     )
     add("--force", action="store_true", help="export again although nothing has changed")
     return parser
@@ -191,11 +221,45 @@ def _export_parser() -> argparse.ArgumentParser:
 def _verify_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m export verify",
-        description="Check an installed repository against its checkpoints.",
+        description="Check an installed pipeline against its checkpoints.",
         parents=[_source_parser()],
     )
     parser.add_argument("--schedule", help="of the trajectory (default: H1P5R3, or H1P5)")
     return parser
+
+
+def _list_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m export list", description="Show the pipelines of a repository."
+    )
+    parser.add_argument("--repository", type=Path, default=Path("model_repository"))
+    return parser
+
+
+def _remove_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m export remove",
+        description="Remove a pipeline and its models. A running server serves it until it stops.",
+    )
+    parser.add_argument("name", metavar="NAME")
+    parser.add_argument("--repository", type=Path, default=Path("model_repository"))
+    return parser
+
+
+def _name(text: str) -> str:
+    try:
+        return check_name(text)
+    except FlowTurboError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _schedule(text: str) -> str:
+    if not may_be_preset(text):
+        try:
+            Schedule.parse(text)
+        except FlowTurboError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def _natural(text: str) -> int:

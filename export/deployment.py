@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from tritonclient.grpc import model_config_pb2
 
-from flowturbo import contract
-from flowturbo.contract import TensorSpec
+from flowturbo.contract import Specs, TensorSpec
 
 ENGINES = ("python", "onnxruntime", "tensorrt")
 AUTO = "auto"  # chosen by measurement: export/runtime.py
@@ -74,12 +73,13 @@ class Deployment:
 
 def model_config(
     model: str,
+    tensors: tuple[Specs, Specs],
     sizes: Mapping[int | str, int],
     deployment: Deployment,
     engine_files: Mapping[str, str],
     digest: str,
 ) -> model_config_pb2.ModelConfig:
-    """Triton's configuration of a composed model.
+    """Triton's configuration of a composed model with the inputs and outputs `tensors`.
 
     `sizes` gives C, h, w (and H, W) in numbers, `engine_files` a TensorRT engine's file for each
     compute capability, such as {"8.9": "model.plan"}; `digest` tells these weights from others.
@@ -87,7 +87,7 @@ def model_config(
     config = model_config_pb2.ModelConfig(
         name=model, backend=deployment.engine, max_batch_size=deployment.max_rows
     )
-    inputs, outputs = contract.COMPOSED[model]
+    inputs, outputs = tensors
     add_tensors(config, inputs, outputs, sizes)
     if not deployment.on_gpu:
         # No queue policy: with a limit or a timeout, Triton's batcher prepares no batch ahead, and

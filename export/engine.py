@@ -19,7 +19,7 @@ import numpy as np
 
 from flowturbo.errors import FlowTurboError
 from flowturbo.gpu import GpuError, usable_gpus
-from flowturbo.solver.guidance import Tensors
+from flowturbo.rows import Tensors
 
 Profile = tuple[int, int, int]  # fewest, best and most rows
 

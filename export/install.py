@@ -1,8 +1,8 @@
 """Composed models as directories that Triton loads, installed whole or not at all."""
 
+import ast
 import hashlib
 import importlib.metadata
-import json
 import os
 import re
 import shutil
@@ -18,8 +18,15 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 from flowturbo import contract
 from flowturbo.errors import FlowTurboError
 from flowturbo.nets.weights import sha256
-from flowturbo.presets import PRESETS_FILE, presets_path
-from flowturbo.repository import BUILD_FILE, Settings, read_config, read_record
+from flowturbo.pipeline import (
+    RECORDS,
+    Pipeline,
+    installed,
+    read_pipeline,
+    record_path,
+    record_text,
+)
+from flowturbo.settings import Settings, orchestrator_config, read_config
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMITTED = ROOT / "model_repository" / contract.ORCHESTRATOR
@@ -29,17 +36,17 @@ from flowturbo.serving.block import TritonPythonModel
 
 __all__ = ["TritonPythonModel"]
 '''
-_GUIDANCE = "default_guidance_scale"
+_DEFAULT_PIPELINE = "default_pipeline"
+_RECORD = ".record"
 # Fields of the orchestrator's configuration that belong to its code.
 _THIS_VERSIONS = ("name", "backend", "max_batch_size", "input", "output")
 _VERSIONED = ("torch", "onnx", "onnxscript", "diffusers", "onnxruntime", "openvino")
 
 
-def link_installed(repository: Path, staged: Path) -> None:
-    """Puts the installed models into `staged` too, at no cost in disk, to be added to."""
-    for model in contract.COMPOSED:
-        if (repository / model).is_dir():
-            shutil.copytree(repository / model, staged / model, copy_function=_link)
+def link_installed(repository: Path, models: Iterable[str], staged: Path) -> None:
+    """Puts installed `models` into `staged` too, at no cost in disk, to be added to."""
+    for model in models:
+        shutil.copytree(repository / model, staged / model, copy_function=_link)
 
 
 def _link(source: str, target: str) -> None:
@@ -53,21 +60,6 @@ def replace_text(path: Path, text: str) -> None:
     """Writes `path` as a new file: what is linked to the old one keeps its content."""
     path.unlink(missing_ok=True)
     path.write_text(text)
-
-
-def read_build(folder: Path) -> dict[str, Any]:
-    """The build record in a model's folder; raises RepositoryError for one that is none."""
-    return read_record(folder / BUILD_FILE)
-
-
-def write_build(folder: Path, build: dict[str, Any]) -> None:
-    """The build record, into a model's folder."""
-    replace_text(folder / BUILD_FILE, record(build))
-
-
-def record(build: Mapping[str, Any]) -> str:
-    """A build record as its file has it."""
-    return json.dumps(build, indent=1) + "\n"
 
 
 def versions() -> dict[str, str]:
@@ -87,18 +79,32 @@ def processor_digest() -> str:
 
 
 def source_digest() -> str:
-    """Digest of the code that decides what an export contains."""
+    """Digest of the code that decides what an export contains: its syntax, not its comments."""
     digest = hashlib.sha256()
     core = ROOT / "flowturbo"
-    files = [
-        core / "contract.py",
-        core / "parity.py",
-        core / "runtimes.py",
-        *(core / "nets").glob("*.py"),
-    ]
-    for path in sorted([*files, *(ROOT / "export").glob("*.py")]):
-        digest.update(path.read_bytes())
+    # Calibration for fp8 runs over a trajectory: hence the solver.
+    folders = (core / "nets", core / "conditions", core / "solver", ROOT / "export")
+    files = [core / f"{name}.py" for name in ("contract", "parity", "rows", "runtimes")]
+    files += [path for folder in folders for path in folder.glob("*.py")]
+    for path in sorted(files):
+        digest.update(_syntax(path.read_text()).encode())
     return digest.hexdigest()
+
+
+def _syntax(source: str) -> str:
+    """A program without comments, docstrings and layout."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and _is_text(body[0]):
+            node.body = body[1:]  # type: ignore[attr-defined]
+    return ast.dump(tree)
+
+
+def _is_text(node: ast.stmt) -> bool:
+    if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
+        return False
+    return isinstance(node.value.value, str)
 
 
 class InstallError(FlowTurboError):
@@ -125,57 +131,99 @@ def staging(repository: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def install(staged: Path, repository: Path, replaced: Iterable[str]) -> None:
+def install(staged: Path, repository: Path, pipeline: Pipeline, replaced: Iterable[str]) -> None:
     """Moves the finished models in `staged` into `repository`, and those named `replaced` out.
 
-    Each model is renamed into place whole; if one cannot be, the old ones come back.
+    The pipeline's record goes first and comes back last: without it, nothing of the pipeline is
+    installed. Each model is renamed into place whole. If one cannot be, the old pipeline comes
+    back.
     """
     repository.mkdir(parents=True, exist_ok=True)
     finished = sorted(path.name for path in staged.iterdir())
-    old = staged / ".old"
+    old, record = staged / ".old", record_path(repository, pipeline.name)
     old.mkdir()
     try:
+        if record.exists():
+            record.rename(old / _RECORD)
         for model in {*finished, *replaced}:
             if (repository / model).exists():
                 (repository / model).rename(old / model)
         for model in finished:
             (staged / model).rename(repository / model)
+        record.parent.mkdir(parents=True, exist_ok=True)
+        partial = record.with_suffix(".partial")
+        partial.write_text(record_text(pipeline))
+        partial.replace(record)
     except BaseException:
         for model in finished:
             if not (staged / model).exists():  # it has been moved in
                 shutil.rmtree(repository / model, ignore_errors=True)
         for saved in old.iterdir():
-            saved.rename(repository / saved.name)
+            saved.rename(record if saved.name == _RECORD else repository / saved.name)
         raise
 
 
-def add_orchestrator(staged: Path, settings: Settings, repository: Path) -> None:
-    """Puts the orchestrator, with these settings, among the `staged` models of a new repository."""
-    if (repository / contract.ORCHESTRATOR).exists():
+def write_record(repository: Path, pipeline: Pipeline) -> None:
+    """Replaces the record of an installed pipeline, at once."""
+    record = record_path(repository, pipeline.name)
+    partial = record.with_suffix(".partial")
+    partial.write_text(record_text(pipeline))
+    partial.replace(record)
+
+
+def remove(repository: Path, name: str) -> list[str]:
+    """Removes the pipeline `name`, its record first; the folders that went.
+
+    Raises RepositoryError if it is not installed.
+    """
+    pipeline = read_pipeline(repository, name)
+    record_path(repository, name).unlink()
+    gone = [folder for folder in pipeline.folders if (repository / folder).is_dir()]
+    for folder in gone:
+        shutil.rmtree(repository / folder)
+    return gone
+
+
+def add_orchestrator(repository: Path) -> None:
+    """Puts the orchestrator into a new repository; its default pipeline is not set yet."""
+    folder = repository / contract.ORCHESTRATOR
+    if folder.exists():
         return
-    folder = staged / contract.ORCHESTRATOR
-    ignored = shutil.ignore_patterns("__pycache__", PRESETS_FILE)
-    shutil.copytree(COMMITTED, folder, ignore=ignored)
-    path = folder / "config.pbtxt"
-    # As text: its comments stay.
-    setting = re.compile(rf'({_GUIDANCE}", value: {{ string_value: )"[^"]*"')
-    stated = rf'\g<1>"{settings.default_guidance_scale}"'
-    replace_text(path, setting.sub(stated, path.read_text()))
+    with staging(repository) as staged:
+        ignored = shutil.ignore_patterns("__pycache__", RECORDS.name)
+        shutil.copytree(COMMITTED, staged / contract.ORCHESTRATOR, ignore=ignored)
+        _set(staged / contract.ORCHESTRATOR / "config.pbtxt", _DEFAULT_PIPELINE, "")
+        repository.mkdir(parents=True, exist_ok=True)
+        (staged / contract.ORCHESTRATOR).rename(folder)
 
 
-def install_presets(text: str, repository: Path) -> None:
-    """Puts a checked `text` of presets in the place of those in `repository`, at once."""
-    path = presets_path(repository)
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(path)
+def choose_default(repository: Path, name: str) -> bool:
+    """Makes `name` the default pipeline where the setting names none that is installed.
+
+    Returns whether it did.
+    """
+    if Settings.load(repository).default_pipeline in installed(repository):
+        return False
+    _set(orchestrator_config(repository), _DEFAULT_PIPELINE, name)
+    return True
 
 
-def mend_orchestrator(repository: Path, guidance_scale: float | None) -> bool:
+def _set(config: Path, setting: str, value: str) -> None:
+    """Writes a setting into a configuration; as text, so that comments stay."""
+    found = re.compile(rf'({setting}", value: {{ string_value: )"[^"]*"')
+    text, count = found.subn(rf'\g<1>"{value}"', config.read_text())
+    if not count:
+        parsed = read_config(config)
+        parsed.parameters[setting].string_value = value
+        text = text_format.MessageToString(parsed)
+    replace_text(config, text)
+
+
+def mend_orchestrator(repository: Path) -> bool:
     """Brings the code and the tensors of the repository's orchestrator, if it has one, up to date.
 
-    Its settings and instances stay, but for a default `guidance_scale` that is given. Returns
-    whether there was anything to do. Raises RepositoryError for a configuration that is none.
+    Its settings and instances stay. Returns whether there was anything to do. Raises
+    RepositoryError for a configuration that is none.
     """
     folder = repository / contract.ORCHESTRATOR
     if not folder.is_dir():
@@ -191,10 +239,8 @@ def mend_orchestrator(repository: Path, guidance_scale: float | None) -> bool:
         if found.instance_group:
             del mended.instance_group[:]
             mended.instance_group.extend(found.instance_group)
-    if guidance_scale is None and found is None:  # as in a new repository
-        guidance_scale = Settings.default_guidance_scale
-    if guidance_scale is not None:
-        mended.parameters[_GUIDANCE].string_value = str(guidance_scale)
+    else:  # as in a new repository
+        mended.parameters[_DEFAULT_PIPELINE].string_value = ""
     path, text = folder / code, (COMMITTED / code).read_text()
     same_code = path.is_file() and path.read_text() == text
     same_config = found is not None and all(
@@ -219,14 +265,14 @@ def is_whole(folder: Path, engine: Mapping[str, Any]) -> bool:
     return path.is_file() and path.stat().st_size == engine["bytes"]
 
 
-def installed_fingerprint(repository: Path, model: str) -> Any:
-    """What the installed model was made from; None where it is not whole or not as recorded."""
-    folder = repository / model
+def installed_pipeline(repository: Path, name: str) -> Pipeline | None:
+    """The installed pipeline `name`; None where it is not there, not whole, or not as recorded."""
     try:
-        build = read_build(folder)
-        files = {name: sha256(folder / "1" / name) for name in build["files"]}
-        fingerprint = build["fingerprint"]
-        same = (files, build["class_names"]) == (build["files"], fingerprint["class_names"])
-    except (OSError, ValueError, LookupError, TypeError, FlowTurboError):
+        pipeline = read_pipeline(repository, name)
+        for role, model in pipeline.models.items():
+            version = repository / pipeline.model(role) / "1"
+            if any(sha256(version / file) != digest for file, digest in model.files.items()):
+                return None
+    except (OSError, FlowTurboError):
         return None
-    return fingerprint if same else None
+    return pipeline

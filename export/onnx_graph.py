@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flowturbo import contract
-from flowturbo.nets.sit import SiTConfig
+from flowturbo.conditions import Condition
+from flowturbo.contract import IMAGE, PAIR, Role, Specs, composed_tensors
 
 OPSET = 22  # the first whose Conv takes bfloat16
 # What PyTorch computes in; fp8 is float16 whose matrix products export/quantize.py narrows.
@@ -26,27 +26,29 @@ PRECISIONS = {
 
 @dataclass(frozen=True)
 class ExportTarget:
-    """A module to export: its composed model's name and the size of its latents, (C, h, w).
+    """A module to export: its role, the size of its latents (C, h, w), and its condition."""
 
-    `config` is the predictor's, which the whole pipeline shares.
-    """
-
-    model: str
+    role: Role
     module: nn.Module
     latent_shape: tuple[int, int, int]
-    config: SiTConfig
+    condition: Condition
+
+    @property
+    def tensors(self) -> tuple[Specs, Specs]:
+        """Its inputs and outputs (flowturbo.contract)."""
+        return composed_tensors(self.role, self.condition.block_inputs)
 
     def sizes(self, outputs: Mapping[str, np.ndarray]) -> dict[int | str, int]:
         """What the contract's letters stand for: C, h, w, and H and W of an image in `outputs`."""
         sizes: dict[int | str, int] = dict(zip("Chw", self.latent_shape, strict=True))
-        if self.model == contract.DECODER:
-            sizes |= dict(zip("HW", outputs["image"].shape[1:3], strict=True))
+        if self.role is Role.DECODER:
+            sizes |= dict(zip("HW", outputs[IMAGE].shape[1:3], strict=True))
         return sizes
 
     def random_inputs(self, rows: int, seed: int) -> dict[str, Tensor]:
         """Inputs by name as the contract has them: guided pairs first, an odd last row alone."""
         generator = torch.Generator().manual_seed(seed)
-        specs, _ = contract.COMPOSED[self.model]
+        specs, _ = self.tensors
         sizes: dict[int | str, int] = dict(zip("Chw", self.latent_shape, strict=True))
         made: dict[str, Tensor] = {}
         for spec in specs:
@@ -54,9 +56,10 @@ class ExportTarget:
             made[spec.name] = torch.rand(shape, generator=generator)
             if spec.dims[0] == "C":
                 made[spec.name] = torch.randn(shape, generator=generator)
-        if "label" in made:
-            ids = torch.randint(self.config.label_rows, (rows, 1), generator=generator)
-            made |= {"label": ids, "pair": _pairs(rows)}
+        if self.role is not Role.DECODER:
+            conditions = self.condition.sample(rows, np.random.default_rng(seed))
+            made |= {name: torch.from_numpy(value) for name, value in conditions.items()}
+            made[PAIR] = _pairs(rows)
         return made
 
 
@@ -79,7 +82,7 @@ def to_precision(module: nn.Module, precision: str) -> None:
 def export_onnx(exported: ExportTarget, path: Path) -> None:
     """Writes the module as ONNX with any number of rows; large weights lie beside it."""
     example = exported.random_inputs(4, seed=0)
-    _, outputs = contract.COMPOSED[exported.model]
+    _, outputs = exported.tensors
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -4,16 +4,15 @@ import numpy as np
 import torch
 
 from export.onnx_graph import ExportTarget
-from flowturbo import contract
 from flowturbo.parity import PAIRED, Evaluate, Figures, VerificationError
-from flowturbo.solver.guidance import Tensors
+from flowturbo.rows import Tensors
 
 _AT_ONCE = 6  # rows, which bounds the memory that a large decoder takes
 
 
 def torch_evaluation(exported: ExportTarget) -> Evaluate:
     """The PyTorch module itself, in whatever precision it has now."""
-    names = [spec.name for spec in contract.COMPOSED[exported.model][0]]
+    names = [spec.name for spec in exported.tensors[0]]
 
     def evaluate(tensors: Tensors) -> tuple[np.ndarray, ...]:
         with torch.inference_mode():
@@ -28,7 +27,7 @@ def torch_figures(exported: ExportTarget) -> Figures:
     """What the module answers, in the precision it has now, on random inputs."""
     made = exported.random_inputs(PAIRED + 1, seed=1)
     inputs = {name: value.numpy() for name, value in made.items()}
-    names = [spec.name for spec in contract.COMPOSED[exported.model][1]]
+    names = [spec.name for spec in exported.tensors[1]]
     evaluate = torch_evaluation(exported)
     parts = [
         evaluate({name: array[start : start + _AT_ONCE] for name, array in inputs.items()})
@@ -37,6 +36,6 @@ def torch_figures(exported: ExportTarget) -> Figures:
     outputs = dict(zip(names, map(np.concatenate, zip(*parts, strict=True)), strict=True))
     if bad := next((name for name, array in outputs.items() if not np.isfinite(array).all()), None):
         raise VerificationError(
-            f"{exported.model}: PyTorch itself answers {bad} with values that are not finite"
+            f"{exported.role}: PyTorch itself answers {bad} with values that are not finite"
         )
     return Figures(inputs, outputs)

@@ -14,11 +14,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from export.blocks import StepBlock
 from export.onnx_graph import ExportTarget
 from export.parity import torch_evaluation, torch_figures
+from flowturbo.conditions.class_label import LABEL
+from flowturbo.contract import PAIR, SCALARS
+from flowturbo.nets.blocks import StepBlock
 from flowturbo.parity import Figures
-from flowturbo.solver.guidance import Tensors
+from flowturbo.rows import Tensors
 
 LARGEST = torch.finfo(torch.float16).max
 HEADROOM = 2.0  # other inputs than the few that are tried reach further
@@ -111,7 +113,7 @@ def extremes(exported: ExportTarget) -> Iterator[Tensors]:
         labels = torch.cat([largest, labels[-1:]])
     for part in labels.split(_ROWS):
         made = exported.random_inputs(len(part), seed=0)
-        made |= {"label": part[:, None], "pair": torch.zeros_like(made["pair"])}
+        made |= {LABEL: part[:, None], PAIR: torch.zeros_like(made[PAIR])}
         for t in (0.0, 0.5, 1.0):
-            made["scalars"] = torch.full_like(made["scalars"], t)
+            made[SCALARS] = torch.full_like(made[SCALARS], t)
             yield {name: value.numpy() for name, value in made.items()}

@@ -1,7 +1,8 @@
 """One pipeline's checkpoints to verified models, installed in a repository together."""
 
+import json
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -13,24 +14,21 @@ from google.protobuf import text_format
 from export import install
 from export.deployment import AUTO, Deployment, model_config
 from export.engine import Builder, TensorRtModel, build_engine, find_builders
-from export.ensemble import (
-    ensemble_models,
-    ensembles_are_installed,
-    installed_ensembles,
-    write_ensembles,
-)
+from export.ensemble import ensembles_are_installed, with_ensembles, write_ensembles
 from export.onnx_graph import ExportTarget, count_attentions, to_precision
 from export.parity import torch_figures
 from export.peaks import HALVES, LARGEST, watched_figures
 from export.runtime import Runtime, TrialResult, candidates, choose, export_for, try_runtimes
 from export.source import Checkpoints, modules, source_digests
-from flowturbo import contract
-from flowturbo.nets.sit import SiTConfig
+from flowturbo.conditions.class_label import ClassLabel
+from flowturbo.contract import ORCHESTRATOR, Role, model_name
+from flowturbo.errors import RepositoryError
 from flowturbo.nets.weights import CheckpointError
 from flowturbo.parity import TOLERANCES, Figures, VerificationError, batches_up_to
-from flowturbo.presets import Presets, find_schedule, load_presets, parse_presets
-from flowturbo.repository import Settings
+from flowturbo.pipeline import Defaults, ModelRecord, Pipeline, installed, read_pipeline
+from flowturbo.presets import Presets, built_in, find_schedule, parse_presets, parsed
 from flowturbo.runtimes import model_file
+from flowturbo.settings import Settings
 from flowturbo.solver.schedule import Schedule
 from flowturbo.textfile import read_lines, read_text
 
@@ -41,8 +39,9 @@ _JOINERS = "\u200c\u200d"  # which spelling needs in some languages, between oth
 
 @dataclass(frozen=True)
 class Options:
-    """What to export, and to where; `command` is what makes it again."""
+    """What to export, under which `name`, and to where; `command` is what makes it again."""
 
+    name: str
     source: Checkpoints
     deployment: Deployment
     repository: Path
@@ -53,6 +52,7 @@ class Options:
     ensemble: tuple[str, ...] | None
     presets: Path | None
     guidance_scale: float | None
+    default_schedule: str | None
     command: str
 
     # Read once: what was checked is what is installed, though it came through a pipe.
@@ -67,88 +67,114 @@ class Options:
         assert self.presets
         return read_text(self.presets)
 
+    @property
+    def has_refiner(self) -> bool:
+        return self.source.refiner is not None
+
 
 def export_pipeline(options: Options) -> None:
     """Exports, verifies and installs; does nothing if this very pipeline is installed.
 
     Raises CheckpointError, VerificationError or EngineError, or RepositoryError for presets that
-    the models cannot serve, and then leaves networks, ensembles and presets as they were.
+    the models cannot serve, and then leaves the repository's pipelines as they were.
     """
-    presets = _presets(options)  # refused before minutes of export
-    # Before all else: the ensembles get its settings.
-    if install.mend_orchestrator(options.repository, options.guidance_scale):
-        print(f"export: {contract.ORCHESTRATOR} is of this version now, its settings as before")
-    _export_models(options, presets)
-    if options.presets:
-        install.install_presets(options.presets_text, options.repository)
-        shown = ", ".join(f"{name} {schedule}" for name, schedule in presets.items())
-        print(f"export: presets in {options.repository}: {shown or 'none'}")
-
-
-def _presets(options: Options) -> Presets:
-    """Those given, or those that the repository has or gets."""
-    has_refiner = options.source.refiner is not None
-    if options.presets:
-        return parse_presets(options.presets_text, options.presets, has_refiner=has_refiner)
-    return load_presets(options.repository, has_refiner=has_refiner)
-
-
-def _export_models(options: Options, presets: Presets) -> None:
     repository = options.repository
+    former = _former(options)
+    presets = _presets(options, former)  # refused before minutes of export
+    schedules = _ensembles(options, former, presets)
     builders: list[Builder] = []
     if options.deployment.engine == "tensorrt":  # found missing before minutes of export
         builders = find_builders(options.compute_capability)
-    settings, schedules = _settings(options), _ensembles(options, presets)
+    if install.mend_orchestrator(repository):
+        print(f"export: {ORCHESTRATOR} is of this version now, its settings as before")
+    settings = Settings.load(repository)
     fingerprint = _fingerprint(options)
-    installed = not options.force and _is_installed(repository, fingerprint)
-    lacking = installed and any(_lacking(repository, builder) for builder in builders)
-    current = installed and not lacking and _configs_are_installed(options)
-    if current and ensembles_are_installed(repository, settings, schedules):
-        print(f"export: {repository} is up to date")
-        return
-    with install.staging(repository) as staged:
-        if installed:
-            install.link_installed(repository, staged)
+    same = None if options.force else install.installed_pipeline(repository, options.name)
+    if same and same.fingerprint != fingerprint:
+        same = None
+    if same and _is_current(options, same, builders, settings, schedules):
+        wanted = _stated(same, options, former, presets)
+        if wanted != same:
+            install.write_record(repository, wanted)
+            print(f"export: the record of {options.name} is of these defaults and presets now")
         else:
-            _write_models(options, fingerprint, staged)
-        for builder in builders:
-            for model in _lacking(staged, builder):
-                _add_engine(staged / model, builder, options)
-        for folder in staged.iterdir():
-            _write_config(folder, options.deployment)
-        write_ensembles(staged, settings, schedules)
-        install.add_orchestrator(staged, settings, repository)
-        install.install(staged, repository, [*contract.COMPOSED, *ensemble_models(repository)])
-    print(
-        f"export: installed in {repository}, ensembles: {', '.join(map(str, schedules)) or 'none'}"
-    )
+            print(f"export: {repository}: {options.name} is up to date")
+    else:
+        with install.staging(repository) as staged:
+            if same:
+                pipeline = same
+                composed = [pipeline.model(role) for role in pipeline.models]
+                install.link_installed(repository, composed, staged)
+            else:
+                pipeline = _write_models(options, fingerprint, staged)
+            for builder in builders:
+                pipeline = _with_engines(pipeline, staged, builder, options)
+            for role in pipeline.models:
+                text = _config(pipeline, role, options.deployment)
+                install.replace_text(staged / pipeline.model(role) / "config.pbtxt", text)
+            pipeline = with_ensembles(pipeline, settings, schedules)
+            write_ensembles(staged, pipeline, settings, schedules)
+            pipeline = _stated(pipeline, options, former, presets)
+            install.add_orchestrator(repository)
+            install.install(staged, repository, pipeline, former.folders if former else [])
+        shown = ", ".join(map(str, schedules)) or "none"
+        print(f"export: installed {options.name} in {repository}, ensembles: {shown}")
+    if install.choose_default(repository, options.name):
+        print(f"export: {options.name} is the default pipeline now")
 
 
-def _settings(options: Options) -> Settings:
-    """Those of the repository's orchestrator, or of the one that it is about to get."""
-    if (options.repository / contract.ORCHESTRATOR).exists():
-        return Settings.load(options.repository)
-    # The committed one has the guidance that glyphs were tuned at.
-    scale, committed = options.guidance_scale, Settings.load(install.COMMITTED.parent)
-    usual = Settings.default_guidance_scale
-    return replace(committed, default_guidance_scale=usual if scale is None else scale)
+def _former(options: Options) -> Pipeline | None:
+    """The pipeline of this name that is installed, if its record can be read."""
+    try:
+        return read_pipeline(options.repository, options.name)
+    except RepositoryError:
+        return None
 
 
-def _ensembles(options: Options, presets: Presets) -> tuple[Schedule, ...]:
-    """The schedules asked for, or those that the repository has and the new models can serve."""
+def _presets(options: Options, former: Pipeline | None) -> dict[str, str]:
+    """The texts of those given, or of those that the pipeline has."""
+    if options.presets:
+        return parse_presets(options.presets_text, options.presets, has_refiner=options.has_refiner)
+    kept = former.own_presets if former else {}
+    return {
+        name: text
+        for name, text in kept.items()
+        if options.has_refiner or not Schedule.parse(text).refines
+    }
+
+
+def _ensembles(
+    options: Options, former: Pipeline | None, presets: Mapping[str, str]
+) -> tuple[Schedule, ...]:
+    """The schedules asked for, or those that the pipeline has and the new models can serve."""
     if options.ensemble is None:
-        found = installed_ensembles(options.repository)
-        return tuple(s for s in found if options.source.refiner or not s.refines)
-    schedules = tuple(dict.fromkeys(find_schedule(text, presets) for text in options.ensemble))
+        found = map(Schedule.parse, former.ensembles if former else ())
+        return tuple(s for s in found if options.has_refiner or not s.refines)
+    known: Presets = {**built_in(has_refiner=options.has_refiner), **parsed(presets)}
+    schedules = tuple(dict.fromkeys(find_schedule(text, known) for text in options.ensemble))
     for schedule in schedules:
-        if schedule.refines and not options.source.refiner:
+        if schedule.refines and not options.has_refiner:
             raise CheckpointError(f"--ensemble {schedule} has refiner steps: it needs --refiner")
     return schedules
 
 
+def _stated(
+    pipeline: Pipeline, options: Options, former: Pipeline | None, presets: Mapping[str, str]
+) -> Pipeline:
+    """`pipeline` with the defaults and presets that were given, or those that it had."""
+    kept = former.defaults if former else Defaults()
+    scale = kept.guidance_scale if options.guidance_scale is None else options.guidance_scale
+    defaults = Defaults(options.default_schedule or kept.schedule, scale)
+    stated = replace(
+        pipeline, defaults=defaults, own_presets=dict(presets), command=options.command
+    )
+    stated.default_schedule(Settings())  # refused before it is installed
+    return stated
+
+
 def _fingerprint(options: Options) -> dict[str, Any]:
-    """All that decides the result: sources, options, tools and code."""
-    return {
+    """All that decides the result: sources, options, tools and code. As JSON has it."""
+    found = {
         "sha256": source_digests(options.source),
         "options": options.source.reading() | asdict(options.deployment),
         "class_names": options.names,
@@ -157,38 +183,42 @@ def _fingerprint(options: Options) -> dict[str, Any]:
         "processor": install.processor_digest() if options.deployment.engine == "python" else None,
         "code": install.source_digest(),
     }
+    stated: dict[str, Any] = json.loads(json.dumps(found))
+    return stated
 
 
-def _is_installed(repository: Path, fingerprint: dict[str, Any]) -> bool:
-    """Whether `repository` has the models of this fingerprint and no others."""
-    present = [model for model in contract.COMPOSED if (repository / model).exists()]
-    found = {model: install.installed_fingerprint(repository, model) for model in present}
-    return found == dict.fromkeys(fingerprint["sha256"], fingerprint)
+def _is_current(
+    options: Options,
+    pipeline: Pipeline,
+    builders: list[Builder],
+    settings: Settings,
+    schedules: tuple[Schedule, ...],
+) -> bool:
+    """Whether engines, configurations and ensembles are those that an export would install."""
+    repository = options.repository
+    if any(_lacking(pipeline, repository, builder) for builder in builders):
+        return False
+    for role in pipeline.models:
+        path = repository / pipeline.model(role) / "config.pbtxt"
+        if not path.is_file() or path.read_text() != _config(pipeline, role, options.deployment):
+            return False
+    return ensembles_are_installed(repository, pipeline, settings, schedules)
 
 
-def _configs_are_installed(options: Options) -> bool:
-    folders = [options.repository / model for model in options.source.files()]
-    texts = [folder / "config.pbtxt" for folder in folders]
-    return all(
-        text.is_file() and text.read_text() == _config(folder, options.deployment)
-        for folder, text in zip(folders, texts, strict=True)
-    )
-
-
-def _check_names(options: Options, config: SiTConfig) -> None:
+def _check_names(options: Options, classes: ClassLabel) -> None:
     names = options.names
     if options.class_names and not names:
         raise CheckpointError(f"{options.class_names} has no names, a line each is needed")
-    if names and len(names) != config.num_classes:
+    if names and len(names) != classes.num_classes:
         hint = (
             f". If the last name is that of a class which was trained, --num-classes {len(names)} "
             "says so: there is then no null class, and no guidance. A line that is no name, such "
             "as a heading, would shift all others"
         )
-        hint = hint if len(names) == config.label_rows else ""
+        hint = hint if len(names) == classes.num_classes + classes.null_class else ""
         raise CheckpointError(
             f"{options.class_names} has {len(names)} names, "
-            f"the predictor {config.num_classes} classes{hint}"
+            f"the predictor {classes.num_classes} classes{hint}"
         )
     for line, name in enumerate(names, 1):
         if name != name.strip():
@@ -216,32 +246,45 @@ def _hidden(name: str) -> Iterator[str]:
             yield character
 
 
-def _write_models(options: Options, fingerprint: dict[str, Any], staged: Path) -> None:
-    """Exports every model, verified, and records what they are to run in."""
-    written: dict[str, _Written] = {}
-    for exported in modules(options.source):
-        _check_names(options, exported.config)
-        written[exported.model] = _write(exported, options, staged / exported.model)
-    chosen: dict[str, Runtime] = {}
+def _write_models(options: Options, fingerprint: dict[str, Any], staged: Path) -> Pipeline:
+    """Exports every model, verified; the pipeline's record says what each is to run in."""
+    written: dict[Role, _Written] = {}
+    for exported in modules(options.source, options.names):
+        condition = exported.condition
+        assert isinstance(condition, ClassLabel)
+        _check_names(options, condition)
+        folder = staged / model_name(options.name, exported.role)
+        written[exported.role] = _write(exported, options, folder)
+    chosen: dict[Role, Runtime] = {}
     for precision in dict.fromkeys(model.precision for model in written.values()):
-        group = {name: m.trials for name, m in written.items() if m.precision == precision}
+        group = {role: m.trials for role, m in written.items() if m.precision == precision}
         runtime = choose(group)
         chosen |= dict.fromkeys(group, runtime)
         if len(candidates(replace(options.deployment, precision=precision))) > 1:
             print(f"fastest here: {runtime}")
-    for name, model in written.items():
-        parity = model.trials[chosen[name]].parity
-        print(f"{name}: {', '.join(f'{output} off by {e:.1e}' for output, e in parity.items())}")
-        times = {str(runtime): trial.times_ms for runtime, trial in model.trials.items()}
-        found = asdict(chosen[name]) | {"parity": parity, "times_ms": times}
-        install.write_build(staged / name, model.build | found | {"fingerprint": fingerprint})
+    models = {}
+    for role, model in written.items():
+        parity = model.trials[chosen[role]].parity
+        shown = ", ".join(f"{output} off by {error:.1e}" for output, error in parity.items())
+        print(f"{model_name(options.name, role)}: {shown}")
+        models[role] = replace(
+            model.record,
+            runtime=chosen[role].name,
+            precision=chosen[role].precision,
+            parity=parity,
+            times_ms={
+                str(runtime): {str(rows): ms for rows, ms in trial.times_ms.items()}
+                for runtime, trial in model.trials.items()
+            },
+        )
+    return Pipeline(options.name, condition, exported.latent_shape, models, fingerprint=fingerprint)
 
 
 @dataclass(frozen=True)
 class _Written:
-    """A model's export in one precision: its build record, without what it is to run in."""
+    """A model's export in one precision: its record, without what it is to run in."""
 
-    build: dict[str, Any]
+    record: ModelRecord
     precision: str
     trials: dict[Runtime, TrialResult]
 
@@ -249,9 +292,9 @@ class _Written:
 def _write(exported: ExportTarget, options: Options, folder: Path) -> _Written:
     """Exports one model into `folder`; its configuration comes later."""
     (folder / "1").mkdir(parents=True)
-    deployment, source = options.deployment, options.source.files()[exported.model]
-    wanted = _precisions(exported.model, deployment)
-    print(f"{exported.model}: PyTorch in float32 ... ", end="", flush=True)
+    deployment, source = options.deployment, options.source.files()[exported.role]
+    wanted = _precisions(exported.role, deployment)
+    print(f"{folder.name}: PyTorch in float32 ... ", end="", flush=True)
     peak = None
     if wanted[0] in HALVES:
         figures, peak = watched_figures(exported)
@@ -267,28 +310,22 @@ def _write(exported: ExportTarget, options: Options, folder: Path) -> _Written:
     precision, trials = _export(exported, deployment, figures, wanted, folder / "1")
     if deployment.engine == "python":
         (folder / "1" / "model.py").write_text(install.MODEL_PY)
-    build = {
-        "source": source.name,
-        "engine": deployment.engine,
-        "on_gpu": deployment.on_gpu,
-        "latent_shape": exported.latent_shape,
-        "sizes": exported.sizes(figures.outputs),
-        "num_classes": exported.config.num_classes,
-        "null_class": exported.config.null_class,
-        "class_names": options.names,
-        "max_rows": deployment.max_rows,
-        "kept_in_float32": too_large and wanted == ["fp32"],
-        "peak": peak.magnitude if peak else None,
-        "command": options.command,
-        "files": install.file_digests(folder),
-        "engines": {},
-    }
-    return _Written(build, precision, trials)
+    record = ModelRecord(
+        engine=deployment.engine,
+        on_gpu=deployment.on_gpu,
+        max_rows=deployment.max_rows,
+        sizes={str(key): size for key, size in exported.sizes(figures.outputs).items()},
+        source=source.name,
+        files=install.file_digests(folder),
+        peak=peak.magnitude if peak else None,
+        kept_in_float32=too_large and wanted == ["fp32"],
+    )
+    return _Written(record, precision, trials)
 
 
-def _precisions(model: str, deployment: Deployment) -> list[str]:
+def _precisions(role: Role, deployment: Deployment) -> list[str]:
     """What a model may compute in: the first of these that verifies is taken."""
-    if (model, deployment.engine, deployment.precision) == (contract.DECODER, "tensorrt", "bf16"):
+    if (role, deployment.engine, deployment.precision) == (Role.DECODER, "tensorrt", "bf16"):
         return ["fp16", "bf16"]  # three bits more, and convolutions at least as fast
     return [deployment.precision]
 
@@ -320,7 +357,7 @@ def _export_as(
     print(f"{form} in {stored} ... ", end="", flush=True)
     to_precision(exported.module, stored)
     path = export_for(deployment.runtime, exported, version)
-    if stored == "fp8" and exported.model != contract.DECODER:
+    if stored == "fp8" and exported.role is not Role.DECODER:
         from export.quantize import quantize
 
         quantize(exported, path)
@@ -338,47 +375,55 @@ def _shown(runtime: Runtime, trial: TrialResult) -> str:
     return f"{runtime} ({times})" if times else str(runtime)
 
 
-def _lacking(repository: Path, builder: Builder) -> list[str]:
-    """The models in `repository` that have no engine of this TensorRT for this GPU."""
+def _lacking(pipeline: Pipeline, repository: Path, builder: Builder) -> list[Role]:
+    """The models that have no engine of this TensorRT for this GPU in `repository`."""
     lacking = []
-    for model in contract.COMPOSED:
-        folder = repository / model
-        if not folder.is_dir():
-            continue
-        engine = install.read_build(folder)["engines"].get(builder.capability, {})
+    for role, record in pipeline.models.items():
+        engine = record.engines.get(builder.capability, {})
         fits = (engine.get("tensorrt"), engine.get("gpu")) == (builder.version, builder.gpu)
-        if not fits or not install.is_whole(folder, engine):
-            lacking.append(model)
+        if not fits or not install.is_whole(repository / pipeline.model(role), engine):
+            lacking.append(role)
     return lacking
 
 
-def _add_engine(folder: Path, builder: Builder, options: Options) -> None:
-    """Builds an engine from a model's ONNX file and records it beside those for other GPUs.
+def _with_engines(pipeline: Pipeline, staged: Path, builder: Builder, options: Options) -> Pipeline:
+    """`pipeline` with the engines that it lacks for this GPU, built in `staged`."""
+    models = dict(pipeline.models)
+    for role in _lacking(pipeline, staged, builder):
+        folder = staged / pipeline.model(role)
+        built = _build_engine(folder, models[role], builder, options)
+        engines = {**models[role].engines, builder.capability: built}
+        models[role] = replace(models[role], engines=engines)
+    return replace(pipeline, models=models)
+
+
+def _build_engine(
+    folder: Path, record: ModelRecord, builder: Builder, options: Options
+) -> dict[str, Any]:
+    """Builds an engine from a model's ONNX file, beside those for other GPUs; its record.
 
     Raises VerificationError for one that answers something else than PyTorch did.
     """
-    build = install.read_build(folder)
-    replaced = build["engines"].get(builder.capability, {})
-    name = replaced.get("file") or (builder.file if build["engines"] else "model.plan")
+    replaced = record.engines.get(builder.capability, {})
+    name = replaced.get("file") or (builder.file if record.engines else "model.plan")
     cache = options.timing_cache / f"timing-{builder.version}-{builder.capability}.cache"
     plan = folder / "1" / name
     plan.unlink(missing_ok=True)
-    record = build_engine(
+    built = build_engine(
         builder, folder / "1" / "model.onnx", plan, options.deployment.profiles, cache
     )
-    print(f"{folder.name}: {name}, {record['bytes'] / 1e6:.1f} MB in {record['seconds']} s")
+    print(f"{folder.name}: {name}, {built['bytes'] / 1e6:.1f} MB in {built['seconds']} s")
     if not builder.cross:
-        record |= _check_engine(folder, builder.load(plan), build, options.deployment)
-    build["engines"][builder.capability] = record
-    install.write_build(folder, build)
+        built |= _check_engine(folder, builder.load(plan), record, options.deployment)
+    return built
 
 
 def _check_engine(
-    folder: Path, engine: TensorRtModel, build: dict[str, Any], deployment: Deployment
+    folder: Path, engine: TensorRtModel, record: ModelRecord, deployment: Deployment
 ) -> dict[str, Any]:
     """An engine's errors and fused attentions, for its record; raises VerificationError."""
     batches = batches_up_to(deployment.max_rows)
-    allowed, figures = TOLERANCES[build["precision"]], Figures.load(folder)
+    allowed, figures = TOLERANCES[record.precision], Figures.load(folder)
     parity: dict[str, float] = {}
     for rows in batches:
         try:
@@ -397,14 +442,35 @@ def _check_engine(
     return {"parity": parity, "fused_attentions": fused}
 
 
-def _write_config(folder: Path, deployment: Deployment) -> None:
-    install.replace_text(folder / "config.pbtxt", _config(folder, deployment))
-
-
-def _config(folder: Path, deployment: Deployment) -> str:
-    build = install.read_build(folder)
-    engines = {capability: engine["file"] for capability, engine in build["engines"].items()}
-    decided = replace(deployment, runtime=build["runtime"], precision=build["precision"])
-    digest = build["files"][model_file(build["runtime"])]
-    config = model_config(folder.name, build["sizes"], decided, engines, digest)
+def _config(pipeline: Pipeline, role: Role, deployment: Deployment) -> str:
+    record = pipeline.models[role]
+    engines = {capability: engine["file"] for capability, engine in record.engines.items()}
+    decided = replace(deployment, runtime=record.runtime, precision=record.precision)
+    digest = record.files[model_file(record.runtime)]
+    sizes: dict[int | str, int] = dict(record.sizes.items())
+    config = model_config(
+        pipeline.model(role), pipeline.tensors(role), sizes, decided, engines, digest
+    )
     return text_format.MessageToString(config)
+
+
+def list_pipelines(repository: Path) -> Iterator[str]:
+    """A table of the pipelines in `repository`, line by line."""
+    names = installed(repository)
+    if not names:
+        yield f"{repository} has no pipeline"
+        return
+    default = Settings.load(repository).default_pipeline
+    for name in names:
+        pipeline = read_pipeline(repository, name)
+        first = pipeline.predictor
+        size = pipeline.image_size
+        what = f"{size[1]}x{size[0]} images" if size else "latents"
+        yield f"{name}{' (default)' if name == default else ''}: {pipeline.condition.kind}, {what}"
+        yield f"  models: {', '.join(pipeline.models)}; {first.engine} {first.runtime} " + (
+            f"{first.precision}, at most {pipeline.max_rows} rows"
+        )
+        presets = ", ".join(f"{key} {schedule}" for key, schedule in pipeline.presets.items())
+        yield f"  presets: {presets}"
+        yield f"  ensembles: {', '.join(pipeline.ensembles) or 'none'}"
+        yield f"  made by: {pipeline.command}"

@@ -12,10 +12,11 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from export.onnx_graph import ExportTarget
-from flowturbo import contract
+from flowturbo.contract import SCALARS, Role, X
+from flowturbo.rows import scalar_rows
 from flowturbo.runtimes import OnnxRuntimeModel
-from flowturbo.solver.guidance import Guidance, scalar_rows
-from flowturbo.solver.program import BlockCall, PredictorCall, RefinerCall
+from flowturbo.solver.calls import BlockCall, PredictorCall, RefinerCall
+from flowturbo.solver.guidance import Guidance
 
 LARGEST = 448.0  # of FLOAT8E4M3FN
 _STEPS, _ROWS, _GUIDANCE = 10, 16, 1.5
@@ -55,15 +56,15 @@ def _largest_inputs(exported: ExportTarget, path: Path, names: list[str]) -> dic
         onnx.save(watched, file.name)
         block = OnnxRuntimeModel(Path(file.name))
     inputs = {k: v.numpy() for k, v in exported.random_inputs(_ROWS, seed=0).items()}
-    inputs["x"][1::2] = inputs["x"][::2]
+    inputs[X][1::2] = inputs[X][::2]
     for step in range(_STEPS):
         start, end = step / _STEPS, (step + 1) / _STEPS
-        call: BlockCall = PredictorCall(step, start, w_next=end - start)
-        if exported.model == contract.REFINER:
+        call: BlockCall = PredictorCall(step, start, start, end, w_next=end - start)
+        if exported.role is Role.REFINER:
             call = RefinerCall(step, start, end, reads_refined=False)
-        inputs["scalars"] = scalar_rows(call, _ROWS, Guidance(_GUIDANCE))
+        inputs[SCALARS] = scalar_rows(call, _ROWS, Guidance(_GUIDANCE))
         x_next, _, *values = block(inputs)
-        inputs["x"] = x_next
+        inputs[X] = x_next
         for name, value in zip(names, values, strict=True):
             found[name] = max(found[name], float(np.abs(value.astype(np.float32)).max()))
     return found

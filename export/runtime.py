@@ -10,18 +10,18 @@ from pathlib import Path
 from export.deployment import AUTO, Deployment
 from export.onnx_graph import ExportTarget, export_onnx
 from export.torch_program import export_program
-from flowturbo import contract
-from flowturbo.generate import models_called
+from flowturbo.contract import Role
+from flowturbo.generate import roles_called
 from flowturbo.parity import TOLERANCES, Figures, VerificationError
 from flowturbo.presets import DEFAULT, built_in
+from flowturbo.rows import Tensors
 from flowturbo.runtimes import model_file, open_model, runtime_for
-from flowturbo.solver.guidance import Tensors
 from flowturbo.solver.program import compile_program
 
 MEASURE_S = 0.5  # for one batch size
 # Calls that a request makes with the default schedule.
 _DEFAULT = compile_program(built_in()[DEFAULT])
-_CALLS = Counter([*models_called(_DEFAULT), contract.DECODER])
+_CALLS = Counter([*roles_called(_DEFAULT), Role.DECODER])
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def try_runtimes(
     for runtime in open_to:
         model = open_model(path, runtime.precision, runtime=runtime.name, on_gpu=on_gpu)
         try:
-            parity = figures.check(exported.model, model, TOLERANCES[runtime.precision])
+            parity = figures.check(exported.role, model, TOLERANCES[runtime.precision])
         except VerificationError as error:
             if len(open_to) == 1:
                 raise
@@ -107,7 +107,7 @@ def try_runtimes(
             times[rows] = round(_milliseconds(model, inputs), 3)
         trials[runtime] = TrialResult(parity, times)
     if not trials:
-        raise VerificationError(f"{exported.model}: no runtime here computes what PyTorch does")
+        raise VerificationError(f"{exported.role}: no runtime here computes what PyTorch does")
     return trials
 
 
@@ -124,7 +124,7 @@ def _milliseconds(model: Callable[[Tensors], object], inputs: Tensors) -> float:
             return best * 1e3
 
 
-def choose(trials: Mapping[str, Mapping[Runtime, TrialResult]]) -> Runtime:
+def choose(trials: Mapping[Role, Mapping[Runtime, TrialResult]]) -> Runtime:
     """The fastest runtime that every model of the pipeline has.
 
     By the time of a request's calls, alone and in large batches alike (geometric mean).
@@ -135,9 +135,9 @@ def choose(trials: Mapping[str, Mapping[Runtime, TrialResult]]) -> Runtime:
     return min(common, key=lambda runtime: _cost(trials, runtime))
 
 
-def _cost(trials: Mapping[str, Mapping[Runtime, TrialResult]], runtime: Runtime) -> float:
+def _cost(trials: Mapping[Role, Mapping[Runtime, TrialResult]], runtime: Runtime) -> float:
     totals: dict[int, float] = {}
-    for model, of_model in trials.items():
+    for role, of_model in trials.items():
         for rows, ms in of_model[runtime].times_ms.items():
-            totals[rows] = totals.get(rows, 0.0) + _CALLS[model] * ms
+            totals[rows] = totals.get(rows, 0.0) + _CALLS[role] * ms
     return math.prod(totals.values())

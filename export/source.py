@@ -1,13 +1,14 @@
 """Checkpoints, read and checked, as the modules that are to be exported."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from export.blocks import DecoderBlock, PredictorBlock, RefinerBlock
 from export.onnx_graph import ExportTarget
-from flowturbo import contract
+from flowturbo.conditions.class_label import ClassLabel
+from flowturbo.contract import Role
+from flowturbo.nets.blocks import DecoderBlock, PredictorBlock, RefinerBlock
 from flowturbo.nets.checkpoint import load_predictor, load_refiner
 from flowturbo.nets.sit import SiTConfig
 from flowturbo.nets.vae import Decoder, load_vae
@@ -35,22 +36,22 @@ class Checkpoints:
         """How the checkpoints are read: all but where they are."""
         return {key: value for key, value in asdict(self).items() if key not in _PLACES}
 
-    def files(self) -> dict[str, Path]:
-        """The file or folder that each composed model is made from."""
+    def files(self) -> dict[Role, Path]:
+        """The file or folder that the model of each role is made from."""
         given = {
-            contract.PREDICTOR: self.predictor,
-            contract.REFINER: self.refiner,
-            contract.DECODER: self.vae,
+            Role.PREDICTOR: self.predictor,
+            Role.REFINER: self.refiner,
+            Role.DECODER: self.vae,
         }
-        return {model: path for model, path in given.items() if path}
+        return {role: path for role, path in given.items() if path}
 
 
 def source_digests(source: Checkpoints) -> dict[str, str]:
-    """Digest of what each composed model is made from."""
-    return {model: sha256(path) for model, path in source.files().items()}
+    """Digest of what the model of each role is made from."""
+    return {role.value: sha256(path) for role, path in source.files().items()}
 
 
-def modules(source: Checkpoints) -> Iterator[ExportTarget]:
+def modules(source: Checkpoints, class_names: Sequence[str] = ()) -> Iterator[ExportTarget]:
     """What is to be exported, in float32, each checked against the predictor."""
     predictor = load_predictor(
         source.predictor,
@@ -67,15 +68,18 @@ def modules(source: Checkpoints) -> Iterator[ExportTarget]:
             f"--guidance-channels must be 1 to {config.latent_channels}, got {channels}"
         )
     # All checkpoints are read before the first is exported: a wrong one is found at once.
-    found = [ExportTarget(contract.PREDICTOR, PredictorBlock(predictor, channels), shape, config)]
+    condition = ClassLabel(config.num_classes, tuple(class_names), config.null_class)
+    predict = PredictorBlock(predictor, channels)
+    found = [ExportTarget(Role.PREDICTOR, predict, shape, condition)]
     if source.refiner:
         refiner = load_refiner(
             source.refiner, config, source.refiner_weights, source.refiner_num_heads
         )
-        found.append(ExportTarget(contract.REFINER, RefinerBlock(refiner, channels), shape, config))
+        refine = RefinerBlock(refiner, channels)
+        found.append(ExportTarget(Role.REFINER, refine, shape, condition))
     if source.vae:
         decoder = DecoderBlock(_decoder(source.vae, config))
-        found.append(ExportTarget(contract.DECODER, decoder, shape, config))
+        found.append(ExportTarget(Role.DECODER, decoder, shape, condition))
     yield from found
 
 

@@ -1,70 +1,71 @@
-"""An installed repository against its checkpoints, block by block and over a whole schedule."""
+"""An installed pipeline against its checkpoints, block by block and over a whole schedule."""
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from export.engine import Builder, EngineError, find_builders
-from export.install import read_build
 from export.onnx_graph import ExportTarget, to_precision
 from export.parity import torch_evaluation, torch_figures
 from export.source import Checkpoints, modules, source_digests
-from flowturbo import contract
+from flowturbo.contract import GUIDANCE_SCALE, LATENT, SCHEDULE, SEED, Role
 from flowturbo.errors import RepositoryError
 from flowturbo.generate import generate, program_for
 from flowturbo.parity import TOLERANCES, Evaluate, VerificationError, errors
-from flowturbo.repository import Pipeline, Settings
+from flowturbo.pipeline import Pipeline
 from flowturbo.request import GenerationRequest, parse_request
+from flowturbo.rows import Tensors
 from flowturbo.runtimes import model_file, open_model
-from flowturbo.solver.guidance import Tensors
-from flowturbo.solver.program import Variant
+from flowturbo.settings import Settings
+from flowturbo.solver.calls import Variant
 
 IMAGES = 2
-GUIDANCE_SCALE = 1.5  # where the predictor has a null class
+SCALE = 1.5  # of guidance, where the predictor has a null class
 _TRAJECTORY = "trajectory"
 _ROW = "{:<28} {:<32} {:>10} {:>10} {:>10}  {}"
-Forms = dict[str, Evaluate]  # by model
+Forms = dict[Role, Evaluate]
 
 
-def verify_repository(source: Checkpoints, repository: Path, schedule: str | None) -> None:
+def verify_pipeline(
+    source: Checkpoints, repository: Path, pipeline: Pipeline, schedule: str | None
+) -> None:
     """Prints the error of every form of every model, and of a trajectory through each form.
 
     All are compared with PyTorch in float32. Raises VerificationError if any error is above its
-    tolerance. Raises RepositoryError if the repository was made from other checkpoints or otherwise
+    tolerance. Raises RepositoryError if `pipeline` was made from other checkpoints or otherwise
     read, and RequestError for a schedule that it cannot serve.
     """
-    pipeline = Pipeline.load(repository)
-    builds = _builds(source, repository)
-    chosen = schedule or ("H1P5R3" if pipeline.has_refiner else "H1P5")
+    _check_source(source, pipeline)
+    chosen = schedule or ("H1P5R3" if pipeline.has(Role.REFINER) else "H1P5")
     request = _request(pipeline, chosen)
+    allowed = {role: TOLERANCES[model.precision] for role, model in pipeline.models.items()}
     # A trajectory is as exact as the least exact of its networks.
-    tolerances = {model: TOLERANCES[build["precision"]] for model, build in builds.items()}
-    networks = (t for model, t in tolerances.items() if model != contract.DECODER)
-    tolerances[_TRAJECTORY] = max(networks, key=lambda tolerance: tolerance.trajectory)
+    networks = (of for role, of in allowed.items() if role is not Role.DECODER)
+    widest = max(networks, key=lambda tolerance: tolerance.trajectory)
+    tolerances = {role.value: of for role, of in allowed.items()} | {_TRAJECTORY: widest}
     exports = list(modules(source))
-    held_to = {exported.model: torch_figures(exported) for exported in exports}
+    held_to = {exported.role: torch_figures(exported) for exported in exports}
 
     def outcome(forms: Forms) -> dict[str, np.ndarray]:
         found = {
-            f"{model} {name}": value
-            for model, figures in held_to.items()
-            for name, value in figures.answers(forms[model]).items()
+            f"{role} {name}": value
+            for role, figures in held_to.items()
+            for name, value in figures.answers(forms[role]).items()
         }
         return found | {f"{_TRAJECTORY} {chosen}": _latent(pipeline, request, forms)}
 
-    expected = outcome({e.model: torch_evaluation(e) for e in exports})
+    expected = outcome({e.role: torch_evaluation(e) for e in exports})
     print(_ROW.format("form", "output", "largest", "relative", "allowed", ""), flush=True)
     failed = []
-    for names, forms in _forms(exports, builds, repository):
+    for names, forms in _forms(exports, pipeline, repository):
         found = outcome(forms)
         for name, want in expected.items():
             of = name.partition(" ")[0]
             (error,) = errors({name: want}, found, tolerances[of])
             verdict = "FAILED" if error.exceeded else "ok"
             shown = (f"{x:.2e}" for x in (error.largest, error.relative, error.allowed))
-            form = names.get(of) or names[contract.PREDICTOR]
+            form = names[Role.PREDICTOR if of == _TRAJECTORY else Role(of)]
             print(_ROW.format(form, name, *shown, verdict), flush=True)
             failed += [f"{form}: {name}"] * error.exceeded
         forms.clear()
@@ -72,97 +73,99 @@ def verify_repository(source: Checkpoints, repository: Path, schedule: str | Non
         raise VerificationError(f"{len(failed)} of the errors are too large: {'; '.join(failed)}")
 
 
-def _builds(source: Checkpoints, repository: Path) -> dict[str, dict[str, Any]]:
-    """The record of each model; raises RepositoryError where `source` is not what they are of."""
+def _check_source(source: Checkpoints, pipeline: Pipeline) -> None:
+    """Raises RepositoryError where `source` is not what the pipeline was made from."""
     digests = source_digests(source)
-    for model in contract.COMPOSED:
-        if (repository / model).exists() != (model in digests):
-            option = {contract.REFINER: "--refiner", contract.DECODER: "--vae"}[model]
-            has = f"{repository} has a {model}: give {option}"
-            lacks = f"{repository} has no {model}: leave {option} out"
-            raise RepositoryError(lacks if model in digests else has)
-    builds = {model: read_build(repository / model) for model in digests}
-    for model, digest in digests.items():
-        made = builds[model]["fingerprint"]
-        if made["sha256"].get(model) != digest:
-            raise RepositoryError(f"{repository / model} was made from another checkpoint")
-        for name, now in source.reading().items():
-            was = made["options"].get(name)
-            if (was or None) != (now or None):
-                said, here = (
-                    {None: "not given", False: "not given", True: "given"}.get(v, v)
-                    for v in (was, now)
-                )
-                option = f"--{name.replace('_', '-')}"
-                raise RepositoryError(
-                    f"{repository / model} was exported with {option} {said}, here it is {here}"
-                )
-    return builds
+    options = {Role.REFINER: "--refiner", Role.DECODER: "--vae"}
+    for role in Role:
+        if pipeline.has(role) != (role.value in digests):
+            has = f"pipeline {pipeline.name} has a {role}: give {options[role]}"
+            lacks = f"pipeline {pipeline.name} has no {role}: leave {options[role]} out"
+            raise RepositoryError(lacks if role.value in digests else has)
+    made = pipeline.fingerprint
+    for key, digest in digests.items():
+        if made["sha256"].get(key) != digest:
+            raise RepositoryError(f"{pipeline.model(Role(key))} was made from another checkpoint")
+    for name, now in source.reading().items():
+        was = made["options"].get(name)
+        if (was or None) != (now or None):
+            said, here = (
+                {None: "not given", False: "not given", True: "given"}.get(v, v) for v in (was, now)
+            )
+            option = f"--{name.replace('_', '-')}"
+            raise RepositoryError(
+                f"pipeline {pipeline.name} was exported with {option} {said}, here it is {here}"
+            )
 
 
 def _forms(
-    exports: list[ExportTarget], builds: dict[str, dict], repository: Path
-) -> Iterator[tuple[dict[str, str], Forms]]:
+    exports: list[ExportTarget], pipeline: Pipeline, repository: Path
+) -> Iterator[tuple[dict[Role, str], Forms]]:
     """What each model is run by, and how; one such form of all models after the other.
 
-    Whoever clears what he got has but one of them in memory at a time.
+    Whoever clears the forms has but one of them in memory at a time.
     """
-    precisions = {model: build["precision"] for model, build in builds.items()}
-    if set(precisions.values()) == {"bf16"}:  # PyTorch takes minutes over a convolution in fp16
+    records = pipeline.models
+    if {record.precision for record in records.values()} == {"bf16"}:
+        # PyTorch takes minutes over a convolution in fp16.
         for exported in exports:
             to_precision(exported.module, "bf16")
-        names = dict.fromkeys(builds, "PyTorch bf16")
-        yield names, {e.model: torch_evaluation(e) for e in exports}
-    paths = {model: repository / model / "1" for model in builds}
+        names = dict.fromkeys(records, "PyTorch bf16")
+        yield names, {e.role: torch_evaluation(e) for e in exports}
+    paths = {role: repository / pipeline.model(role) / "1" for role in records}
     models: Forms = {
-        name: open_model(
-            path / model_file(runtime),
-            precisions[name],
-            runtime=runtime,
-            on_gpu=builds[name]["on_gpu"],
+        role: open_model(
+            paths[role] / model_file(record.runtime),
+            record.precision,
+            runtime=record.runtime,
+            on_gpu=record.on_gpu,
         )
-        for name, path in paths.items()
-        if (runtime := builds[name]["runtime"])
+        for role, record in records.items()
     }
-    runtimes = {name: type(model).__name__.removesuffix("Model") for name, model in models.items()}
-    yield {name: f"{runtimes[name]} {precisions[name]}" for name in models}, models
-    if any(build["engines"] for build in builds.values()):
+    names = {
+        role: f"{type(model).__name__.removesuffix('Model')} {records[role].precision}"
+        for role, model in models.items()
+    }
+    yield names, models
+    if any(record.engines for record in records.values()):
         try:
             builders = find_builders(None)
         except EngineError as error:
             print(f"TensorRT: not checked: {error}")
             return
         for builder in builders:
-            yield _engines(builder, builds, paths)
+            yield _engines(builder, pipeline, paths)
 
 
 def _engines(
-    builder: Builder, builds: dict[str, dict], paths: dict[str, Path]
-) -> tuple[dict[str, str], Forms]:
-    for name, build in builds.items():
-        if builder.capability not in build["engines"]:
-            raise EngineError(f"{name} has no engine for {builder.gpu} ({builder.capability})")
-    files = {name: build["engines"][builder.capability]["file"] for name, build in builds.items()}
-    form = f"TensorRT sm{builder.capability.replace('.', '')}"
-    names = {name: f"{form} {build['precision']}" for name, build in builds.items()}
-    return names, {name: builder.load(paths[name] / file) for name, file in files.items()}
+    builder: Builder, pipeline: Pipeline, paths: dict[Role, Path]
+) -> tuple[dict[Role, str], Forms]:
+    names: dict[Role, str] = {}
+    forms: Forms = {}
+    for role, record in pipeline.models.items():
+        if builder.capability not in record.engines:
+            lacking = pipeline.model(role)
+            raise EngineError(f"{lacking} has no engine for {builder.gpu} ({builder.capability})")
+        names[role] = f"TensorRT sm{builder.capability.replace('.', '')} {record.precision}"
+        forms[role] = builder.load(paths[role] / record.engines[builder.capability]["file"])
+    return names, forms
 
 
 def _request(pipeline: Pipeline, schedule: str) -> GenerationRequest:
-    scale = GUIDANCE_SCALE if pipeline.null_class else 1.0
+    scale = SCALE if pipeline.condition.can_guide else 1.0
     tensors: Tensors = {
-        "label": np.arange(IMAGES) % pipeline.num_classes,
-        "seed": np.arange(IMAGES),
-        "guidance_scale": np.array([scale], dtype=np.float32),
-        "schedule": np.array([schedule], dtype=object),
+        **pipeline.condition.example(IMAGES),
+        SEED: np.arange(IMAGES),
+        GUIDANCE_SCALE: np.array([scale], dtype=np.float32),
+        SCHEDULE: np.array([schedule], dtype=object),
     }
-    return parse_request(tensors, ["latent"], pipeline, Settings())
+    return parse_request(tensors, [LATENT], pipeline, Settings())
 
 
 def _latent(pipeline: Pipeline, request: GenerationRequest, forms: Forms) -> np.ndarray:
     program = program_for(request.schedule, Variant.REFERENCE)
 
-    def infer(model: str, inputs: Tensors) -> tuple[np.ndarray, ...]:
-        return forms[model](inputs)
+    def infer(role: Role, inputs: Tensors) -> tuple[np.ndarray, ...]:
+        return forms[role](inputs)
 
-    return generate(request, pipeline, program, infer)["latent"]
+    return generate(request, pipeline, Settings(), program, infer)[LATENT]

@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
-from flowturbo.solver.program import Program, Variant, compile_program
+from flowturbo.solver.calls import Variant
+from flowturbo.solver.program import Program, compile_program
 from flowturbo.solver.sampler import sample
 from flowturbo.solver.schedule import Schedule
 

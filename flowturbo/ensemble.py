@@ -11,13 +11,27 @@ from dataclasses import dataclass
 import numpy as np
 
 from flowturbo import contract
+from flowturbo.contract import (
+    GUIDANCE_SCALE,
+    LATENT,
+    PAIR,
+    SCALARS,
+    SEED,
+    VELOCITY,
+    VELOCITY_NEXT,
+    X_NEXT,
+    Role,
+    X,
+)
 from flowturbo.errors import RequestError
-from flowturbo.generate import BLOCK_MODELS
-from flowturbo.repository import Pipeline, Settings
+from flowturbo.pipeline import Pipeline
 from flowturbo.request import GenerationRequest, parse_request
-from flowturbo.solver.guidance import Guidance, Tensors, interleave, pair_rows, scalar_rows, to_rows
-from flowturbo.solver.program import BlockCall, Program, RefinerCall
-from flowturbo.solver.sampler import Array, sample
+from flowturbo.rows import Tensors, interleave, pair_rows, scalar_rows, to_rows
+from flowturbo.settings import Settings
+from flowturbo.solver.calls import BlockCall
+from flowturbo.solver.guidance import Guidance
+from flowturbo.solver.program import Program
+from flowturbo.solver.sampler import Array, run_sync, sample
 from flowturbo.solver.schedule import Schedule
 
 # Rows that the orchestrator gives to an ensemble on a CPU. On a GPU any number: latents stay there.
@@ -33,44 +47,41 @@ class Step:
     outputs: Mapping[str, str]
 
 
-def ensemble_name(schedule: Schedule) -> str:
-    """The model that serves `schedule` alone: `flowturbo_h1p5r3`, or `flowturbo_a8_shift3`."""
+def ensemble_name(pipeline: str, schedule: Schedule) -> str:
+    """The model that serves `schedule` alone: `glyphs_h1p5r3`, or `glyphs_a8_shift3`."""
     text = str(schedule).lower().replace("@", "_shift").replace(".", "_")
-    return f"{contract.ORCHESTRATOR}_{text}"
+    return f"{pipeline}_{text}"
 
 
-def block_steps(program: Program) -> tuple[tuple[Step, ...], str]:
+def block_steps(program: Program, pipeline: Pipeline) -> tuple[tuple[Step, ...], str]:
     """The block calls in order, and the name of the latent rows at the end.
 
     The sampler itself runs, over names of tensors in place of tensors.
     """
     steps: list[Step] = []
 
-    def block(call: BlockCall, x: Array, v: Array) -> tuple[Array, Array]:
-        steps.append(_step(len(steps), call, x.item(), v.item()))
+    def block(call: BlockCall, x: str, v: str) -> tuple[str, str]:
+        steps.append(_step(len(steps), call, pipeline, x, v))
         written = steps[-1].outputs
-        moves = isinstance(call, RefinerCall) or call.w_prev or call.w_next
-        return _named(written["x_next"] if moves else x.item()), _named(written["velocity_next"])
+        moves = call.lands_at != call.starts_at
+        return written[X_NEXT] if moves else x, written[VELOCITY_NEXT]
 
-    end: str = sample(program, _named(contract.PLAN_NOISE), block).item()
+    end = sample(program, contract.PLAN_NOISE, block)
     return _without_unread(steps, end), end
 
 
-def _named(name: str) -> Array:
-    return np.array(name, dtype=object)
-
-
-def _step(index: int, call: BlockCall, x: str, v: str) -> Step:
+def _step(index: int, call: BlockCall, pipeline: Pipeline, x: str, v: str) -> Step:
     inputs = {
-        "x": x,
-        # The sampler's zero velocity before the first evaluation: any finite tensor does as well.
-        "velocity": v or x,
-        "label": contract.PLAN_LABEL,
-        "scalars": contract.plan_scalars(index),
-        "pair": contract.PLAN_PAIR,
+        X: x,
+        # No name is the sampler's zero velocity at the start: any finite tensor does as well.
+        VELOCITY: v or x,
+        SCALARS: contract.plan_scalars(index),
+        PAIR: contract.PLAN_PAIR,
     }
-    outputs = {"x_next": f"x_{index + 1}", "velocity_next": f"velocity_{index + 1}"}
-    return Step(BLOCK_MODELS[call.network], inputs, outputs)
+    for spec in pipeline.condition.block_inputs:
+        inputs[spec.name] = contract.plan_condition(spec.name)
+    outputs = {X_NEXT: f"x_{index + 1}", VELOCITY_NEXT: f"velocity_{index + 1}"}
+    return Step(pipeline.model(Role(call.network)), inputs, outputs)
 
 
 def _without_unread(steps: list[Step], end: str) -> tuple[Step, ...]:
@@ -82,41 +93,39 @@ def _without_unread(steps: list[Step], end: str) -> tuple[Step, ...]:
     )
 
 
-def ensemble_for(
-    request: GenerationRequest, ensembles: Mapping[str, str], pipeline: Pipeline
-) -> str | None:
-    """The model among `ensembles` (schedule to model) that is to serve `request`, if any.
+def ensemble_for(request: GenerationRequest, pipeline: Pipeline, variant: str) -> str | None:
+    """The ensemble of `pipeline` that is to serve `request`, if any.
 
-    None for what an ensemble lacks, nor on a CPU for many rows: it saves a few milliseconds of a
-    request, which does not show there, and cannot be stopped.
+    None for what an ensemble lacks. None on a CPU for many rows too: an ensemble saves a few
+    milliseconds per request, which does not show there, and cannot be stopped.
     """
     guidance = request.guidance
     whole = not guidance.enabled or guidance.interval == Guidance().interval
-    if request.initial_noise is not None or not whole:
+    if request.initial_noise is not None or request.times is not None or not whole:
         return None
     most = pipeline.max_rows if pipeline.on_gpu else min(_MAX_ROWS, pipeline.max_rows)
-    if request.rows > most:
+    if request.rows > most or pipeline.ensemble_variant != variant:
         return None
-    return ensembles.get(str(request.schedule))
+    return pipeline.ensembles.get(str(request.schedule))
 
 
-def ensemble_inputs(request: GenerationRequest) -> Tensors:
-    """The tensors that ask an ensemble for what `request` asks for (contract.ENSEMBLE_INPUTS)."""
+def ensemble_inputs(request: GenerationRequest, pipeline: Pipeline) -> Tensors:
+    """The tensors that ask an ensemble for what `request` asks for."""
     return {
-        "label": request.labels,
-        "seed": request.seeds,
-        "guidance_scale": np.array([request.guidance.scale], dtype=np.float32),
+        **pipeline.condition.request(request.condition),
+        SEED: request.seeds,
+        GUIDANCE_SCALE: np.array([request.guidance.scale], dtype=np.float32),
     }
 
 
 def read_request(tensors: Tensors, pipeline: Pipeline, settings: Settings) -> GenerationRequest:
-    """Checks input `tensors` (contract.ENSEMBLE_INPUTS); raises RequestError."""
-    if "seed" not in tensors:
+    """Checks input `tensors` (contract.ensemble_inputs); raises RequestError."""
+    if SEED not in tensors:
         raise RequestError(
-            "this model needs seed (INT64 [n], one an image), got none: only the model "
+            f"this model needs {SEED} (INT64 [n], one per image), got none: only the model "
             f"{contract.ORCHESTRATOR} draws seeds"
         )
-    return parse_request(tensors, ["latent"], pipeline, settings)
+    return parse_request(tensors, [LATENT], pipeline, settings)
 
 
 def plan(request: GenerationRequest, pipeline: Pipeline, program: Program) -> Tensors:
@@ -124,25 +133,28 @@ def plan(request: GenerationRequest, pipeline: Pipeline, program: Program) -> Te
 
     Raises RequestError for more rows than one batch holds: nothing here can split them.
     """
-    guidance = request.guidance
+    guidance, condition = request.guidance, pipeline.condition
     noise = to_rows(request.start(pipeline), guidance)
     if len(noise) > pipeline.max_rows:
         raise RequestError(
-            f"a request to this model has at most {pipeline.max_rows} rows (2 a guided image), got "
-            f"{len(noise)}: ask for fewer images, or the model {contract.ORCHESTRATOR}"
+            f"a request to this model has at most {pipeline.max_rows} rows (2 per guided image), "
+            f"got {len(noise)}: ask for fewer images, or the model {contract.ORCHESTRATOR}"
         )
-    labels = request.labels[:, None]
-    if guidance.enabled:
-        labels = interleave(labels, np.array([[pipeline.null_label]], dtype=np.int64))
     tensors = {
         contract.PLAN_NOISE: noise,
-        contract.PLAN_LABEL: labels,
         contract.PLAN_PAIR: pair_rows(len(noise), guided=guidance.enabled),
     }
+    null = condition.null() if guidance.enabled else {}
+    for name, value in run_sync(condition.encode(request.condition, _no_model)).items():
+        rows = interleave(value, null[name]) if guidance.enabled else value
+        tensors[contract.plan_condition(name)] = rows
     for index, call in enumerate(program.calls):
-        scalars = scalar_rows(call, len(noise), guidance)
-        tensors[contract.plan_scalars(index)] = scalars
+        tensors[contract.plan_scalars(index)] = scalar_rows(call, len(noise), guidance)
     return tensors
+
+
+async def _no_model(role: Role, tensors: Tensors) -> tuple[Array, ...]:
+    raise RequestError(f"an ensemble calls no {role} for its condition")
 
 
 def conditional_rows(rows: Array, pair: Array) -> Array:

@@ -3,18 +3,31 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from flowturbo import contract
+from flowturbo.conditions.class_label import LABEL
+from flowturbo.contract import (
+    GUIDANCE_INTERVAL,
+    GUIDANCE_SCALE,
+    IMAGE,
+    INITIAL_NOISE,
+    LATENT,
+    SCHEDULE,
+    SEED,
+    TIMES,
+    Role,
+)
 from flowturbo.errors import RequestError
 from flowturbo.generate import generate, program_for
-from flowturbo.repository import Pipeline, Settings, read_build
-from flowturbo.request import GenerationRequest, default_schedule, parse_request
+from flowturbo.pipeline import Pipeline, read_pipeline
+from flowturbo.request import GenerationRequest, parse_request
+from flowturbo.rows import Tensors
 from flowturbo.runtimes import Model, model_file, open_model
-from flowturbo.solver.guidance import Tensors
-from flowturbo.solver.program import Program, Variant, compile_program
-from flowturbo.solver.schedule import Schedule
+from flowturbo.settings import Settings
+from flowturbo.solver.calls import Variant
+from flowturbo.solver.program import Program
 
 
 @dataclass(frozen=True)
@@ -27,17 +40,26 @@ class LocalResult:
 
 
 class LocalPipeline:
-    """Runs the exported ONNX blocks of a model repository, in the runtime that it was made for.
+    """Runs the exported blocks of an installed pipeline, in the runtime that it was made for.
 
     Raises RepositoryError when the repository lacks something.
     """
 
-    def __init__(self, model_repository: str | Path, *, threads: int | None = None) -> None:
-        """Loads every model of `model_repository`; `threads` None is one a core."""
+    def __init__(
+        self,
+        model_repository: str | Path,
+        pipeline: str | None = None,
+        *,
+        threads: int | None = None,
+    ) -> None:
+        """Loads the models of one `pipeline` of `model_repository`, the default one if None.
+
+        `threads` None is one thread per core.
+        """
         repository = Path(model_repository)
-        self.pipeline = Pipeline.load(repository)
+        self.pipeline = read_pipeline(repository, pipeline)
         self.settings = Settings.load(repository)
-        self.default_schedule = default_schedule(self.pipeline, self.settings)
+        self.default_schedule = self.pipeline.default_schedule(self.settings)
         self._models = open_models(repository, self.pipeline, threads)
 
     @property
@@ -63,65 +85,55 @@ class LocalPipeline:
         `initial_noise` [n, C, h, w] float32 stands instead of `seed` [n]; `times` is a time grid of
         one time more than the schedule's steps. Raises RequestError as the server does.
         """
-        tensors: Tensors = {"label": _integers("label", label)}
+        tensors: Tensors = {LABEL: _integers(LABEL, label)}
         if seed is not None:
-            tensors["seed"] = _integers("seed", seed)
+            tensors[SEED] = _integers(SEED, seed)
         if schedule is not None:
-            tensors["schedule"] = np.array([schedule], dtype=object)
-        if guidance_scale is not None:
-            tensors["guidance_scale"] = np.array([guidance_scale], dtype=np.float32)
-        if guidance_interval is not None:
-            tensors["guidance_interval"] = np.array(guidance_interval, dtype=np.float32)
-        if initial_noise is not None:
-            tensors["initial_noise"] = np.asarray(initial_noise, dtype=np.float32)
-        wanted = ["latent", "seed"] + ["image"] * self.pipeline.has_decoder
+            tensors[SCHEDULE] = np.array([schedule], dtype=object)
+        given: dict[str, Any] = {
+            GUIDANCE_SCALE: None if guidance_scale is None else [guidance_scale],
+            GUIDANCE_INTERVAL: guidance_interval,
+            INITIAL_NOISE: initial_noise,
+            TIMES: times,
+        }
+        for name, value in given.items():
+            if value is not None:
+                tensors[name] = np.asarray(value, dtype=np.float32)
+        wanted = [LATENT, SEED] + [IMAGE] * self.pipeline.has(Role.DECODER)
         request = parse_request(tensors, wanted, self.pipeline, self.settings)
-        answer = self.run(request, self._program(request.schedule, times, variant))
-        return LocalResult(answer.get("image"), answer["latent"], answer["seed"])
+        answer = self.run(request, self._program(request, variant))
+        return LocalResult(answer.get(IMAGE), answer[LATENT], answer[SEED])
 
-    def run(self, request: GenerationRequest, program: Program) -> dict[str, np.ndarray]:
+    def run(self, request: GenerationRequest, program: Program) -> Tensors:
         """The output tensors of a checked request, by name."""
-        return generate(request, self.pipeline, program, self._infer)
+        return generate(request, self.pipeline, self.settings, program, self._infer)
 
-    def _infer(self, model: str, tensors: Tensors) -> tuple[np.ndarray, ...]:
-        return self._models[model](tensors)
+    def _infer(self, role: Role, tensors: Tensors) -> tuple[np.ndarray, ...]:
+        return self._models[role](tensors)
 
-    def _program(
-        self, schedule: Schedule, times: Sequence[float] | None, variant: str | None
-    ) -> Program:
+    def _program(self, request: GenerationRequest, variant: str | None) -> Program:
         try:
             chosen = Variant(variant or self.settings.variant)
         except ValueError:
             allowed = ", ".join(Variant)
             raise RequestError(f"variant must be one of {allowed}, got {variant!r}") from None
-        if times is None:
-            return program_for(schedule, chosen)
-        return compile_program(schedule, times, chosen)
+        return program_for(request.schedule, chosen, request.times)
 
 
 def open_models(
     repository: Path, pipeline: Pipeline, threads: int | None = None
-) -> dict[str, Model]:
-    """The composed models that `repository` has, by name, in the runtime it was made for."""
+) -> dict[Role, Model]:
+    """The composed models of `pipeline`, by role, in the runtime that they were made for."""
     return {
-        name: open_model(
-            repository / name / "1" / model_file(build["runtime"]),
-            build["precision"],
+        role: open_model(
+            repository / pipeline.model(role) / "1" / model_file(made.runtime),
+            made.precision,
             threads,
-            build["runtime"],
-            on_gpu=build["on_gpu"],
+            made.runtime,
+            on_gpu=made.on_gpu,
         )
-        for name in models_of(pipeline)
-        if (build := read_build(repository, name))
+        for role, made in pipeline.models.items()
     }
-
-
-def models_of(pipeline: Pipeline) -> list[str]:
-    """The names of the composed models that `pipeline` has."""
-    present = [contract.PREDICTOR]
-    present += [contract.REFINER] * pipeline.has_refiner
-    present += [contract.DECODER] * pipeline.has_decoder
-    return present
 
 
 def _integers(name: str, values: int | Sequence[int] | np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from flowturbo.errors import FlowTurboError, RepositoryError
-from flowturbo.solver.guidance import Tensors
+from flowturbo.rows import Tensors
 
 FIGURES_FILE = "figures.npz"
 PAIRED = 14  # rows of figures that are guided pairs; one more row is alone

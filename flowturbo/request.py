@@ -6,49 +6,102 @@ from typing import Any
 
 import numpy as np
 
-from flowturbo import contract
-from flowturbo.errors import RepositoryError, RequestError
+from flowturbo.conditions import REQUEST_INPUTS, REQUEST_OUTPUTS, refuse_others
+from flowturbo.contract import (
+    ENCODED_IMAGE,
+    GUIDANCE_INTERVAL,
+    GUIDANCE_SCALE,
+    IMAGE,
+    INITIAL_NOISE,
+    LATENT,
+    OUTPUT_FORMAT,
+    PIPELINE,
+    PIPELINES,
+    SCHEDULE,
+    SEED,
+    SETTINGS,
+    TIMES,
+    Role,
+    shown_dims,
+    text_of,
+)
+from flowturbo.errors import RequestError
 from flowturbo.latents import FORMATS, MAX_SEED, draw_seeds, noise
-from flowturbo.presets import find_schedule
-from flowturbo.repository import Pipeline, Settings
+from flowturbo.pipeline import Pipeline
+from flowturbo.settings import Settings
+from flowturbo.solver.grid import checked_grid
 from flowturbo.solver.guidance import Guidance
 from flowturbo.solver.schedule import Schedule
 
-_SPECS = {spec.name: spec for spec in contract.REQUEST_INPUTS}
+_SPECS = {spec.name: spec for spec in REQUEST_INPUTS}
 LARGEST_NOISE = 10.0  # of standard normal numbers, none of 10^20 is larger
 _TYPE_NAMES = {np.int64: "INT64", np.float32: "FP32", np.object_: "BYTES"}
+_IMAGES = {IMAGE, ENCODED_IMAGE}
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
     """What one request asks for: n images that share a schedule and a guidance.
 
-    `labels` and `seeds` are [n] int64; `initial_noise`, [n, C, h, w] float32, stands instead of the
-    seeds (then 0) where it is given; `outputs` names the tensors to answer with, in order.
+    `condition` is what the pipeline's condition made of its inputs, with n entries. `seeds` is [n]
+    int64; `initial_noise`, [n, C, h, w] float32, stands in place of the seeds (then 0) where it is
+    given. `times` is the grid where the request gives its own. `outputs` names the tensors to
+    answer with, in order.
     """
 
-    labels: np.ndarray
+    condition: Any
     seeds: np.ndarray
     initial_noise: np.ndarray | None
     schedule: Schedule
+    times: tuple[float, ...] | None
     guidance: Guidance
     output_format: str
     outputs: tuple[str, ...]
 
     @property
+    def images(self) -> int:
+        """How many images it asks for."""
+        return len(self.seeds)
+
+    @property
     def rows(self) -> int:
-        """Rows of a network evaluation: two a guided image."""
-        return len(self.labels) * self.guidance.rows
+        """Rows of a network evaluation: two per guided image."""
+        return self.images * self.guidance.rows
 
     @property
     def needs_decoder(self) -> bool:
-        return bool({"image", "encoded_image"} & set(self.outputs))
+        return bool(_IMAGES & set(self.outputs))
 
     def start(self, pipeline: Pipeline) -> np.ndarray:
         """The noise to start from, [n, C, h, w] float32."""
         if self.initial_noise is not None:
             return self.initial_noise
         return noise(self.seeds, pipeline.latent_shape)
+
+    def settings(self, pipeline: Pipeline, settings: Settings) -> dict[str, Any]:
+        """What is used for it, defaults resolved: the answer `settings`."""
+        return {
+            "pipeline": pipeline.name,
+            "schedule": str(self.schedule),
+            "times": self.times,
+            "guidance_scale": self.guidance.scale,
+            "guidance_interval": self.guidance.interval,
+            "size": pipeline.image_size,
+            "variant": settings.variant,
+            "output_format": self.output_format,
+        }
+
+
+def named_pipeline(tensors: Mapping[str, np.ndarray], names: Iterable[str], default: str) -> str:
+    """The pipeline that a request asks for, `default` if none; raises RequestError."""
+    if PIPELINE not in tensors:
+        return default
+    _check_type(PIPELINE, tensors[PIPELINE])
+    _check_shape(PIPELINE, tensors[PIPELINE], {})
+    name, known = text_of(PIPELINE, tensors[PIPELINE][0]), list(names)
+    if name not in known:
+        raise RequestError(f"pipeline {name[:40]!r} is unknown, known are {', '.join(known)}")
+    return name
 
 
 def parse_request(
@@ -57,29 +110,34 @@ def parse_request(
     pipeline: Pipeline,
     settings: Settings,
 ) -> GenerationRequest:
-    """Checks input `tensors` (contract.REQUEST_INPUTS) and the names of the outputs asked for.
+    """Checks input `tensors` (REQUEST_INPUTS) and the names of the outputs asked for.
 
-    All of the outputs means that the request named none: it gets those that its pipeline and its
-    output format have. Raises RequestError with the value and what is allowed.
+    All of the outputs means that the request named none: it gets the image (or the encoded image),
+    seed, settings and what belongs to the condition. Raises RequestError with the value and what is
+    allowed.
     """
+    sizes: dict[int | str, int] = dict(zip("Chw", pipeline.latent_shape, strict=True))
     for name, tensor in tensors.items():
-        _check_tensor(name, tensor, pipeline)
-    labels = _labels(tensors, pipeline, settings)
+        _check_type(name, tensor)
+        _check_shape(name, tensor, sizes)
+    refuse_others(pipeline.name, pipeline.condition, tensors)
+    condition = pipeline.condition.parse(tensors, settings.max_images)
     schedule = _schedule(tensors, pipeline, settings)
-    if schedule.refines and not pipeline.has_refiner:
-        raise RequestError(
-            f"schedule {schedule} has refiner steps, and this server has no {contract.REFINER}: "
-            "leave R out"
-        )
-    _check_start(tensors, len(labels))
-    given_noise = tensors.get("initial_noise")
-    seeds = draw_seeds(len(labels)) if given_noise is None else np.zeros_like(labels)
-    output_format = _text(tensors, "output_format", "raw")
+    _check_start(tensors, len(condition))
+    given_noise = tensors.get(INITIAL_NOISE)
+    if SEED in tensors:
+        seeds = tensors[SEED]
+    elif given_noise is None:
+        seeds = draw_seeds(len(condition))
+    else:
+        seeds = np.zeros(len(condition), dtype=np.int64)
+    output_format = _text(tensors, OUTPUT_FORMAT, "raw")
     request = GenerationRequest(
-        labels=labels,
-        seeds=tensors.get("seed", seeds),
+        condition=condition,
+        seeds=seeds,
         initial_noise=given_noise,
         schedule=schedule,
+        times=_times(tensors, schedule),
         guidance=_guidance(tensors, pipeline, settings),
         output_format=output_format,
         outputs=_wanted(tuple(dict.fromkeys(outputs)), output_format, pipeline),
@@ -88,96 +146,54 @@ def parse_request(
     return request
 
 
-def default_schedule(pipeline: Pipeline, settings: Settings) -> Schedule:
-    """The setting's; without its refiner steps where there is no refiner.
-
-    Raises RepositoryError where it is the name of a preset that the repository lacks.
-    """
-    try:
-        schedule = find_schedule(settings.default_schedule, pipeline.presets)
-    except RequestError as error:
-        raise RepositoryError(f"orchestrator config: default_schedule: {error}") from None
-    return schedule if pipeline.has_refiner else schedule.without_refiner()
-
-
-def _check_tensor(name: str, tensor: np.ndarray, pipeline: Pipeline) -> None:
+def _check_type(name: str, tensor: np.ndarray) -> None:
     if name not in _SPECS:
         raise RequestError(f"unknown input {name!r}, known are {', '.join(_SPECS)}")
-    spec = _SPECS[name]
-    if tensor.dtype != spec.dtype:
-        raise RequestError(f"{name} must be {_TYPE_NAMES[spec.dtype]}, got {tensor.dtype}")
-    sizes: dict[int | str, int] = dict(zip("Chw", pipeline.latent_shape, strict=True))
-    dims = [sizes.get(dim, dim) for dim in spec.dims]
+    if tensor.dtype != _SPECS[name].dtype:
+        wanted = _TYPE_NAMES[_SPECS[name].dtype]
+        raise RequestError(f"{name} must be {wanted}, got {tensor.dtype}")
+
+
+def _check_shape(name: str, tensor: np.ndarray, sizes: Mapping[int | str, int]) -> None:
+    dims = [sizes.get(dim, dim) for dim in _SPECS[name].dims]
     fits = len(dims) == tensor.ndim and all(
         want in (-1, got) for want, got in zip(dims, tensor.shape, strict=True)
     )
     if not fits:
-        shown = ", ".join("n" if dim == -1 else str(dim) for dim in dims)
+        shown = shown_dims(dims)
         raise RequestError(f"{name} must have shape [{shown}], got {list(tensor.shape)}")
-
-
-def _labels(
-    tensors: Mapping[str, np.ndarray], pipeline: Pipeline, settings: Settings
-) -> np.ndarray:
-    given = [name for name in ("label", "class_name") if name in tensors]
-    if len(given) != 1:
-        found = "both" if given else "neither"
-        raise RequestError(
-            f"give either label (class ids, INT64 [n]) or class_name (BYTES [n]), got {found}"
-        )
-    wanted = tensors[given[0]]
-    if not 1 <= len(wanted) <= settings.max_images:
-        raise RequestError(
-            f"a request asks for 1 to {settings.max_images} images, got {len(wanted)} in {given[0]}"
-        )
-    if given == ["class_name"]:
-        return np.array([_label_of(name, pipeline) for name in wanted], dtype=np.int64)
-    bad = wanted[(wanted < 0) | (wanted >= pipeline.num_classes)]
-    if len(bad):
-        raise RequestError(f"label must be 0 to {pipeline.num_classes - 1}, got {bad[0]}")
-    return wanted
 
 
 def _schedule(
     tensors: Mapping[str, np.ndarray], pipeline: Pipeline, settings: Settings
 ) -> Schedule:
-    if "schedule" not in tensors:
-        return default_schedule(pipeline, settings)
-    return find_schedule(_decode("schedule", tensors["schedule"][0]), pipeline.presets)
+    if SCHEDULE not in tensors:
+        return pipeline.default_schedule(settings)
+    return pipeline.find_schedule(text_of(SCHEDULE, tensors[SCHEDULE][0]))
 
 
-def _label_of(name: Any, pipeline: Pipeline) -> int:
-    text = _decode("class_name", name)
-    try:
-        return pipeline.class_names.index(text)
-    except ValueError:
-        known = ", ".join(pipeline.class_names[:40]) or "none (this model's classes have no names)"
-        raise RequestError(f"class_name {text[:40]!r} is unknown, known are {known}") from None
+def _times(tensors: Mapping[str, np.ndarray], schedule: Schedule) -> tuple[float, ...] | None:
+    if TIMES not in tensors:
+        return None
+    return checked_grid(len(schedule), tensors[TIMES].tolist())
 
 
 def _text(tensors: Mapping[str, np.ndarray], name: str, default: str) -> str:
-    return _decode(name, tensors[name][0]) if name in tensors else default
-
-
-def _decode(name: str, value: Any) -> str:
-    try:
-        return value.decode("utf-8") if isinstance(value, bytes) else str(value)
-    except UnicodeDecodeError:
-        raise RequestError(f"{name} must be UTF-8 text, got {value[:40]!r}") from None
+    return text_of(name, tensors[name][0]) if name in tensors else default
 
 
 def _guidance(
     tensors: Mapping[str, np.ndarray], pipeline: Pipeline, settings: Settings
 ) -> Guidance:
-    scale = default_guidance_scale(pipeline, settings)
-    if "guidance_scale" in tensors:
-        scale = float(tensors["guidance_scale"][0])
+    scale = pipeline.default_guidance_scale(settings)
+    if GUIDANCE_SCALE in tensors:
+        scale = float(tensors[GUIDANCE_SCALE][0])
     interval = Guidance().interval
-    if "guidance_interval" in tensors:
-        low, high = (float(t) for t in tensors["guidance_interval"])
+    if GUIDANCE_INTERVAL in tensors:
+        low, high = (float(t) for t in tensors[GUIDANCE_INTERVAL])
         interval = low, high
     guidance = Guidance(scale, interval)
-    if guidance.enabled and not pipeline.null_class:
+    if guidance.enabled and not pipeline.condition.can_guide:
         raise RequestError(
             "guidance needs a network that also knows images without a class, this one was trained "
             f"with classes alone: guidance_scale must be 1, got {scale:g}"
@@ -185,39 +201,34 @@ def _guidance(
     return guidance
 
 
-def default_guidance_scale(pipeline: Pipeline, settings: Settings) -> float:
-    """The scale of a request that names none: the setting's, or 1 where guidance is impossible."""
-    return settings.default_guidance_scale if pipeline.null_class else 1.0
-
-
 def _check_start(tensors: Mapping[str, np.ndarray], count: int) -> None:
-    if "seed" in tensors and "initial_noise" in tensors:
-        raise RequestError("give either seed or initial_noise, got both")
-    for name in ("seed", "initial_noise"):
+    if SEED in tensors and INITIAL_NOISE in tensors:
+        raise RequestError(f"give either {SEED} or {INITIAL_NOISE}, got both")
+    for name in (SEED, INITIAL_NOISE):
         if name in tensors and len(tensors[name]) != count:
             raise RequestError(
-                f"{name} must have one entry an image, {count} here, got {len(tensors[name])}"
+                f"{name} must have one entry per image, {count} here, got {len(tensors[name])}"
             )
-    seeds = tensors.get("seed", np.zeros(1))
+    seeds = tensors.get(SEED, np.zeros(1))
     if np.any(seeds < 0):
-        raise RequestError(f"seed must be 0 to {MAX_SEED}, got {seeds[seeds < 0][0]}")
-    given = tensors.get("initial_noise", np.zeros(1))
+        raise RequestError(f"{SEED} must be 0 to {MAX_SEED}, got {seeds[seeds < 0][0]}")
+    given = tensors.get(INITIAL_NOISE, np.zeros(1))
     if not np.all(np.isfinite(given)):
-        raise RequestError("initial_noise must be finite, got NaN or infinity")
+        raise RequestError(f"{INITIAL_NOISE} must be finite, got NaN or infinity")
     if (largest := float(np.abs(given).max(initial=0.0))) > LARGEST_NOISE:
         raise RequestError(
-            f"initial_noise must be standard normal, within {LARGEST_NOISE:g}, got values up to "
+            f"{INITIAL_NOISE} must be standard normal, within {LARGEST_NOISE:g}, got values up to "
             f"{largest:.3g}"
         )
 
 
 def _wanted(outputs: tuple[str, ...], output_format: str, pipeline: Pipeline) -> tuple[str, ...]:
-    if set(outputs) != {spec.name for spec in contract.REQUEST_OUTPUTS}:
+    if set(outputs) != {spec.name for spec in REQUEST_OUTPUTS}:
         return outputs
-    lacking = {"encoded_image"} if output_format == "raw" else set()
-    if not pipeline.has_decoder:
-        lacking = {"image", "encoded_image"}
-    return tuple(name for name in outputs if name not in lacking)
+    image = IMAGE if output_format == "raw" else ENCODED_IMAGE
+    wanted = {image if pipeline.has(Role.DECODER) else LATENT, SEED, SETTINGS}
+    wanted |= {spec.name for spec in pipeline.condition.request_outputs}
+    return tuple(name for name in outputs if name in wanted)
 
 
 def _check_outputs(request: GenerationRequest, pipeline: Pipeline) -> None:
@@ -225,12 +236,17 @@ def _check_outputs(request: GenerationRequest, pipeline: Pipeline) -> None:
         raise RequestError(
             f"output_format must be one of {', '.join(FORMATS)}, got {request.output_format[:40]!r}"
         )
-    if "encoded_image" in request.outputs and request.output_format == "raw":
+    if ENCODED_IMAGE in request.outputs and request.output_format == "raw":
         raise RequestError(
-            f"encoded_image needs output_format {', '.join(FORMATS[1:])}, got raw: ask for image "
-            "instead"
+            f"{ENCODED_IMAGE} needs output_format {', '.join(FORMATS[1:])}, got raw: ask for "
+            f"{IMAGE} instead"
         )
-    if request.needs_decoder and not pipeline.has_decoder:
+    if request.needs_decoder and not pipeline.has(Role.DECODER):
         raise RequestError(
-            f"this server has no {contract.DECODER} and answers latents only: ask for latent"
+            f"pipeline {pipeline.name} has no decoder and answers latents only: ask for {LATENT}"
         )
+    known = {spec.name for spec in pipeline.condition.request_outputs}
+    for spec in REQUEST_OUTPUTS:
+        common = spec.name in (*_IMAGES, LATENT, SEED, SETTINGS, PIPELINES)
+        if spec.name in request.outputs and not common and spec.name not in known:
+            raise RequestError(f"pipeline {pipeline.name} does not answer {spec.name}")

@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from flowturbo.errors import RepositoryError
-from flowturbo.solver.guidance import Tensors
+from flowturbo.rows import Tensors
 
 RUNTIMES = ("onnxruntime", "openvino", "torch")
 _CUDA = "CUDAExecutionProvider"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
-import re
 import signal
 import sys
 import time
@@ -13,15 +12,23 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
-from flowturbo import contract
-from flowturbo.repository import BUILD_FILE, EXPORT_HINT
-from flowturbo.serving.engines import check_gpus, read_build, tensorrt_version
+from flowturbo.contract import ORCHESTRATOR, Role
+from flowturbo.errors import RepositoryError
+from flowturbo.pipeline import (
+    EXPORT_HINT,
+    Pipeline,
+    default_name,
+    installed,
+    read_pipelines,
+)
+from flowturbo.serving.engines import check_gpus, tensorrt_version
 from flowturbo.serving.installation import Installation, ServerError, SetupError, find_server
 from flowturbo.serving.tritonserver import ServerOptions, TritonServer
+from flowturbo.settings import Settings, orchestrator_config
 
-_OPTIONAL = {  # and what is lost without it
-    contract.REFINER: "schedules with R steps are refused",
-    contract.DECODER: "only latents are served, no images",
+_OPTIONAL = {  # roles, and what is lost without them
+    Role.REFINER: "schedules with R steps are refused",
+    Role.DECODER: "only latents are served, no images",
 }
 _MODEL_FILES = ("model.plan", "model.onnx", "model.pt2")
 _STDERR = 2
@@ -35,12 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     options, check_alone = _parse(sys.argv[1:] if argv is None else list(argv))
     try:
-        _note(check_repository(options.repository))
+        pipelines, notes = check_repository(options.repository)
+        _note(notes)
         installation = find_server(options.tritonserver)
         _note(installation.notes)
-        check_backends(options.repository, installation)
-        models = (contract.PREDICTOR, *_OPTIONAL)
-        _note(check_gpus(options.repository, models, tensorrt_version()))
+        check_backends(options.repository, pipelines, installation)
+        _note(check_gpus(pipelines, tensorrt_version()))
         if check_alone:
             print(f"{options.repository} can be served here", flush=True)
         else:
@@ -56,77 +63,85 @@ def _note(notes: Iterable[str]) -> None:
         print(f"note: {note}", file=sys.stderr, flush=True)
 
 
-def check_repository(repository: Path) -> list[str]:
-    """Notes on the optional models that `repository` lacks. Raises SetupError if incomplete."""
+def check_repository(repository: Path) -> tuple[list[Pipeline], list[str]]:
+    """The pipelines in `repository`, and notes on what they lack; raises SetupError."""
     if not repository.is_dir():
         raise SetupError(
             f"no model repository at {repository}: give the model_repository folder of the source "
             "tree with --repository"
         )
-    if not (repository / contract.ORCHESTRATOR / "config.pbtxt").is_file():
+    if not orchestrator_config(repository).is_file():
         raise SetupError(
-            f"{repository} lacks {contract.ORCHESTRATOR}/config.pbtxt: not a repository of "
+            f"{repository} lacks {ORCHESTRATOR}/config.pbtxt: not a repository of "
             "FlowTurbo. Give the model_repository folder of the source tree with --repository "
             "(`git checkout -- model_repository` restores it)"
         )
-    present = [name for name in _OPTIONAL if (repository / name).exists()]
-    problems = [p for name in (contract.PREDICTOR, *present) for p in _problems(repository, name)]
-    problems += _ensemble_problems(repository)
-    if problems:
+    if not installed(repository):
         raise SetupError(
-            f"{repository} is not complete:\n"
-            + "".join(f"  {problem}\n" for problem in problems)
-            + f"Export the models with `{EXPORT_HINT.format(repository)}` "
-            "(the glyphs model: `make export`)."
+            f"{repository} has no pipeline: export one with `{EXPORT_HINT} --repository "
+            f"{repository}` (the glyphs model: `make export`)."
         )
-    lost = {name: loss for name, loss in _OPTIONAL.items() if name not in present}
-    return [f"{repository} has no {name}: {loss}" for name, loss in lost.items()]
+    try:
+        pipelines, settings = read_pipelines(repository), Settings.load(repository)
+        default_name(pipelines, settings)
+        for pipeline in pipelines.values():
+            pipeline.default_schedule(settings)
+    except RepositoryError as error:
+        raise SetupError(str(error)) from error
+    for pipeline in pipelines.values():
+        if problems := list(_problems(repository, pipeline)):
+            raise SetupError(
+                f"pipeline {pipeline.name} in {repository} is not complete:\n"
+                + "".join(f"  {problem}\n" for problem in problems)
+                + f"Export it again with: {pipeline.command or EXPORT_HINT}"
+            )
+    notes = [
+        f"pipeline {pipeline.name} has no {role}: {loss}"
+        for pipeline in pipelines.values()
+        for role, loss in _OPTIONAL.items()
+        if not pipeline.has(role)
+    ]
+    return list(pipelines.values()), notes
 
 
-def _problems(repository: Path, name: str) -> Iterator[str]:
-    model = repository / name
-    if not model.is_dir():
-        yield f"{name}/ is missing"
-        return
-    if not (model / "config.pbtxt").is_file():
-        yield f"{name}/config.pbtxt is missing"
-    if not any((model / "1" / file).is_file() for file in _MODEL_FILES):
-        yield f"{name}/1/ has none of {', '.join(_MODEL_FILES)}"
-
-
-def _ensemble_problems(repository: Path) -> Iterator[str]:
-    for config in sorted(repository.glob(f"{contract.ORCHESTRATOR}_*/config.pbtxt")):
-        steps = set(re.findall(r'model_name: "(\w+)"', config.read_text()))
-        for name in sorted(step for step in steps if not (repository / step).is_dir()):
-            yield f"{config.parent.name} is an ensemble that needs {name}, which is missing"
-
-
-def check_backends(repository: Path, installation: Installation) -> None:
-    """Raises SetupError for a model that this server cannot load."""
-    for name in (contract.PREDICTOR, *_OPTIONAL):
+def _problems(repository: Path, pipeline: Pipeline) -> Iterator[str]:
+    composed = [pipeline.model(role) for role in pipeline.models]
+    for name in pipeline.folders:
         model = repository / name
-        embedded = (model / "1" / "model.py").is_file()
-        build = read_build(model)
-        if build and "runtime" not in build:
-            raise SetupError(f"{model / BUILD_FILE} is of another version: export again")
-        runtime = build.get("runtime", "onnxruntime")
-        if embedded and importlib.util.find_spec(runtime) is None:
-            raise SetupError(
-                f"{name} was exported for the Python backend with {runtime}, which is not here: "
-                f"pip install {runtime}, or export again"
-            )
-        if runtime == "torch" and build.get("on_gpu") and _is_for_cpus():
-            raise SetupError(
-                f"{name} was exported for PyTorch on a GPU, and the PyTorch here is a build for "
-                "CPUs: install one for GPUs (in Docker, TORCH_BUILD=cu130 in .env and docker "
-                "compose --profile torch build), or export with --provider cpu"
-            )
-        if installation.backends is not None and model.is_dir() and not embedded:
-            raise SetupError(
-                f"{name} was exported for a server with TensorRT or ONNX Runtime, but the one in "
-                "the nvidia-pytriton wheel has only the Python backend: export it again for the "
-                "Python backend, or name another server with --tritonserver"
-            )
+        if not model.is_dir():
+            yield f"{name}/ is missing"
+            continue
+        if not (model / "config.pbtxt").is_file():
+            yield f"{name}/config.pbtxt is missing"
+        if name in composed and not any((model / "1" / f).is_file() for f in _MODEL_FILES):
+            yield f"{name}/1/ has none of {', '.join(_MODEL_FILES)}"
+
+
+def check_backends(
+    repository: Path, pipelines: Iterable[Pipeline], installation: Installation
+) -> None:
+    """Raises SetupError for a model that this server cannot load."""
+    for pipeline in pipelines:
+        for role, record in pipeline.models.items():
+            name, runtime = pipeline.model(role), record.runtime
+            embedded = record.engine == "python"
+            if embedded and importlib.util.find_spec(runtime) is None:
+                raise SetupError(
+                    f"{name} was exported for the Python backend with {runtime}, which is not "
+                    f"here: pip install {runtime}, or export again"
+                )
+            if runtime == "torch" and record.on_gpu and _is_for_cpus():
+                raise SetupError(
+                    f"{name} was exported for PyTorch on a GPU, and the PyTorch here is a build "
+                    "for CPUs: install one for GPUs (in Docker, TORCH_BUILD=cu130 in .env and "
+                    "docker compose --profile torch build), or export with --provider cpu"
+                )
+            if installation.backends is not None and not embedded:
+                raise SetupError(
+                    f"{name} was exported for a server with TensorRT or ONNX Runtime, but the one "
+                    "in the nvidia-pytriton wheel has only the Python backend: export it again for "
+                    "the Python backend, or name another server with --tritonserver"
+                )
 
 
 def _is_for_cpus() -> bool:

@@ -34,9 +34,9 @@ GLYPHS_SOURCE = (
 # As `make export` does.
 GLYPHS_EXPORT = (
     *GLYPHS_SOURCE,
-    *("--class-names", GLYPHS / "classes.txt", "--guidance-scale", "3"),
+    *("--name", "glyphs", "--class-names", GLYPHS / "classes.txt", "--guidance-scale", "3"),
 )
-# Its figures are float32's. With the runtime given nothing is measured, which takes seconds.
+# Its figures are float32's. The pipeline is named `sit`. With the runtime given nothing is measured, which takes seconds.
 GOLDEN_EXPORT = (
     *("--predictor", GOLDEN / "predictor.pt", "--refiner", GOLDEN / "refiner.pt"),
     *("--num-heads", "2", "--runtime", "onnxruntime", "--precision", "fp32"),

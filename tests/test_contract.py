@@ -9,7 +9,8 @@ from support import check_tensors, read_config
 
 from flowturbo import contract
 from flowturbo.errors import RepositoryError
-from flowturbo.repository import Pipeline, Settings
+from flowturbo.pipeline import Pipeline
+from flowturbo.settings import Settings
 
 MODEL_REPOSITORY = Path(__file__).resolve().parent.parent / "model_repository"
 

@@ -17,11 +17,11 @@ from support import Caller
 from bench.observe import Observation, Work, observing, read_work
 from flowturbo import contract
 from flowturbo.contract import DECODER, ORCHESTRATOR, PREDICTOR, REFINER
-from flowturbo.generate import generate, models_called
+from flowturbo.generate import generate, roles_called
 from flowturbo.local import LocalPipeline
 from flowturbo.request import parse_request
+from flowturbo.rows import Tensors
 from flowturbo.serving.tritonserver import ServerAddress
-from flowturbo.solver.guidance import Tensors
 from flowturbo.solver.program import compile_program
 from flowturbo.solver.schedule import Schedule
 
@@ -52,7 +52,7 @@ def test_a_lone_image_costs_its_program(glyphs_server: ServerAddress, schedule: 
     """Every block call of its program once, and one of the decoder."""
     images = 3
     done = observed(glyphs_server.grpc, (schedule,), clients=1, requests=images).models
-    of_image = models_called(compile_program(Schedule.parse(schedule)))
+    of_image = roles_called(compile_program(Schedule.parse(schedule)))
     for model in (PREDICTOR, REFINER):
         calls, work = of_image.count(model) * images, done[model]
         assert (work.calls, work.executions, work.rows) == (calls, calls, calls * GUIDED)

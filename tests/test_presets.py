@@ -12,9 +12,10 @@ from support import GOLDEN_EXPORT, run_export
 from export import install
 from flowturbo import LocalPipeline
 from flowturbo.errors import RepositoryError, RequestError
+from flowturbo.pipeline import Pipeline
 from flowturbo.presets import BUILT_IN, built_in, load_presets, presets_path, read_presets
-from flowturbo.repository import Pipeline, Settings
 from flowturbo.request import parse_request
+from flowturbo.settings import Settings
 from flowturbo.solver.schedule import Schedule
 
 # A name of a real preset, and one that only letters of schedules could be taken for.

@@ -9,9 +9,10 @@ import pytest
 from flowturbo import contract
 from flowturbo.errors import RequestError
 from flowturbo.latents import noise
+from flowturbo.pipeline import Pipeline
 from flowturbo.presets import built_in
-from flowturbo.repository import Pipeline, Settings
 from flowturbo.request import default_guidance_scale, parse_request
+from flowturbo.settings import Settings
 
 pytestmark = pytest.mark.unit
 

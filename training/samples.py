@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from flowturbo.latents import noise
 from flowturbo.nets.sit import GUIDED_CHANNELS, SiT
 from flowturbo.nets.vae import Decoder
+from flowturbo.solver.grid import time_grid
 from flowturbo.solver.guidance import MAX_SCALE
-from flowturbo.solver.program import time_grid
 from flowturbo.solver.schedule import Schedule
 from training.loop import device
 from training.plan import PlanError

@@ -21,13 +21,12 @@ import numpy as np
 
 from bench.capacity.block_times import BlockTimes
 from bench.observe import hardware, write_json
-from export.install import read_build
-from flowturbo import LocalPipeline, contract
+from flowturbo import LocalPipeline
+from flowturbo.contract import Role
 from flowturbo.errors import FlowTurboError
-from flowturbo.local import models_of
+from flowturbo.pipeline import class_label
 from flowturbo.presets import DEFAULT, built_in
-from flowturbo.repository import Settings
-from flowturbo.request import default_guidance_scale
+from flowturbo.settings import Settings
 from flowturbo.solver.guidance import Guidance
 from flowturbo.solver.schedule import Schedule
 from research.quality.engine import Engine, SamplingSpec, check_decoder
@@ -97,17 +96,17 @@ def _tune(args: argparse.Namespace) -> str:
     pipeline = Engine(args.repository)
     scale = args.guidance_scale
     if scale is None:
-        scale = default_guidance_scale(pipeline.pipeline, pipeline.settings)
+        scale = pipeline.pipeline.default_guidance_scale(pipeline.settings)
     guidance = Guidance(scale)
     elsewhere = runs_elsewhere(args.repository, pipeline)
     check_images(args.images, guidance, pipeline.pipeline, Settings.load(args.repository))
     cost = Cost.of(_times(args, pipeline, guidance, elsewhere), args.images, guidance)
-    paper = built_in(has_refiner=pipeline.pipeline.has_refiner)[DEFAULT]
+    paper = built_in(has_refiner=pipeline.pipeline.has(Role.REFINER))[DEFAULT]
     cap_ms = CAP * cost.ms(paper) if args.latency_ms is None else args.latency_ms
     judge = None
     if args.metric == "frechet":  # refused before the search
         check_decoder(args.repository, pipeline.pipeline)
-        classes = pipeline.pipeline.num_classes
+        classes = class_label(pipeline.pipeline).num_classes
         judge = Evaluator.open(args.weights, args.inception, args.reference, classes)
     stages, metric = _search(args, pipeline, guidance, cost, paper, cap_ms)
     tried = stages[-1]
@@ -142,7 +141,7 @@ def _tune(args: argparse.Namespace) -> str:
 
 def runs_elsewhere(repository: Path, pipeline: LocalPipeline) -> str | None:
     """Where the service runs the blocks of `repository`, if it is not as `pipeline` does here."""
-    if read_build(repository / contract.PREDICTOR)["engine"] == "tensorrt":
+    if pipeline.pipeline.predictor.engine == "tensorrt":
         return "in TensorRT"
     # PyTorch here runs no CUDA graphs.
     differs = pipeline.pipeline.runtime == "torch" or not pipeline.on_gpu
@@ -154,7 +153,7 @@ def _times(
 ) -> BlockTimes:
     if args.times:
         times = BlockTimes.read(args.times, args.engine, args.precision)
-        if missing := set(models_of(pipeline.pipeline)) - times.times_ms.keys():
+        if missing := set(pipeline.pipeline.models) - times.times_ms.keys():
             raise ValueError(f"{args.times} has no times of {min(missing)}")
         return times
     if args.engine or args.precision:
@@ -179,7 +178,7 @@ def _search(
 
     Raises ValueError where nothing is as fast.
     """
-    every = {s: cost.ms(s) for s in candidates(has_refiner=pipeline.pipeline.has_refiner)}
+    every = {s: cost.ms(s) for s in candidates(has_refiner=pipeline.pipeline.has(Role.REFINER))}
     fastest = min(every, key=lambda schedule: every[schedule])
     if every[fastest] > cap_ms:
         raise ValueError(
@@ -208,7 +207,7 @@ def _judged(
         spec = SamplingSpec(str(each.schedule), guidance.scale, variant=engine.settings.variant)
         said = described(spec, args.repository, "process")
         path = args.cache / f"{spec}_{said['models']}"
-        folder = ImageFolder(path, said, engine.pipeline.num_classes)
+        folder = ImageFolder(path, said, class_label(engine.pipeline).num_classes)
         folder.fill(args.judged, Local(engine, spec))
         figures = eyes.figures(folder, args.judged)
         score = Score(figures.frechet_distance, figures.frechet_distance_without_block)
@@ -221,7 +220,7 @@ def in_process_ms(
 ) -> list[float]:
     """Median milliseconds of a request to `pipeline` with each schedule, which take turns."""
     seeds = np.arange(images)
-    labels = seeds % pipeline.pipeline.num_classes
+    labels = seeds % class_label(pipeline.pipeline).num_classes
     taken: list[list[float]] = []
     for _ in range(_ROUNDS):
         taken.append([])

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench.capacity.block_times import BlockTimes, measure
-from flowturbo import contract
-from flowturbo.generate import models_called
-from flowturbo.repository import Pipeline, Settings
+from flowturbo.contract import Role
+from flowturbo.generate import roles_called
+from flowturbo.pipeline import Pipeline
+from flowturbo.settings import Settings
 from flowturbo.solver.guidance import Guidance
 from flowturbo.solver.program import compile_program
 from flowturbo.solver.schedule import Schedule
@@ -34,14 +35,14 @@ class Cost:
     def of(cls, times: BlockTimes, images: int, guidance: Guidance) -> Cost:
         """Of `images` images, which are one batch; raises ValueError for more than is measured."""
         rows = images * guidance.rows
-        of_rows = {model: images if model == contract.DECODER else rows for model in times.times_ms}
+        of_rows = {model: images if model == Role.DECODER else rows for model in times.times_ms}
         block_ms = {model: times.table(model, n)[n] for model, n in of_rows.items()}
         return cls(block_ms, times.overhead_ms)
 
     def ms(self, schedule: Schedule) -> float:
         """Milliseconds of a request, all its images together."""
-        models = models_called(compile_program(schedule))
-        models += [contract.DECODER] * (contract.DECODER in self.block_ms)
+        models = roles_called(compile_program(schedule))
+        models += [Role.DECODER] * (Role.DECODER in self.block_ms)
         return sum(self.block_ms[model] + self.overhead_ms for model in models)
 
 

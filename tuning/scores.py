@@ -9,9 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from flowturbo import LocalPipeline
+from flowturbo.conditions.class_label import LABEL
+from flowturbo.contract import GUIDANCE_SCALE, LATENT, SCHEDULE, SEED
+from flowturbo.pipeline import class_label
 from flowturbo.request import parse_request
+from flowturbo.solver.calls import Variant
 from flowturbo.solver.guidance import Guidance
-from flowturbo.solver.program import Variant, compile_program
+from flowturbo.solver.program import compile_program
 from flowturbo.solver.sampler import Array
 from flowturbo.solver.schedule import Schedule
 from research.quality.engine import BATCH, Exact, distances
@@ -78,15 +82,15 @@ def _latents(
     pipeline: LocalPipeline, schedule: Schedule, guidance: Guidance, seeds: Array
 ) -> Array:
     tensors = {
-        "label": seeds % pipeline.pipeline.num_classes,
-        "seed": seeds,
-        "schedule": np.array([str(schedule)], dtype=object),
-        "guidance_scale": np.array([guidance.scale], dtype=np.float32),
+        LABEL: seeds % class_label(pipeline.pipeline).num_classes,
+        SEED: seeds,
+        SCHEDULE: np.array([str(schedule)], dtype=object),
+        GUIDANCE_SCALE: np.array([guidance.scale], dtype=np.float32),
     }
-    request = parse_request(tensors, ["latent"], pipeline.pipeline, pipeline.settings)
+    request = parse_request(tensors, [LATENT], pipeline.pipeline, pipeline.settings)
     # Not program_for, which warns of long refiner steps: whether they harm is measured here.
     program = compile_program(schedule, variant=Variant(pipeline.settings.variant))
-    return pipeline.run(request, program)["latent"]
+    return pipeline.run(request, program)[LATENT]
 
 
 def solve(

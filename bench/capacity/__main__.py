@@ -17,9 +17,9 @@ from bench.capacity.plan import check, plan
 from bench.capacity.replica import Replica
 from bench.capacity.report import plot, print_check, print_plan
 from flowturbo.errors import FlowTurboError
+from flowturbo.pipeline import read_pipeline
 from flowturbo.presets import BUILT_IN, DEFAULT
-from flowturbo.repository import Pipeline, Settings
-from flowturbo.request import default_guidance_scale
+from flowturbo.settings import Settings
 from flowturbo.textfile import read_json
 
 
@@ -67,14 +67,14 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
     times = _times(args)
     guidance = settings.default_guidance_scale
     if not args.times:
-        guidance = default_guidance_scale(Pipeline.load(args.repository), settings)
+        guidance = read_pipeline(args.repository).default_guidance_scale(settings)
     replica_of = partial(
         Replica.of,
         times,
         guidance_scale=guidance if args.guidance_scale is None else args.guidance_scale,
         max_rows=args.max_rows or min(times.max_rows, 64),
         max_inflight=settings.max_inflight,
-        turns=args.turns or not (args.times or Pipeline.load(args.repository).on_gpu),
+        turns=args.turns or not (args.times or read_pipeline(args.repository).on_gpu),
     )
     # As --times takes it: a report is the input of the next.
     report: dict[str, Any] = asdict(times)

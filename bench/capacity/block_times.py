@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from flowturbo import contract
+from flowturbo.contract import Role
 from flowturbo.local import open_models
-from flowturbo.repository import Pipeline
+from flowturbo.pipeline import Pipeline, read_pipeline
 from flowturbo.textfile import read_json
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
@@ -23,7 +23,7 @@ OVERHEAD_MS = 0.75  # from one batch to the next, through orchestrator and serve
 
 @dataclass(frozen=True)
 class BlockTimes:
-    """Milliseconds of one execution by model and rows; `overhead_ms` is a call's, off the device.
+    """Milliseconds of one execution by role and rows; `overhead_ms` is a call's, off the device.
 
     Raises ValueError for an unknown or missing model and for a time that is none.
     """
@@ -32,11 +32,11 @@ class BlockTimes:
     overhead_ms: float = OVERHEAD_MS
 
     def __post_init__(self) -> None:
-        if unknown := set(self.times_ms) - contract.COMPOSED.keys():
-            allowed = ", ".join(contract.COMPOSED)
+        if unknown := set(self.times_ms) - {*Role}:
+            allowed = ", ".join(Role)
             raise ValueError(f"block times of {min(unknown)!r}: the models are {allowed}")
-        if not self.times_ms.get(contract.PREDICTOR):
-            raise ValueError(f"no block times of {contract.PREDICTOR}")
+        if not self.times_ms.get(Role.PREDICTOR):
+            raise ValueError(f"no block times of {Role.PREDICTOR}")
         for model, of_rows in self.times_ms.items():
             if not of_rows:
                 raise ValueError(f"no block times of {model}")
@@ -50,7 +50,7 @@ class BlockTimes:
     def read(
         cls, path: Path, engine: str | None = None, precision: str | None = None
     ) -> "BlockTimes":
-        """From a JSON file: {"times_ms": {model: {rows: ms}}}, or what bench.gpu_check writes."""
+        """From a JSON file: {"times_ms": {role: {rows: ms}}}, or what bench.gpu_check writes."""
         document = read_json(path)
         if not {"times_ms", "blocks"} & document.keys():
             raise ValueError(f"{path} has neither 'times_ms' nor the 'blocks' of bench.gpu_check")
@@ -111,27 +111,27 @@ def measure(
 
     Of `sizes`, those that the models take. `clock` is in seconds.
     """
-    pipeline = Pipeline.load(repository)
+    pipeline = read_pipeline(repository)
     models = open_models(repository, pipeline)
     taken: dict[tuple[str, int], list[float]] = defaultdict(list)
     for _ in range(repetitions + 1):
         for rows in (n for n in sizes if n <= pipeline.max_rows):
-            for name, model in models.items():
-                inputs = _inputs(name, rows, pipeline)
+            for role, model in models.items():
+                inputs = _inputs(role, rows, pipeline)
                 started = clock()
                 model(inputs)
-                taken[name, rows].append((clock() - started) * 1e3)
+                taken[role.value, rows].append((clock() - started) * 1e3)
     medians: dict[str, dict[int, float]] = defaultdict(dict)
     for name, rows in sorted(taken):
         medians[name][rows] = statistics.median(taken[name, rows][1:])  # the first warms up
     return dict(medians)
 
 
-def _inputs(model: str, rows: int, pipeline: Pipeline) -> dict[str, np.ndarray]:
+def _inputs(role: Role, rows: int, pipeline: Pipeline) -> dict[str, np.ndarray]:
     sizes: dict[int | str, int] = dict(zip("Chw", pipeline.latent_shape, strict=True))
     numbers = np.random.default_rng(rows)  # in [0, 1): labels and pair offsets become 0
     return {
         spec.name: numbers.random((rows, *(sizes[d] if d in sizes else int(d) for d in spec.dims)))
         .astype(spec.dtype)
-        for spec in contract.COMPOSED[model][0]
+        for spec in pipeline.tensors(role)[0]
     }  # fmt: skip

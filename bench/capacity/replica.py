@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.capacity.block_times import OVERHEAD_MS, BlockTimes
-from flowturbo import contract
-from flowturbo.generate import models_called
+from flowturbo.contract import Role
+from flowturbo.generate import roles_called
 from flowturbo.solver.program import compile_program
 from flowturbo.solver.schedule import Schedule
 
@@ -42,10 +42,12 @@ class Replica:
         """For images of `schedule`; with the decoder where its times are known."""
         rows = 1 if guidance_scale == 1.0 else 2
         program = compile_program(Schedule.parse(schedule))
-        calls = [(model, rows) for model in models_called(program)]
-        calls += [(contract.DECODER, 1)] if contract.DECODER in times.times_ms else []
+        calls = [(model, rows) for model in roles_called(program)]
+        calls += [(Role.DECODER, 1)] if Role.DECODER in times.times_ms else []
         max_rows = settings.pop("max_rows", 64)
-        tables = {model: times.table(model, max_rows) for model in dict(calls)}
+        tables: dict[str, tuple[float, ...]] = {
+            role: times.table(role, max_rows) for role in dict(calls)
+        }
         return cls(tuple(calls), tables, times.overhead_ms, max_rows, **settings)
 
     def lone_ms(self) -> float:

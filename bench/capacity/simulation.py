@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 
 from bench.capacity.replica import Replica
-from flowturbo import contract
+from flowturbo.contract import Role
 
 WARM_UP = 0.1  # share of the requests that is not counted
 
@@ -145,9 +145,7 @@ class _Simulation:
         """What happened from `start` to `end`: answers by their end, latencies by the arrival."""
         waits = [done - came for came, done in self.answered if start <= came <= end]
         lost = sum(start <= came <= end for came in self.refused)
-        sizes = [
-            rows for m, at, rows in self.batches if m == contract.PREDICTOR and start <= at <= end
-        ]
+        sizes = [rows for m, at, rows in self.batches if m == Role.PREDICTOR and start <= at <= end]
         made = sum(start < done <= end for _, done in self.answered)
         p50, p95 = np.percentile(waits + [math.inf] * lost, [50, 95], method="higher")
         return Point(

@@ -19,7 +19,13 @@ from .errors import (
     ModelNotReadyError,
     RequestCancelledError,
 )
-from .protocol import Generation, Request, build_request
+from .protocol import (
+    Generation,
+    Request,
+    build_request,
+    parse_pipelines,
+    pipelines_request,
+)
 from .retry import RetryPlan
 from .settings import Health, Settings, check_timeout_s, closed_error
 from .tensors import Labels, Seeds
@@ -59,6 +65,8 @@ class AsyncFlowTurboClient:
         schedule: str | None = None,
         guidance_scale: float | None = None,
         *,
+        pipeline: str | None = None,
+        times: Sequence[float] | None = None,
         guidance_interval: Sequence[float] | None = None,
         initial_noise: NDArray[Any] | None = None,
         output_format: str | None = None,
@@ -71,6 +79,8 @@ class AsyncFlowTurboClient:
             seeds,
             schedule,
             guidance_scale,
+            pipeline=pipeline,
+            times=times,
             guidance_interval=guidance_interval,
             initial_noise=initial_noise,
             output_format=output_format,
@@ -84,6 +94,12 @@ class AsyncFlowTurboClient:
             except FlowTurboError as error:
                 delay_s = plan.delay_s(error)
             await asyncio.sleep(delay_s)
+
+    async def pipelines(self, *, timeout_s: float = 5.0) -> list[dict[str, Any]]:
+        """As `FlowTurboClient.pipelines`."""
+        arguments = pipelines_request().arguments(self._settings.model, check_timeout_s(timeout_s))
+        with self._call(timeout_s):
+            return parse_pipelines(await self._triton().infer(**arguments))
 
     async def health(self, *, timeout_s: float = 5.0) -> Health:
         """As `FlowTurboClient.health`."""

@@ -32,8 +32,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="flowturbo-client", description="Generate images with a FlowTurbo server."
     )
-    commands = parser.add_subparsers(required=True, metavar="generate|health")
+    commands = parser.add_subparsers(required=True, metavar="generate|pipelines|health")
     _generate_parser(commands.add_parser("generate", help="write images and a labelled grid"))
+    pipelines = commands.add_parser("pipelines", help="show what the server serves")
+    _server_options(pipelines, default_timeout_s=5.0)
+    pipelines.set_defaults(run=_pipelines)
     health = commands.add_parser("health", help="show the server's state; exit 0 when ready")
     _server_options(health, default_timeout_s=5.0)
     health.set_defaults(run=_health)
@@ -42,10 +45,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _generate_parser(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--labels", nargs="+", metavar="NAME", help="class names, an image each")
-    what.add_argument("--ids", nargs="+", type=int, metavar="ID", help="class ids, an image each")
+    what.add_argument("--labels", nargs="+", metavar="NAME", help="class names, one image each")
+    what.add_argument("--ids", nargs="+", type=int, metavar="ID", help="class ids, one image each")
     what.add_argument(
         "--characters", type=_text, help="one image per character, whose class name it is"
+    )
+    parser.add_argument(
+        "--pipeline", metavar="NAME", help="one that the server serves (default: the server's)"
     )
     parser.add_argument(
         "--schedule",
@@ -131,7 +137,9 @@ def _row(
     base_seed: int | None,
 ) -> Row:
     if args.warmup:
-        client.generate(labels[: args.batch], None, schedule, args.guidance_scale)
+        client.generate(
+            labels[: args.batch], None, schedule, args.guidance_scale, pipeline=args.pipeline
+        )
     return generate_row(
         client,
         labels,
@@ -139,8 +147,29 @@ def _row(
         base_seed=base_seed,
         batch=args.batch,
         guidance_scale=args.guidance_scale,
+        pipeline=args.pipeline,
         progress=lambda line: print(line, file=sys.stderr, flush=True),
     )
+
+
+def _pipelines(client: FlowTurboClient, args: argparse.Namespace) -> int:
+    for each in client.pipelines(timeout_s=args.timeout):
+        condition, size = each["condition"], each["size"]
+        presets = ", ".join(f"{name} {text}" for name, text in each["presets"].items())
+        table = {
+            "condition": f"{condition['kind']}, takes {' or '.join(condition['takes'])}",
+            "size": f"{size[1]}x{size[0]}" if size else "latents only",
+            "schedules": f"{presets}; or steps such as {each['default_schedule']}",
+            "defaults": f"{each['default_schedule']}, guidance {each['default_guidance_scale']:g}",
+        }
+        if names := condition.get("class_names"):
+            table["classes"] = ", ".join(names)
+        elif "num_classes" in condition:
+            table["classes"] = f"0 to {condition['num_classes'] - 1}"
+        print(each["name"])
+        for name, value in table.items():
+            print(f"  {name:<10}{value}")
+    return 0
 
 
 def _health(client: FlowTurboClient, args: argparse.Namespace) -> int:

@@ -16,7 +16,13 @@ from .errors import (
     FlowTurboError,
     ModelNotReadyError,
 )
-from .protocol import Generation, Request, build_request
+from .protocol import (
+    Generation,
+    Request,
+    build_request,
+    parse_pipelines,
+    pipelines_request,
+)
 from .retry import RetryPlan
 from .settings import Health, Settings, check_timeout_s, closed_error
 from .tensors import Labels, Seeds
@@ -50,16 +56,20 @@ class FlowTurboClient:
         schedule: str | None = None,
         guidance_scale: float | None = None,
         *,
+        pipeline: str | None = None,
+        times: Sequence[float] | None = None,
         guidance_interval: Sequence[float] | None = None,
         initial_noise: NDArray[Any] | None = None,
         output_format: str | None = None,
         outputs: Sequence[str] = ("image",),
         timeout_s: float | None = None,
     ) -> Generation:
-        """Generate one image a label; what is None takes the server's default.
+        """Generate one image per label; what is None takes the server's default.
 
-        `labels`: class ids or class names, one or n of them. `seeds`: as many, >= 0; if None the
-        server chooses and reports them. `initial_noise`: float [n, C, h, w], instead of seeds.
+        `labels`: class ids or class names, one or n of them. `pipeline`: the name of one that the
+        server serves. `times`: the time grid, one time more than the schedule has steps.
+        `seeds`: as many as labels, >= 0; if None the server chooses and reports them.
+        `initial_noise`: float [n, C, h, w], instead of seeds.
         `output_format`: raw, or png, jpeg or webp to have files in `Generation.encoded`
         (png_base64, jpeg_base64 or webp_base64: as text).
         `outputs`: of "image" and "latent". Raises FlowTurboError's subclasses.
@@ -69,6 +79,8 @@ class FlowTurboClient:
             seeds,
             schedule,
             guidance_scale,
+            pipeline=pipeline,
+            times=times,
             guidance_interval=guidance_interval,
             initial_noise=initial_noise,
             output_format=output_format,
@@ -82,6 +94,12 @@ class FlowTurboClient:
             except FlowTurboError as error:
                 delay_s = plan.delay_s(error)
             time.sleep(delay_s)
+
+    def pipelines(self, *, timeout_s: float = 5.0) -> list[dict[str, Any]]:
+        """Ask what the server serves: one description per pipeline."""
+        arguments = pipelines_request().arguments(self._settings.model, check_timeout_s(timeout_s))
+        with self._call(timeout_s):
+            return parse_pipelines(self._triton.infer(**arguments))
 
     def health(self, *, timeout_s: float = 5.0) -> Health:
         """Ask about server and model, `timeout_s` a question; ConnectionFailedError if away."""

@@ -3,6 +3,7 @@
 import base64
 import binascii
 import io
+import json
 import struct
 from collections.abc import Sequence
 from contextlib import suppress
@@ -38,6 +39,8 @@ class Generation:
     """[n]; also those that the server chose."""
     class_names: tuple[str, ...]
     """n names."""
+    settings: dict[str, Any]
+    """What the server used, defaults resolved: pipeline, schedule, guidance_scale, ..."""
     latency_s: float
     """From sending the attempt that was answered to having its answer."""
 
@@ -73,6 +76,7 @@ class Request:
         try:
             found = {name: _array(result, name, self.n) for name in self.output_names}
             class_names = tuple(bytes(name).decode() for name in found["class_name"])
+            settings = json.loads(bytes(found["settings"][0]))
         except (ValueError, TypeError, struct.error) as error:
             raise ServerError(f"the server's answer cannot be read: {error}") from error
         encoded = found.get("encoded_image")
@@ -82,6 +86,7 @@ class Request:
             latents=found.get("latent"),
             seeds=found["seed"],
             class_names=class_names,
+            settings=settings,
             latency_s=latency_s,
         )
 
@@ -92,6 +97,8 @@ def build_request(
     schedule: str | None = None,
     guidance_scale: float | None = None,
     *,
+    pipeline: str | None = None,
+    times: Sequence[float] | None = None,
     guidance_interval: Sequence[float] | None = None,
     initial_noise: NDArray[Any] | None = None,
     output_format: str | None = None,
@@ -103,10 +110,14 @@ def build_request(
     """
     inputs = [tensors.label_tensor(labels)]
     n = int(inputs[0].shape()[0])
+    if pipeline is not None:
+        inputs.append(tensors.text_tensor("pipeline", [pipeline]))
     if seeds is not None:
         inputs.append(tensors.seed_tensor(seeds, n))
     if schedule is not None:
         inputs.append(tensors.text_tensor("schedule", [schedule]))
+    if times is not None:
+        inputs.append(tensors.float_tensor("times", list(times)))
     if guidance_scale is not None:
         inputs.append(tensors.float_tensor("guidance_scale", [guidance_scale]))
     if guidance_interval is not None:
@@ -118,13 +129,27 @@ def build_request(
     return Request(n, tuple(inputs), _output_names(outputs, output_format))
 
 
+def pipelines_request() -> Request:
+    """The request for what the server serves; it needs no input."""
+    return Request(0, (), ("pipelines",))
+
+
+def parse_pipelines(result: InferResult) -> list[dict[str, Any]]:
+    """One description per pipeline; ServerError if the answer breaks the contract."""
+    try:
+        found: list[dict[str, Any]] = json.loads(bytes(_array(result, "pipelines", 0)[0]))
+    except (ValueError, TypeError, struct.error) as error:
+        raise ServerError(f"the server's answer cannot be read: {error}") from error
+    return found
+
+
 def _output_names(outputs: Sequence[str], output_format: str | None) -> tuple[str, ...]:
     wanted = [outputs] if isinstance(outputs, str) else list(outputs)
     if not wanted or not set(wanted) <= set(OUTPUTS):
         raise InvalidRequestError(f"outputs must be some of {OUTPUTS}, got {outputs!r}")
     image = "image" if output_format in (None, "raw") else "encoded_image"
     names = [image if name == "image" else name for name in dict.fromkeys(wanted)]
-    return (*names, "seed", "class_name")
+    return (*names, "seed", "class_name", "settings")
 
 
 # Data type and shape of each output; None is any size, "n" the number of images.
@@ -134,6 +159,8 @@ _CONTRACT: dict[str, tuple[type[np.generic], tuple[int | str | None, ...]]] = {
     "latent": (np.float32, ("n", None, None, None)),
     "seed": (np.int64, ("n",)),
     "class_name": (np.object_, ("n",)),
+    "settings": (np.object_, (1,)),
+    "pipelines": (np.object_, (1,)),
 }
 
 

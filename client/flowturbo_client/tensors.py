@@ -36,7 +36,7 @@ def seed_tensor(seeds: Seeds, n: int) -> InferInput:
     """Return `seed` INT64 [n], each >= 0."""
     items = _items("seeds", seeds)
     if len(items) != n:
-        raise InvalidRequestError(f"seeds must be one an image: {n} labels, {len(items)} seeds")
+        raise InvalidRequestError(f"seeds must be one per image: {n} labels, {len(items)} seeds")
     for item in items:
         if not _is_integer(item):
             raise InvalidRequestError(f"seeds must be integers, got {item!r}")

@@ -10,8 +10,8 @@ import torch
 from torch.export.passes import move_to_device_pass
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from flowturbo.rows import Tensors
 from flowturbo.runtimes import usable_cores
-from flowturbo.solver.guidance import Tensors
 
 _WARM_UPS = 3  # evaluations before a graph is captured: kernels are chosen, memory is taken
 

@@ -1,27 +1,33 @@
 """The models that a server runs, held to what PyTorch answered at the export."""
 
 import threading
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
-from flowturbo import contract
-from flowturbo.generate import Infer
+import numpy as np
+
+from flowturbo.contract import Role
 from flowturbo.parity import TOLERANCES, Figures, VerificationError
-from flowturbo.repository import read_build
+from flowturbo.pipeline import Pipeline
+from flowturbo.rows import Tensors
+from flowturbo.serving.service import Call
 
 ROWS = 3  # of the call that is compared: a guided pair, and a row alone
 
 
 class StoredAnswers:
-    """Compares a call of every model of `repository` with its stored answer, before the first use.
+    """Compares a call of every model of `pipelines` with its stored answer, before the first use.
 
     An engine can be wrong on one kind of GPU alone (TensorRT #4837: fused attention), and files
     can be changed. `instances` calls at a time reach every GPU.
     """
 
-    def __init__(self, repository: Path, call: Infer, instances: int) -> None:
+    def __init__(
+        self, repository: Path, pipelines: Iterable[Pipeline], call: Call, instances: int
+    ) -> None:
         self._repository = repository
+        self._pipelines = list(pipelines)
         self._call = call
         self._instances = instances
         self._verdict: VerificationError | bool | None = None
@@ -40,9 +46,9 @@ class StoredAnswers:
 
     def _compare(self) -> VerificationError | bool:
         try:
-            for model in contract.COMPOSED:
-                if build := read_build(self._repository, model):
-                    self._hold(model, build["precision"])
+            for pipeline in self._pipelines:
+                for role in pipeline.models:
+                    self._hold(pipeline, role)
         except VerificationError as error:
             return VerificationError(
                 f"{error}. This server must not be used: its models do not compute what was "
@@ -50,13 +56,19 @@ class StoredAnswers:
             )
         return True
 
-    def _hold(self, model: str, precision: str) -> None:
+    def _hold(self, pipeline: Pipeline, role: Role) -> None:
+        model = pipeline.model(role)
         figures = Figures.load(self._repository / model)
+        allowed = TOLERANCES[pipeline.models[role].precision]
+        outputs = [spec.name for spec in pipeline.tensors(role)[1]]
+
+        def evaluate(tensors: Tensors) -> tuple[np.ndarray, ...]:
+            return self._call(model, tensors, outputs)
 
         def hold(_call: int) -> None:
-            evaluate = partial(self._call, model)
-            figures.check(model, evaluate, TOLERANCES[precision], [ROWS])
+            figures.check(model, evaluate, allowed, [ROWS])
 
-        with ThreadPoolExecutor(self._instances) as pool:
+        instances = self._instances if pipeline.on_gpu else 1
+        with ThreadPoolExecutor(instances) as pool:
             # Twice as many calls as instances: one that is slow to start gets its call too.
-            list(pool.map(hold, range(1 if self._instances == 1 else 2 * self._instances)))
+            list(pool.map(hold, range(1 if instances == 1 else 2 * instances)))

@@ -11,19 +11,20 @@ import logging
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Coroutine, Generator, Iterable
+from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from flowturbo.generate import Infer
-from flowturbo.solver.guidance import Tensors
+from flowturbo.rows import Tensors
 
 _logger = logging.getLogger(__name__)
 MAX_SKIPPED = 8  # about as many turns as a request makes of the predictor
 
 Outputs = tuple[np.ndarray, ...]
+Evaluate = Callable[[str, Tensors], Outputs]
+Key = tuple[Any, ...]  # a model, and what one row of each of its tensors looks like
 Request = Coroutine["_Call", Outputs, Any]
 Done = Callable[[Any], None]  # takes a request's result, or the exception that ended it
 
@@ -34,6 +35,11 @@ class _Call:
 
     model: str
     tensors: Tensors
+
+    @property
+    def key(self) -> Key:
+        """Calls of one key can be joined to one batch."""
+        return self.model, *((name, value.shape[1:]) for name, value in self.tensors.items())
 
     def __await__(self) -> Generator["_Call", Outputs, Outputs]:
         return (yield self)
@@ -55,69 +61,78 @@ class _Waiting:
 
 @dataclass(eq=False)
 class _Device:
-    """What one or more models run on, `threads` batches at a time, and the calls that wait."""
+    """What one or more models run on, `threads` batches at a time, and the calls that wait.
+
+    `max_rows` are the most rows of a batch, by model, in the order in which programs call them.
+    """
 
     threads: int
+    max_rows: Mapping[str, int]
     free: int = 0
-    queues: dict[str, deque[_Waiting]] = field(default_factory=dict)
+    queues: dict[Key, deque[_Waiting]] = field(default_factory=dict)
     skipped: int = 0  # how often in a row the oldest call was
 
-    def next(self) -> str:
-        """The model for which most calls wait; of several, the later one in a program.
+    def next(self) -> Key:
+        """The key for which most calls wait; of several, the one of the later model.
 
-        The oldest call's, once that has been passed over too often.
+        The oldest call's, once that has been skipped too often.
         """
-        longest = max(reversed(self.queues), key=lambda model: len(self.queues[model]))
-        waiting = [model for model, queue in self.queues.items() if queue]
-        oldest = min(waiting, key=lambda model: self.queues[model][0].number)
+        order = {model: place for place, model in enumerate(self.max_rows)}
+        longest = max(self.queues, key=lambda key: (len(self.queues[key]), order[key[0]]))
+        oldest = min(self.queues, key=lambda key: self.queues[key][0].number)
         if oldest != longest and self.skipped < MAX_SKIPPED:
             self.skipped += 1
             return longest
         self.skipped = 0
         return oldest
 
-    def take(self, max_rows: int) -> tuple[str, list[_Waiting]]:
-        """A model and one of `free` equal shares of its calls, in order, up to `max_rows` rows."""
-        model = self.next()
-        queue = self.queues[model]
-        share = min(max_rows, math.ceil(sum(waiting.rows for waiting in queue) / self.free))
+    def take(self) -> tuple[str, list[_Waiting]]:
+        """A model and one of `free` equal shares of its calls, in order, up to its most rows."""
+        key = self.next()
+        queue, model = self.queues[key], key[0]
+        waiting_rows = sum(waiting.rows for waiting in queue)
+        share = min(self.max_rows[model], math.ceil(waiting_rows / self.free))
         batch = [queue.popleft()]
         rows = batch[0].rows
         while queue and rows + queue[0].rows <= share:
             batch.append(queue.popleft())
             rows += batch[-1].rows
+        if not queue:
+            del self.queues[key]
         return model, batch
 
 
 class Batcher:
     """Runs `call(model, tensors)` on the joined rows of concurrent requests.
 
-    A batch has at most `max_rows` rows. With `shared` all models take turns on one device: on a
-    CPU, where two at a time are slower than one after the other. Otherwise `instances` batches of
-    each model run at a time, and those that are free share what is queued. An exception of `call`
-    reaches every request in the batch.
+    `max_rows` are the most rows of a batch, by model, in the order in which programs call them. The
+    models in `shared` take turns on one device: on a CPU, where two at a time are slower than one
+    after the other. Of each other model `instances` batches run at a time, and those that are free
+    share what is queued. An exception of `call` reaches every request in the batch.
     """
 
     def __init__(
         self,
-        call: Infer,
-        models: tuple[str, ...],
-        max_rows: int,
+        call: Evaluate,
+        max_rows: Mapping[str, int],
         *,
+        shared: Iterable[str] = (),
         instances: int = 1,
-        shared: bool = False,
     ) -> None:
         self._call = call
-        self._max_rows = max_rows
         self._count = 0
         self._closed = False
         self._changed = threading.Condition()  # and the lock of all devices
-        devices = [_Device(instances) for _ in models[: 1 if shared else None]]
-        self._devices = {m: devices[0 if shared else k] for k, m in enumerate(models)}
-        for model, device in self._devices.items():
-            device.queues[model] = deque()
+        together = {model: max_rows[model] for model in shared}
+        devices = [_Device(1, together)] if together else []
+        devices += [
+            _Device(instances, {model: most})
+            for model, most in max_rows.items()
+            if model not in together
+        ]
+        self._devices = {model: device for device in devices for model in device.max_rows}
         self._threads = [
-            threading.Thread(target=self._serve, args=(device,), name="gather", daemon=True)
+            threading.Thread(target=self._serve, args=(device,), name="batcher", daemon=True)
             for device in devices
             for _ in range(device.threads)
         ]
@@ -155,7 +170,8 @@ class Batcher:
                 if call is not None:
                     self._count += 1
                     waiting = _Waiting(self._count, call, request, done)
-                    self._devices[call.model].queues[call.model].append(waiting)
+                    queues = self._devices[call.model].queues
+                    queues.setdefault(call.key, deque()).append(waiting)
             self._changed.notify_all()
 
     def _serve(self, device: _Device) -> None:
@@ -168,8 +184,8 @@ class Batcher:
         with self._changed:
             device.free += 1
             try:
-                self._changed.wait_for(lambda: any(device.queues.values()) or self._closed)
-                return device.take(self._max_rows) if any(device.queues.values()) else None
+                self._changed.wait_for(lambda: device.queues or self._closed)
+                return device.take() if device.queues else None
             finally:
                 device.free -= 1
 

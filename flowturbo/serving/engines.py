@@ -1,4 +1,4 @@
-"""Whether the TensorRT engines of a repository fit the server and its GPUs. Standard library only.
+"""Whether the TensorRT engines of pipelines fit the server and its GPUs.
 
 TensorRT refuses an engine of another version or GPU too, but only once the server is up, and
 without saying what to do about it.
@@ -9,56 +9,53 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from flowturbo.gpu import CUDA_MAJOR, Gpu, GpuError, usable_gpus
-from flowturbo.repository import BUILD_FILE
+from flowturbo.pipeline import ModelRecord, Pipeline
 from flowturbo.serving.installation import SetupError
-from flowturbo.textfile import TextFileError, read_json
 
 _TENSORRT = ("libnvinfer.so.12", "libnvinfer.so.11", "libnvinfer.so.10", "libnvinfer.so")
 
 
-def check_gpus(repository: Path, models: Iterable[str], version: str | None) -> list[str]:
-    """Notes on the engines of `models`, where they run on the GPUs here.
+def check_gpus(pipelines: Iterable[Pipeline], version: str | None) -> list[str]:
+    """Notes on the engines of `pipelines`, where they run on the GPUs here.
 
     Raises SetupError where there is no usable GPU, or for a model without an engine that fits, with
     the command that makes one. `version` is the server's TensorRT, None where it cannot be told.
     """
-    builds = {model: read_build(repository / model) for model in models}
-    on_gpu = [model for model, build in builds.items() if build.get("on_gpu")]
+    on_gpu = [pipeline for pipeline in pipelines if pipeline.on_gpu]
     if not on_gpu:
         return []
     try:
         # Which driver PyTorch needs depends on its build, and it says so itself.
-        gpus = usable_gpus(least=0 if builds[on_gpu[0]].get("runtime") == "torch" else CUDA_MAJOR)
+        only_torch = all(pipeline.predictor.runtime == "torch" for pipeline in on_gpu)
+        gpus = usable_gpus(least=0 if only_torch else CUDA_MAJOR)
     except GpuError as error:
         raise SetupError(
-            f"{on_gpu[0]} was exported for a GPU, and {error}. Serve on a machine with a GPU, or "
-            "export for a CPU (--engine python, or --provider cpu)"
+            f"pipeline {on_gpu[0].name} was exported for a GPU, and {error}. Serve on a machine "
+            "with a GPU, or export for a CPU (--engine python, or --provider cpu)"
         ) from error
-    return check_engines(builds, version, gpus)
+    return [note for pipeline in on_gpu for note in check_engines(pipeline, version, gpus)]
 
 
-def check_engines(
-    builds: Mapping[str, Mapping[str, Any]], version: str | None, gpus: Sequence[Gpu]
-) -> list[str]:
-    """Notes on engines that were built on another GPU; `builds` are models' build records.
+def check_engines(pipeline: Pipeline, version: str | None, gpus: Sequence[Gpu]) -> list[str]:
+    """Notes on engines that were built on another GPU.
 
     Raises SetupError for a model without an engine that fits.
     """
     notes: list[str] = []
-    for model, build in builds.items():
-        if build.get("engine") != "tensorrt":
+    for role, record in pipeline.models.items():
+        if record.engine != "tensorrt":
             continue
-        if problems := list(_problems(model, build["engines"], version, gpus)):
+        model = pipeline.model(role)
+        if problems := list(_problems(model, record, version, gpus)):
             raise SetupError(
                 "".join(f"{problem}\n" for problem in problems)
                 + "Build it here, in this release's export image (docker compose --profile export "
-                f"run --rm export, and the arguments of): {build['command']}"
+                f"run --rm export, and the arguments of): {pipeline.command}"
             )
-        notes += _other_gpus(model, build["engines"], gpus)
+        notes += _other_gpus(model, record.engines, gpus)
     return notes
 
 
@@ -72,21 +69,12 @@ def _other_gpus(model: str, engines: Mapping[str, Any], gpus: Sequence[Gpu]) -> 
             )
 
 
-def read_build(model: Path) -> dict[str, Any]:
-    """The build record in a model's folder, {} where there is none; raises SetupError."""
-    path = model / BUILD_FILE
-    try:
-        return read_json(path) if path.is_file() else {}
-    except TextFileError as error:
-        raise SetupError(f"{error}: export again") from error
-
-
 def _problems(
-    model: str, engines: Mapping[str, Any], version: str | None, gpus: Sequence[Gpu]
+    model: str, record: ModelRecord, version: str | None, gpus: Sequence[Gpu]
 ) -> Iterator[str]:
-    built = ", ".join(engines) or "none"
+    built = ", ".join(record.engines) or "none"
     for capability in sorted({gpu.capability for gpu in gpus}):
-        engine = engines.get(capability)
+        engine = record.engines.get(capability)
         if engine is None:
             yield f"{model} has no engine for compute capability {capability}, only for {built}"
         elif version and not _same_release(engine["tensorrt"], version):

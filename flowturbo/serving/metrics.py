@@ -9,15 +9,17 @@ from collections.abc import Mapping
 
 import triton_python_backend_utils as pb_utils
 
+from flowturbo.pipeline import Pipeline
 from flowturbo.serving.outcomes import CODES
+from flowturbo.serving.service import UNKNOWN
 
 LATENCY_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
-class Metrics:
-    """Requests in flight, their latency and outcome, and the rows of each model."""
+class TritonMetrics:
+    """By pipeline: requests in flight, their latency and outcome, and the rows of each model."""
 
-    def __init__(self, models: tuple[str, ...]) -> None:
+    def __init__(self, pipelines: Mapping[str, Pipeline]) -> None:
         # Updating one metric from two threads at once crashes the server (seen on 24.10).
         self._lock = threading.Lock()
         family, counter = pb_utils.MetricFamily, pb_utils.MetricFamily.COUNTER
@@ -33,25 +35,37 @@ class Metrics:
             ),
         ]
         inflight, requests, rows, duration = self._families
-        self._inflight = inflight.Metric()
-        self._requests = {o: requests.Metric(labels={"outcome": o}) for o in ("ok", *CODES)}
-        self._rows = {m: rows.Metric(labels={"model": m}) for m in models}
-        self._duration = duration.Metric(buckets=list(LATENCY_BUCKETS_S))
+        self._inflight = {p: inflight.Metric(labels={"pipeline": p}) for p in pipelines}
+        self._requests = {
+            (pipeline, outcome): requests.Metric(labels={"pipeline": pipeline, "outcome": outcome})
+            for pipeline in (*pipelines, UNKNOWN)
+            for outcome in ("ok", *CODES)
+        }
+        self._rows = {
+            model: rows.Metric(labels={"pipeline": name, "model": model})
+            for name, pipeline in pipelines.items()
+            for model in map(pipeline.model, pipeline.models)
+        }
+        buckets = list(LATENCY_BUCKETS_S)
+        self._duration = {
+            p: duration.Metric(labels={"pipeline": p}, buckets=buckets)
+            for p in (*pipelines, UNKNOWN)
+        }
 
-    def inflight(self, count: int) -> None:
-        """States how many requests are in flight now."""
+    def inflight(self, pipeline: str, count: int) -> None:
+        """States how many requests of a pipeline are in flight now."""
         with self._lock:
-            self._inflight.set(count)
+            self._inflight[pipeline].set(count)
 
-    def executed(self, rows: Mapping[str, int]) -> None:
+    def executed(self, pipeline: str, rows: Mapping[str, int]) -> None:
         """Counts the rows that each composed model executed for one request."""
         with self._lock:
             for model, count in rows.items():
                 self._rows[model].increment(count)
 
-    def finished(self, outcome: str, seconds: float) -> None:
+    def finished(self, pipeline: str, outcome: str, seconds: float) -> None:
         """Counts one answered request."""
         with self._lock:
-            self._requests[outcome].increment(1)
+            self._requests[pipeline, outcome].increment(1)
             if outcome == "ok":
-                self._duration.observe(seconds)
+                self._duration[pipeline].observe(seconds)

@@ -36,7 +36,7 @@ _NO_MEMORY = (
     *("cannot allocate", "unable to allocate", "failed to allocate"),
 )
 # In the Python backend's messages: the process of a model's instance, and a stack.
-_STUB = re.compile(r"stub process '(\w+?)_\d+_\d+'", re.IGNORECASE)
+_STUB = re.compile(r"stub process '([\w-]+?)_\d+_\d+'", re.IGNORECASE)
 _STACK = re.compile(r"\s*\bAt:\n.*", re.DOTALL)
 
 

@@ -7,8 +7,7 @@ import triton_python_backend_utils as pb_utils
 
 from flowturbo.ensemble import plan, read_request
 from flowturbo.generate import program_for
-from flowturbo.repository import Pipeline
-from flowturbo.request import default_schedule
+from flowturbo.pipeline import read_pipeline
 from flowturbo.serving.forwarded import Forwarded
 from flowturbo.serving.triton_io import (
     error_response,
@@ -16,17 +15,17 @@ from flowturbo.serving.triton_io import (
     read_tensors,
     repository_of,
 )
-from flowturbo.solver.program import Variant
+from flowturbo.solver.calls import Variant
 
 
 class TritonPythonModel:
-    """The planner of one schedule: its config's `default_schedule`, among other settings."""
+    """The planner of one schedule of one pipeline: those that its settings name as the defaults."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Compiles the program; its wiring is the ensemble's."""
         self._settings = read_settings(args)
-        self._pipeline = Pipeline.load(repository_of(args))
-        schedule = default_schedule(self._pipeline, self._settings)
+        self._pipeline = read_pipeline(repository_of(args), self._settings.default_pipeline)
+        schedule = self._pipeline.find_schedule(self._settings.default_schedule)
         self._program = program_for(schedule, Variant(self._settings.variant))
         self._forwarded = Forwarded.by_server(os.getpid())
 

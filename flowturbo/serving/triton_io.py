@@ -2,6 +2,7 @@
 
 import json
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,9 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from flowturbo.errors import RequestError
-from flowturbo.repository import Settings
+from flowturbo.rows import Tensors
 from flowturbo.serving.outcomes import CODES, as_told, failure, incomplete, outcome_of
-from flowturbo.solver.guidance import Tensors
+from flowturbo.settings import Settings
 
 
 def repository_of(args: dict[str, str]) -> Path:
@@ -53,14 +54,14 @@ def error_response(model: str, error: BaseException) -> Any:
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(told), code))
 
 
-def call_model(model: str, tensors: Tensors, names: list[str]) -> tuple[np.ndarray, ...]:
+def call_model(model: str, tensors: Tensors, names: Sequence[str]) -> tuple[np.ndarray, ...]:
     """One blocking call of another model, its outputs in the order of `names`.
 
     Raises FlowTurboError where it answers with an error, UnavailableError where it is gone.
     """
     response = pb_utils.InferenceRequest(
         model_name=model,
-        requested_output_names=names,
+        requested_output_names=list(names),
         inputs=[pb_utils.Tensor(name, value) for name, value in tensors.items()],
         preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
     ).exec()

@@ -18,10 +18,10 @@ import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from flowturbo import contract
-from flowturbo.repository import BUILD_FILE
+from flowturbo.pipeline import Pipeline, installed, read_pipeline
 from flowturbo.serving.installation import (
     Installation,
     ServerError,
@@ -32,16 +32,11 @@ from flowturbo.serving.installation import (
 
 _SHARED_MEMORY = Path("/dev/shm")
 _STUB_NAME = "triton_python_b"  # as the kernel has it: 15 characters
-_INSTANCE = r"([a-z]\w*)_\d+_\d+"  # of a model, as the server names its processes
+_INSTANCE = r"([a-z0-9][\w-]*)_\d+_\d+"  # of a model, as the server names its processes
 _POLL_S = 0.05
 _ANSWERS_S = 600  # for one call of every model; a large one on a few cores takes a minute
 _ASK_S = 10  # for one request, so that a stop is noticed meanwhile
 _TRY_AGAIN = (499, 503, 504)  # cancelled at its deadline, and no place for it
-# The orchestrator compares its models before its first request; this one asks nothing of them.
-_ASK = {
-    "inputs": [{"name": "label", "datatype": "INT64", "shape": [1], "data": [0]}],
-    "outputs": [{"name": "seed"}],
-}
 _LOG_TAIL_LINES = 40
 # Asks the kernel to end it with its parent, then becomes the server. A program of its own: what
 # runs between fork and exec in this process may meet other threads' locks, as gRPC's has. The
@@ -235,10 +230,11 @@ class TritonServer:
         Asks again where other callers have taken every place, or its time was over: the check goes
         on meanwhile. Raises ServerError if an answer is off.
         """
-        if not (self._repository / contract.PREDICTOR / BUILD_FILE).is_file():
+        if not installed(self._repository):
             return True
         deadline_s = min(deadline_s, time.monotonic() + _ANSWERS_S)
-        path, body = f"models/{contract.ORCHESTRATOR}/infer", json.dumps(_ASK).encode()
+        path = f"models/{contract.ORCHESTRATOR}/infer"
+        body = json.dumps(_first_request(read_pipeline(self._repository))).encode()
         while not give_up() and self.exit_code is None:
             try:
                 self._ask(path, body, _ASK_S)
@@ -280,6 +276,21 @@ class TritonServer:
         for region in _SHARED_MEMORY.glob(f"{self._shm_prefix}*"):
             region.unlink(missing_ok=True)
         return unforced
+
+
+def _first_request(pipeline: Pipeline) -> dict[str, Any]:
+    """As JSON: the orchestrator compares its models before it; it asks nothing of them itself."""
+    types = {"int64": "INT64", "float32": "FP32", "object": "BYTES"}
+    inputs = [
+        {
+            "name": name,
+            "datatype": types[str(value.dtype)],
+            "shape": value.shape,
+            "data": value.tolist(),
+        }
+        for name, value in pipeline.condition.example(1).items()
+    ]
+    return {"inputs": inputs, "outputs": [{"name": contract.SEED}]}
 
 
 def _reason(error: urllib.error.HTTPError) -> str:

@@ -5,31 +5,39 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from flowturbo.errors import RequestError
+from flowturbo.solver.steps import STEPS, letters
 
-STEP_NAMES = {
-    "H": "Heun",
-    "P": "pseudo corrector",
-    "R": "refiner",
-    "E": "Euler",
-    "A": "Adams-Bashforth 2",
-    "Z": "velocity kept",
-    "T": "velocity extrapolated",
-}
 MAX_STEPS = 250
 MIN_SHIFT, MAX_SHIFT = 0.1, 20.0
-_NEEDS = {
-    "^[RZT]": "R, Z and T have no velocity cached before them: start with H, P, E or A",
-    # What follows the refiner's call cannot be joined to it, as it is to the predictor's.
-    "R[ZT]": "Z and T follow evaluations of the predictor, not R",
-}
 _RUN = re.compile(r"([A-Z])([0-9]{0,4})")
 _SHIFT = re.compile(r"[0-9]{1,2}(\.[0-9]{1,2})?")
 _SHIFT_HELP = f"a shift is a number from {MIN_SHIFT:g} to {MAX_SHIFT:g}, as in A8@3"
+_NAMED = [f"{letter} ({kind.name})" for letter, kind in STEPS.items()]
 _HELP = (
-    "a schedule is letters of H (Heun), P (pseudo corrector), R (refiner), E (Euler), A "
-    "(Adams-Bashforth 2), Z (velocity kept) and T (velocity extrapolated), each with an optional "
+    f"a schedule is letters of {', '.join(_NAMED[:-1])} and {_NAMED[-1]}, each with an optional "
     "count, such as H1P5R3 or HPPPPPRRR, and may end with the shift of its time grid, such as A8@3"
 )
+
+
+def _listed(found: list[str], word: str) -> str:
+    return f"{', '.join(found[:-1])} {word} {found[-1]}" if len(found) > 1 else found[0]
+
+
+_LATER = letters(lambda kind: kind.needs_velocity)
+_FIRST = letters(lambda kind: not kind.needs_velocity)
+_PROLONGING = letters(lambda kind: kind.prolong is not None)
+_REFINING = letters(lambda kind: kind.refiner > 0)
+# What follows the refiner's call cannot be joined to it, as it is to the predictor's.
+_NEEDS = {
+    f"^[{''.join(_LATER)}]": (
+        f"{_listed(_LATER, 'and')} have no velocity cached before them: start with "
+        f"{_listed(_FIRST, 'or')}"
+    ),
+    f"[{''.join(_REFINING)}][{''.join(_PROLONGING)}]": (
+        f"{_listed(_PROLONGING, 'and')} follow evaluations of the predictor, not "
+        f"{_listed(_REFINING, 'or')}"
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,7 @@ class Schedule:
     shift: float = 1.0
 
     def __post_init__(self) -> None:
-        unknown = set(self.steps) - STEP_NAMES.keys()
+        unknown = set(self.steps) - STEPS.keys()
         if unknown:
             raise RequestError(f"unknown step {sorted(unknown)[0]!r} in schedule: {_HELP}")
         if not 1 <= len(self.steps) <= MAX_STEPS:
@@ -57,17 +65,17 @@ class Schedule:
                 raise RequestError(f"schedule {self}: {need}")
 
     @classmethod
-    def parse(cls, text: str) -> "Schedule":
+    def parse(cls, text: str, default_shift: float = 1.0) -> "Schedule":
         """Reads `H1P5R3`, `HPPPPPRRR` or a mix of both; a count of zero drops the letter.
 
-        Behind an @ stands the shift, of two decimals at most.
+        Behind an @ stands the shift, of two decimals at most; without one it is `default_shift`.
         """
         shown = text if len(text) <= 40 else text[:40] + "..."
         if len(text) > 5 * MAX_STEPS:  # a letter and four digits for each step
             raise RequestError(
                 f"schedule {shown!r} has {len(text)} characters, allowed are {MAX_STEPS} steps"
             )
-        text, shift = read_shift(text)
+        text, shift = read_shift(text, default_shift)
         if not text or re.sub(_RUN, "", text):
             raise RequestError(f"schedule {shown!r} cannot be read: {_HELP}")
         runs = [(letter, int(count or 1)) for letter, count in _RUN.findall(text)]
@@ -88,21 +96,22 @@ class Schedule:
     @property
     def refines(self) -> bool:
         """Whether any step needs the refiner."""
-        return "R" in self.steps
+        return any(STEPS[letter].refiner for letter in self.steps)
 
     def without_refiner(self) -> "Schedule":
         """The other steps, for a pipeline that has no refiner."""
-        return Schedule(self.steps.replace("R", ""), self.shift)
+        kept = [letter for letter in self.steps if not STEPS[letter].refiner]
+        return Schedule("".join(kept), self.shift)
 
 
-def read_shift(text: str) -> tuple[str, float]:
-    """What stands before the @ in `text`, and the shift behind it, 1 where there is none.
+def read_shift(text: str, default: float = 1.0) -> tuple[str, float]:
+    """What stands before the @ in `text`, and the shift behind it, `default` where there is none.
 
     Raises RequestError for a shift out of range, or with more than two decimals.
     """
     steps, at, shown = text.partition("@")
     if not at:
-        return steps, 1.0
+        return steps, default
     if not re.fullmatch(_SHIFT, shown):
         raise RequestError(f"shift {shown[:20]!r} cannot be read: {_SHIFT_HELP}")
     shift = float(shown)

@@ -19,10 +19,11 @@ import flowturbo_client
 from flowturbo_client import FlowTurboClient
 
 from bench.observe import write_json
+from flowturbo.contract import Role
 from flowturbo.errors import FlowTurboError, RequestError
+from flowturbo.pipeline import Pipeline, class_label, read_pipeline
 from flowturbo.presets import DEFAULT, built_in
-from flowturbo.repository import Pipeline, Settings
-from flowturbo.request import default_guidance_scale, default_schedule
+from flowturbo.settings import Settings
 from research.quality.engine import (
     Engine,
     Exact,
@@ -67,15 +68,15 @@ class Task:
     @classmethod
     def of(cls, repository: Path, args: argparse.Namespace) -> "Task":
         """What `args` ask of `repository`; raises FlowTurboError, saying what it cannot do."""
-        pipeline, settings = Pipeline.load(repository), Settings.load(repository)
+        pipeline, settings = read_pipeline(repository), Settings.load(repository)
         check_decoder(repository, pipeline)
-        paper = built_in(has_refiner=pipeline.has_refiner)[DEFAULT]
-        default = default_schedule(pipeline, settings)
+        paper = built_in(has_refiner=pipeline.has(Role.REFINER))[DEFAULT]
+        default = pipeline.default_schedule(settings)
         texts = args.schedule or ["H8", str(paper), str(default)]
         samplers = dict.fromkeys(find_sampler(text, pipeline) for text in texts)
         scale = args.guidance_scale
         if scale is None:
-            scale = default_guidance_scale(pipeline, settings)
+            scale = pipeline.default_guidance_scale(settings)
         interval, variant = tuple(args.guidance_interval), args.variant or settings.variant
         specs = tuple(SamplingSpec(sampler, scale, interval, variant) for sampler in samplers)
         for spec in specs:
@@ -165,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _measure(args: argparse.Namespace) -> None:
     tasks = [Task.of(path, args) for path in args.repository]
-    classes = (task.pipeline.num_classes for task in tasks)
+    classes = (class_label(task.pipeline).num_classes for task in tasks)
     eyes = Evaluator.open(args.weights, args.inception, args.reference, *classes)
     rows: list[Row] = []
     print(f"schedule  precision    recognised  Fréchet distance   ({args.images} images each)")
@@ -201,7 +202,7 @@ def _row(
     said = described(spec, task.repository, source)
     words = re.sub(r"[^\w.-]+", "-", source)
     name = f"{spec}_{pipeline.precision}_{words}_{said['models']}"
-    folder = ImageFolder(images / name, said, pipeline.num_classes)
+    folder = ImageFolder(images / name, said, class_label(pipeline).num_classes)
     made, evaluations = _fill(task, folder, engine, spec, args)
     if args.npz:
         folder.to_npz(images / f"{name}.npz", args.images)

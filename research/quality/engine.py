@@ -9,18 +9,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from export.install import read_build
-from flowturbo import LocalPipeline, contract
+from flowturbo import LocalPipeline
+from flowturbo.contract import Role
 from flowturbo.errors import RepositoryError, RequestError
 from flowturbo.generate import Infer, awaited, decode, image_block, in_chunks
 from flowturbo.latents import noise
 from flowturbo.nets.checkpoint import load_predictor
 from flowturbo.nets.sit import GUIDED_CHANNELS
 from flowturbo.nets.weights import CheckpointError, sha256
-from flowturbo.presets import find_schedule
-from flowturbo.repository import Pipeline
-from flowturbo.solver.guidance import Guidance, Tensors, to_images, to_rows
-from flowturbo.solver.program import Network, PredictorCall, Variant, compile_program
+from flowturbo.pipeline import Pipeline, read_pipeline
+from flowturbo.rows import Tensors, to_images, to_rows
+from flowturbo.solver.calls import Network, PredictorCall, Variant
+from flowturbo.solver.guidance import Guidance, guide
+from flowturbo.solver.program import compile_program
 from flowturbo.solver.sampler import Array, run_sync
 from flowturbo.solver.schedule import Schedule
 from research.quality import samplers
@@ -79,17 +80,14 @@ def find_sampler(text: str, pipeline: Pipeline) -> str:
         samplers.parse(text)
         return text
     try:
-        schedule = find_schedule(text, pipeline.presets)
+        return str(pipeline.find_schedule(text))
     except RequestError as error:
         raise RequestError(f"{error}; {samplers.HELP}") from None
-    if schedule.refines and not pipeline.has_refiner:
-        raise RequestError(f"schedule {schedule} has refiner steps, and there is no refiner here")
-    return str(schedule)
 
 
 def check_decoder(repository: Path, pipeline: Pipeline) -> None:
     """Raises RepositoryError unless `pipeline`, of `repository`, makes images."""
-    if not pipeline.has_decoder:
+    if not pipeline.has(Role.DECODER):
         raise RepositoryError(f"{repository} makes latents only: export it with --vae")
 
 
@@ -133,8 +131,8 @@ class Engine(LocalPipeline):
     def _baseline(self, spec: SamplingSpec, labels: Array, seeds: Array) -> Made:
         chunked = in_chunks(awaited(self._infer), self.pipeline.max_rows)
 
-        def infer(model: str, tensors: Tensors) -> tuple[Array, ...]:
-            return run_sync(chunked(model, tensors))
+        def infer(role: Role, tensors: Tensors) -> tuple[Array, ...]:
+            return run_sync(chunked(role, tensors))
 
         counted = Counted(velocity(infer, self.pipeline, labels, spec.guidance))
         latent = samplers.parse(spec.sampler)(counted, noise(seeds, self.pipeline.latent_shape))
@@ -151,11 +149,11 @@ def schedule_evaluations(schedule: Schedule) -> tuple[int, int]:
 def velocity(infer: Infer, pipeline: Pipeline, labels: Array, guidance: Guidance) -> Velocity:
     """The guided velocity of images of the classes `labels` [n], by calls that move nothing."""
 
-    block = image_block(awaited(infer), pipeline, labels, guidance)
+    block = run_sync(image_block(awaited(infer), pipeline, labels, guidance))
 
     async def evaluate(x: Array, t: float) -> Array:
         rows = to_rows(x, guidance)
-        _, found = await block(PredictorCall(0, t), rows, np.zeros_like(rows))
+        _, found = await block(PredictorCall(0, t, t, t), rows, np.zeros_like(rows))
         return to_images(found, guidance)
 
     return lambda x, t: run_sync(evaluate(x, t))
@@ -203,9 +201,9 @@ class Exact:
 
         Raises CheckpointError for another file than the repository was exported from.
         """
-        made_from = read_build(repository / contract.PREDICTOR)["fingerprint"]
+        made_from = read_pipeline(repository).fingerprint
         options = made_from["options"]
-        if sha256(checkpoint) != made_from["sha256"][contract.PREDICTOR]:
+        if sha256(checkpoint) != made_from["sha256"][Role.PREDICTOR]:
             raise CheckpointError(
                 f"{checkpoint} is not the file that {repository} was exported from: give the one "
                 "that was exported with --predictor"
@@ -231,7 +229,7 @@ class Exact:
             v: torch.Tensor = self._network(rows, times, label)
             if guidance.applies_at(t):
                 u = self._network(rows, times, null)
-                guided = u + guidance.scale * (v - u)
+                guided = guide(v, u, guidance.scale)
                 v = torch.cat([guided[:, :channels], v[:, channels:]], 1)
             return v.numpy()
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from flowturbo_client import FlowTurboClient
 
-from flowturbo import contract
-from flowturbo.repository import BUILD_FILE, read_record
+from flowturbo.contract import Role, model_name
+from flowturbo.pipeline import class_label, read_pipeline
 from flowturbo.solver.guidance import Guidance
 from flowturbo.solver.sampler import Array
 from research.quality.engine import (
@@ -93,15 +93,16 @@ def models_digest(repository: Path) -> str:
 
     Not with what another export of the same leaves in an ONNX file, such as paths.
     """
-    stated = []
-    for path in (repository / name / BUILD_FILE for name in contract.COMPOSED):
-        build = read_record(path) if path.exists() else {}
-        made_from = build.get("fingerprint", {})
-        stated.append([build.get(key) for key in ("engine", "runtime", "precision")])
-        options = made_from.get("options")
-        if options:
-            options = {name: of for name, of in options.items() if (name, of) not in _UNSET}
-        stated.append([made_from.get("sha256"), options])
+    pipeline, stated = read_pipeline(repository), []
+    made_from = pipeline.fingerprint
+    options = {name: of for name, of in made_from["options"].items() if (name, of) not in _UNSET}
+    # Named as before pipelines had names: figures that were kept then stay valid.
+    digests = {model_name("", Role(role))[1:]: of for role, of in made_from["sha256"].items()}
+    for role in Role:
+        record = pipeline.models.get(role)
+        keys = ("engine", "runtime", "precision")
+        stated.append([getattr(record, key) if record else None for key in keys])
+        stated.append([digests, options] if record else [None, None])
     return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -180,5 +181,7 @@ def exact_distance(engine: Engine, spec: SamplingSpec, solved: Array) -> float:
     made = []
     for start in range(0, len(solved), BATCH):
         seeds = np.arange(start, min(start + BATCH, len(solved)))
-        made.append(engine.make(spec, seeds % engine.pipeline.num_classes, seeds).latent)
+        made.append(
+            engine.make(spec, seeds % class_label(engine.pipeline).num_classes, seeds).latent
+        )
     return float(distances(np.concatenate(made), solved).mean())

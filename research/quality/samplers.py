@@ -20,7 +20,7 @@ from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from scipy.integrate import solve_ivp
 
 from flowturbo.errors import RequestError
-from flowturbo.solver.program import time_grid
+from flowturbo.solver.grid import time_grid
 from flowturbo.solver.sampler import Array
 from flowturbo.solver.schedule import read_shift
 

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from bench.observe import hardware, write_json
-from flowturbo import contract
+from flowturbo.contract import Role
 from flowturbo.errors import FlowTurboError
-from flowturbo.repository import BUILD_FILE, Pipeline, Settings, read_record
-from flowturbo.request import default_guidance_scale
+from flowturbo.pipeline import class_label, read_pipeline
+from flowturbo.settings import Settings
 from flowturbo.solver.guidance import Guidance
 from flowturbo.solver.schedule import Schedule, read_shift
 from flowturbo.textfile import read_json
@@ -103,7 +103,7 @@ def _measure(study: Study, args: argparse.Namespace) -> None:
     guided = args.guided_scale
     if guided is None:
         served = Settings.load(args.repository)
-        guided = default_guidance_scale(Pipeline.load(args.repository), served)
+        guided = read_pipeline(args.repository).default_guidance_scale(served)
     bench = _bench(args)
     settings = {
         "hardware": {name: value for name, value in hardware().items() if name != "gib"},
@@ -149,7 +149,7 @@ def _can_run(point: Point, bench: Bench) -> bool:
     engine, schedule = bench.engines.get(point.repository), point.spec.schedule
     if engine is None or schedule is None:
         return engine is not None
-    return engine.pipeline.has_refiner or not schedule.refines
+    return engine.pipeline.has(Role.REFINER) or not schedule.refines
 
 
 def _check_same(study: Study, settings: Study, path: Path) -> None:
@@ -181,7 +181,10 @@ def _bench(args: argparse.Namespace) -> Bench:
             args.predictor or args.weights / "predictor.safetensors", args.repository
         ),
         Evaluator.open(
-            args.weights, args.inception, args.reference, engines[MAIN].pipeline.num_classes
+            args.weights,
+            args.inception,
+            args.reference,
+            class_label(engines[MAIN].pipeline).num_classes,
         ),
         args.work,
         args.rounds,
@@ -190,14 +193,14 @@ def _bench(args: argparse.Namespace) -> Bench:
 
 def _check_predictor(one: Path, other: Path) -> None:
     """Raises ValueError unless two repositories differ in their refiners alone."""
-    for model in (contract.PREDICTOR, contract.DECODER):
-        builds = [read_record(path / model / BUILD_FILE) for path in (one, other)]
+    pipelines = [read_pipeline(path) for path in (one, other)]
+    for role in (Role.PREDICTOR, Role.DECODER):
         stated = [
-            (*(build[key] for key in _FORM), build["fingerprint"]["sha256"][model])
-            for build in builds
+            (*(getattr(each.models[role], key) for key in _FORM), each.fingerprint["sha256"][role])
+            for each in pipelines
         ]
         if stated[0] != stated[1]:
-            raise ValueError(f"{one} has another {model} than {other}: {stated[0]}, {stated[1]}")
+            raise ValueError(f"{one} has another {role} than {other}: {stated[0]}, {stated[1]}")
 
 
 def _done(study: Study, point: Point, bench: Bench) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from flowturbo.latents import noise
+from flowturbo.pipeline import class_label
 from flowturbo.solver.guidance import Guidance
 from flowturbo.solver.sampler import Array
 from research.quality.engine import BATCH, Engine, Exact, Made, SamplingSpec, distances
@@ -44,7 +45,9 @@ class Bench:
         spec, engine = point.spec, self.engines[point.repository]
         said = described(spec, self.repositories[point.repository], "process")
         name = f"{point.repository}_{spec}_{said['models']}"
-        folder = ImageFolder(self.work / "images" / name, said, engine.pipeline.num_classes)
+        folder = ImageFolder(
+            self.work / "images" / name, said, class_label(engine.pipeline).num_classes
+        )
         figures = self._beside_baseline(engine, point, folder)
         folder.fill(point.images, Local(engine, spec))
         stated = {"repository": point.repository, "models": said["models"], **asdict(spec)}
@@ -53,7 +56,7 @@ class Bench:
     def seconds_an_evaluation(self) -> float:
         """Of one row of the predictor, with a share of the decoder: for an estimate."""
         engine, seeds = self.engines[MAIN], np.arange(BATCH)
-        labels = seeds % engine.pipeline.num_classes
+        labels = seeds % class_label(engine.pipeline).num_classes
         spec = SamplingSpec(BASELINE, 1.0)
         engine.make(spec, labels, seeds)  # the first is slower
         seconds, made = _timed(engine, spec, labels, seeds)

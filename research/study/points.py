@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flowturbo.solver.program import Variant
+from flowturbo.solver.calls import Variant
 from research.quality.engine import SamplingSpec
 from research.study.refiners import REFINERS
 

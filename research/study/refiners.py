@@ -15,7 +15,7 @@ from pathlib import Path
 
 from flowturbo.errors import FlowTurboError
 from flowturbo.nets.weights import sha256
-from flowturbo.repository import Pipeline
+from flowturbo.pipeline import read_pipeline
 from training.__main__ import glyph_latents
 from training.shards import Shards
 
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _train(args: argparse.Namespace) -> None:
     weights, out = args.weights, args.out
-    pipeline = Pipeline.load(args.repository)
+    pipeline = read_pipeline(args.repository)
     data = args.data or glyph_latents(weights / "vae", args.runs)
     shards = Shards(data)
     for name, options in REFINERS.items():

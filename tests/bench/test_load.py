@@ -16,7 +16,7 @@ from bench.downloads import made_whole
 from bench.observe import listening_process, observing
 from bench.perf_analyzer import Answer, Load, PerfAnalyzerError, Result, entry
 from flowturbo import contract
-from flowturbo.generate import models_called
+from flowturbo.generate import roles_called
 from flowturbo.serving.tritonserver import ServerAddress
 from flowturbo.solver.program import compile_program
 from flowturbo.solver.schedule import Schedule
@@ -61,7 +61,7 @@ def check_overload(point: load.Point) -> None:
     assert sum(counts.values()) == round(point["rate"] * point["seconds"])
     assert point["server"]["requests"] == sum(counts.values())
     # Those that were refused cost no evaluation.
-    calls = models_called(compile_program(Schedule.parse(load.SCHEDULE)))
+    calls = roles_called(compile_program(Schedule.parse(load.SCHEDULE)))
     for model in (contract.PREDICTOR, contract.REFINER):
         rows = point["server"]["models"][model]["rows"]
         assert rows == 2 * calls.count(model) * counts["answered"]

@@ -32,10 +32,10 @@ from export.deployment import Deployment, model_config
 from export.engine import EngineError, _strong_typing, build_engine, find_builders
 from flowturbo import LocalPipeline, contract
 from flowturbo.gpu import Gpu, GpuError, usable_gpus
+from flowturbo.rows import Tensors
 from flowturbo.runtimes import open_model
 from flowturbo.serving.engines import check_engines, check_gpus
 from flowturbo.serving.installation import SetupError
-from flowturbo.solver.guidance import Tensors
 
 
 def builds_of(repository: Path) -> dict[str, dict[str, Any]]:

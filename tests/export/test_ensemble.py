@@ -18,7 +18,8 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 from flowturbo import LocalPipeline, contract
 from flowturbo.ensemble import block_steps, ensemble_name
 from flowturbo.serving.tritonserver import ServerAddress, running_server
-from flowturbo.solver.program import BlockCall, Program, RefinerCall, Variant, compile_program
+from flowturbo.solver.calls import BlockCall, RefinerCall, Variant
+from flowturbo.solver.program import Program, compile_program
 from flowturbo.solver.sampler import sample
 from flowturbo.solver.schedule import Schedule
 

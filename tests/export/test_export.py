@@ -18,16 +18,17 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 import export.pipeline
 from bench.networks import SMALL
 from export.__main__ import _options
-from export.blocks import PredictorBlock
 from export.install import install, installed_fingerprint
 from export.onnx_graph import ExportTarget, export_onnx
 from export.parity import torch_figures
 from flowturbo import LocalPipeline, contract
 from flowturbo.errors import RepositoryError
+from flowturbo.nets.blocks import PredictorBlock
 from flowturbo.nets.sit import SiT
 from flowturbo.parity import TOLERANCES, VerificationError
-from flowturbo.repository import Pipeline, Settings
+from flowturbo.pipeline import Pipeline
 from flowturbo.runtimes import open_model
+from flowturbo.settings import Settings
 
 
 def test_a_file_that_computes_something_else_is_refused(tmp_path: Path) -> None:

@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 
 from bench.networks import SMALL, random_network
-from export.blocks import RefinerBlock
+from flowturbo.nets.blocks import RefinerBlock
 from flowturbo.nets.sit import SiT, refiner_config
-from flowturbo.solver.guidance import Guidance, block_inputs, interleave
-from flowturbo.solver.program import RefinerCall, Schedule, Variant, compile_program
+from flowturbo.rows import block_inputs, interleave
+from flowturbo.solver.calls import RefinerCall, Variant
+from flowturbo.solver.guidance import Guidance
+from flowturbo.solver.program import compile_program
+from flowturbo.solver.schedule import Schedule
 
 pytestmark = pytest.mark.unit
 

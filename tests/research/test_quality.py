@@ -19,8 +19,9 @@ from torch import nn
 from flowturbo.errors import FlowTurboError, RequestError
 from flowturbo.latents import noise
 from flowturbo.nets.weights import CheckpointError
-from flowturbo.repository import Pipeline, Settings
+from flowturbo.pipeline import Pipeline
 from flowturbo.serving.tritonserver import ServerAddress
+from flowturbo.settings import Settings
 from flowturbo.solver.guidance import Guidance
 from flowturbo.textfile import TextFileError
 from research.quality import __main__ as command

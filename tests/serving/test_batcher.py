@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from flowturbo.rows import Tensors
 from flowturbo.serving.batcher import MAX_SKIPPED, Batcher, Outputs
-from flowturbo.solver.guidance import Tensors
 
 pytestmark = pytest.mark.unit
 

@@ -19,16 +19,16 @@ from tritonclient.utils import InferenceServerException
 
 from bench.networks import SMALL
 from export import ensemble
-from export.blocks import PredictorBlock
 from export.onnx_graph import ExportTarget
 from export.parity import torch_figures
 from export.peaks import LARGEST, PeakOf, watched_figures
 from flowturbo import LocalPipeline, contract
 from flowturbo.errors import NotFiniteError, RequestError
 from flowturbo.generate import check_finite
+from flowturbo.nets.blocks import PredictorBlock
 from flowturbo.nets.sit import SiT
-from flowturbo.repository import Settings
 from flowturbo.serving.tritonserver import running_server
+from flowturbo.settings import Settings
 from flowturbo.solver.schedule import Schedule
 
 BAD_LABEL = 5

@@ -31,7 +31,7 @@ from flowturbo import LocalPipeline, contract
 from flowturbo.generate import program_for
 from flowturbo.request import parse_request
 from flowturbo.serving.tritonserver import ServerAddress, running_server
-from flowturbo.solver.program import Variant
+from flowturbo.solver.calls import Variant
 
 ReadMetrics = Callable[[ServerAddress], dict[str, float]]
 # As much as one request may ask for: 250 steps of 128 rows. No test waits for its end.

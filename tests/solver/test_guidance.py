@@ -5,8 +5,9 @@ import pytest
 
 from flowturbo import Schedule, compile_program, sample
 from flowturbo.errors import RequestError
-from flowturbo.solver.guidance import Guidance, Tensors, guided_block, to_images, to_rows
-from flowturbo.solver.program import BlockCall, Network, PredictorCall
+from flowturbo.rows import Tensors, guided_block, to_images, to_rows
+from flowturbo.solver.calls import BlockCall, Network, PredictorCall
+from flowturbo.solver.guidance import Guidance
 from flowturbo.solver.sampler import Array, run_sync, sample_async
 
 pytestmark = pytest.mark.unit

@@ -8,7 +8,8 @@ import pytest
 from flowturbo import Schedule, Variant, compile_program, sample
 from flowturbo.errors import RequestError
 from flowturbo.generate import program_for
-from flowturbo.solver.program import BlockCall, Network, RefinerCall, time_grid
+from flowturbo.solver.calls import BlockCall, Network, RefinerCall
+from flowturbo.solver.grid import time_grid
 from flowturbo.solver.sampler import Array, Block
 from flowturbo.solver.schedule import MAX_STEPS
 

@@ -5,6 +5,8 @@ from torch import Tensor, nn
 
 from flowturbo.nets.sit import SiT
 from flowturbo.nets.vae import Decoder, to_levels
+from flowturbo.solver.calls import PredictorScalars, RefinerScalars
+from flowturbo.solver.guidance import guide
 
 Members = tuple[Tensor, Tensor]  # of each row's pair, the conditional and the unconditional row
 
@@ -13,7 +15,7 @@ class StepBlock(nn.Module):
     """A network with guidance, for rows that each have their own coefficients.
 
     Inputs as in `flowturbo.contract`: x and velocity [B, C, h, w], label [B, 1], scalars [B, 5],
-    pair [B, 1]. The equations and the columns of `scalars` are those of `flowturbo.solver.program`.
+    pair [B, 1]. The equations and the columns of `scalars` are those of `flowturbo.solver.calls`.
     Guidance acts on the first `guidance_channels` channels; the others keep the row's own output,
     as in SiT. The network computes in the type of its parameters, all else in float32.
     """
@@ -33,7 +35,7 @@ class StepBlock(nn.Module):
         conditional, unconditional = members
         guided, rest = output[:, : self.guidance_channels], output[:, self.guidance_channels :]
         c, u = guided[conditional], guided[unconditional]
-        guided = u + scale * (c - u)  # for a row without a partner its own output
+        guided = guide(c, u, scale)  # for a row without a partner its own output
         whole = self.guidance_channels == self.network.config.latent_channels
         return guided if whole else torch.cat([guided, rest], 1)
 
@@ -44,11 +46,11 @@ class PredictorBlock(StepBlock):
     def forward(
         self, x: Tensor, velocity: Tensor, label: Tensor, scalars: Tensor, pair: Tensor
     ) -> tuple[Tensor, Tensor]:
-        t, euler, w_prev, w_next, scale = columns(scalars)
+        row = PredictorScalars(*columns(scalars))
         members = partners(pair[:, 0])
-        read = shared(x + euler * velocity, members)
-        velocity_next = self.evaluate(read, t, label, members, scale)
-        return x + w_prev * velocity + w_next * velocity_next, velocity_next
+        read = shared(x + row.euler * velocity, members)
+        velocity_next = self.evaluate(read, row.t, label, members, row.scale)
+        return x + row.w_prev * velocity + row.w_next * velocity_next, velocity_next
 
 
 class RefinerBlock(StepBlock):
@@ -57,16 +59,16 @@ class RefinerBlock(StepBlock):
     def forward(
         self, x: Tensor, velocity: Tensor, label: Tensor, scalars: Tensor, pair: Tensor
     ) -> tuple[Tensor, Tensor]:
-        t, end, scale, scale_end, reads_refined = columns(scalars)
-        members, h = partners(pair[:, 0]), end - t
+        row = RefinerScalars(*columns(scalars))
+        members, h = partners(pair[:, 0]), row.end - row.t
 
         def refine(v: Tensor, x: Tensor, read: Tensor, t: Tensor, scale: Tensor) -> Tensor:
             both = torch.cat([shared(x, members), read], 1)
             return v + self.evaluate(both, t, label, members, scale)
 
-        d = refine(velocity, x, velocity, t, scale)
-        read = torch.where(reads_refined > 0.5, d, velocity)
-        d_next = refine(d, x + h * d, read, end, scale_end)
+        d = refine(velocity, x, velocity, row.t, row.scale)
+        read = torch.where(row.reads_refined > 0.5, d, velocity)
+        d_next = refine(d, x + h * d, read, row.end, row.scale_end)
         return x + h / 2 * (d + d_next), d
 
 

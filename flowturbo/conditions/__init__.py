@@ -1,0 +1,108 @@
+"""What an image is to show: each kind of condition is one file, and one entry of KINDS.
+
+A condition states which request inputs it takes and which block inputs it makes of them. The
+orchestrator, the export and the ensembles know no more than this interface.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping, Sized
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import numpy as np
+
+from flowturbo.conditions.class_label import ClassLabel
+from flowturbo.contract import COMMON_INPUTS, COMMON_OUTPUTS, PIPELINE_INPUT, Role, Specs
+from flowturbo.errors import RepositoryError, RequestError
+
+Tensors = dict[str, np.ndarray]
+# Evaluates a composed model of the pipeline: its role and inputs [rows, ...] to its outputs.
+AwaitedInfer = Callable[[Role, Tensors], Awaitable[tuple[np.ndarray, ...]]]
+
+
+class Condition(Protocol):
+    """What a pipeline's images are conditioned on."""
+
+    kind: ClassVar[str]
+    request_inputs: ClassVar[Specs]
+    request_outputs: ClassVar[Specs]
+    block_inputs: ClassVar[Specs]
+
+    @property
+    def can_guide(self) -> bool:
+        """Whether there is an unconditional value."""
+        ...
+
+    def parse(self, tensors: Mapping[str, np.ndarray], max_images: int) -> Sized:
+        """The checked value of a request, one entry per image; raises RequestError."""
+        ...
+
+    async def encode(self, value: Any, infer: AwaitedInfer) -> Tensors:
+        """The block inputs of `value`, [n, ...] each."""
+        ...
+
+    def null(self) -> Tensors:
+        """The unconditional block inputs, [1, ...] each; only where `can_guide`."""
+        ...
+
+    def request(self, value: Any) -> Tensors:
+        """The request inputs that ask for `value` again."""
+        ...
+
+    def answer(self, value: Any) -> Tensors:
+        """The condition's request outputs for `value`."""
+        ...
+
+    def sample(self, rows: int, generator: np.random.Generator) -> Tensors:
+        """Block inputs [rows, ...] of random values, for checks of the networks."""
+        ...
+
+    def example(self, images: int) -> Tensors:
+        """Request inputs that ask for some `images` images, for checks of the service."""
+        ...
+
+    def record(self) -> dict[str, Any]:
+        """What the pipeline's record says of it, beside its kind."""
+        ...
+
+    def described(self) -> dict[str, Any]:
+        """What callers are told of it: request inputs, sizes, names."""
+        ...
+
+
+KINDS = {each.kind: each for each in (ClassLabel,)}
+
+T = TypeVar("T")
+
+
+def read_condition(stated: Mapping[str, Any]) -> Condition:
+    """The condition of a pipeline's record; raises RepositoryError for an unknown kind."""
+    options = dict(stated)
+    kind = options.pop("kind", None)
+    if kind not in KINDS:
+        raise RepositoryError(f"condition {kind!r} is unknown, known are {', '.join(KINDS)}")
+    return KINDS[kind].of_record(options)
+
+
+def write_condition(condition: Condition) -> dict[str, Any]:
+    """What `read_condition` reads."""
+    return {"kind": condition.kind, **condition.record()}
+
+
+def _conditioned_inputs() -> Specs:
+    return tuple(dict.fromkeys(spec for each in KINDS.values() for spec in each.request_inputs))
+
+
+def _conditioned_outputs() -> Specs:
+    return tuple(dict.fromkeys(spec for each in KINDS.values() for spec in each.request_outputs))
+
+
+# All that the orchestrator takes and answers: a pipeline refuses what is not its own.
+REQUEST_INPUTS = (PIPELINE_INPUT, *_conditioned_inputs(), *COMMON_INPUTS)
+REQUEST_OUTPUTS = (*COMMON_OUTPUTS[:-2], *_conditioned_outputs(), *COMMON_OUTPUTS[-2:])
+
+
+def refuse_others(name: str, condition: Condition, given: Mapping[str, object]) -> None:
+    """Raises RequestError for an input of another kind of condition than pipeline `name` takes."""
+    takes = [spec.name for spec in condition.request_inputs]
+    for spec in _conditioned_inputs():
+        if spec.name in given and spec.name not in takes:
+            raise RequestError(f"pipeline {name} takes {' or '.join(takes)}, not {spec.name}")

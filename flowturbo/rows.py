@@ -1,0 +1,93 @@
+"""A block call as tensors: images to rows, and the named inputs of a step block.
+
+A guided sample is two adjacent rows, conditional then unconditional.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping
+
+import numpy as np
+
+from flowturbo.contract import PAIR, SCALARS, VELOCITY, X
+from flowturbo.solver.calls import BlockCall, Network
+from flowturbo.solver.guidance import Guidance
+from flowturbo.solver.sampler import Array, AwaitedBlock
+
+Tensors = dict[str, Array]
+# Evaluates a step block on its named input tensors (contract.py), answers (x_next, velocity_next).
+RunBlock = Callable[[Network, Tensors], Awaitable[tuple[Array, Array]]]
+
+
+def to_rows(images: Array, guidance: Guidance) -> Array:
+    """One value per image, [n, ...], to one per row: [2n, ...] with guidance, else unchanged."""
+    return np.repeat(images, 2, axis=0) if guidance.enabled else images
+
+
+def to_images(rows: Array, guidance: Guidance) -> Array:
+    """One value per row to one per image: those of the conditional rows."""
+    return rows[::2] if guidance.enabled else rows
+
+
+def interleave(conditional: Array, unconditional: Array) -> Array:
+    """[n, ...] and [1, ...] to [2n, ...]: conditional, unconditional, conditional, ..."""
+    out = np.repeat(conditional, 2, axis=0)
+    out[1::2] = unconditional
+    return out
+
+
+def guided_block(
+    run: RunBlock,
+    conditioning: Mapping[str, Array],
+    null: Mapping[str, Array],
+    guidance: Guidance,
+) -> AwaitedBlock:
+    """The sampler's block over `run`, for images with `conditioning` (tensors [n, ...]).
+
+    `null` holds the unconditional value of each tensor ([1, ...]), and nothing where guidance is
+    not enabled. The state has one or two rows per image throughout. A call outside the guidance
+    interval sends the conditional ones alone and costs half. A refiner step of which one evaluation
+    is inside the interval sends both, with scale 1 for the other evaluation.
+    """
+    paired = {name: interleave(value, null[name]) for name, value in conditioning.items() if null}
+
+    async def block(call: BlockCall, x: Array, v: Array) -> tuple[Array, Array]:
+        if any(guidance.applies_at(t) for t in call.times):
+            return await run(call.network, block_inputs(call, x, v, paired, guidance, guided=True))
+        x, v = to_images(x, guidance), to_images(v, guidance)
+        inputs = block_inputs(call, x, v, conditioning, guidance, guided=False)
+        x_next, v_next = await run(call.network, inputs)
+        return to_rows(x_next, guidance), to_rows(v_next, guidance)
+
+    return block
+
+
+def block_inputs(
+    call: BlockCall,
+    x: Array,
+    v: Array,
+    conditioning: Mapping[str, Array],
+    guidance: Guidance,
+    *,
+    guided: bool,
+) -> Tensors:
+    """The named tensors of one block call; unless `guided`, rows stand alone."""
+    return {
+        X: x,
+        VELOCITY: v,
+        SCALARS: scalar_rows(call, len(x), guidance),
+        PAIR: pair_rows(len(x), guided=guided),
+        **conditioning,
+    }
+
+
+def scalar_rows(call: BlockCall, rows: int, guidance: Guidance) -> Array:
+    """The block's `scalars` tensor, [rows, 5] float32: every row has the same."""
+    row = np.array(call.scalars(guidance.scale_at), dtype=np.float32)
+    return np.tile(row, (rows, 1))
+
+
+def pair_rows(rows: int, *, guided: bool) -> Array:
+    """The block's `pair` tensor, [rows, 1] int32: 1 and -1 in turn, or 0 throughout."""
+    pair = np.zeros((rows, 1), dtype=np.int32)
+    if guided:
+        pair[::2], pair[1::2] = 1, -1
+    return pair

@@ -1,0 +1,341 @@
+"""The orchestrator without Triton: admission, deadlines, cancellation, and one answer per request.
+
+`handle` checks and admits a request and returns at once. Each admitted one is a coroutine under the
+batcher or, if it is alone, one call of an ensemble. Steps of different requests, at different
+places of different schedules, of whichever pipeline, share batches and the device.
+"""
+
+import logging
+import math
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from flowturbo.conditions import REQUEST_OUTPUTS
+from flowturbo.contract import IMAGE, LATENT, PIPELINES, Role
+from flowturbo.ensemble import ensemble_for, ensemble_inputs
+from flowturbo.errors import BusyError, CancelledError, DeadlineError, UnavailableError
+from flowturbo.generate import (
+    AwaitedInfer,
+    as_json,
+    complete,
+    make_images,
+    program_for,
+    roles_called,
+)
+from flowturbo.pipeline import Pipeline, default_name
+from flowturbo.request import GenerationRequest, named_pipeline, parse_request
+from flowturbo.rows import Tensors
+from flowturbo.serving.batcher import Batcher
+from flowturbo.serving.deadlines import Deadlines
+from flowturbo.serving.outcomes import outcome_of
+from flowturbo.settings import Settings
+from flowturbo.solver.calls import Variant
+from flowturbo.solver.program import Program
+
+IDLE_BEFORE_ENSEMBLE_S = 1.0  # after so long alone, a request need not wait to share its batches
+CANCEL_CHECK_S = 0.02  # asking the server whether a caller is still there costs a round trip
+UNKNOWN = "unknown"  # the pipeline of a request that was refused before it was known
+_logger = logging.getLogger(__name__)
+
+# Evaluates a Triton model: its name, inputs and the wanted outputs, to these in order.
+Call = Callable[[str, Tensors, Sequence[str]], tuple[np.ndarray, ...]]
+
+
+class Sender(Protocol):
+    """The way back to one caller."""
+
+    def response(self, result: Tensors | BaseException) -> Any:
+        """The answer to send; raises what keeps `result` from being sent."""
+        ...
+
+    def send(self, response: Any) -> None:
+        """Sends the one final answer; nothing may follow."""
+        ...
+
+    def is_cancelled(self) -> bool:
+        """Whether the caller has gone; not to be asked once the answer is out."""
+        ...
+
+
+class Metrics(Protocol):
+    """What is counted (flowturbo.serving.metrics)."""
+
+    def inflight(self, pipeline: str, count: int) -> None: ...
+
+    def executed(self, pipeline: str, rows: Mapping[str, int]) -> None: ...
+
+    def finished(self, pipeline: str, outcome: str, seconds: float) -> None: ...
+
+
+@dataclass
+class Job:
+    """One request on its way: when it came and must be done (monotonic s), and its sender.
+
+    `executed` counts its rows in each model's calls.
+    """
+
+    sender: Sender
+    arrived: float
+    deadline: float
+    timeout_s: float
+    pipeline: str = UNKNOWN
+    executed: Counter[str] = field(default_factory=Counter)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    answered: bool = False
+    last_cancel_check: float = field(default_factory=time.monotonic)
+    cancelled: bool = False
+
+    def check(self, workers: ThreadPoolExecutor) -> None:
+        """Raises once the deadline has passed or the caller is known to have gone.
+
+        One of `workers` asks whether it has: this thread has batches to run.
+        """
+        now = time.monotonic()
+        if now >= self.deadline:
+            raise self.expired()
+        if self.cancelled:
+            raise CancelledError("the request was cancelled by its caller")
+        if now - self.last_cancel_check >= CANCEL_CHECK_S:
+            self.last_cancel_check = now
+            workers.submit(self._look)
+
+    def _look(self) -> None:
+        with self.lock:  # the sender must not be asked once the answer is out
+            if not self.answered:
+                self.cancelled = self.sender.is_cancelled()
+
+    def expired(self) -> DeadlineError:
+        """The answer once the deadline has passed."""
+        return DeadlineError(f"the deadline of {self.timeout_s:g} s passed before the end")
+
+
+class Service:
+    """Serves `pipelines` by `call`; `check` raises before the first answer if a model is off.
+
+    `instances` batches of each model run at a time where models have GPUs of their own. Raises
+    RepositoryError for settings that the pipelines do not allow.
+    """
+
+    def __init__(
+        self,
+        pipelines: Mapping[str, Pipeline],
+        settings: Settings,
+        call: Call,
+        metrics: Metrics,
+        check: Callable[[], None] = lambda: None,
+        instances: int = 1,
+    ) -> None:
+        self._pipelines = pipelines
+        self._settings = settings
+        self._call = call
+        self._metrics = metrics
+        self._check = check
+        self._default = default_name(pipelines, settings)
+        # Fail fast: what no request could use is an error now.
+        self._described = as_json([each.described(settings) for each in pipelines.values()])
+        self._models = {
+            pipeline.model(role): (pipeline, role)
+            for pipeline in pipelines.values()
+            for role in pipeline.models
+        }
+        self._batcher = Batcher(
+            self._call_block,
+            {model: pipeline.max_rows for model, (pipeline, _) in self._models.items()},
+            shared=[model for model, (of, role) in self._models.items() if not of.on_gpu],
+            instances=instances,
+        )
+        self._deadlines = Deadlines(self._expire)
+        self._inflight: Counter[str] = Counter()
+        self._closing = False
+        self._last_concurrent_at = -math.inf  # when requests were last together here (monotonic s)
+        self._left = threading.Condition()  # and the lock of these four
+        self._workers = _all_threads(settings.max_inflight)
+
+    def handle(
+        self,
+        sender: Sender,
+        read: Callable[[], tuple[Tensors, Sequence[str]]],
+        timeout_s: float | None = None,
+    ) -> None:
+        """Takes a request over; it is answered exactly once, by `sender`.
+
+        `read` gives its input tensors and the names of the outputs asked for. Its errors are
+        answers too.
+        """
+        arrived = time.monotonic()
+        timeout_s = timeout_s or self._settings.default_timeout_s
+        job = Job(sender, arrived, arrived + timeout_s, timeout_s)
+        try:
+            tensors, wanted = read()
+            if list(wanted) == [PIPELINES]:
+                self._answer(job, {PIPELINES: self._described})
+                return
+            job.pipeline = named_pipeline(tensors, self._pipelines, self._default)
+            pipeline = self._pipelines[job.pipeline]
+            self._start(job, parse_request(tensors, wanted, pipeline, self._settings))
+        except Exception as error:
+            self._answer(job, error)
+
+    def close(self) -> None:
+        """Refuses what comes from now on, and lets the requests in flight finish."""
+        with self._left:
+            self._closing = True
+            self._left.wait_for(lambda: self._inflight.total() == 0)
+        self._batcher.close()
+        self._workers.shutdown(wait=True)
+        self._deadlines.close()
+
+    def _start(self, job: Job, request: GenerationRequest) -> None:
+        self._admit(job)
+        ticket = None
+        try:
+            ticket = self._deadlines.add(job, job.deadline)
+            self._workers.submit(self._work, job, ticket, request)
+        except BaseException:
+            self._leave(job)
+            if ticket is None or self._deadlines.done(ticket):
+                raise
+
+    def _admit(self, job: Job) -> None:
+        """Takes a place in flight, or raises: there is no queue, so that refusal comes at once."""
+        with self._left:
+            if self._closing:
+                raise UnavailableError("the server is stopping: ask another, or try again later")
+            together = self._inflight.total()
+            if together >= self._settings.max_inflight:
+                raise BusyError(
+                    f"server is full: {together} requests in flight, at most "
+                    f"{self._settings.max_inflight} are allowed; try again later"
+                )
+            self._inflight[job.pipeline] += 1
+            if together:
+                self._last_concurrent_at = time.monotonic()
+            self._metrics.inflight(job.pipeline, self._inflight[job.pipeline])
+
+    def _leave(self, job: Job) -> None:
+        with self._left:
+            self._inflight[job.pipeline] -= 1
+            self._metrics.inflight(job.pipeline, self._inflight[job.pipeline])
+            self._left.notify_all()
+
+    def _expire(self, job: Job) -> None:
+        """Answers at the deadline, whatever the worker waits for; its own answer is dropped."""
+        try:
+            self._answer(job, job.expired())
+        except Exception:
+            _logger.exception("answer at a deadline failed")
+
+    def _work(self, job: Job, ticket: int, request: GenerationRequest) -> None:
+        """Runs one admitted request; whatever happens, its one response is sent."""
+
+        def made(result: Tensors | BaseException) -> None:
+            # On a thread that has batches to run: what remains is for another.
+            self._workers.submit(self._finish, job, ticket, request, result)
+
+        pipeline = self._pipelines[job.pipeline]
+        try:
+            self._check()
+            variant = Variant(self._settings.variant)
+            program = program_for(request.schedule, variant, request.times)
+            ensemble = ensemble_for(request, pipeline, self._settings.variant)
+            idle_s = time.monotonic() - self._last_concurrent_at
+            if ensemble and idle_s > IDLE_BEFORE_ENSEMBLE_S:
+                images = self._by_ensemble(job, request, program, ensemble)
+            else:
+                infer = self._infer_for(job, pipeline)
+                self._batcher.start(make_images(request, pipeline, program, infer), made)
+                return
+        except BaseException as error:
+            self._finish(job, ticket, request, error)
+        else:
+            self._finish(job, ticket, request, images)
+
+    def _by_ensemble(
+        self, job: Job, request: GenerationRequest, program: Program, ensemble: str
+    ) -> Tensors:
+        """One call for all steps: nothing can share its batches, and it cannot be stopped."""
+        job.check(self._workers)
+        wanted = [IMAGE] * request.needs_decoder + [LATENT] * (LATENT in request.outputs)
+        if not wanted:
+            return {}
+        pipeline = self._pipelines[job.pipeline]
+        made = self._call(ensemble, ensemble_inputs(request, pipeline), wanted)
+        for role in roles_called(program):
+            job.executed[pipeline.model(role)] += request.rows
+        if request.needs_decoder:
+            job.executed[pipeline.model(Role.DECODER)] = request.images
+        return dict(zip(wanted, made, strict=True))
+
+    def _infer_for(self, job: Job, pipeline: Pipeline) -> AwaitedInfer:
+        async def infer(role: Role, tensors: Tensors) -> tuple[np.ndarray, ...]:
+            job.check(self._workers)
+            model = pipeline.model(role)
+            outputs = await self._batcher.infer(model, tensors)
+            job.executed[model] += len(outputs[0])
+            return outputs
+
+        return infer
+
+    def _call_block(self, model: str, tensors: Tensors) -> tuple[np.ndarray, ...]:
+        """One blocking evaluation of a composed model, its outputs in the contract's order."""
+        pipeline, role = self._models[model]
+        return self._call(model, tensors, [spec.name for spec in pipeline.tensors(role)[1]])
+
+    def _finish(
+        self, job: Job, ticket: int, request: GenerationRequest, made: Tensors | BaseException
+    ) -> None:
+        """Answers with what was made for the request, or why nothing was."""
+        result = made
+        if not isinstance(result, BaseException):
+            try:
+                if PIPELINES in request.outputs:
+                    result = {**result, PIPELINES: self._described}
+                result = complete(request, self._pipelines[job.pipeline], self._settings, result)
+            except BaseException as error:
+                result = error
+        in_time = self._deadlines.done(ticket)
+        try:
+            # Free before the answer is out: a caller in a loop must not find its place taken.
+            self._leave(job)
+        finally:
+            if in_time:
+                self._answer(job, result)
+        self._metrics.executed(job.pipeline, job.executed)
+
+    def _answer(self, job: Job, result: Tensors | BaseException) -> None:
+        """Sends the one final response; the request must not be touched afterwards."""
+        try:
+            response = job.sender.response(result)
+        except BaseException as error:
+            result = error
+            response = job.sender.response(error)
+        # Counted first: whoever has the answer finds it in the metrics.
+        self._metrics.finished(job.pipeline, outcome_of(result), time.monotonic() - job.arrived)
+        try:
+            with job.lock:
+                job.answered = True
+                job.sender.send(response)
+        except Exception:
+            # The way back is closed by now: nothing more can be sent.
+            _logger.exception("an answer could not be sent")
+
+
+def in_contract_order(asked: Sequence[str]) -> list[str]:
+    """The outputs `asked` for, in the contract's order."""
+    return [spec.name for spec in REQUEST_OUTPUTS if spec.name in asked]
+
+
+def _all_threads(count: int) -> ThreadPoolExecutor:
+    """A pool whose threads all run: no request can fail for want of one."""
+    pool, started = ThreadPoolExecutor(count, "flowturbo"), threading.Barrier(count + 1)
+    for _ in range(count):
+        pool.submit(started.wait)
+    started.wait()
+    return pool
