@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flowturbo.generate import LARGEST_TRAINED_STEP
 from flowturbo.nets.sit import GUIDED_CHANNELS
-from flowturbo.solver.guidance import MAX_SCALE
+from flowturbo.solver.guidance import MAX_SCALE, guide
 from training.data import Latents, LatentSource
 from training.loop import local_rows
 from training.plan import PlanError
@@ -139,7 +139,7 @@ def regression_loss(
             null = torch.full_like(label, null_label)
             c, u = (predictor(x, t, y).float() for y in (data.label, null))
             own = torch.where((first == null_label)[:, None, None, None], u, c)
-            mixed = u + draws.scale[:, None, None, None] * (c - u)
+            mixed = guide(c, u, draws.scale[:, None, None, None])
             guided = objective.guided_channels
             velocity, moved = (torch.cat([mixed[:, :guided], v[:, guided:]], 1) for v in (own, c))
         x_next = x + step * moved

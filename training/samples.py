@@ -1,18 +1,22 @@
 """Pictures of what a refiner makes while it is trained."""
 
 from contextlib import AbstractContextManager
-from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowturbo.latents import noise
+from flowturbo.nets.blocks import PredictorBlock, RefinerBlock
 from flowturbo.nets.sit import GUIDED_CHANNELS, SiT
 from flowturbo.nets.vae import Decoder
-from flowturbo.solver.grid import time_grid
-from flowturbo.solver.guidance import MAX_SCALE
+from flowturbo.rows import pair_rows, scalar_rows
+from flowturbo.solver.calls import BlockCall, Network
+from flowturbo.solver.guidance import MAX_SCALE, Guidance
+from flowturbo.solver.program import compile_program
+from flowturbo.solver.sampler import sample
 from flowturbo.solver.schedule import Schedule
 from training.loop import device
 from training.plan import PlanError
@@ -22,8 +26,7 @@ class RefinerPreview:
     """A grid of images, the same classes from the same noise every time.
 
     Without a `vae` the latents' first three channels are shown. A `guidance_scale` of 1 is none.
-    Raises RequestError for a schedule that cannot be read, PlanError for one with steps other
-    than H, P and R and for a scale that is no use.
+    Raises RequestError for a schedule that cannot be read, PlanError for a scale that is no use.
     """
 
     def __init__(
@@ -39,8 +42,6 @@ class RefinerPreview:
         guided_channels: int = GUIDED_CHANNELS,
     ) -> None:
         self.every, self._schedule = every, Schedule.parse(schedule)
-        if other := set(self._schedule.steps) - set("HPR"):
-            raise PlanError(f"steps must be H, P or R, got {sorted(other)[0]} in {schedule}")
         if not 0 <= guidance_scale <= MAX_SCALE:
             raise PlanError(
                 f"the samples' guidance scale must be 0 to {MAX_SCALE:g}, got {guidance_scale}"
@@ -54,11 +55,11 @@ class RefinerPreview:
         self._bf16 = precision == "bf16"
 
     @torch.no_grad()
-    def __call__(self, network: nn.Module) -> np.ndarray:
+    def __call__(self, network: Any) -> np.ndarray:
         """[H, W, 3] uint8: a near square of images that the refiner `network` had a part in."""
         x, label = self._noise.to(device()), self._label.to(device())
         with self._autocast():
-            latent = sample(
+            latent = sample_latents(
                 self._predictor, network, x, label, self._schedule, self._scale, self._guided
             )
         return tile(self._decode(latent).cpu().numpy())
@@ -67,9 +68,9 @@ class RefinerPreview:
         return torch.autocast(device().type, torch.bfloat16, enabled=self._bf16)
 
 
-def sample(
+def sample_latents(
     predictor: SiT,
-    refiner: nn.Module,
+    refiner: SiT,
     x: Tensor,
     label: Tensor,
     schedule: Schedule,
@@ -78,38 +79,25 @@ def sample(
 ) -> Tensor:
     """Latents [B, C, h, w] from noise `x` of that shape, of class ids `label` [B].
 
-    Steps H, P and R on the schedule's grid as the public code takes them
-    (`flowturbo.solver.program`, variant `reference`). Guided, the batch is doubled, as in SiT: the
-    rows with the null label follow the conditional ones.
+    The very sampler and step blocks that are served, on the networks being trained.
     """
-    guided, count = scale != 1.0, len(x)
-    if guided:
-        x = torch.cat([x, x])
-        label = torch.cat([label, torch.full_like(label, predictor.config.num_classes)])
+    guidance = Guidance(scale)
+    blocks = {
+        Network.PREDICTOR: PredictorBlock(predictor, guided_channels),
+        Network.REFINER: RefinerBlock(refiner, guided_channels),
+    }
+    if guidance.enabled:  # rows in pairs, conditional then unconditional
+        null = torch.full_like(label, predictor.config.num_classes)
+        x, label = x.repeat_interleave(2, 0), torch.stack([label, null], 1).flatten()
+    pair = torch.from_numpy(pair_rows(len(x), guided=guidance.enabled)).to(x.device)
 
-    def evaluate(network: nn.Module, x: Tensor, t: float, *velocity: Tensor) -> Tensor:
-        half = x[:count]
-        read = torch.cat([torch.cat([half, half]) if guided else half, *velocity], 1)
-        out = network(read, torch.full((len(x),), t, device=x.device), label).float()
-        if not guided:
-            return out
-        c, u = out[:, :guided_channels].chunk(2)
-        mixed = u + scale * (c - u)
-        return torch.cat([torch.cat([mixed, mixed]), out[:, guided_channels:]], 1)
+    def block(call: BlockCall, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        scalars = torch.from_numpy(scalar_rows(call, len(x), guidance)).to(x.device)
+        x_next, v_next = blocks[call.network](x, v, label[:, None], scalars, pair)
+        return x_next, v_next
 
-    v = None
-    grid = time_grid(len(schedule), schedule.shift)
-    for step, (t, t_next) in zip(schedule.steps, pairwise(grid), strict=True):
-        h = t_next - t
-        if step == "R" and v is not None:
-            d = v + evaluate(refiner, x, t, v)
-            d_next = d + evaluate(refiner, x + h * d, t_next, v)
-        else:
-            d = v if step == "P" and v is not None else evaluate(predictor, x, t)
-            d_next = evaluate(predictor, x + h * d, t_next)
-        x = x + h / 2 * (d + d_next)
-        v = d if step == "R" else d_next
-    return x[:count]
+    latents = sample(compile_program(schedule), x, block)
+    return latents[:: guidance.rows]
 
 
 def tile(images: np.ndarray) -> np.ndarray:
