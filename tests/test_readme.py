@@ -22,7 +22,7 @@ from flowturbo.repository import Settings
 
 SERVICES = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
 # Words of the shell, or of the system: nothing of this project to check.
-NOT_OURS = {"cd", "export", "git", "grep", "ldconfig", "mkdir", "mypy", "ruff"}
+NOT_OURS = {"cd", "export", "git", "grep", "ldconfig", "mkdir"}
 TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in DOCUMENTS}
 
 
@@ -45,7 +45,7 @@ def inline_commands() -> Iterator[tuple[str, str]]:
     """Commands of this project within sentences and tables, each with its document."""
     for name, text in TEXTS.items():
         prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
-        for command in dict.fromkeys(re.findall(r"`((?:make|python -m) [^`]+)`", prose)):
+        for command in re.findall(r"`((?:make|python -m) [^`]+)`", prose):
             yield name, " ".join(command.split())
 
 
@@ -62,9 +62,9 @@ def test_commands(document: str, command: str) -> None:
     words = shlex.split(command, comments=True)
     if words[:2] == ["docker", "compose"]:
         words = compose_words(words)
-    program = Path(words[0]).name if words else "cd"
-    if program in NOT_OURS or words[1:3] == ["-m", "venv"]:
+    if not words or words[0] in NOT_OURS or words[1:3] == ["-m", "venv"]:
         return
+    program = Path(words[0]).name
     if program == "make":
         asked = ["make", "-n", *words[1:]]
         done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, timeout=120)
