@@ -1,53 +1,110 @@
-"""The README's commands exist and its pictures are there."""
+"""The documentation's commands, options, links, examples and tables are those of the code."""
 
+import json
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from support import ROOT, run_module
+from test_language import DOCUMENTS
+from tritonclient.utils import np_to_triton_dtype
 
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(sh|python)\n(.*?)```", README, re.DOTALL)
-COMMANDS = [
-    line
-    for kind, text in BLOCKS
-    if kind == "sh"
-    for joined in text.replace("\\\n", " ").splitlines()
-    for line in re.split(r" && | \|\| ", joined)
-    if line and not line.startswith(("#", "git ", "cd ", "mkdir "))
-]
+from flowturbo import contract
+from flowturbo.repository import Settings
+
 SERVICES = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+# Words of the shell, or of the system: nothing of this project to check.
+NOT_OURS = {"cd", "export", "git", "grep", "ldconfig", "mkdir"}
+TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in DOCUMENTS}
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands(command: str) -> None:
+def blocks(kind: str) -> list[tuple[str, str]]:
+    """The fenced blocks of one language, each with its document."""
+    fence = re.compile(rf"^```{kind}\n(.*?)^```", re.DOTALL | re.MULTILINE)
+    return [(name, block) for name, text in TEXTS.items() for block in fence.findall(text)]
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    """The commands in blocks of the shell, each with its document."""
+    for name, block in blocks("sh"):
+        for joined in block.replace("\\\n", " ").splitlines():
+            for command in re.split(r" && | \|\| | \| ", joined):
+                if command.strip() and not command.startswith("#"):
+                    yield name, " ".join(command.split())
+
+
+def inline_commands() -> Iterator[tuple[str, str]]:
+    """Commands of this project within sentences and tables, each with its document."""
+    for name, text in TEXTS.items():
+        prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+        for command in re.findall(r"`((?:make|python -m) [^`]+)`", prose):
+            yield name, " ".join(command.split())
+
+
+def cases(found: Iterable[tuple[str, str]]) -> list[Any]:
+    """Parameters of a test, without repeats, named by document and the start of the text."""
+    return [
+        pytest.param(name, text, id=f"{name}: {text[:70].partition(chr(10))[0]}")
+        for name, text in dict.fromkeys(found)
+    ]
+
+
+@pytest.mark.parametrize(("document", "command"), cases([*commands(), *inline_commands()]))
+def test_commands(document: str, command: str) -> None:
     words = shlex.split(command, comments=True)
-    if words[:3] == ["python3", "-m", "venv"]:
-        return
-    if words[0] == "cp" or words[1] == "install":
-        assert (ROOT / words[1 if words[0] == "cp" else 2]).exists()
-        return
     if words[:2] == ["docker", "compose"]:
         words = compose_words(words)
-    if not words:
+    if not words or words[0] in NOT_OURS or words[1:3] == ["-m", "venv"]:
         return
-    if words[0] == "make":
+    program = Path(words[0]).name
+    if program == "make":
         asked = ["make", "-n", *words[1:]]
         done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
-        return
-    if words[0].endswith("flowturbo-client"):
-        done = run_module("flowturbo_client", words[1], "--help")
+    elif program == "cp":
+        assert (ROOT / words[1]).exists()
+    elif program == "curl":
+        assert f"/v2/models/{contract.ORCHESTRATOR}/" in command
+    elif program in ("pip", "pytest") or words[1:3] == ["-m", "pip"]:
+        paths = [word for word in words[1:] if word.startswith(("./", "tests", "client/"))]
+        assert all((ROOT / path).exists() for path in paths)
     else:
-        assert words[0].endswith("python") and words[1] == "-m"
-        done = run_module(words[2], *words[3:4] * ("verify" in words), "--help")
+        check_options(command, module_words(words))
+
+
+def check_options(command: str, words: list[str]) -> None:
+    """That a module of this project takes the options in `words`; its name is the first."""
+    # The first word of what a client or an export is to do has options of its own.
+    given = words[1:2] if words[0] == "flowturbo_client" or words[1:2] == ["verify"] else []
+    known = options_of(words[0], *given)
+    for option in (word.partition("=")[0] for word in words if word.startswith("--")):
+        assert option in known, f"{command}: no option {option}"
+
+
+@cache
+def options_of(module: str, *action: str) -> set[str]:
+    """The options in a module's help."""
+    done = run_module(module, *action, "--help")
     assert done.returncode == 0, done.stderr
-    for option in (word for word in words if word.startswith("--")):
-        assert option in re.findall(r"--[\w-]+", done.stdout), f"{command}: no option {option}"
+    return set(re.findall(r"--[\w-]+", done.stdout))
+
+
+def module_words(words: list[str]) -> list[str]:
+    """The module that a command runs, and the words after it."""
+    if Path(words[0]).name == "flowturbo-client":
+        return ["flowturbo_client", *words[1:]]
+    if Path(words[0]).name == "accelerate":
+        words = words[1:]
+    assert words[0].endswith(("python", "launch")) and words[1] == "-m"
+    return words[2:]
 
 
 def compose_words(words: list[str]) -> list[str]:
@@ -59,22 +116,78 @@ def compose_words(words: list[str]) -> list[str]:
     assert SERVICES[service].get("profiles", []) == profiles
     if service != "export":
         return []
-    return ["python", "-m", "export", *rest[rest.index(service) + 1 :]]
+    rest = rest[rest.index(service) + 1 :]
+    return ["python", *(["-m", "export"] if rest[0] != "-m" else []), *rest]
 
 
 def test_there_are_commands() -> None:
-    assert {"make demo", "make test"} <= {command.split("#")[0].strip() for command in COMMANDS}
+    found = {command.split("#")[0].strip() for name, command in commands() if name == "README.md"}
+    assert {"make demo", "make test"} <= found
 
 
-@pytest.mark.parametrize("path", re.findall(r"\]\(([^)#:]+)\)", README))
-def test_links(path: str) -> None:
-    assert (ROOT / path).exists()
+def links() -> Iterator[tuple[str, str]]:
+    """The targets within the repository, each with its document."""
+    for name, text in TEXTS.items():
+        yield from ((name, link) for link in re.findall(r"\]\(([^):]+)\)", text))
 
 
-@pytest.mark.parametrize("text", [text for kind, text in BLOCKS if kind == "python"])
-def test_python_is_right(text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("document", "link"), cases(links()))
+def test_links(document: str, link: str) -> None:
+    path, _, anchor = link.partition("#")
+    target = (ROOT / document).parent / path if path else ROOT / document
+    assert target.exists()
+    if anchor:
+        assert anchor in anchors(target.read_text())
+
+
+def anchors(markdown: str) -> set[str]:
+    """The names under which a page's headings can be linked to."""
+    headings = re.findall(r"^#+ (.+)$", markdown, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(("document", "text"), cases(blocks("python")))
+def test_python_is_right(document: str, text: str, tmp_path: Path) -> None:
     """Names and arguments, as far as the type checker sees."""
     (tmp_path / "example.py").write_text(text)
     command = [sys.executable, "-m", "mypy", str(tmp_path / "example.py")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(("document", "text"), cases(blocks("json")))
+def test_json_is_right(document: str, text: str) -> None:
+    """Requests name tensors and types as the service does."""
+    stated = json.loads(text)
+    types = {spec.name: np_to_triton_dtype(spec.dtype) for spec in contract.REQUEST_INPUTS}
+    for tensor in stated.get("inputs", []):
+        assert types[tensor["name"]] == tensor["datatype"]
+    outputs = {spec.name for spec in contract.REQUEST_OUTPUTS}
+    assert {tensor["name"] for tensor in stated.get("outputs", [])} <= outputs
+
+
+TENSORS = {"input": contract.REQUEST_INPUTS, "output": contract.REQUEST_OUTPUTS}
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        pytest.param(spec, id=f"{kind} {spec.name}")
+        for kind, specs in TENSORS.items()
+        for spec in specs
+    ],
+)
+def test_the_page_of_requests_has_every_tensor(spec: contract.TensorSpec) -> None:
+    row = f"| `{spec.name}` | {np_to_triton_dtype(spec.dtype)} ["
+    assert row in TEXTS["docs/requests.md"]
+
+
+def settings() -> list[str]:
+    """The settings of the service, and those of the containers."""
+    containers = re.findall(r"^(\w+)=", (ROOT / ".env.example").read_text(), re.MULTILINE)
+    return [*(field.name for field in fields(Settings)), *containers]
+
+
+@pytest.mark.parametrize("setting", settings())
+def test_the_page_of_deployment_has_every_setting(setting: str) -> None:
+    assert re.search(rf"^\|.*`{setting}`.*\|", TEXTS["docs/deployment.md"], re.MULTILINE)
