@@ -1,4 +1,4 @@
-"""ExportTarget models as served and as run in-process: one place for the runtimes' options."""
+"""Exported models as served and as run in-process: one place for the runtimes' options."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""ExportTarget programs in PyTorch: on a CPU as they are, on a GPU compiled and as CUDA graphs."""
+"""Exported programs in PyTorch: on a CPU as they are, on a GPU compiled and as CUDA graphs."""
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
