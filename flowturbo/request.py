@@ -8,6 +8,7 @@ import numpy as np
 
 from flowturbo.conditions import REQUEST_INPUTS, REQUEST_OUTPUTS, refuse_others
 from flowturbo.contract import (
+    COMMON_OUTPUTS,
     ENCODED_IMAGE,
     GUIDANCE_INTERVAL,
     GUIDANCE_SCALE,
@@ -16,7 +17,6 @@ from flowturbo.contract import (
     LATENT,
     OUTPUT_FORMAT,
     PIPELINE,
-    PIPELINES,
     SCHEDULE,
     SEED,
     SETTINGS,
@@ -245,8 +245,6 @@ def _check_outputs(request: GenerationRequest, pipeline: Pipeline) -> None:
         raise RequestError(
             f"pipeline {pipeline.name} has no decoder and answers latents only: ask for {LATENT}"
         )
-    known = {spec.name for spec in pipeline.condition.request_outputs}
-    for spec in REQUEST_OUTPUTS:
-        common = spec.name in (*_IMAGES, LATENT, SEED, SETTINGS, PIPELINES)
-        if spec.name in request.outputs and not common and spec.name not in known:
-            raise RequestError(f"pipeline {pipeline.name} does not answer {spec.name}")
+    known = {spec.name for spec in (*COMMON_OUTPUTS, *pipeline.condition.request_outputs)}
+    if other := [name for name in request.outputs if name not in known]:
+        raise RequestError(f"pipeline {pipeline.name} does not answer {other[0]}")
