@@ -17,8 +17,10 @@ from support import ROOT, run_module
 from test_language import DOCUMENTS
 from tritonclient.utils import np_to_triton_dtype
 
-from flowturbo import contract
-from flowturbo.repository import Settings
+from flowturbo.conditions import REQUEST_INPUTS, REQUEST_OUTPUTS
+from flowturbo.contract import ORCHESTRATOR, TensorSpec
+from flowturbo.settings import Settings
+from flowturbo.solver.steps import steps_table
 
 SERVICES = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
 # Words of the shell, or of the system: nothing of this project to check.
@@ -72,7 +74,7 @@ def test_commands(document: str, command: str) -> None:
     elif program == "cp":
         assert (ROOT / words[1]).exists()
     elif program == "curl":
-        assert f"/v2/models/{contract.ORCHESTRATOR}/" in command
+        assert f"/v2/models/{ORCHESTRATOR}/" in command
     elif program in ("pip", "pytest") or words[1:3] == ["-m", "pip"]:
         paths = [word for word in words[1:] if word.startswith(("./", "tests", "client/"))]
         assert all((ROOT / path).exists() for path in paths)
@@ -80,10 +82,17 @@ def test_commands(document: str, command: str) -> None:
         check_options(command, module_words(words))
 
 
+_EXPORT_ACTIONS = (["verify"], ["list"], ["remove"])
+
+
 def check_options(command: str, words: list[str]) -> None:
     """That a module of this project takes the options in `words`; its name is the first."""
     # The first word of what a client or an export is to do has options of its own.
-    given = words[1:2] if words[0] == "flowturbo_client" or words[1:2] == ["verify"] else []
+    given = (
+        words[1:2]
+        if words[0] == "flowturbo_client" or words[1:2] in (["verify"], ["list"], ["remove"])
+        else []
+    )
     known = options_of(words[0], *given)
     for option in (word.partition("=")[0] for word in words if word.startswith("--")):
         assert option in known, f"{command}: no option {option}"
@@ -159,14 +168,14 @@ def test_python_is_right(document: str, text: str, tmp_path: Path) -> None:
 def test_json_is_right(document: str, text: str) -> None:
     """Requests name tensors and types as the service does."""
     stated = json.loads(text)
-    types = {spec.name: np_to_triton_dtype(spec.dtype) for spec in contract.REQUEST_INPUTS}
+    types = {spec.name: np_to_triton_dtype(spec.dtype) for spec in REQUEST_INPUTS}
     for tensor in stated.get("inputs", []):
         assert types[tensor["name"]] == tensor["datatype"]
-    outputs = {spec.name for spec in contract.REQUEST_OUTPUTS}
+    outputs = {spec.name for spec in REQUEST_OUTPUTS}
     assert {tensor["name"] for tensor in stated.get("outputs", [])} <= outputs
 
 
-TENSORS = {"input": contract.REQUEST_INPUTS, "output": contract.REQUEST_OUTPUTS}
+TENSORS = {"input": REQUEST_INPUTS, "output": REQUEST_OUTPUTS}
 
 
 @pytest.mark.parametrize(
@@ -177,7 +186,7 @@ TENSORS = {"input": contract.REQUEST_INPUTS, "output": contract.REQUEST_OUTPUTS}
         for spec in specs
     ],
 )
-def test_the_page_of_requests_has_every_tensor(spec: contract.TensorSpec) -> None:
+def test_the_page_of_requests_has_every_tensor(spec: TensorSpec) -> None:
     row = f"| `{spec.name}` | {np_to_triton_dtype(spec.dtype)} ["
     assert row in TEXTS["docs/requests.md"]
 
@@ -191,3 +200,8 @@ def settings() -> list[str]:
 @pytest.mark.parametrize("setting", settings())
 def test_the_page_of_deployment_has_every_setting(setting: str) -> None:
     assert re.search(rf"^\|.*`{setting}`.*\|", TEXTS["docs/deployment.md"], re.MULTILINE)
+
+
+def test_the_table_of_steps() -> None:
+    """The page of schedules has the table that the registry of steps makes."""
+    assert steps_table() in TEXTS["docs/schedules.md"]
