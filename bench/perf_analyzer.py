@@ -27,6 +27,8 @@ from flowturbo_client.address import is_local
 
 from bench.downloads import DownloadError, debian_package, made_whole, run_step
 from flowturbo import contract
+from flowturbo.conditions.class_label import LABEL
+from flowturbo.contract import GUIDANCE_SCALE, SCHEDULE, SEED
 
 VERSION = "2.45.0"
 _WHEELS = (f"tritonclient=={VERSION}", "nvidia-cuda-runtime-cu12==12.9.79")
@@ -146,12 +148,12 @@ def entry(labels: Sequence[int], schedule: str, guidance_scale: float | None = N
     """One request's inputs as perf_analyzer reads them; all entries of a run must name the same."""
     count = [len(labels)]
     inputs: Entry = {
-        "label": {"content": list(labels), "shape": count},
-        "seed": {"content": list(range(len(labels))), "shape": count},
-        "schedule": {"content": [schedule], "shape": [1]},
+        LABEL: {"content": list(labels), "shape": count},
+        SEED: {"content": list(range(len(labels))), "shape": count},
+        SCHEDULE: {"content": [schedule], "shape": [1]},
     }
     if guidance_scale is not None:
-        inputs["guidance_scale"] = {"content": [guidance_scale], "shape": [1]}
+        inputs[GUIDANCE_SCALE] = {"content": [guidance_scale], "shape": [1]}
     return inputs
 
 
@@ -216,8 +218,8 @@ def _read_export(content: bytes) -> Result:
         Answer(
             request["timestamp"] / 1e9,
             request["response_timestamps"][-1] / 1e9,
-            len(request["response_outputs"][0]["seed"]) // np.dtype(np.int64).itemsize,
-            request["request_inputs"]["schedule"],
+            len(request["response_outputs"][0][SEED]) // np.dtype(np.int64).itemsize,
+            request["request_inputs"][SCHEDULE],
         )
         for request in found["requests"]
     ]

@@ -88,11 +88,8 @@ _EXPORT_ACTIONS = (["verify"], ["list"], ["remove"])
 def check_options(command: str, words: list[str]) -> None:
     """That a module of this project takes the options in `words`; its name is the first."""
     # The first word of what a client or an export is to do has options of its own.
-    given = (
-        words[1:2]
-        if words[0] == "flowturbo_client" or words[1:2] in (["verify"], ["list"], ["remove"])
-        else []
-    )
+    has_action = words[0] == "flowturbo_client" or words[1:2] in _EXPORT_ACTIONS
+    given = words[1:2] if has_action else []
     known = options_of(words[0], *given)
     for option in (word.partition("=")[0] for word in words if word.startswith("--")):
         assert option in known, f"{command}: no option {option}"
