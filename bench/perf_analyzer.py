@@ -1,8 +1,8 @@
 """Triton's load generator perf_analyzer: where it is, one run of it, what each request took.
 
 It is taken from PATH, else from tritonclient's wheel of release 2.45.0, which carries the binary.
-It asks for all outputs of a model: an answer holds the latent beside the image (for glyphs, a third
-of the image's bytes).
+It asks for all outputs of a model, which the service takes for a request that names none: an answer
+holds the images, their seeds and classes, and the settings that were used.
 """
 
 from __future__ import annotations

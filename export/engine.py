@@ -106,7 +106,7 @@ def _import(*names: str) -> ModuleType | None:
 def build_engine(
     builder: Builder, onnx: Path, plan: Path, profiles: Sequence[Profile], timing_cache: Path
 ) -> dict[str, Any]:
-    """Writes the engine of `onnx` to `plan`; returns its record for build.json.
+    """Writes the engine of `onnx` to `plan`; returns its entry in the record of its model.
 
     The network is strongly typed: every tensor keeps the type it has in the ONNX file. Kernels are
     chosen for each of `profiles`. Raises EngineError, naming the ONNX node where there is one.

@@ -82,6 +82,7 @@ def export_pipeline(options: Options) -> None:
     former = _former(options)
     presets = _presets(options, former)  # refused before minutes of export
     schedules = _ensembles(options, former, presets)
+    defaults = _defaults(options, former, presets)
     builders: list[Builder] = []
     if options.deployment.engine == "tensorrt":  # found missing before minutes of export
         builders = find_builders(options.compute_capability)
@@ -93,9 +94,10 @@ def export_pipeline(options: Options) -> None:
     if same and same.fingerprint != fingerprint:
         same = None
     if same and _is_current(options, same, builders, settings, schedules):
-        wanted = _stated(same, options, former, presets)
+        wanted = _stated(same, options, defaults, presets)
         if wanted != same:
             install.write_record(repository, wanted)
+        if replace(wanted, command=same.command) != same:
             print(f"export: the record of {options.name} is of these defaults and presets now")
         else:
             print(f"export: {repository}: {options.name} is up to date")
@@ -114,7 +116,7 @@ def export_pipeline(options: Options) -> None:
                 install.replace_text(staged / pipeline.model(role) / "config.pbtxt", text)
             pipeline = with_ensembles(pipeline, settings, schedules)
             write_ensembles(staged, pipeline, settings, schedules)
-            pipeline = _stated(pipeline, options, former, presets)
+            pipeline = _stated(pipeline, options, defaults, presets)
             install.add_orchestrator(repository)
             install.install(staged, repository, pipeline, former.folders if former else [])
         shown = ", ".join(map(str, schedules)) or "none"
@@ -135,12 +137,13 @@ def _presets(options: Options, former: Pipeline | None) -> dict[str, str]:
     """The texts of those given, or of those that the pipeline has."""
     if options.presets:
         return parse_presets(options.presets_text, options.presets, has_refiner=options.has_refiner)
-    kept = former.own_presets if former else {}
-    return {
-        name: text
-        for name, text in kept.items()
-        if options.has_refiner or not Schedule.parse(text).refines
-    }
+    kept = dict(former.own_presets) if former else {}
+    if not options.has_refiner:
+        lost = [name for name, text in kept.items() if Schedule.parse(text).refines]
+        if lost:
+            print(f"export: presets {', '.join(lost)} need a refiner and are dropped")
+        kept = {name: text for name, text in kept.items() if name not in lost}
+    return kept
 
 
 def _ensembles(
@@ -150,7 +153,7 @@ def _ensembles(
     if options.ensemble is None:
         found = map(Schedule.parse, former.ensembles if former else ())
         return tuple(s for s in found if options.has_refiner or not s.refines)
-    known: Presets = {**built_in(has_refiner=options.has_refiner), **parsed(presets)}
+    known = _known(options, presets)
     schedules = tuple(dict.fromkeys(find_schedule(text, known) for text in options.ensemble))
     for schedule in schedules:
         if schedule.refines and not options.has_refiner:
@@ -158,18 +161,30 @@ def _ensembles(
     return schedules
 
 
-def _stated(
-    pipeline: Pipeline, options: Options, former: Pipeline | None, presets: Mapping[str, str]
-) -> Pipeline:
-    """`pipeline` with the defaults and presets that were given, or those that it had."""
+def _known(options: Options, presets: Mapping[str, str]) -> Presets:
+    """The presets that the new pipeline will have."""
+    return {**built_in(has_refiner=options.has_refiner), **parsed(presets)}
+
+
+def _defaults(options: Options, former: Pipeline | None, presets: Mapping[str, str]) -> Defaults:
+    """Those that were given, or those that the pipeline has.
+
+    Raises RequestError for a schedule that cannot be read, CheckpointError for one that needs a
+    refiner where there is none.
+    """
     kept = former.defaults if former else Defaults()
     scale = kept.guidance_scale if options.guidance_scale is None else options.guidance_scale
-    defaults = Defaults(options.default_schedule or kept.schedule, scale)
-    stated = replace(
-        pipeline, defaults=defaults, own_presets=dict(presets), command=options.command
-    )
-    stated.default_schedule(Settings())  # refused before it is installed
-    return stated
+    text = options.default_schedule or kept.schedule
+    if text and find_schedule(text, _known(options, presets)).refines and not options.has_refiner:
+        raise CheckpointError(f"the default schedule {text} has refiner steps: it needs --refiner")
+    return Defaults(text, scale)
+
+
+def _stated(
+    pipeline: Pipeline, options: Options, defaults: Defaults, presets: Mapping[str, str]
+) -> Pipeline:
+    """`pipeline` with these defaults and presets, and the command that makes it."""
+    return replace(pipeline, defaults=defaults, own_presets=dict(presets), command=options.command)
 
 
 def _fingerprint(options: Options) -> dict[str, Any]:

@@ -13,12 +13,12 @@ MAX_SEED = 2**63 - 1
 
 
 def draw_seeds(count: int) -> np.ndarray:
-    """Fresh seeds, [count] int64, short enough to write down."""
+    """Random seeds of 32 bits, [count] int64: short enough to write down."""
     return np.array([secrets.randbits(32) for _ in range(count)], dtype=np.int64)
 
 
 def noise(seeds: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """Standard normal noise [n, C, h, w] float32, each image's from its own seed alone.
+    """Standard normal noise [n, C, h, w] float32; the noise of an image depends on its seed alone.
 
     `seeds` is [n] int64 in 0..2**63-1, `shape` is (C, h, w). Philox is counter-based: the same
     numbers on every machine.

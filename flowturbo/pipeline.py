@@ -24,6 +24,7 @@ from flowturbo.textfile import TextFileError, read_json
 
 VERSION = 1  # of the record's form
 RECORDS = Path(ORCHESTRATOR, "1", "pipelines")
+UNKNOWN = "unknown"  # in metrics: the pipeline of a request refused before it was known
 EXPORT_HINT = "python -m export --name NAME --predictor FILE --refiner FILE --vae DIR"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 
@@ -207,10 +208,10 @@ def class_label(pipeline: Pipeline) -> ClassLabel:
 
 def check_name(name: str) -> str:
     """`name`, if a pipeline may have it; raises RequestError."""
-    if not re.fullmatch(_NAME, name):
+    if not re.fullmatch(_NAME, name) or name == UNKNOWN:
         raise RequestError(
             "a pipeline's name is small letters, digits, - and _, a letter or digit first and 40 "
-            f"at most, got {name[:60]!r}"
+            f"at most, and not {UNKNOWN!r}, got {name[:60]!r}"
         )
     return name
 
@@ -269,7 +270,7 @@ def _read(path: Path) -> Pipeline:
     try:
         stated = read_json(path)
     except TextFileError as error:
-        raise RepositoryError(f"{error}: export the pipeline again") from error
+        raise RepositoryError(f"{error}: export the pipeline again with: {EXPORT_HINT}") from error
     again = stated.get("command") or EXPORT_HINT
     version = stated.pop("version", None)
     if version != VERSION:
@@ -296,7 +297,7 @@ def _read(path: Path) -> Pipeline:
         if found.name != path.stem or Role.PREDICTOR not in models or found.history != 1:
             raise ValueError(f"name {found.name!r}, models {[*models]}, history {found.history}")
         _ = found.presets
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RepositoryError) as error:
         raise RepositoryError(
             f"{path} is no record of a pipeline ({type(error).__name__}: {error}): export it again "
             f"with: {again}"

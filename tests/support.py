@@ -36,7 +36,7 @@ GLYPHS_EXPORT = (
     *GLYPHS_SOURCE,
     *("--name", "glyphs", "--class-names", GLYPHS / "classes.txt", "--guidance-scale", "3"),
 )
-# Its figures are float32's. The pipeline is named `sit`. With the runtime given nothing is measured, which takes seconds.
+# Its figures are float32's. The pipeline is named `sit`. The runtime is given: nothing is measured.
 GOLDEN_EXPORT = (
     *("--predictor", GOLDEN / "predictor.pt", "--refiner", GOLDEN / "refiner.pt"),
     *("--num-heads", "2", "--runtime", "onnxruntime", "--precision", "fp32"),

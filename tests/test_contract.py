@@ -7,9 +7,10 @@ import pytest
 from flowturbo_client import protocol
 from support import check_tensors, read_config
 
-from flowturbo import contract
+from flowturbo.conditions import REQUEST_INPUTS, REQUEST_OUTPUTS
+from flowturbo.contract import Role, model_name
 from flowturbo.errors import RepositoryError
-from flowturbo.pipeline import Pipeline
+from flowturbo.pipeline import read_pipeline
 from flowturbo.settings import Settings
 
 MODEL_REPOSITORY = Path(__file__).resolve().parent.parent / "model_repository"
@@ -20,34 +21,46 @@ def test_orchestrator() -> None:
     assert (config.backend, config.max_batch_size) == ("python", 0)
     assert not config.model_transaction_policy.decoupled
     assert [group.count for group in config.instance_group] == [1]
-    check_tensors(config.input, contract.REQUEST_INPUTS, {"C": -1, "h": -1, "w": -1})
-    check_tensors(config.output, contract.REQUEST_OUTPUTS, {})
+    check_tensors(config.input, REQUEST_INPUTS, {"C": -1, "h": -1, "w": -1})
+    check_tensors(config.output, REQUEST_OUTPUTS, {})
     Settings.load(MODEL_REPOSITORY)
 
 
-@pytest.mark.parametrize("model", list(contract.COMPOSED))
-def test_composed(model: str, glyphs_repository: Path) -> None:
-    config = read_config(glyphs_repository / model / "config.pbtxt")
-    inputs, outputs = contract.COMPOSED[model]
+def test_names_of_models() -> None:
+    """Which stand in metrics, logs and configurations: they must not change."""
+    assert [model_name("glyphs", role) for role in Role] == [
+        *("glyphs_velocity_predictor", "glyphs_velocity_refiner", "glyphs_vae_decoder"),
+    ]
+
+
+@pytest.mark.parametrize("role", Role)
+def test_composed(role: Role, glyphs_repository: Path) -> None:
+    pipeline = read_pipeline(glyphs_repository, "glyphs")
+    config = read_config(glyphs_repository / pipeline.model(role) / "config.pbtxt")
+    assert config.name == model_name("glyphs", role)
+    inputs, outputs = pipeline.tensors(role)
     sizes = {"C": 4, "h": 16, "w": 16, "H": 64, "W": 64}
     check_tensors(config.input, inputs, sizes)
     check_tensors(config.output, outputs, sizes)
     assert config.HasField("dynamic_batching")
-    assert config.max_batch_size == Pipeline.load(glyphs_repository).max_rows
+    assert config.max_batch_size == pipeline.max_rows
 
 
 def test_client() -> None:
-    for spec in contract.REQUEST_OUTPUTS:
+    assert protocol._CONTRACT.keys() == {spec.name for spec in REQUEST_OUTPUTS}
+    for spec in REQUEST_OUTPUTS:
         dtype, dims = protocol._CONTRACT[spec.name]
         assert (dtype, len(dims)) == (spec.dtype, len(spec.dims))
     noise = np.zeros((1, 4, 2, 2), dtype=np.float32)
     every = {"seeds": 1, "schedule": "H1", "guidance_scale": 2.0, "guidance_interval": (0, 1)}
+    every |= {"pipeline": "glyphs", "times": (0, 1), "output_format": "png"}
     requests = [
-        protocol.build_request("A", **every, output_format="png"),
+        protocol.build_request("A", **every),
         protocol.build_request(1, initial_noise=noise),
+        protocol.pipelines_request(),
     ]
     sent = {tensor.name(): tensor for request in requests for tensor in request.inputs}
-    specs = {spec.name: spec for spec in contract.REQUEST_INPUTS}
+    specs = {spec.name: spec for spec in REQUEST_INPUTS}
     assert sent.keys() == specs.keys()
     for name, tensor in sent.items():
         assert (
@@ -64,7 +77,7 @@ def test_client() -> None:
 @pytest.mark.parametrize(
     ("parameters", "said"),
     [
-        ({"max_inflght": "3"}, "unknown parameter 'max_inflght', known are default_schedule"),
+        ({"max_inflght": "3"}, "unknown parameter 'max_inflght', known are default_pipeline"),
         ({"max_inflight": "many"}, "max_inflight must be int, got 'many'"),
         ({"max_inflight": "0"}, "max_inflight must be above 0, got 0"),
         ({"default_schedule": "R3"}, "no velocity cached"),

@@ -1,4 +1,4 @@
-"""A guard that counts what the service does for an image, so that batching cannot vanish unseen.
+"""A guard that counts what the service does per image, so that batching cannot vanish unseen.
 
 Counts do not depend on how fast a machine is; those under load are bounds, with room for chance.
 """
@@ -15,8 +15,7 @@ from flowturbo_client import FlowTurboClient
 from support import Caller
 
 from bench.observe import Observation, Work, observing, read_work
-from flowturbo import contract
-from flowturbo.contract import DECODER, ORCHESTRATOR, PREDICTOR, REFINER
+from flowturbo.contract import ORCHESTRATOR, Role
 from flowturbo.generate import generate, roles_called
 from flowturbo.local import LocalPipeline
 from flowturbo.request import parse_request
@@ -26,7 +25,7 @@ from flowturbo.solver.program import compile_program
 from flowturbo.solver.schedule import Schedule
 
 ON_STEPS, ON_ENSEMBLE = "H2P4R2", "H1P5R3"  # make export has an ensemble for the second
-GUIDED = 2  # rows an image
+GUIDED = 2  # rows per image
 
 
 def observed(url: str, schedules: tuple[str, ...], clients: int, requests: int) -> Observation:
@@ -53,14 +52,15 @@ def test_a_lone_image_costs_its_program(glyphs_server: ServerAddress, schedule: 
     images = 3
     done = observed(glyphs_server.grpc, (schedule,), clients=1, requests=images).models
     of_image = roles_called(compile_program(Schedule.parse(schedule)))
-    for model in (PREDICTOR, REFINER):
-        calls, work = of_image.count(model) * images, done[model]
+    for role in (Role.PREDICTOR, Role.REFINER):
+        calls, work = of_image.count(role) * images, done[role]
         assert (work.calls, work.executions, work.rows) == (calls, calls, calls * GUIDED)
-    assert (done[DECODER].calls, done[DECODER].executions, done[DECODER].rows) == (images,) * 3
+    decoder = done[Role.DECODER]
+    assert (decoder.calls, decoder.executions, decoder.rows) == (images,) * 3
 
 
 def test_an_ensemble_is_one_call(glyphs_server: ServerAddress) -> None:
-    model = "flowturbo_h1p5r3"
+    model = "glyphs_h1p5r3"
     time.sleep(1.1)  # after company, requests are gathered for a while
     before = calls_of(glyphs_server.grpc, model)
     observed(glyphs_server.grpc, (ON_ENSEMBLE,), clients=1, requests=3)
@@ -80,29 +80,30 @@ def test_requests_share_batches(glyphs_server: ServerAddress, schedules: tuple[s
         ]
         for each in begun:
             each.result()
-    assert observer.observation.models[PREDICTOR].rows_per_execution >= 5
+    assert observer.observation.models[Role.PREDICTOR].rows_per_execution >= 5
 
 
 def test_bytes_that_a_step_moves(glyphs_repository: Path) -> None:
     """What goes into a block call and comes out of it is the contract's, once, and nothing else."""
     local = LocalPipeline(glyphs_repository)
     sizes = dict(zip("Chw", local.pipeline.latent_shape, strict=True))
-    moved: dict[str, list[int]] = {model: [] for model in contract.COMPOSED}
+    moved: dict[Role, list[int]] = {role: [] for role in Role}
 
-    def infer(model: str, tensors: Tensors) -> tuple[np.ndarray, ...]:
-        outputs = local._infer(model, tensors)
-        moved[model].append(sum(a.nbytes for a in (*tensors.values(), *outputs)))
+    def infer(role: Role, tensors: Tensors) -> tuple[np.ndarray, ...]:
+        outputs = local._infer(role, tensors)
+        moved[role].append(sum(a.nbytes for a in (*tensors.values(), *outputs)))
         return outputs
 
     request = parse_request(
         {"label": np.array([3]), "seed": np.array([1])}, ["latent"], local.pipeline, local.settings
     )
-    generate(request, local.pipeline, compile_program(Schedule.parse("H1P5R3")), infer)
-    for model, count in ((PREDICTOR, 7), (REFINER, 3), (DECODER, 0)):
-        specs = [spec for side in contract.COMPOSED[model] for spec in side]
+    program = compile_program(Schedule.parse("H1P5R3"))
+    generate(request, local.pipeline, local.settings, program, infer)
+    for role, count in ((Role.PREDICTOR, 7), (Role.REFINER, 3), (Role.DECODER, 0)):
+        specs = [spec for side in local.pipeline.tensors(role) for spec in side]
         per_row = sum(
             np.dtype(s.dtype).itemsize * int(np.prod([sizes.get(str(d), d) for d in s.dims]))
             for s in specs
-            if model != DECODER
+            if role is not Role.DECODER
         )
-        assert moved[model] == [GUIDED * per_row] * count
+        assert moved[role] == [GUIDED * per_row] * count

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +14,21 @@ from support import GOLDEN_EXPORT, run_export
 
 from export import install
 from flowturbo import LocalPipeline
+from flowturbo.conditions.class_label import ClassLabel
+from flowturbo.contract import Role
 from flowturbo.errors import RepositoryError, RequestError
-from flowturbo.pipeline import Pipeline
-from flowturbo.presets import BUILT_IN, built_in, load_presets, presets_path, read_presets
+from flowturbo.pipeline import (
+    Defaults,
+    ModelRecord,
+    Pipeline,
+    installed,
+    read_pipeline,
+    record_path,
+    record_text,
+)
+from flowturbo.presets import BUILT_IN, built_in, find_schedule, read_presets
 from flowturbo.request import parse_request
-from flowturbo.settings import Settings
-from flowturbo.solver.schedule import Schedule
+from flowturbo.settings import Settings, orchestrator_config
 
 # A name of a real preset, and one that only letters of schedules could be taken for.
 OWN = {"fast": "H1P1", "r3": "H1P2R1"}
@@ -31,15 +43,31 @@ def own(path: Path) -> Path:
     return write(path, {name: {"schedule": text, "ms": 1.0} for name, text in OWN.items()})
 
 
+def pipeline_with(presets: Mapping[str, str], *roles: Role) -> Pipeline:
+    models = dict.fromkeys((Role.PREDICTOR, *roles), ModelRecord())
+    return Pipeline("sit", ClassLabel(36), (4, 16, 16), models, own_presets=presets)
+
+
+def rewrite_record(repository: Path, **changes: Any) -> None:
+    """Other fields in the record of the installed pipeline."""
+    pipeline = replace(read_pipeline(repository), **changes)
+    record_path(repository, pipeline.name).write_text(record_text(pipeline))
+
+
 def test_reads(tmp_path: Path) -> None:
-    found = read_presets(own(tmp_path / "p.json"), has_refiner=True)
-    assert {name: str(schedule) for name, schedule in found.items()} == OWN
-    assert load_presets(tmp_path, has_refiner=True) == built_in()
-    presets_path(tmp_path).parent.mkdir()
-    own(presets_path(tmp_path))
-    both = load_presets(tmp_path, has_refiner=True)
-    assert {name: str(s) for name, s in both.items()} == {**BUILT_IN, **OWN}
-    assert {str(s) for s in built_in(has_refiner=False).values()} == {"H1P5", "H5P7", "H8P9"}
+    assert read_presets(own(tmp_path / "p.json"), has_refiner=True) == OWN
+
+
+def test_a_pipeline_has_the_built_in_ones_and_its_own() -> None:
+    """Its own come before built-in ones of the same name."""
+    assert pipeline_with({}, Role.REFINER).presets == built_in()
+    both = pipeline_with(OWN, Role.REFINER).presets
+    assert {name: str(schedule) for name, schedule in both.items()} == {**BUILT_IN, **OWN}
+    alone = pipeline_with({}).presets
+    assert {str(schedule) for schedule in alone.values()} == {"H1P5", "H5P7", "H8P9"}
+    # Without an @, they are on the pipeline's grid; the built-in ones are not.
+    shifted = replace(pipeline_with({"a": "E4", "b": "E4@1"}), default_shift=2.5).presets
+    assert [str(shifted[name]) for name in ("a", "b", "fast")] == ["E4@2.5", "E4", "H1P5"]
 
 
 BAD: list[tuple[str, str]] = [
@@ -69,74 +97,109 @@ def test_refuses(tmp_path: Path, text: str, said: str) -> None:
     assert str(path) in str(caught.value)
 
 
-def asked(schedule: str, presets: dict[str, Schedule]) -> str:
-    pipeline = Pipeline((4, 16, 16), 36, (), 64, True, True, presets=presets)
+def asked(schedule: str, presets: dict[str, str]) -> str:
     tensors = {
         "label": np.array([1], np.int64),
         "schedule": np.array([schedule.encode()], object),
     }
+    pipeline = pipeline_with(presets, Role.REFINER)
     return str(parse_request(tensors, ["latent"], pipeline, Settings()).schedule)
 
 
 def test_a_request_may_name_one() -> None:
-    presets = {"fast": Schedule("HP"), "best": Schedule("HHR")}
+    presets = {"fast": "HP", "best": "HHR"}
     assert [asked(text, presets) for text in ("fast", "best", "H1P3")] == ["H1P1", "H2R1", "H1P3"]
-    with pytest.raises(RequestError, match="H .Heun.*the presets here are fast, best$"):
+    assert asked("balanced", presets) == BUILT_IN["balanced"]
+    with pytest.raises(RequestError, match="H .Heun.*the presets here are fast, balanced, best$"):
         asked("faster", presets)
     with pytest.raises(RequestError, match="the presets here are none$"):
-        asked("fast", {})
+        find_schedule("fast", {})
 
 
 def test_the_default_may_be_one(golden_repository: Path, tmp_path: Path) -> None:
     repository = tmp_path / "models"
     shutil.copytree(golden_repository, repository)
     assert LocalPipeline(repository).default_schedule == built_in()["fast"]
-    own(presets_path(repository))
+    rewrite_record(repository, own_presets=OWN)
     pipeline = LocalPipeline(repository)
     assert str(pipeline.default_schedule) == OWN["fast"]
     named, plain = (pipeline.generate(1, 1, text).latent for text in (None, OWN["fast"]))
     np.testing.assert_array_equal(named, plain)
-    config = repository / "flowturbo" / "config.pbtxt"
+    config = orchestrator_config(repository)
     config.write_text(config.read_text().replace('"fast"', '"faster"'))
-    with pytest.raises(RepositoryError, match="default_schedule: .*presets here are fast, balanc"):
+    with pytest.raises(
+        RepositoryError, match="pipeline sit: the default schedule .*presets here are fast, balanc"
+    ):
         LocalPipeline(repository)
+    # The pipeline's own default comes first.
+    rewrite_record(repository, defaults=Defaults(schedule="r3"))
+    assert str(LocalPipeline(repository).default_schedule) == OWN["r3"]
 
 
 def test_export_installs_and_keeps(golden_repository: Path, tmp_path: Path) -> None:
     repository, file = tmp_path / "models", own(tmp_path / "own.json")
     shutil.copytree(golden_repository, repository)
+
+    def export(*arguments: object) -> subprocess.CompletedProcess[str]:
+        return run_export(*GOLDEN_EXPORT, "--repository", repository, *map(str, arguments))
+
     bad = write(tmp_path / "bad.json", {"fast": {"schedule": "H1X2"}})
-    done = run_export(*GOLDEN_EXPORT, "--repository", repository, "--presets", bad)
+    done = export("--presets", bad)
     assert (done.returncode, "unknown step 'X'" in done.stderr) == (2, True), done.stderr
-    assert not presets_path(repository).exists()
-    done = run_export(*GOLDEN_EXPORT, "--repository", repository, "--presets", file)
+    assert read_pipeline(repository).own_presets == {}
+    done = export("--presets", file)
     assert done.returncode == 0, done.stderr
-    assert "fast H1P1, r3 H1P2R1" in done.stdout
-    assert run_export(*GOLDEN_EXPORT, "--repository", repository).returncode == 0
-    assert presets_path(repository).read_text() == file.read_text()
+    assert "defaults and presets" in done.stdout  # nothing is exported again
+    assert read_pipeline(repository).own_presets == OWN
+    for _ in range(2):
+        done = export()
+        assert (done.returncode, "installed" in done.stdout) == (0, False), done.stderr
+        assert read_pipeline(repository).own_presets == OWN
+    assert "up to date" in done.stdout
     named, plain = (
         LocalPipeline(repository).generate(1, 1, schedule).latent for schedule in ("r3", "H1P2R1")
     )
     np.testing.assert_array_equal(named, plain)
-    # Models without a refiner cannot serve what is installed.
+
+
+def test_presets_with_refiner_steps_need_a_refiner(golden_repository: Path, tmp_path: Path) -> None:
+    """Those given are refused; those that the pipeline had are left out, and no others."""
+    repository, file = tmp_path / "models", own(tmp_path / "own.json")
+    shutil.copytree(golden_repository, repository)
+    rewrite_record(repository, own_presets=OWN)
     alone = [text for text in GOLDEN_EXPORT if text != "--refiner" and "refiner" not in str(text)]
-    done = run_export(*alone, "--repository", repository)
+    done = run_export(*alone, "--repository", repository, "--presets", file)
     assert (done.returncode, "preset r3 is H1P2R1" in done.stderr) == (2, True), done.stderr
-    assert LocalPipeline(repository).pipeline.has_refiner  # nothing has been replaced
+    found = read_pipeline(repository)  # nothing has been replaced
+    assert found.has(Role.REFINER) and found.own_presets == OWN
+    done = run_export(*alone, "--repository", repository)
+    assert done.returncode == 0, done.stderr
+    found = read_pipeline(repository)
+    assert not found.has(Role.REFINER)
+    assert found.own_presets == {"fast": OWN["fast"]}
 
 
 def test_another_repository_does_not_get_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    template, staged = tmp_path / "committed" / "flowturbo", tmp_path / "staged"
-    shutil.copytree(install.COMMITTED, template)
-    own(template / "presets.json")
-    staged.mkdir()
+    """A new orchestrator has the settings of the source tree, and none of its pipelines."""
+    template, repository = tmp_path / "committed" / "flowturbo", tmp_path / "models"
+    shutil.copytree(install.COMMITTED, template, ignore=shutil.ignore_patterns("pipelines"))
+    committed = pipeline_with(OWN)
+    record = record_path(template.parent, committed.name)
+    record.parent.mkdir()
+    record.write_text(record_text(committed))
+    config = template / "config.pbtxt"
+    config.write_text(config.read_text().replace('"1.5"', '"2.5"'))
     monkeypatch.setattr(install, "COMMITTED", template)
-    install.add_orchestrator(staged, Settings(default_guidance_scale=2.5), tmp_path / "models")
-    install.install(staged, tmp_path / "models", [])
-    assert Settings.load(tmp_path / "models").default_guidance_scale == 2.5
-    text = (tmp_path / "models" / "flowturbo" / "config.pbtxt").read_text()
-    assert text.startswith("# The orchestrator")  # comments and all
-    assert (tmp_path / "models" / "flowturbo" / "config.pbtxt").exists()
-    assert not presets_path(tmp_path / "models").exists()
+    install.add_orchestrator(repository)
+    settings = Settings.load(repository)
+    assert (settings.default_guidance_scale, settings.default_pipeline) == (2.5, "")
+    assert orchestrator_config(repository).read_text().startswith("# The orchestrator")
+    assert installed(repository) == []
+    new = pipeline_with({})
+    staged = tmp_path / "staged"
+    staged.mkdir()
+    install.install(staged, repository, new, [])
+    assert read_pipeline(repository) == new
+    assert read_pipeline(repository).presets == built_in(has_refiner=False)

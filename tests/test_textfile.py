@@ -7,7 +7,7 @@ import pytest
 
 from export.__main__ import _options
 from export.pipeline import _check_names
-from flowturbo.nets.sit import SiTConfig
+from flowturbo.conditions.class_label import ClassLabel
 from flowturbo.nets.weights import CheckpointError
 from flowturbo.presets import read_presets
 from flowturbo.textfile import TextFileError, read_lines, read_text
@@ -47,7 +47,7 @@ def test_other_encodings_are_refused(tmp_path: Path, encoding: str) -> None:
 def test_presets_with_a_mark(tmp_path: Path) -> None:
     text = json.dumps({"presets": {"fast": {"schedule": "A4"}}})
     (tmp_path / "presets.json").write_text(text, "utf-8-sig")
-    assert str(read_presets(tmp_path / "presets.json", has_refiner=False)["fast"]) == "A4"
+    assert read_presets(tmp_path / "presets.json", has_refiner=False) == {"fast": "A4"}
 
 
 @pytest.mark.parametrize(
@@ -64,6 +64,5 @@ def test_class_names_that_do_not_fit(tmp_path: Path, names: list[str], said: str
     path = tmp_path / "names.txt"
     path.write_text("\n".join(names))
     options = _options(["--predictor", "p.pt", "--class-names", str(path)])
-    config = SiTConfig(4, 2, 4, 4, 4, 32, 1, 2, num_classes=4)
     with pytest.raises(CheckpointError, match=said):
-        _check_names(options, config)
+        _check_names(options, ClassLabel(4))

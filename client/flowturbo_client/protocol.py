@@ -76,7 +76,7 @@ class Request:
         try:
             found = {name: _array(result, name, self.n) for name in self.output_names}
             class_names = tuple(bytes(name).decode() for name in found["class_name"])
-            settings = json.loads(bytes(found["settings"][0]))
+            settings = _json(found["settings"], dict, "an object")
         except (ValueError, TypeError, struct.error) as error:
             raise ServerError(f"the server's answer cannot be read: {error}") from error
         encoded = found.get("encoded_image")
@@ -117,7 +117,7 @@ def build_request(
     if schedule is not None:
         inputs.append(tensors.text_tensor("schedule", [schedule]))
     if times is not None:
-        inputs.append(tensors.float_tensor("times", list(times)))
+        inputs.append(tensors.times_tensor("times", times))
     if guidance_scale is not None:
         inputs.append(tensors.float_tensor("guidance_scale", [guidance_scale]))
     if guidance_interval is not None:
@@ -137,7 +137,7 @@ def pipelines_request() -> Request:
 def parse_pipelines(result: InferResult) -> list[dict[str, Any]]:
     """One description per pipeline; ServerError if the answer breaks the contract."""
     try:
-        found: list[dict[str, Any]] = json.loads(bytes(_array(result, "pipelines", 0)[0]))
+        found: list[dict[str, Any]] = _json(_array(result, "pipelines", 0), list, "a list")
     except (ValueError, TypeError, struct.error) as error:
         raise ServerError(f"the server's answer cannot be read: {error}") from error
     return found
@@ -180,6 +180,13 @@ def _array(result: InferResult, name: str, n: int) -> Any:
             f"got {array.dtype} {list(array.shape)}"
         )
     return array
+
+
+def _json(array: Any, kind: type, what: str) -> Any:
+    found = json.loads(bytes(array[0]))
+    if not isinstance(found, kind):
+        raise ValueError(f"its JSON must be {what}, got {str(found)[:40]}")
+    return found
 
 
 def _decoded(data: bytes) -> Image.Image:

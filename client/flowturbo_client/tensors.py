@@ -57,6 +57,13 @@ def float_tensor(name: str, values: Sequence[float]) -> InferInput:
         return _tensor(name, np.array([float(value) for value in values], dtype=np.float32))
 
 
+def times_tensor(name: str, times: Sequence[float]) -> InferInput:
+    """Return FP32 [len(times)]."""
+    if not isinstance(times, (Sequence, np.ndarray)) or isinstance(times, str):
+        raise InvalidRequestError(f"{name} must be a sequence of numbers, got {times!r}")
+    return float_tensor(name, list(times))
+
+
 def interval_tensor(name: str, interval: Sequence[float]) -> InferInput:
     """Return FP32 [2]: lower and upper end."""
     if not isinstance(interval, (Sequence, np.ndarray)) or len(interval) != 2:

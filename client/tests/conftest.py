@@ -1,6 +1,7 @@
 """A real gRPC server in this process that speaks Triton's protocol and follows a script."""
 
 import io
+import json
 import socket
 import threading
 from collections.abc import Iterator
@@ -20,6 +21,40 @@ from tritonclient.utils import (
 )
 
 NAMES = "ABCDEFGH"
+PIPELINES: list[dict[str, Any]] = [
+    {
+        "name": "glyphs",
+        "condition": {
+            "kind": "class_label",
+            "takes": ["label", "class_name"],
+            "num_classes": 8,
+            "class_names": list(NAMES),
+            "null_class": True,
+        },
+        "size": [4, 6],
+        "latent_shape": [2, 1, 1],
+        "refiner": True,
+        "presets": {"fast": "H1P5R3", "best": "H8P9R5"},
+        "default_schedule": "H1P5R3",
+        "default_guidance_scale": 3.0,
+    },
+    {
+        "name": "latents",
+        "condition": {
+            "kind": "class_label",
+            "takes": ["label", "class_name"],
+            "num_classes": 1000,
+            "class_names": [],
+            "null_class": False,
+        },
+        "size": None,
+        "latent_shape": [2, 1, 1],
+        "refiner": False,
+        "presets": {"fast": "H1P5"},
+        "default_schedule": "H1P5",
+        "default_guidance_scale": 1.0,
+    },
+]
 
 
 class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
@@ -35,6 +70,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.requests: list[Any] = []
         self.remaining_s: list[float] = []
         self.live = self.ready = self.model_ready = True
+        self.pipelines = PIPELINES
         self.cancelled = threading.Event()
 
     def inputs(self, index: int = -1) -> dict[str, np.ndarray]:
@@ -103,6 +139,8 @@ def _append(response: Any, name: str, array: np.ndarray) -> None:
 
 
 def _answer(inputs: dict[str, np.ndarray]) -> dict[str, Any]:
+    if not inputs:
+        return {"pipelines": _json_tensor(PIPELINES)}
     names = inputs.get("class_name")
     if names is None:
         names = np.array([NAMES[i].encode() for i in inputs["label"]], dtype=object)
@@ -115,6 +153,33 @@ def _answer(inputs: dict[str, np.ndarray]) -> dict[str, Any]:
         "latent": np.full((n, 2, 1, 1), 0.5, np.float32),
         "seed": seeds,
         "class_name": names,
+        "settings": _json_tensor(_settings(inputs)),
+        "pipelines": _json_tensor(PIPELINES),
+    }
+
+
+def _json_tensor(document: Any) -> np.ndarray:
+    """A document as the service answers it: BYTES [1]."""
+    return np.array([json.dumps(document).encode()], dtype=object)
+
+
+def _settings(inputs: dict[str, np.ndarray]) -> dict[str, Any]:
+    """What the request asks for, or the defaults of the first pipeline."""
+    defaults = {
+        "pipeline": PIPELINES[0]["name"].encode(),
+        "schedule": PIPELINES[0]["default_schedule"].encode(),
+        "guidance_scale": PIPELINES[0]["default_guidance_scale"],
+        "output_format": b"raw",
+    }
+    used = {name: inputs[name].item() if name in inputs else defaults[name] for name in defaults}
+    times = inputs["times"].tolist() if "times" in inputs else None
+    interval = inputs.get("guidance_interval", np.array([0.0, 1.0])).tolist()
+    decoded = {k: v.decode() if isinstance(v, bytes) else v for k, v in used.items()}
+    return decoded | {
+        "times": times,
+        "guidance_interval": interval,
+        "size": PIPELINES[0]["size"],
+        "variant": "reference",
     }
 
 

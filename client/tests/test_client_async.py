@@ -4,6 +4,7 @@ import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 from flowturbo_client import (
     AsyncFlowTurboClient,
@@ -12,6 +13,7 @@ from flowturbo_client import (
     FlowTurboError,
     InvalidRequestError,
     RequestCancelledError,
+    ServerError,
 )
 from grpc import StatusCode
 
@@ -28,6 +30,37 @@ def test_generate_retry_and_health(triton):
     result = asyncio.run(scenario())
     assert result.class_names == ("A", "B") and len(result.encoded) == 2
     assert len(triton.requests) == 2
+
+
+def test_pipeline_times_and_settings(triton):
+    async def scenario():
+        async with AsyncFlowTurboClient(triton.url) as client:
+            return await client.generate(0, None, "H2", pipeline="latents", times=[0, 0.25, 1])
+
+    used = asyncio.run(scenario()).settings
+    assert triton.inputs()["pipeline"].tolist() == [b"latents"]
+    assert triton.inputs()["times"].tolist() == [0.0, 0.25, 1.0]
+    assert (used["pipeline"], used["schedule"]) == ("latents", "H2")
+    assert used["times"] == [0.0, 0.25, 1.0]
+
+
+def test_pipelines(triton, nobody):
+    async def scenario():
+        async with AsyncFlowTurboClient(triton.url) as client:
+            assert await client.pipelines() == triton.pipelines
+            triton.script = [{"pipelines": np.array([b"{}"], object)}]
+            with pytest.raises(ServerError, match="must be a list"):
+                await client.pipelines()
+            with pytest.raises(InvalidRequestError, match="timeout_s"):
+                await client.pipelines(timeout_s=0)
+        with pytest.raises(FlowTurboError, match="closed"):
+            await client.pipelines()
+        async with AsyncFlowTurboClient(nobody) as away:
+            with pytest.raises(ConnectionFailedError, match=nobody):
+                await away.pipelines()
+
+    asyncio.run(scenario())
+    assert triton.output_names() == ["pipelines"] and triton.inputs() == {}
 
 
 def test_requests_run_at_once(triton):

@@ -58,10 +58,38 @@ def test_warmup_is_one_more_request_a_schedule(triton, tmp_path, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 4
 
 
+def test_every_request_names_the_pipeline(triton, tmp_path):
+    """Those of the warm-up too."""
+    options = ("--ids", "0", "1", "2", "--batch", "2", "--warmup", "--pipeline", "latents")
+    assert _generate(triton, tmp_path, *options) == 0
+    assert [triton.inputs(i)["pipeline"].tolist() for i in range(3)] == [[b"latents"]] * 3
+    assert _generate(triton, tmp_path, "--ids", "0") == 0
+    assert "pipeline" not in triton.inputs()
+
+
+def test_pipelines_are_shown(triton, capsys):
+    assert main(["pipelines", "--url", triton.url]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "glyphs",
+        "  condition class_label, takes label or class_name",
+        "  size      6x4",
+        "  schedules fast H1P5R3, best H8P9R5; or steps such as H1P5R3",
+        "  defaults  H1P5R3, guidance 3",
+        "  classes   A, B, C, D, E, F, G, H",
+        "latents",
+        "  condition class_label, takes label or class_name",
+        "  size      latents only",
+        "  schedules fast H1P5; or steps such as H1P5",
+        "  defaults  H1P5, guidance 1",
+        "  classes   0 to 999",
+    ]
+
+
 def test_one_line_on_failure(triton, nobody, tmp_path, capsys):
     triton.script = [(StatusCode.INVALID_ARGUMENT, "schedule 'X'\nis not a schedule")]
     assert _generate(triton, tmp_path, "--characters", "A", "--schedule", "X") == 1
     assert main(["health", "--url", nobody]) == 1
+    assert main(["pipelines", "--url", nobody]) == 1
     assert main(["health", "--url", nobody, "--ca", str(tmp_path / "none.pem")]) == 1
     (tmp_path / "file").touch()
     assert _generate(triton, tmp_path / "file", "--characters", "A") == 1
@@ -69,7 +97,7 @@ def test_one_line_on_failure(triton, nobody, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert out == ""
     lines = err.splitlines()
-    assert len(lines) == 5 and all(line.startswith("flowturbo-client: ") for line in lines)
+    assert len(lines) == 6 and all(line.startswith("flowturbo-client: ") for line in lines)
     assert "schedule 'X' is not a schedule" in lines[0]
 
 

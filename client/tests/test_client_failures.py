@@ -81,7 +81,7 @@ def test_a_broken_connection_is_asked_again(triton):
 
 def test_a_server_that_lost_a_model_is_asked_again(triton):
     """It may be started again meanwhile; what is said then is the server's own reason."""
-    gone = "vae_decoder cannot answer, its process has ended: the server has to be restarted"
+    gone = "glyphs_vae_decoder cannot answer, its process has ended: the server has to be restarted"
     triton.script = [(StatusCode.UNAVAILABLE, gone)]
     with FlowTurboClient(triton.url) as client:
         client.generate(0)
@@ -111,7 +111,16 @@ def test_nobody_there(nobody):
             client.generate(0)
         with pytest.raises(ConnectionFailedError):
             client.health()
+        with pytest.raises(ConnectionFailedError, match=nobody):
+            client.pipelines()
         assert client.is_ready() is False
+
+
+def test_the_time_for_pipelines_is_checked(triton):
+    with FlowTurboClient(triton.url) as client:
+        with pytest.raises(InvalidRequestError, match="timeout_s"):
+            client.pipelines(timeout_s=-1)
+    assert not triton.requests
 
 
 def test_deadline_is_told_to_the_server_and_a_little_longer_to_grpc(triton):
@@ -178,3 +187,5 @@ def test_a_closed_client_says_so(triton):
     client.close()
     with pytest.raises(FlowTurboError, match="closed"):
         client.generate(0)
+    with pytest.raises(FlowTurboError, match="closed"):
+        client.pipelines()

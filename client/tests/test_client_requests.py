@@ -17,6 +17,8 @@ def test_every_argument_reaches_its_tensor(triton):
             [3, np.int32(4)],
             "H1P5R3",
             1.5,
+            pipeline="latents",
+            times=[0, 0.25, np.float32(1)],
             guidance_interval=(0.25, 0.75),
             initial_noise=noise,
             output_format="raw",
@@ -25,6 +27,9 @@ def test_every_argument_reaches_its_tensor(triton):
     assert inputs.pop("class_name").tolist() == [b"A", "é".encode()]
     assert inputs.pop("seed").tolist() == [3, 4]
     assert inputs.pop("schedule").tolist() == [b"H1P5R3"]
+    assert inputs.pop("pipeline").tolist() == [b"latents"]
+    times = inputs.pop("times")
+    assert times.dtype == np.float32 and times.tolist() == [0.0, 0.25, 1.0]
     assert inputs.pop("guidance_scale").tolist() == [1.5]
     assert inputs.pop("guidance_interval").tolist() == [0.25, 0.75]
     sent = inputs.pop("initial_noise")
@@ -39,7 +44,7 @@ def test_unset_arguments_are_left_to_the_server(triton):
         result = client.generate(1)
     assert set(triton.inputs()) == {"label"}
     assert triton.inputs()["label"].dtype == np.int64
-    assert triton.output_names() == ["image", "seed", "class_name"]
+    assert triton.output_names() == ["image", "seed", "class_name", "settings"]
     assert result.seeds.tolist() == [100]
     assert result.class_names == ("B",)
     assert result.images.shape == (1, 4, 6, 3) and (result.images == 100).all()
@@ -66,11 +71,58 @@ def test_labels_in_every_form(triton, labels, tensor, sent):
 def test_a_format_asks_for_files_and_keeps_them(triton):
     with FlowTurboClient(triton.url) as client:
         result = client.generate([0, 1], [7, 8], output_format="png", outputs=("image", "latent"))
-    assert triton.output_names() == ["encoded_image", "latent", "seed", "class_name"]
+    assert triton.output_names() == [*("encoded_image", "latent", "seed", "class_name", "settings")]
     assert result.images is None
     assert [data[:4] for data in result.encoded] == [b"\x89PNG"] * 2
     assert result.latents.shape == (2, 2, 1, 1)
     assert [image.getpixel((0, 0)) for image in result.pil()] == [(7, 7, 7), (8, 8, 8)]
+
+
+def test_the_answer_says_what_was_used(triton):
+    """Defaults that the server filled in, and what the request itself asked for."""
+    with FlowTurboClient(triton.url) as client:
+        by_default = client.generate(0).settings
+        asked = client.generate(
+            0, None, "H2", 2.0, pipeline="latents", times=(0, 0.5, 1), output_format="png"
+        ).settings
+    assert by_default["pipeline"] == "glyphs" and by_default["schedule"] == "H1P5R3"
+    assert by_default["guidance_scale"] == 3.0 and by_default["times"] is None
+    assert asked == {
+        "pipeline": "latents",
+        "schedule": "H2",
+        "times": [0.0, 0.5, 1.0],
+        "guidance_scale": 2.0,
+        "guidance_interval": [0.0, 1.0],
+        "size": [4, 6],
+        "variant": "reference",
+        "output_format": "png",
+    }
+
+
+def test_pipelines_need_no_input(triton):
+    with FlowTurboClient(triton.url) as client:
+        found = client.pipelines(timeout_s=3)
+    assert found == triton.pipelines
+    assert triton.inputs() == {} and triton.output_names() == ["pipelines"]
+    assert 0 < triton.requests[-1].parameters["timeout"].int64_param <= 3_000_000
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (None, "'pipelines' is missing"),
+        (np.array([b"{"], object), "cannot be read"),
+        (np.array([b"\xff"], object), "utf-8"),
+        (np.array([b"{}"], object), "must be a list"),
+        (np.array([b"[]", b"[]"], object), r"\[1\], got object \[2\]"),
+        (np.zeros(1, np.float32), "float32"),
+    ],
+)
+def test_a_broken_list_of_pipelines(triton, broken, message):
+    triton.script = [{"pipelines": broken}]
+    with FlowTurboClient(triton.url) as client:
+        with pytest.raises(ServerError, match=message):
+            client.pipelines()
 
 
 def test_files_as_text(triton):
@@ -111,6 +163,10 @@ def test_pil_of_raw_images_and_of_none(triton):
         ({"labels": 0, "seeds": [0.5]}, "0.5"),
         ({"labels": 0, "schedule": 8}, "schedule must be a string"),
         ({"labels": 0, "guidance_scale": "2"}, "guidance_scale must be a number, got '2'"),
+        ({"labels": 0, "pipeline": 1}, "pipeline must be a string, got 1"),
+        ({"labels": 0, "pipeline": "\udc80"}, "pipeline is not valid text"),
+        ({"labels": 0, "times": 0.5}, "times must be a sequence of numbers, got 0.5"),
+        ({"labels": 0, "times": [0, "1"]}, "times must be a number, got '1'"),
         ({"labels": 0, "guidance_interval": (0.1,)}, "two numbers"),
         ({"labels": 0, "initial_noise": np.zeros((2, 4, 1, 1))}, r"\[1, C, h, w\], got \[2, 4"),
         ({"labels": 0, "initial_noise": [[1.0]]}, "numpy float array, got list"),
@@ -153,6 +209,10 @@ def test_settings_are_checked(settings):
         ({"image": np.zeros((1, 4, 6, 3), np.float32)}, "float32"),
         ({"seed": np.zeros(2, np.int64)}, "'seed'"),
         ({"class_name": np.array([b"\xff"], object)}, "utf-8"),
+        ({"settings": None}, "'settings' is missing"),
+        ({"settings": np.array([b"{"], object)}, "cannot be read"),
+        ({"settings": np.array([b"[]"], object)}, "must be an object"),
+        ({"settings": np.array([b"{}", b"{}"], object)}, r"'settings' must be object \[1\]"),
     ],
 )
 def test_an_answer_that_breaks_the_contract(triton, broken, message):

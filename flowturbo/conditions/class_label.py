@@ -36,8 +36,11 @@ class ClassLabel:
 
     @classmethod
     def of_record(cls, options: Mapping[str, Any]) -> "ClassLabel":
-        """As `record` wrote it."""
-        return cls(**{**options, "class_names": tuple(options["class_names"])})
+        """As `record` wrote it; raises ValueError for more or fewer names than classes."""
+        made = cls(**{**options, "class_names": tuple(options["class_names"])})
+        if made.class_names and len(made.class_names) != made.num_classes:
+            raise ValueError(f"{len(made.class_names)} names of {made.num_classes} classes")
+        return made
 
     @property
     def can_guide(self) -> bool:

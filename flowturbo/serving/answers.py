@@ -1,4 +1,4 @@
-"""The models that a server runs, held to what PyTorch answered at the export."""
+"""Compares the models that a server runs with PyTorch's answers from the export."""
 
 import threading
 from collections.abc import Iterable
@@ -13,14 +13,14 @@ from flowturbo.pipeline import Pipeline
 from flowturbo.rows import Tensors
 from flowturbo.serving.service import Call
 
-ROWS = 3  # of the call that is compared: a guided pair, and a row alone
+ROWS = 3  # in the compared call: a guided pair, and one row alone
 
 
 class StoredAnswers:
     """Compares a call of every model of `pipelines` with its stored answer, before the first use.
 
-    An engine can be wrong on one kind of GPU alone (TensorRT #4837: fused attention), and files
-    can be changed. `instances` calls at a time reach every GPU.
+    An engine can be wrong on one kind of GPU only (TensorRT #4837: fused attention), and files can
+    change. `instances` concurrent calls reach every GPU.
     """
 
     def __init__(
@@ -34,12 +34,12 @@ class StoredAnswers:
         self._lock = threading.Lock()
 
     def check(self) -> None:
-        """Raises VerificationError if an answer is off, then and whenever it is asked again.
+        """Raises VerificationError if an answer is off, now and at every later check.
 
-        What else ends a call is raised too, and the next check calls again.
+        Other errors of a call are raised too; the next check then calls again.
         """
         if self._verdict is None:
-            with self._lock:  # whoever comes meanwhile waits for the verdict
+            with self._lock:  # other requests wait for the verdict
                 self._verdict = self._verdict or self._compare()
         if isinstance(self._verdict, VerificationError):
             raise self._verdict
@@ -70,5 +70,5 @@ class StoredAnswers:
 
         instances = self._instances if pipeline.on_gpu else 1
         with ThreadPoolExecutor(instances) as pool:
-            # Twice as many calls as instances: one that is slow to start gets its call too.
+            # Twice as many calls as instances: a slow instance gets a call too.
             list(pool.map(hold, range(1 if instances == 1 else 2 * instances)))

@@ -1,10 +1,11 @@
-"""Requests as coroutines, whose calls are gathered into one batch a tick.
+"""Batches the rows of all in-flight requests at every step.
 
-Triton's dynamic batcher starts whenever an engine is free, so that requests in a loop fall into
-cohorts: some wait while others run, and no batch is ever full. Here the thread that evaluated a
-batch takes all its requests on to their next calls before it looks for the next batch: those stay
-together, and no thread is woken between two calls of a request. On a device that models share, the
-calls of which most wait go first: a few ahead wait for the many behind, and cohorts merge.
+Each request is a coroutine that waits for calls of models. Triton's dynamic batcher starts a batch
+whenever an engine is free. Requests in a loop then fall into cohorts: some wait while others run,
+and no batch is ever full. Here the thread that ran a batch takes all its requests to their next
+calls, then looks for the next batch. Those requests stay together, and no thread is woken between
+two calls of a request. On a shared device the model with the most waiting calls goes first: a few
+early requests wait for the many behind them, and cohorts merge.
 """
 
 import logging
@@ -20,7 +21,7 @@ import numpy as np
 from flowturbo.rows import Tensors
 
 _logger = logging.getLogger(__name__)
-MAX_SKIPPED = 8  # about as many turns as a request makes of the predictor
+MAX_SKIPPED = 8  # turns in a row; about as many as a request makes of the predictor
 
 Outputs = tuple[np.ndarray, ...]
 Evaluate = Callable[[str, Tensors], Outputs]
@@ -31,7 +32,7 @@ Done = Callable[[Any], None]  # takes a request's result, or the exception that 
 
 @dataclass(eq=False)
 class _Call:
-    """What a request waits for: to have `tensors` [rows, ...] evaluated by `model`."""
+    """A call that a request waits for: `model` evaluates `tensors` [rows, ...]."""
 
     model: str
     tensors: Tensors
@@ -47,7 +48,7 @@ class _Call:
 
 @dataclass(eq=False)
 class _Waiting:
-    """A request at a call, the `number`th of all."""
+    """A request that waits for a call, which is the `number`th of all calls."""
 
     number: int
     call: _Call
@@ -61,8 +62,9 @@ class _Waiting:
 
 @dataclass(eq=False)
 class _Device:
-    """What one or more models run on, `threads` batches at a time, and the calls that wait.
+    """A device that one or more models share, and the calls that wait for it.
 
+    It runs `threads` batches at a time.
     `max_rows` are the most rows of a batch, by model, in the order in which programs call them.
     """
 
@@ -160,9 +162,9 @@ class Batcher:
             thread.join()
 
     def _advance(self, requests: Iterable[tuple[Request, Done, Any]]) -> None:
-        """Gives each of `requests` what it waited for, and has their next calls wait.
+        """Gives each of `requests` the outputs it waited for, and queues their next calls.
 
-        All at once: an idle thread would take the first of them alone.
+        All calls are queued at once: an idle thread would take the first of them alone.
         """
         calls = [(_step(*request), *request[:2]) for request in requests]
         with self._changed:
@@ -203,7 +205,7 @@ class Batcher:
 
 
 def _step(request: Request, done: Done, outputs: Any) -> _Call | None:
-    """Gives a request what it waited for; its next call, or None once it has ended."""
+    """Gives a request its outputs; returns its next call, or None once it has ended."""
     try:
         if isinstance(outputs, BaseException):
             return request.throw(outputs)
@@ -214,6 +216,6 @@ def _step(request: Request, done: Done, outputs: Any) -> _Call | None:
         result = error
     try:
         done(result)
-    except BaseException:  # the thread has others to serve
+    except BaseException:  # the thread serves other requests too
         _logger.exception("completion callback failed")
     return None

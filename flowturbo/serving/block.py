@@ -1,8 +1,8 @@
 """Triton Python-backend model that evaluates an exported network beside it.
 
-For servers that have only the Python backend: on a CPU in ONNX Runtime, OpenVINO or PyTorch, on a
-GPU in PyTorch. Triton's dynamic batcher may hand several requests at once, whose rows are evaluated
-as one batch.
+It is for servers that have only the Python backend. On a CPU it runs ONNX Runtime, OpenVINO or
+PyTorch, on a GPU PyTorch. Triton's dynamic batcher may pass several requests at once: their rows
+are evaluated as one batch.
 """
 
 import itertools
@@ -39,7 +39,7 @@ class TritonPythonModel:
             graph_rows = [int(rows) for rows in stated["graph_rows"].split(",")]
             device = f"cuda:{args['model_instance_device_id']}"
             self._model = TorchModel(path, device, graph_rows=graph_rows)
-            # What was verified at the export was not compiled, nor captured.
+            # The export verified the network before it was compiled and captured.
             figures = Figures.load(Path(args["model_repository"]))
             allowed, batches = TOLERANCES[stated["precision"]], batches_up_to(max(graph_rows))
             figures.check(config["name"], self._model, allowed, batches)
@@ -50,7 +50,7 @@ class TritonPythonModel:
         self._outputs = [entry["name"] for entry in config["output"]]
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Evaluates the rows of all `requests` together, or says to each what went wrong."""
+        """Evaluates the rows of all `requests` together; an error goes to each of them."""
         try:
             return self._evaluate(requests)
         except Exception as error:
@@ -58,7 +58,7 @@ class TritonPythonModel:
 
     def _evaluate(self, requests: list[Any]) -> list[Any]:
         per_request = [[self._read(request, name) for name in self._inputs] for request in requests]
-        if len(requests) == 1:  # the usual one: the orchestrator has gathered the rows already
+        if len(requests) == 1:  # the usual case: the orchestrator has joined the rows already
             joined = per_request[0]
         else:
             joined = [np.concatenate(parts) for parts in zip(*per_request, strict=True)]
@@ -69,8 +69,7 @@ class TritonPythonModel:
 
     def _answer(self, request: Any, parts: tuple[np.ndarray, ...]) -> Any:
         named = dict(zip(self._outputs, parts, strict=True))
-        # Whoever does not ask for the magnitude does not look whether the image is finite: then it
-        # is checked here.
+        # A caller that does not ask for the magnitude does not check whether the image is finite.
         if _MAGNITUDE in named and _MAGNITUDE not in request.requested_output_names():
             try:
                 check_finite(named[_MAGNITUDE], "image")

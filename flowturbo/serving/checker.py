@@ -1,4 +1,4 @@
-"""Triton Python-backend model: the last step of an ensemble, which lets finite images through."""
+"""Triton Python-backend model: the last step of an ensemble, which refuses non-finite images."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ from flowturbo.serving.triton_io import error_response
 
 
 class TritonPythonModel:
-    """An image that is not finite is an error to its caller, never a black picture."""
+    """Makes an image that is not finite an error, never a black picture."""
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Every request's images, or what is wrong with them."""
+        """Returns the images of each request, or an error."""
         return [self._answer(request) for request in requests]
 
     def _answer(self, request: Any) -> Any:

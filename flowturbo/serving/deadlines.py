@@ -1,4 +1,4 @@
-"""Deadlines that hold whatever a worker is waiting for."""
+"""Deadlines that hold even while a worker waits."""
 
 import heapq
 import threading
@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 Job = TypeVar("Job")
-_LONGEST_WAIT_S = 3600.0  # a caller may name any deadline, a lock no wait of centuries
+_LONGEST_WAIT_S = 3600.0  # callers may set longer deadlines than a lock can wait
 
 
 class Deadlines(Generic[Job]):
-    """Calls `expired(job)`, on a thread of its own, for each job that is not done in time.
+    """Calls `expired(job)`, on its own thread, for each job that is not done in time.
 
     `expired` must not raise. Deadlines are times of `clock`, in seconds.
     """
@@ -22,7 +22,7 @@ class Deadlines(Generic[Job]):
         self._expired = expired
         self._clock = clock
         self._jobs: dict[int, Job] = {}
-        self._due: list[tuple[float, int]] = []  # a heap; of jobs that are done too
+        self._due: list[tuple[float, int]] = []  # a heap; finished jobs stay in it
         self._count = 0
         self._closed = False
         self._changed = threading.Condition()
@@ -30,7 +30,7 @@ class Deadlines(Generic[Job]):
         self._thread.start()
 
     def add(self, job: Job, deadline: float) -> int:
-        """Watches `job` until `deadline`; its ticket for `done`."""
+        """Watches `job` until `deadline`; returns a ticket for `done`."""
         with self._changed:
             self._count += 1
             self._jobs[self._count] = job
@@ -45,7 +45,7 @@ class Deadlines(Generic[Job]):
             return self._jobs.pop(ticket, None) is not None
 
     def close(self) -> None:
-        """Stops watching; a job that expires just now is handed back first."""
+        """Stops watching, after the job that is expiring now, if any."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -57,7 +57,7 @@ class Deadlines(Generic[Job]):
                 job = self._next()
             if job is not None:
                 self._expired(job)
-                del job  # nothing of it is kept until the next one
+                del job  # frees it before the next wait
 
     def _next(self) -> Job | None:
         """Waits for the next deadline; None if nothing is due after all."""

@@ -1,4 +1,4 @@
-"""Triton Python-backend model: an ensemble's latent rows to the latents of its images."""
+"""Triton Python-backend model: picks the latents of the images from an ensemble's rows."""
 
 from typing import Any
 
@@ -11,10 +11,10 @@ from flowturbo.serving.triton_io import error_response
 
 
 class TritonPythonModel:
-    """Leaves the unconditional rows out, which no step of an ensemble can do by itself."""
+    """Drops the unconditional rows: an ensemble has no step for that."""
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Every request's conditional rows, or what is wrong with them."""
+        """Returns the conditional rows of each request, or an error."""
         return [self._answer(request) for request in requests]
 
     def _answer(self, request: Any) -> Any:

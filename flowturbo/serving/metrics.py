@@ -1,7 +1,7 @@
 """The orchestrator's own Prometheus metrics, on Triton's metrics port.
 
-Triton's request metrics see only `execute`, which hands a request over and returns; these see the
-whole request.
+Triton's request metrics end when `execute` returns, before a request has run. These cover the whole
+request.
 """
 
 import threading
@@ -9,9 +9,8 @@ from collections.abc import Mapping
 
 import triton_python_backend_utils as pb_utils
 
-from flowturbo.pipeline import Pipeline
+from flowturbo.pipeline import UNKNOWN, Pipeline
 from flowturbo.serving.outcomes import CODES
-from flowturbo.serving.service import UNKNOWN
 
 LATENCY_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 

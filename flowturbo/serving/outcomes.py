@@ -23,8 +23,8 @@ _OUTCOMES = (  # a deadline is a cancellation too: first match wins
     (errors.CancelledError, "cancelled"),
 )
 _OUT_OF_MEMORY = "the server is out of memory"
-# In the server's own sentences, which speak of a process, a model or its version. What a model says
-# may be that something else is "not available".
+# The server's own sentences about a process, a model or its version. A model's message may say of
+# something else that it is "not available".
 _DEAD = re.compile(
     r"stub process|broken pipe|is not healthy"
     r"|(model|version) \S+ (version \S+ )?(is not ready|is not at ready state|is not available)",
@@ -64,9 +64,9 @@ def as_told(error: BaseException) -> errors.FlowTurboError:
 
 
 def failure(model: str, message: str) -> errors.FlowTurboError:
-    """What a composed `model` that answered with an error `message` makes of the request.
+    """The error of a request whose call of `model` failed with `message`.
 
-    An ensemble's message may be of the process of another model.
+    The message of an ensemble may name the process of another model.
     """
     message = re.sub(_STACK, "", message)
     if _has(message, (_OUT_OF_MEMORY,)):
@@ -87,7 +87,7 @@ def failure(model: str, message: str) -> errors.FlowTurboError:
 
 
 def incomplete(model: str, missing: Iterable[str]) -> errors.UnavailableError:
-    """What a composed `model` that answered without some outputs makes of the request."""
+    """The error of a request whose call of `model` came back without some outputs."""
     return errors.UnavailableError(
         f"{model} answered without {', '.join(missing)}, as happens when its process ends "
         "meanwhile: the server has to be restarted"

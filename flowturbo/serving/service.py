@@ -29,7 +29,7 @@ from flowturbo.generate import (
     program_for,
     roles_called,
 )
-from flowturbo.pipeline import Pipeline, default_name
+from flowturbo.pipeline import UNKNOWN, Pipeline, default_name
 from flowturbo.request import GenerationRequest, named_pipeline, parse_request
 from flowturbo.rows import Tensors
 from flowturbo.serving.batcher import Batcher
@@ -41,7 +41,6 @@ from flowturbo.solver.program import Program
 
 IDLE_BEFORE_ENSEMBLE_S = 1.0  # after so long alone, a request need not wait to share its batches
 CANCEL_CHECK_S = 0.02  # asking the server whether a caller is still there costs a round trip
-UNKNOWN = "unknown"  # the pipeline of a request that was refused before it was known
 _logger = logging.getLogger(__name__)
 
 # Evaluates a Triton model: its name, inputs and the wanted outputs, to these in order.

@@ -24,8 +24,11 @@ def checked_grid(steps: int, times: Sequence[float]) -> tuple[float, ...]:
         raise RequestError(
             f"a schedule of {steps} steps needs {steps + 1} times, got shape {grid.shape}"
         )
-    if not (np.all(np.isfinite(grid)) and np.all(np.diff(grid) > 0)):
-        raise RequestError(f"times must be finite and rise strictly, got {grid.tolist()}")
+    if not np.all(np.isfinite(grid)):
+        raise RequestError(f"times must be finite, got {grid[~np.isfinite(grid)][0]}")
+    if not np.all(rises := np.diff(grid) > 0):
+        low, high = grid[rises.argmin() :][:2]
+        raise RequestError(f"times must rise strictly, got {low} and then {high}")
     if grid[0] < 0 or grid[-1] > 1:
         raise RequestError(f"times must lie within [0, 1], got {grid[0]} to {grid[-1]}")
     return tuple(float(t) for t in grid)

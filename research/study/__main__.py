@@ -196,7 +196,8 @@ def _check_predictor(one: Path, other: Path) -> None:
     pipelines = [read_pipeline(path) for path in (one, other)]
     for role in (Role.PREDICTOR, Role.DECODER):
         stated = [
-            (*(getattr(each.models[role], key) for key in _FORM), each.fingerprint["sha256"][role])
+            [getattr(each.models.get(role), key, None) for key in _FORM]
+            + [each.fingerprint["sha256"].get(role) if each.has(role) else None]
             for each in pipelines
         ]
         if stated[0] != stated[1]:

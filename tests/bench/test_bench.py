@@ -45,7 +45,8 @@ def test_gpu_check(tmp_path: Path) -> None:
     assert len(report["blocks"]) == len(forms) * 3 * len(SIZES["small"].rows)
     assert len(report["schedules"]) == len(forms) * 7 * len(SIZES["small"].batches)
     assert all(b["ms"] > 0 for b in report["blocks"])
-    blocks = [b for b in report["blocks"] if b["model"] != "vae_decoder"]
+    assert {b["model"] for b in report["blocks"]} == {"predictor", "refiner", "decoder"}
+    blocks = [b for b in report["blocks"] if b["model"] != "decoder"]
     assert max(b["error"] for b in blocks if b["precision"] != "fp8") < 0.1
     assert out.with_suffix(".png").stat().st_size > 10_000
 
@@ -57,7 +58,7 @@ def test_gpu_check_stops_in_time(tmp_path: Path) -> None:
     run("bench.gpu_check", "--size", "small", *options, "--out", out)
     report = json.loads(out.read_text())
     assert [b["precision"] for b in report["blocks"]] == ["bf16"] * 2 + ["fp32"] * 2
-    assert {b["model"] for b in report["blocks"]} == {"velocity_predictor"}
+    assert {b["model"] for b in report["blocks"]} == {"predictor"}
     assert report["schedules"] == [] and report["left_out"] == []
     run("bench.gpu_check", "--size", "small", *options, "--minutes", 0, "--out", out)
     report = json.loads(out.read_text())

@@ -17,14 +17,14 @@ from bench.capacity.block_times import BlockTimes, measure
 from bench.capacity.plan import check, largest_load, plan
 from bench.capacity.replica import Replica
 from bench.capacity.simulation import closed_loop, open_loop
-from flowturbo import contract
+from flowturbo.contract import Role
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 TIMES = BlockTimes(
     {
-        contract.PREDICTOR: {rows: 5.0 + rows for rows in ROWS},
-        contract.REFINER: {rows: 1.0 + 0.1 * rows for rows in ROWS},
-        contract.DECODER: {rows: 2.0 + 2 * rows for rows in ROWS},
+        Role.PREDICTOR: {rows: 5.0 + rows for rows in ROWS},
+        Role.REFINER: {rows: 1.0 + 0.1 * rows for rows in ROWS},
+        Role.DECODER: {rows: 2.0 + 2 * rows for rows in ROWS},
     },
     overhead_ms=0.5,
 )
@@ -32,8 +32,8 @@ TIMES = BlockTimes(
 
 def one_call(ms: float, max_rows: int, max_inflight: int = 10_000, **settings: Any) -> Replica:
     """One call a request, which takes `ms` whatever the rows, with no overhead."""
-    table = {contract.PREDICTOR: (ms,) * (max_rows + 1)}
-    calls = ((contract.PREDICTOR, 1),)
+    table = {Role.PREDICTOR: (ms,) * (max_rows + 1)}
+    calls = ((Role.PREDICTOR, 1),)
     return Replica(calls, table, 0.0, max_rows, max_inflight, **settings)
 
 
@@ -68,15 +68,15 @@ def test_turns_bring_clients_into_step() -> None:
 
 
 def test_interpolation() -> None:
-    table = BlockTimes({contract.PREDICTOR: {2: 4.0, 4: 8.0}}).table(contract.PREDICTOR, 4)
+    table = BlockTimes({Role.PREDICTOR: {2: 4.0, 4: 8.0}}).table(Role.PREDICTOR, 4)
     assert table == (4.0, 4.0, 4.0, 6.0, 8.0)
 
 
 def test_saturation_is_the_closed_form() -> None:
     """The predictor's batches are full; where the others' cost is linear, theirs need not be."""
     times = {model: dict(of_rows) for model, of_rows in TIMES.times_ms.items()}
-    times[contract.REFINER] = {rows: 0.1 * rows for rows in ROWS}
-    times[contract.DECODER] = {rows: 2.0 * rows for rows in ROWS}
+    times[Role.REFINER] = {rows: 0.1 * rows for rows in ROWS}
+    times[Role.DECODER] = {rows: 2.0 * rows for rows in ROWS}
     replica = Replica.of(BlockTimes(times))
     rate, images = replica.saturation()
     assert (rate, images) == (pytest.approx(32e3 / (7 * 69 + 3 * 6.4 + 64)), 32)
@@ -99,15 +99,15 @@ def test_saturation_is_a_bound() -> None:
 
 def test_saturation_takes_the_best_batch() -> None:
     worse = {1: 1.0, 2: 1.0, 4: 1.0, 8: 8.0}
-    times = BlockTimes({contract.PREDICTOR: worse}, 0.0)
+    times = BlockTimes({Role.PREDICTOR: worse}, 0.0)
     rate, images = Replica.of(times, "E1", 1.0, max_rows=8).saturation()
     assert (rate, images) == (4000.0, 4)
 
 
 def test_devices_are_shared() -> None:
     """Two models that are always busy: the device makes the sum of their work, no more."""
-    calls = ((contract.PREDICTOR, 1), (contract.REFINER, 1))
-    table = {contract.PREDICTOR: (0.0, 6.0), contract.REFINER: (0.0, 4.0)}
+    calls = ((Role.PREDICTOR, 1), (Role.REFINER, 1))
+    table = {Role.PREDICTOR: (0.0, 6.0), Role.REFINER: (0.0, 4.0)}
     crowd = closed_loop(Replica(calls, table, 0.0, 1, 8), 8, requests=2000)
     assert crowd.images_per_s == pytest.approx(100.0, rel=0.005)
     assert crowd.mean_ms == pytest.approx(80.0, rel=0.02)  # Little's law
@@ -138,7 +138,7 @@ def test_constant_time_is_batch_service(during: float) -> None:
 
 def test_gathering_merges_cohorts() -> None:
     """The requests of a batch go on together, with those that came meanwhile."""
-    calls, table = ((contract.PREDICTOR, 1),) * 10, {contract.PREDICTOR: (20.0,) * 65}
+    calls, table = ((Role.PREDICTOR, 1),) * 10, {Role.PREDICTOR: (20.0,) * 65}
     found = closed_loop(Replica(calls, table, 0.5), 8)
     assert found.rows == pytest.approx(8.0)
     assert found.images_per_s == pytest.approx(8e3 / (10 * 20.5), rel=0.01)
@@ -193,27 +193,27 @@ def test_bad_input() -> None:
         Replica.of(TIMES, max_rows=1)
     with pytest.raises(ValueError, match="only up to 64 rows, 128 rows are needed"):
         Replica.of(TIMES, max_rows=128)
-    with pytest.raises(ValueError, match="'unet': the models are velocity_predictor"):
+    with pytest.raises(ValueError, match="'unet': the models are predictor, refiner, decoder"):
         BlockTimes({"unet": {1: 1.0}})
-    with pytest.raises(ValueError, match="no block times of velocity_predictor"):
-        BlockTimes({contract.DECODER: {1: 1.0}})
+    with pytest.raises(ValueError, match="no block times of predictor"):
+        BlockTimes({Role.DECODER: {1: 1.0}})
     with pytest.raises(ValueError, match="-1.0 ms at 2 rows"):
-        BlockTimes({contract.PREDICTOR: {2: -1.0}})
+        BlockTimes({Role.PREDICTOR: {2: -1.0}})
 
 
 def test_reports_of_gpu_check(tmp_path: Path) -> None:
     blocks = [
         {"engine": engine, "precision": "bf16", "model": model, "rows": rows, "ms": ms * rows}
         for engine, ms in (("PyTorch", 2.0), ("TensorRT", 1.0))
-        for model in contract.COMPOSED
+        for model in Role
         for rows in (2, 8)
     ]
     path = tmp_path / "report.json"
     path.write_text(json.dumps({"blocks": blocks}))
-    assert BlockTimes.read(path, "TensorRT").times_ms[contract.REFINER] == {2: 2.0, 8: 8.0}
+    assert BlockTimes.read(path, "TensorRT").times_ms[Role.REFINER] == {2: 2.0, 8: 8.0}
     with pytest.raises(ValueError, match="PyTorch bf16, TensorRT bf16: name one"):
         BlockTimes.read(path)
-    path.write_text('{"times_ms": {"velocity_predictor": [1]}}')
+    path.write_text('{"times_ms": {"predictor": [1]}}')
     with pytest.raises(ValueError, match=r"times_ms must be {model: {rows: ms}}"):
         BlockTimes.read(path)
     path.write_text("{}")
@@ -237,7 +237,7 @@ def test_measured_models(glyphs_repository: Path) -> None:
     third = 2 * 6
     assert times == {
         model: {1: pytest.approx(third + k), 16: pytest.approx(third + 3 + k)}
-        for k, model in enumerate(contract.COMPOSED, 1)
+        for k, model in enumerate(Role, 1)
     }
 
 

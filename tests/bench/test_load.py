@@ -13,9 +13,10 @@ from support import ROOT
 
 from bench import load, perf_analyzer
 from bench.downloads import made_whole
-from bench.observe import listening_process, observing
+from bench.observe import _models, listening_process, observing
 from bench.perf_analyzer import Answer, Load, PerfAnalyzerError, Result, entry
 from flowturbo import contract
+from flowturbo.contract import Role
 from flowturbo.generate import roles_called
 from flowturbo.serving.tritonserver import ServerAddress
 from flowturbo.solver.program import compile_program
@@ -62,7 +63,7 @@ def check_overload(point: load.Point) -> None:
     assert point["server"]["requests"] == sum(counts.values())
     # Those that were refused cost no evaluation.
     calls = roles_called(compile_program(Schedule.parse(load.SCHEDULE)))
-    for model in (contract.PREDICTOR, contract.REFINER):
+    for model in (Role.PREDICTOR, Role.REFINER):
         rows = point["server"]["models"][model]["rows"]
         assert rows == 2 * calls.count(model) * counts["answered"]
 
@@ -91,13 +92,13 @@ def test_observed_work_is_that_of_the_program(glyphs_server: ServerAddress) -> N
     calls = [call.network for call in compile_program(Schedule.parse("H1P5R3")).calls]
     executions = {name: work.executions for name, work in found.models.items()}
     assert executions == {
-        contract.PREDICTOR: 3 * calls.count("predictor"),
-        contract.REFINER: 3 * calls.count("refiner"),
-        contract.DECODER: 3,
+        Role.PREDICTOR: 3 * calls.count("predictor"),
+        Role.REFINER: 3 * calls.count("refiner"),
+        Role.DECODER: 3,
     }
-    # Two images with guidance are four rows; the decoder has one an image.
+    # Two images with guidance are four rows; the decoder has one per image.
     rows = {name: work.rows_per_execution for name, work in found.models.items()}
-    assert rows == {contract.PREDICTOR: 4, contract.REFINER: 4, contract.DECODER: 2}
+    assert rows == {Role.PREDICTOR: 4, Role.REFINER: 4, Role.DECODER: 2}
     assert found.requests == 3
     assert found.rows_per_execution == 4
     for work in found.models.values():
@@ -105,6 +106,20 @@ def test_observed_work_is_that_of_the_program(glyphs_server: ServerAddress) -> N
     assert found.cpu_s is not None and found.cpu_s > 0
     assert min(sample.resident for sample in found.memory) > 50 * 2**20
     assert min(sample.shared_files for sample in found.memory) > 0
+
+
+def test_which_models_are_observed() -> None:
+    """Those of the one pipeline that is served, or of the one that is named."""
+    one = {"flowturbo", "sit_velocity_predictor", "sit_h2", "sit_h2_planner", "sit_finisher"}
+    assert _models(one, None) == {"predictor": "sit_velocity_predictor"}
+    glyphs = {role.value: contract.model_name("glyphs", role) for role in Role}
+    two = one | {*glyphs.values()}
+    assert _models(two, "glyphs") == glyphs
+    assert _models(two, "sit") == {"predictor": "sit_velocity_predictor"}
+    with pytest.raises(ValueError, match="the server serves glyphs, sit: name one"):
+        _models(two, None)
+    with pytest.raises(ValueError, match="the server serves nothing: name one"):
+        _models({"flowturbo"}, None)
 
 
 def test_a_full_server_ends_the_run_with_its_words(glyphs_server: ServerAddress) -> None:

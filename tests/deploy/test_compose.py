@@ -15,6 +15,7 @@ from support import ROOT
 from bench.downloads import debian_package
 from export.__main__ import _options
 from flowturbo import contract
+from flowturbo.conditions import REQUEST_INPUTS
 from flowturbo.serve import _parse
 
 COMPOSE = (ROOT / "docker-compose.yml").read_text()
@@ -89,6 +90,7 @@ def test_commands_are_understood() -> None:
         assert options.host == "0.0.0.0"
         assert str(options.repository).startswith("/models/")
     export = _options(SERVICES["glyphs_export"]["command"])
+    assert (export.name, export.guidance_scale) == ("glyphs", 3.0)
     assert (export.deployment.engine, export.deployment.on_gpu) == ("onnxruntime", False)
     assert all((ROOT / path).exists() for path in export.source.files().values())
     assert str(export.repository) == str(_parse(SERVICES["glyphs"]["command"])[0].repository)
@@ -126,9 +128,12 @@ def test_what_must_be_put_right_ends_the_start_at_once() -> None:
 def test_the_load_is_of_this_service() -> None:
     arguments = shlex.join(SERVICES["perf_analyzer"]["entrypoint"])
     assert f"-m {contract.ORCHESTRATOR} " in arguments
-    assert f"--bls-composing-models={','.join(contract.COMPOSED)}" in arguments
+    # Without --name, as docs/deployment.md exports it.
+    exported = _options(["--predictor", "FILE"]).name
+    models = ",".join(contract.model_name(exported, role) for role in contract.Role)
+    assert f"--bls-composing-models={models}" in arguments
     data = json.loads((ROOT / "docker" / "perf_analyzer.json").read_text())["data"]
-    names = {spec.name for spec in contract.REQUEST_INPUTS}
+    names = {spec.name for spec in REQUEST_INPUTS}
     assert all(entry.keys() <= names and "label" in entry for entry in data)
 
 

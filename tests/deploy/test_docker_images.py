@@ -134,6 +134,13 @@ def test_what_an_image_copies_can_be_imported_there(stage: str, tmp_path: Path) 
     assert set(failed.values()) <= {OF_TRITON}, failed
 
 
+def test_the_records_of_this_machines_pipelines_stay_here() -> None:
+    """Their models are not in the image."""
+    orchestrator = Path("model_repository/flowturbo")
+    found = [file for file in copied("export") if file.is_relative_to(orchestrator)]
+    assert found == [orchestrator / "1/model.py", orchestrator / "config.pbtxt"]
+
+
 def test_the_extras_are_declared() -> None:
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for extras in re.findall(r"'\.\[([\w,]+)\]'", STAGES["export"]):

@@ -30,20 +30,19 @@ import export.engine
 import export.pipeline
 from export.deployment import Deployment, model_config
 from export.engine import EngineError, _strong_typing, build_engine, find_builders
-from flowturbo import LocalPipeline, contract
+from flowturbo import LocalPipeline
+from flowturbo.conditions.class_label import ClassLabel
+from flowturbo.contract import SCALAR_COLUMNS, Role, composed_tensors, model_name
 from flowturbo.gpu import Gpu, GpuError, usable_gpus
+from flowturbo.pipeline import ModelRecord, Pipeline, read_pipeline
 from flowturbo.rows import Tensors
 from flowturbo.runtimes import open_model
 from flowturbo.serving.engines import check_engines, check_gpus
 from flowturbo.serving.installation import SetupError
 
-
-def builds_of(repository: Path) -> dict[str, dict[str, Any]]:
-    paths = {model: repository / model / "build.json" for model in contract.COMPOSED}
-    return {model: json.loads(path.read_text()) for model, path in paths.items()}
-
-
 SIZES: dict[int | str, int] = {"C": 4, "h": 32, "w": 32, "H": 256, "W": 256}
+TENSORS = {role: composed_tensors(role, ClassLabel.block_inputs) for role in Role}
+PREDICTOR, REFINER = "sit_velocity_predictor", "sit_velocity_refiner"
 FORMS = [
     Deployment(engine="python"),
     Deployment(engine="onnxruntime", provider="cpu"),
@@ -54,13 +53,15 @@ FORMS = [
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form.engine}-{form.provider}")
-@pytest.mark.parametrize("model", list(contract.COMPOSED))
-def test_every_form_has_the_contract(model: str, form: Deployment) -> None:
+@pytest.mark.parametrize("role", Role)
+def test_every_form_has_the_contract(role: Role, form: Deployment) -> None:
+    model, (inputs, outputs) = model_name("glyphs", role), TENSORS[role]
     files = {"8.9": "model.plan", "9.0": "model.sm90.plan"} if form.engine == "tensorrt" else {}
-    written = text_format.MessageToString(model_config(model, SIZES, form, files, "digest"))
+    made = model_config(model, TENSORS[role], SIZES, form, files, "digest")
+    written = text_format.MessageToString(made)
     config = text_format.Parse(written, model_config_pb2.ModelConfig())  # strict
-    check_tensors(config.input, contract.COMPOSED[model][0], SIZES)
-    check_tensors(config.output, contract.COMPOSED[model][1], SIZES)
+    check_tensors(config.input, inputs, SIZES)
+    check_tensors(config.output, outputs, SIZES)
     assert (config.name, config.backend) == (model, form.engine)
     assert config.max_batch_size == form.max_rows == form.profile[2]
     # What the orchestrator shares out among GPUs is not to be joined again.
@@ -92,24 +93,25 @@ def test_graph_sizes_end_at_the_largest_batch() -> None:
 
 def test_onnxruntime_tensorrt_has_the_profile() -> None:
     form = Deployment(engine="onnxruntime", provider="tensorrt", max_rows=32, opt_rows=8)
-    config = model_config(contract.PREDICTOR, SIZES, form, {}, "0123")
+    tensors = TENSORS[Role.PREDICTOR]
+    config = model_config("glyphs_velocity_predictor", tensors, SIZES, form, {}, "0123")
     (accelerator,) = config.optimization.execution_accelerators.gpu_execution_accelerator
     # TensorRT 11 takes the types of the file, and knows none of the options that chose others.
     assert not [name for name in accelerator.parameters if "precision" in name or "fp16" in name]
-    assert accelerator.parameters["trt_engine_cache_prefix"] == "velocity_predictor_0123"
+    assert accelerator.parameters["trt_engine_cache_prefix"] == "glyphs_velocity_predictor_0123"
     for end, rows in (("min", 1), ("opt", 8), ("max", 32)):
         shapes = dict(
             shape.split(":")
             for shape in accelerator.parameters[f"trt_profile_{end}_shapes"].split(",")
         )
         assert shapes["x"] == f"{rows}x4x32x32"
-        assert shapes.keys() == {spec.name for spec in contract.BLOCK_INPUTS}
+        assert shapes.keys() == {spec.name for spec in tensors[0]}
 
 
 def test_float32_is_not_tf32() -> None:
     for precision, said in (("fp32", {"use_tf32": "0"}), ("fp16", {})):
         form = Deployment(engine="onnxruntime", provider="cuda", precision=precision)
-        config = model_config(contract.PREDICTOR, SIZES, form, {}, "")
+        config = model_config(PREDICTOR, TENSORS[Role.PREDICTOR], SIZES, form, {}, "")
         (accelerator,) = config.optimization.execution_accelerators.gpu_execution_accelerator
         assert (accelerator.name, dict(accelerator.parameters)) == ("cuda", said)
 
@@ -124,12 +126,14 @@ def test_engines_of_several_gpus_in_one_repository(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stderr
     files = {"8.0": "model.plan", "8.9": "model.sm89.plan", "12.0": "model.sm120.plan"}
-    for model in contract.COMPOSED:
+    pipeline = read_pipeline(repository)
+    assert set(pipeline.models) == set(Role)
+    for role, record in pipeline.models.items():
+        model = pipeline.model(role)
         config = read_config(repository / model / "config.pbtxt")
         assert dict(config.cc_model_filenames) == files
-        build = json.loads((repository / model / "build.json").read_text())
         for capability, file in files.items():
-            engine = build["engines"][capability]
+            engine = record.engines[capability]
             assert engine["file"] == file
             assert engine["compute_capability"] == capability
             assert engine["tensorrt"].startswith("rtx-")
@@ -141,7 +145,7 @@ def test_engines_of_several_gpus_in_one_repository(tmp_path: Path) -> None:
     assert "up to date" in done.stdout
     assert {p: p.stat().st_mtime_ns for p in repository.rglob("*.plan")} == before
     with pytest.raises(SetupError, match=r"TensorRT rtx-.* the server has 10.14.1") as refused:
-        check_engines(builds_of(repository), "10.14.1", [Gpu(0, "any of 8.9", "8.9")])
+        check_engines(pipeline, "10.14.1", [Gpu(0, "any of 8.9", "8.9")])
     assert "--engine tensorrt --precision" in str(refused.value)  # what makes it anew, for this GPU
     assert "--compute-capability" not in str(refused.value)
 
@@ -152,7 +156,7 @@ def test_half_precision_engines(
 ) -> None:
     """Of the very files that run elsewhere."""
     (builder,), models = find_builders("8.9"), half_repositories(precision)
-    for model in contract.COMPOSED:
+    for model in map(read_pipeline(models).model, Role):
         plan = tmp_path / model / "1" / "model.plan"
         plan.parent.mkdir(parents=True)
         onnx_file = models / model / "1" / "model.onnx"
@@ -162,7 +166,7 @@ def test_half_precision_engines(
 
 def test_fp8_products(half_repositories: Callable[[str], Path]) -> None:
     """Those of the predictor's six blocks, four each, and not the last layer's."""
-    path = half_repositories("fp8") / contract.PREDICTOR / "1" / "model.onnx"
+    path = half_repositories("fp8") / PREDICTOR / "1" / "model.onnx"
     fed = [set(n.input) for n in onnx.load(path).graph.node if n.op_type == "MatMul"]
     assert sum(all(name.endswith("_dequantized") for name in names) for names in fed) == 24
 
@@ -195,6 +199,13 @@ def test_a_failed_parse_names_the_node(tmp_path: Path) -> None:
     assert not plan.exists()
 
 
+def with_engines(engines: dict[str, dict[str, Any]], command: str = "") -> Pipeline:
+    """A pipeline `sit` whose predictor alone has `engines`."""
+    record = ModelRecord(engine="tensorrt", on_gpu=True, engines=engines)
+    models = {Role.PREDICTOR: record}
+    return Pipeline("sit", ClassLabel(10), (4, 8, 8), models, command=command)
+
+
 @pytest.mark.parametrize(
     ("version", "capabilities", "said"),
     [
@@ -208,21 +219,22 @@ def test_engines_that_do_not_fit_are_refused(
     version: str | None, capabilities: list[str], said: str | None
 ) -> None:
     engines = {"8.9": {"file": "model.plan", "tensorrt": "10.14.1.48", "gpu": "L4"}}
-    build = {"engine": "tensorrt", "engines": engines, "command": "python -m export --engine x"}
+    pipeline = with_engines(engines, "python -m export --engine x")
     gpus = [Gpu(k, "L4", capability) for k, capability in enumerate(capabilities)]
     if said is None:
-        assert check_engines({contract.PREDICTOR: build}, version, gpus) == []
+        assert check_engines(pipeline, version, gpus) == []
         return
     with pytest.raises(SetupError, match=said) as refused:
-        check_engines({contract.PREDICTOR: build}, version, gpus)
+        check_engines(pipeline, version, gpus)
     assert "python -m export --engine x" in str(refused.value)
 
 
 def test_an_engine_of_another_gpu_of_the_same_capability_is_noted() -> None:
     engines = {"9.0": {"file": "model.plan", "tensorrt": "11.1.0.106", "gpu": "H100"}}
-    builds = {contract.PREDICTOR: {"engine": "tensorrt", "engines": engines, "command": ""}}
-    (note,) = check_engines(builds, "11.1.0", [Gpu(0, "H100", "9.0"), Gpu(1, "H200", "9.0")])
-    assert "was built on H100, here is H200" in note
+    gpus = [Gpu(0, "H100", "9.0"), Gpu(1, "H200", "9.0")]
+    (note,) = check_engines(with_engines(engines), "11.1.0", gpus)
+    assert note.startswith(f"{PREDICTOR}'s engine for compute capability 9.0 was built on H100")
+    assert "here is H200" in note
 
 
 class Driver:
@@ -277,18 +289,13 @@ def test_why_no_gpu_can_be_used(driver: Driver, said: str) -> None:
 
 
 @pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="this machine has a GPU")
-def test_what_was_exported_for_a_gpu_needs_one(tmp_path: Path) -> None:
-    folder = tmp_path / contract.PREDICTOR
-    folder.mkdir()
-    for on_gpu in (True, False):
-        (folder / "build.json").write_text(json.dumps({"engine": "tensorrt", "on_gpu": on_gpu}))
-        if on_gpu:
-            with pytest.raises(
-                SetupError, match="exported for a GPU, and no NVIDIA driver is here"
-            ):
-                check_gpus(tmp_path, [contract.PREDICTOR], None)
-        else:
-            assert check_gpus(tmp_path, [contract.PREDICTOR], None) == []
+def test_what_was_exported_for_a_gpu_needs_one() -> None:
+    on_gpu = with_engines({})
+    on_cpu = replace(on_gpu, name="other", models={Role.PREDICTOR: ModelRecord()})
+    said = "pipeline sit was exported for a GPU, and no NVIDIA driver is here"
+    with pytest.raises(SetupError, match=said):
+        check_gpus([on_cpu, on_gpu], None)
+    assert check_gpus([on_cpu], None) == []
 
 
 @pytest.fixture(scope="module")
@@ -316,7 +323,7 @@ def test_half_precision_parity(
 ) -> None:
     """A whole trajectory in half precision lands near float32's, as does its image."""
     repository = half_repositories(precision)
-    assert json.loads((repository / contract.PREDICTOR / "build.json").read_text())["parity"]
+    assert read_pipeline(repository).predictor.parity
     latents = [
         LocalPipeline(where).generate([1, 2], [3, 4], "H1P5R3", 1.5).latent
         for where in (glyphs_repository, repository)
@@ -328,7 +335,7 @@ def test_half_precision_parity(
 def test_verify_prints_a_table(half_repositories: Callable[[str], Path]) -> None:
     done = run_export("verify", *GLYPHS_SOURCE, "--repository", half_repositories("bf16"))
     assert done.returncode == 0, done.stderr
-    for row in (r"PyTorch bf16 +velocity_predictor", r"OpenVino bf16 +trajectory H1P5R3 .* ok"):
+    for row in (r"PyTorch bf16 +predictor x_next .* ok", r"OpenVino bf16 +trajectory H1P5R3 .* ok"):
         assert re.search(row, done.stdout)
 
 
@@ -340,23 +347,23 @@ def test_verify_fails_loudly(golden_repository: Path, tmp_path: Path) -> None:
     done = run_export(*common, "--schedule", "fast")
     assert done.returncode == 0, done.stderr
     assert "trajectory fast" in done.stdout
-    path = repository / contract.REFINER / "1" / "model.onnx"
+    path = repository / REFINER / "1" / "model.onnx"
     model = onnx.load(path)
     weight = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
     weight.raw_data = (np.frombuffer(weight.raw_data, np.float32) * 1.01).tobytes()
     onnx.save(model, path)
     done = run_export(*common)
     assert done.returncode == 2
-    assert "OnnxRuntime fp32: velocity_refiner x_next" in done.stderr
+    assert "OnnxRuntime fp32: refiner x_next" in done.stderr
     assert "FAILED" in done.stdout
     swapped = [GOLDEN / "predictor.pt" if a == GOLDEN / "refiner.pt" else a for a in common]
     done = run_export(*swapped)
     assert done.returncode == 2
-    assert "was made from another checkpoint" in done.stderr
+    assert f"{REFINER} was made from another checkpoint" in done.stderr
     for change, said in [
         (("--guidance-channels", "4"), "exported with --guidance-channels 3, here it is 4"),
         (("--reverse-time",), "exported with --reverse-time not given, here it is given"),
-        (("--vae", GLYPHS / "vae"), "has no vae_decoder: leave --vae out"),
+        (("--vae", GLYPHS / "vae"), "pipeline sit has no decoder: leave --vae out"),
         (("--schedule", "X1"), "unknown step 'X'"),
     ]:
         done = run_export(*common, *change)
@@ -365,7 +372,7 @@ def test_verify_fails_loudly(golden_repository: Path, tmp_path: Path) -> None:
     alone = [word for word in common if word not in ("--refiner", GOLDEN / "refiner.pt")]
     done = run_export(*alone)
     assert done.returncode == 2
-    assert "has a velocity_refiner: give --refiner" in done.stderr
+    assert "pipeline sit has a refiner: give --refiner" in done.stderr
 
 
 def test_a_bad_label_is_its_own_rows_affair(glyphs_repository: Path) -> None:
@@ -377,11 +384,11 @@ def test_a_bad_label_is_its_own_rows_affair(glyphs_repository: Path) -> None:
         "x": rng.standard_normal(shape, dtype=np.float32),
         "velocity": np.zeros(shape, dtype=np.float32),
         "label": np.array([[3], [4]]),
-        "scalars": rng.random((2, contract.SCALARS), dtype=np.float32),
+        "scalars": rng.random((2, SCALAR_COLUMNS), dtype=np.float32),
         "pair": np.zeros((2, 1), dtype=np.int32),
     }
-    good, _ = pipeline._infer(contract.PREDICTOR, inputs)
-    mixed, _ = pipeline._infer(contract.PREDICTOR, inputs | {"label": np.array([[3], [10**9]])})
+    good, _ = pipeline._infer(Role.PREDICTOR, inputs)
+    mixed, _ = pipeline._infer(Role.PREDICTOR, inputs | {"label": np.array([[3], [10**9]])})
     assert np.allclose(good[0], mixed[0], atol=1e-5)
     assert np.isfinite(mixed).all()
 
@@ -444,14 +451,16 @@ def test_a_wrong_engine_is_not_installed(
     arguments = [*map(str, GOLDEN_EXPORT), "--engine", "tensorrt", "--repository", str(repository)]
     assert export.__main__.main(arguments) == 0
     assert [engine.rows for engine in engines] == [[1, 2, 7, 16, 64]] * 2
-    record = json.loads((repository / contract.PREDICTOR / "build.json").read_text())
-    assert record["engines"]["9.0"]["fused_attentions"] == 2
-    assert 0 < record["engines"]["9.0"]["parity"]["x_next"] < 1e-4
+    engine = read_pipeline(repository).predictor.engines["9.0"]
+    assert engine["fused_attentions"] == 2
+    assert 0 < engine["parity"]["x_next"] < 1e-4
 
     # A second GPU on the same machine, of another capability: its engine is checked too.
     found.append(Builder(SimpleNamespace(), "11.1.0", "8.9", "wrong", 1))
     status = export.__main__.main(arguments)
-    config = read_config(repository / contract.PREDICTOR / "config.pbtxt")
+    config = read_config(repository / PREDICTOR / "config.pbtxt")
+    recorded = read_pipeline(repository).predictor.engines
+    assert dict(config.cc_model_filenames) == {key: of["file"] for key, of in recorded.items()}
     if error:
         assert status == 2
         assert dict(config.cc_model_filenames) == {"9.0": "model.plan"}
@@ -482,7 +491,7 @@ def test_profiles_as_triton_chooses_them() -> None:
 def test_the_decoder_of_an_engine_computes_in_fp16_where_it_verifies() -> None:
     tensorrt = Deployment(engine="tensorrt", precision="bf16")
     precisions = export.pipeline._precisions
-    assert precisions(contract.DECODER, tensorrt) == ["fp16", "bf16"]
-    assert precisions(contract.PREDICTOR, tensorrt) == ["bf16"]
-    assert precisions(contract.DECODER, replace(tensorrt, precision="fp32")) == ["fp32"]
-    assert precisions(contract.DECODER, Deployment(precision="bf16")) == ["bf16"]
+    assert precisions(Role.DECODER, tensorrt) == ["fp16", "bf16"]
+    assert precisions(Role.PREDICTOR, tensorrt) == ["bf16"]
+    assert precisions(Role.DECODER, replace(tensorrt, precision="fp32")) == ["fp32"]
+    assert precisions(Role.DECODER, Deployment(precision="bf16")) == ["bf16"]

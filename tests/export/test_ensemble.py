@@ -16,7 +16,10 @@ from support import GLYPHS_EXPORT, GOLDEN, Caller, check_tensors, read_config, r
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from flowturbo import LocalPipeline, contract
+from flowturbo.conditions.class_label import ClassLabel
+from flowturbo.contract import Role
 from flowturbo.ensemble import block_steps, ensemble_name
+from flowturbo.pipeline import ModelRecord, Pipeline, read_pipeline
 from flowturbo.serving.tritonserver import ServerAddress, running_server
 from flowturbo.solver.calls import BlockCall, RefinerCall, Variant
 from flowturbo.solver.program import Program, compile_program
@@ -24,7 +27,8 @@ from flowturbo.solver.sampler import sample
 from flowturbo.solver.schedule import Schedule
 
 SCHEDULES = tuple(map(Schedule.parse, ("H1P5R3", "E2A2@2.5")))
-H1P5R3 = "flowturbo_h1p5r3"
+H1P5R3 = "glyphs_h1p5r3"
+FINISHER = "glyphs_finisher"
 Infer = Callable[..., np.ndarray]
 
 
@@ -83,17 +87,22 @@ def scale(value: float) -> np.ndarray:
 
 
 def test_repository_has_the_ensembles_asked_for_last(repository: Path) -> None:
-    generated = {path.name for path in repository.glob("flowturbo_*")} - {"flowturbo_stream"}
-    names = {ensemble_name(schedule) for schedule in SCHEDULES}
-    around = {contract.FINISHER, *(f"{name}_planner" for name in names)}
+    pipeline = read_pipeline(repository)
+    composed = {pipeline.model(role) for role in Role}
+    generated = {path.name for path in repository.iterdir()} - {contract.ORCHESTRATOR, *composed}
+    names = {ensemble_name("glyphs", schedule) for schedule in SCHEDULES}
+    assert names == {H1P5R3, "glyphs_e2a2_shift2_5"}
+    around = {FINISHER, *(f"{name}_planner" for name in names)}
     assert generated == {*around, *names}
+    assert pipeline.ensembles == {str(s): ensemble_name("glyphs", s) for s in SCHEDULES}
+    assert set(pipeline.parts) == around
     config = read_config(repository / H1P5R3 / "config.pbtxt")
-    check_tensors(config.input, contract.ENSEMBLE_INPUTS, {})
+    check_tensors(config.input, contract.ensemble_inputs(ClassLabel.request_inputs), {})
     outputs = (contract.ENSEMBLE_IMAGE, contract.ENSEMBLE_LATENT)
     check_tensors(config.output, outputs, {"H": 64, "W": 64, "C": 4, "h": 16, "w": 16})
     models = [step.model_name for step in config.ensemble_scheduling.step]
-    assert models.count(contract.PREDICTOR) == 7
-    assert models.count(contract.REFINER) == 3
+    assert models.count(pipeline.model(Role.PREDICTOR)) == 7
+    assert models.count(pipeline.model(Role.REFINER)) == 3
 
 
 @pytest.mark.parametrize("variant", Variant)
@@ -116,10 +125,13 @@ def test_wiring_is_the_samplers(schedule: str, variant: Variant) -> None:
 
 
 def run_steps(program: Program, noise: np.ndarray, block: Callable[..., Any]) -> np.ndarray:
-    steps, end = block_steps(program)
+    models = {role: ModelRecord() for role in Role}
+    steps, end = block_steps(program, Pipeline("any", ClassLabel(36), (4, 16, 16), models))
     tensors = {contract.PLAN_NOISE: noise}
     for index, (step, call) in enumerate(zip(steps, program.calls, strict=True)):
+        assert step.model == contract.model_name("any", Role(call.network))
         assert step.inputs["scalars"] == contract.plan_scalars(index)
+        assert (step.inputs["label"], step.inputs["pair"]) == ("label_rows", "pair_rows")
         arrays = [tensors[step.inputs[key]] for key in ("x", "velocity")]
         results = dict(zip(("x_next", "velocity_next"), block(call, *arrays), strict=True))
         tensors |= {name: results[key] for key, name in step.outputs.items()}
@@ -140,7 +152,7 @@ def test_images_are_those_of_single_steps(
     if guidance is not None:
         tensors["guidance_scale"] = scale(guidance)
     for found in (
-        infer(ensemble_name(schedule), **tensors),
+        infer(ensemble_name("glyphs", schedule), **tensors),
         infer("flowturbo", schedule=text(str(schedule)), **tensors),
     ):
         assert np.abs(found - expected).max() <= 1
@@ -209,7 +221,7 @@ def test_batches_are_shared_with_the_orchestrators(infer: Infer, server: ServerA
 def executions_by_rows(server: ServerAddress) -> Counter[int]:
     """How many batches of each size the predictor has evaluated."""
     with triton.InferenceServerClient(server.grpc) as client:
-        (model,) = client.get_inference_statistics(contract.PREDICTOR).model_stats
+        (model,) = client.get_inference_statistics("glyphs_velocity_predictor").model_stats
     return Counter({batch.batch_size: batch.compute_infer.count for batch in model.batch_stats})
 
 
@@ -218,7 +230,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"label": ids(1)}, "needs seed"),
     ({"seed": ids(1)}, "got neither"),
     ({"label": ids(1), "seed": ids(-1)}, "seed must be 0 to"),
-    ({"label": ids(1), "seed": ids(1, 2)}, "one entry an image, 1 here, got 2"),
+    ({"label": ids(1), "seed": ids(1, 2)}, "one entry per image, 1 here, got 2"),
     ({"label": ids(), "seed": ids()}, "1 to 64 images, got 0"),
     ({"label": ids(1), "seed": ids(1), "guidance_scale": scale(np.nan)}, "got nan"),
     ({"label": ids(*[1] * 33), "seed": ids(*[1] * 33)}, "at most 64 rows .* got 66"),
@@ -248,11 +260,11 @@ def test_rows_that_do_not_fit_their_pairs_are_told_in_a_sentence(server: ServerA
     rows = np.zeros((2, 4, 16, 16), np.float32)
     with Caller(server.grpc) as caller:
         pairs = {contract.PLAN_PAIR: np.zeros((2, 1), np.int32)}
-        (latent,) = caller.infer(contract.FINISHER, ["latent"], latent_rows=rows, **pairs)
+        (latent,) = caller.infer(FINISHER, ["latent"], latent_rows=rows, **pairs)
         assert latent.shape == rows.shape
         pairs = {contract.PLAN_PAIR: np.zeros((1, 1), np.int32)}
         with pytest.raises(InferenceServerException, match="IndexError") as caught:
-            caller.infer(contract.FINISHER, ["latent"], latent_rows=rows, **pairs)
+            caller.infer(FINISHER, ["latent"], latent_rows=rows, **pairs)
         assert "\n" not in caught.value.message()
 
 
@@ -273,12 +285,19 @@ def test_export_option(tmp_path: Path) -> None:
         assert message in done.stderr
     done = run_export(*common, "--ensemble", "E2", "H1P5", "EE")
     assert done.returncode == 0, done.stderr
-    generated = {path.name for path in repository.glob("flowturbo_*")}
-    models = {"flowturbo_e2", "flowturbo_h1p5"}
-    assert generated == {contract.FINISHER, *models, *(f"{model}_planner" for model in models)}
-    (output,) = read_config(repository / "flowturbo_e2" / "config.pbtxt").output
+    generated = {path.name for path in repository.iterdir()}
+    models = {"sit_e2", "sit_h1p5"}
+    around = {"sit_finisher", *(f"{model}_planner" for model in models)}
+    kept = {contract.ORCHESTRATOR, "sit_velocity_predictor"}
+    assert generated == {*kept, *models, *around}
+    assert read_pipeline(repository).ensembles == {"E2": "sit_e2", "H1P5": "sit_h1p5"}
+    (output,) = read_config(repository / "sit_e2" / "config.pbtxt").output
     assert output.name == "latent"
+    again = run_export(*common)
+    assert "PyTorch" not in again.stdout and "installed" not in again.stdout
     assert "up to date" in run_export(*common).stdout  # and the ensembles are still there
-    assert {path.name for path in repository.glob("flowturbo_*")} == generated
+    assert {path.name for path in repository.iterdir()} == generated
     assert run_export(*common, "--ensemble").returncode == 0
-    assert not list(repository.glob("flowturbo_*"))
+    assert {path.name for path in repository.iterdir()} == kept
+    pipeline = read_pipeline(repository)
+    assert (pipeline.ensembles, pipeline.parts) == ({}, ())

@@ -1,6 +1,5 @@
 """What the models run in is chosen by measurement, among what computes the same."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +8,10 @@ from support import GOLDEN_EXPORT, run_export
 
 from export.deployment import AUTO, Deployment
 from export.runtime import Runtime, TrialResult, candidates, choose
-from flowturbo import LocalPipeline, contract
+from flowturbo import LocalPipeline
+from flowturbo.contract import Role
 from flowturbo.parity import VerificationError
+from flowturbo.pipeline import read_pipeline
 
 ORT, OPENVINO, BF16 = (
     Runtime("onnxruntime", "fp32"),
@@ -44,25 +45,23 @@ def test_the_fastest_that_every_model_has() -> None:
 
     predictor = {ORT: trial(10, 60), OPENVINO: trial(9, 70), BF16: trial(5, 30)}
     refiner = {ORT: trial(2, 9), OPENVINO: trial(1, 8)}
-    assert choose({contract.PREDICTOR: predictor}) == BF16
+    assert choose({Role.PREDICTOR: predictor}) == BF16
     # The refiner in bf16 was too far off: 76 x 447 ms against 66 x 514 ms for a request's calls.
-    assert choose({contract.PREDICTOR: predictor, contract.REFINER: refiner}) == OPENVINO
+    assert choose({Role.PREDICTOR: predictor, Role.REFINER: refiner}) == OPENVINO
     with pytest.raises(VerificationError, match="every model"):
-        choose({contract.PREDICTOR: {BF16: trial(1, 1)}, contract.REFINER: {ORT: trial(1, 1)}})
+        choose({Role.PREDICTOR: {BF16: trial(1, 1)}, Role.REFINER: {ORT: trial(1, 1)}})
 
 
 def test_the_record_has_the_times_that_were_chosen_by(glyphs_repository: Path) -> None:
-    builds = {
-        model: json.loads((glyphs_repository / model / "build.json").read_text())
-        for model in contract.COMPOSED
-    }
-    (chosen,) = {Runtime(b["runtime"], b["precision"]) for b in builds.values()}
+    models = read_pipeline(glyphs_repository, "glyphs").models
+    assert set(models) == set(Role)
+    (chosen,) = {Runtime(model.runtime, model.precision) for model in models.values()}
     trials = {
-        model: {
+        role: {
             Runtime(*name.split()): TrialResult({}, {int(rows): ms for rows, ms in times.items()})
-            for name, times in build["times_ms"].items()
+            for name, times in model.times_ms.items()
         }
-        for model, build in builds.items()
+        for role, model in models.items()
     }
     assert all(ORT in of_model for of_model in trials.values())
     assert chosen == choose(trials)

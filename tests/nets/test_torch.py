@@ -25,12 +25,16 @@ from bench.networks import SIZES, pipeline_modules
 from export.deployment import Deployment, model_config
 from export.onnx_graph import ExportTarget
 from export.torch_program import export_program
-from flowturbo import LocalPipeline, contract
+from flowturbo import LocalPipeline
+from flowturbo.conditions.class_label import ClassLabel
+from flowturbo.contract import Role, composed_tensors
 from flowturbo.nets.torch_runtime import TorchModel
 from flowturbo.parity import VerificationError
+from flowturbo.pipeline import read_pipeline
 from flowturbo.serving.installation import ServerError
 from flowturbo.serving.tritonserver import running_server
 
+REFINER = "glyphs_velocity_refiner"
 FORM = ("--runtime", "torch", "--precision", "fp32", "--provider", "cpu")
 
 
@@ -81,16 +85,16 @@ def test_a_server_whose_answer_is_off_refuses_to_start(repository: Path, tmp_pat
     """One weight is another: the file loads, and computes something else than was exported."""
     tampered = tmp_path / "models"
     shutil.copytree(repository, tampered)
-    path = tampered / contract.REFINER / "1" / "model.pt2"
+    path = tampered / REFINER / "1" / "model.pt2"
     program = torch.export.load(path)
     with torch.no_grad():
         program.state_dict["network.final_layer.linear.weight"].mul_(1.05)
     torch.export.save(program, path)
-    said = r"velocity_refiner: output .* is off by .* This server must not be used"
+    said = r"glyphs_velocity_refiner: output .* is off by .* This server must not be used"
     with pytest.raises(ServerError, match=said), running_server(tampered):
         pass
-    (tampered / contract.REFINER / "figures.npz").unlink()
-    with pytest.raises(ServerError, match="no figures to hold velocity_refiner to"):
+    (tampered / REFINER / "figures.npz").unlink()
+    with pytest.raises(ServerError, match="no figures to hold glyphs_velocity_refiner to"):
         with running_server(tampered):
             pass
 
@@ -125,7 +129,7 @@ def test_any_number_of_rows(exported_decoder: ExportTarget, tmp_path: Path) -> N
 
 @pytest.fixture
 def exported_decoder() -> ExportTarget:
-    return next(e for e in pipeline_modules(SIZES["small"]) if e.model == contract.DECODER)
+    return next(e for e in pipeline_modules(SIZES["small"]) if e.role is Role.DECODER)
 
 
 def test_on_a_gpu_it_has_an_instance_on_each() -> None:
@@ -133,7 +137,8 @@ def test_on_a_gpu_it_has_an_instance_on_each() -> None:
     assert form.on_gpu and not Deployment(runtime="torch", provider="cpu").on_gpu
     assert not Deployment(runtime="onnxruntime", provider="cuda").on_gpu
     sizes: dict[int | str, int] = {"C": 4, "h": 32, "w": 32}
-    written = text_format.MessageToString(model_config(contract.PREDICTOR, sizes, form, {}, ""))
+    tensors = composed_tensors(Role.PREDICTOR, ClassLabel.block_inputs)
+    written = text_format.MessageToString(model_config("predictor", tensors, sizes, form, {}, ""))
     config = text_format.Parse(written, model_config_pb2.ModelConfig())
     (group,) = config.instance_group
     assert group.kind == model_config_pb2.ModelInstanceGroup.KIND_GPU
@@ -143,10 +148,12 @@ def test_on_a_gpu_it_has_an_instance_on_each() -> None:
 
 
 def test_what_the_repository_says_of_it(repository: Path) -> None:
-    build = json.loads((repository / contract.PREDICTOR / "build.json").read_text())
-    assert (build["runtime"], build["precision"], build["on_gpu"]) == ("torch", "fp32", False)
-    assert list(build["files"]) == ["model.pt2", "model.py"]
-    config = read_config(repository / contract.PREDICTOR / "config.pbtxt")
+    pipeline = read_pipeline(repository)
+    for model in pipeline.models.values():
+        assert (model.runtime, model.precision, model.on_gpu) == ("torch", "fp32", False)
+        assert list(model.files) == ["model.pt2", "model.py"]
+    assert not pipeline.on_gpu
+    config = read_config(repository / pipeline.model(Role.PREDICTOR) / "config.pbtxt")
     assert config.HasField("dynamic_batching")
 
 
@@ -228,12 +235,12 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return made
 
 
-@pytest.mark.parametrize("model", [contract.PREDICTOR, contract.REFINER, contract.DECODER])
+@pytest.mark.parametrize("role", Role)
 def test_a_graph_for_each_batch_size(
-    model: str, recorded: list[RecordedGraph], compiled: list[int], tmp_path: Path
+    role: Role, recorded: list[RecordedGraph], compiled: list[int], tmp_path: Path
 ) -> None:
     """The code of a GPU, on a CPU: which graph takes a batch, and what its padding does."""
-    exported = next(e for e in pipeline_modules(SIZES["small"]) if e.model == model)
+    exported = next(e for e in pipeline_modules(SIZES["small"]) if e.role is role)
     export_program(exported, tmp_path / "model.pt2")
     plain = TorchModel(tmp_path / "model.pt2", threads=1)
     # As many rows as the latent has channels, and as it has rows of pixels: no special cases.
@@ -266,8 +273,8 @@ def test_a_model_on_a_gpu_is_checked_before_it_is_ready(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What was verified at the export was neither compiled nor captured."""
-    folder = tmp_path / contract.REFINER
-    shutil.copytree(repository / contract.REFINER, folder)
+    folder = tmp_path / REFINER
+    shutil.copytree(repository / REFINER, folder)
     devices: list[str] = []
 
     def model(path: Path, device: str, **options: Any) -> TorchModel:
@@ -295,5 +302,5 @@ def test_a_model_on_a_gpu_is_checked_before_it_is_ready(
     with torch.no_grad():
         program.state_dict["network.final_layer.linear.weight"].mul_(1.05)
     torch.export.save(program, folder / "1/model.pt2")
-    with pytest.raises(VerificationError, match="velocity_refiner: output .* is off by"):
+    with pytest.raises(VerificationError, match="glyphs_velocity_refiner: output .* is off by"):
         block.initialize(arguments)

@@ -16,10 +16,12 @@ from PIL import Image
 from support import GLYPHS, GOLDEN
 from torch import nn
 
+from export.install import write_record
+from flowturbo.contract import Role
 from flowturbo.errors import FlowTurboError, RequestError
 from flowturbo.latents import noise
 from flowturbo.nets.weights import CheckpointError
-from flowturbo.pipeline import Pipeline
+from flowturbo.pipeline import read_pipeline, with_models
 from flowturbo.serving.tritonserver import ServerAddress
 from flowturbo.settings import Settings
 from flowturbo.solver.guidance import Guidance
@@ -35,7 +37,7 @@ from research.quality.engine import (
     find_sampler,
     velocity,
 )
-from research.quality.evaluate import Evaluator, kept, served
+from research.quality.evaluate import Evaluator, kept, models_digest, served
 from research.quality.images import ImageFolder, Speed
 from research.quality.judges import Classifier, Inception, load_reference
 from research.quality.metrics import (
@@ -274,7 +276,7 @@ def test_a_sampler_that_cannot_be_read(sampler: str) -> None:
 
 
 def test_what_a_sampler_may_be(golden_repository: Path) -> None:
-    pipeline = Pipeline.load(golden_repository)
+    pipeline = read_pipeline(golden_repository)
     found = {text: find_sampler(text, pipeline) for text in ("fast", "HPP", "unipc:8@2", "dopri5")}
     assert list(found.values()) == ["H1P5R3", "H1P2", "unipc:8@2", "dopri5"]
     with pytest.raises(RequestError) as caught:
@@ -283,8 +285,10 @@ def test_what_a_sampler_may_be(golden_repository: Path) -> None:
         assert named in str(caught.value)
     with pytest.raises(RequestError, match="unipc:0.*steps must be 2 to 1000"):
         find_sampler("unipc:0", pipeline)
+    alone = with_models(pipeline, {Role.PREDICTOR: pipeline.predictor})
+    assert find_sampler("fast", alone) == "H1P5"
     with pytest.raises(RequestError, match="H1P5R3 has refiner steps"):
-        find_sampler("H1P5R3", replace(pipeline, has_refiner=False))
+        find_sampler("H1P5R3", alone)
 
 
 def test_the_command_goes_on_with_its_images(
@@ -379,9 +383,10 @@ def test_rows_are_written_as_they_are_done(
 
 def test_exact_is_guided_as_the_repository_is(golden_repository: Path, tmp_path: Path) -> None:
     repository, predictor = tmp_path / "models", GOLDEN / "predictor.pt"
-    shutil.copytree(golden_repository / "velocity_predictor", repository / "velocity_predictor")
+    shutil.copytree(golden_repository / "flowturbo", repository / "flowturbo")
+    pipeline = read_pipeline(repository)
     labels, guidance = np.array([0, 1]), Guidance(3.0)
-    x = noise(np.array([1, 2]), Pipeline.load(repository).latent_shape)
+    x = noise(np.array([1, 2]), pipeline.latent_shape)
 
     def guided(exact: Exact) -> np.ndarray:
         return exact.velocity(labels, guidance)(x, 0.5)
@@ -391,9 +396,9 @@ def test_exact_is_guided_as_the_repository_is(golden_repository: Path, tmp_path:
     same = Exact.of_repository(predictor, repository)
     assert same.digest == plain.digest
     np.testing.assert_array_equal(guided(same), guided(plain))
-    build = json.loads((repository / "velocity_predictor" / "build.json").read_text())
-    build["fingerprint"]["options"]["guidance_channels"] = 2
-    (repository / "velocity_predictor" / "build.json").write_text(json.dumps(build))
+    options = {**pipeline.fingerprint["options"], "guidance_channels": 2}
+    fingerprint = {**pipeline.fingerprint, "options": options}
+    write_record(repository, replace(pipeline, fingerprint=fingerprint))
     other = Exact.of_repository(predictor, repository)
     assert other.digest != plain.digest
     apart = np.abs(guided(other) - guided(plain)).max((0, 2, 3))
@@ -404,6 +409,22 @@ def test_exact_is_guided_as_the_repository_is(golden_repository: Path, tmp_path:
     for checkpoint in (GLYPHS / "predictor.safetensors", tmp_path / "other.pt"):
         with pytest.raises(CheckpointError, match="is not the file that .* was exported from"):
             Exact.of_repository(checkpoint, repository)
+
+
+def test_figures_from_before_pipelines_had_names_stay_valid(
+    glyphs_repository: Path, tmp_path: Path
+) -> None:
+    """The committed figures name the networks by this digest."""
+    shutil.copytree(glyphs_repository / "flowturbo", tmp_path / "flowturbo")
+    pipeline = read_pipeline(tmp_path)
+    form = {"runtime": "openvino", "precision": "bf16"}  # on the machine that made them
+    models = {role: replace(model, **form) for role, model in pipeline.models.items()}
+    write_record(tmp_path, with_models(pipeline, models))
+    committed = json.loads((GLYPHS / "presets.json").read_text())["models"]
+    assert models_digest(tmp_path) == committed
+    models[Role.PREDICTOR] = replace(models[Role.PREDICTOR], precision="fp32")
+    write_record(tmp_path, with_models(pipeline, models))
+    assert models_digest(tmp_path) != committed
 
 
 def test_references_that_are_none(tmp_path: Path) -> None:

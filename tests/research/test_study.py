@@ -2,12 +2,16 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support import GLYPHS, ROOT
 
+from export.install import write_record
+from flowturbo.contract import Role
+from flowturbo.pipeline import read_pipeline, with_models
 from flowturbo.solver.guidance import Guidance
 from flowturbo.solver.sampler import Array
 from research.quality.engine import Exact
@@ -202,11 +206,15 @@ def test_points_of_other_settings_are_not_mixed(
 def test_other_refiners_are_of_the_same_predictor(
     arguments: list, glyphs_repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = tmp_path / "refiners" / "deep"
-    shutil.copytree(glyphs_repository, other)
-    build = other / "velocity_predictor" / "build.json"
-    stated = json.loads(build.read_text())
-    stated["fingerprint"]["sha256"]["velocity_predictor"] = "0" * 64
-    build.write_text(json.dumps(stated))
-    assert study.main([*arguments, "--refiners", str(tmp_path / "refiners")]) == 2
-    assert f"{other} has another velocity_predictor than" in capsys.readouterr().err
+    other, pipeline = tmp_path / "refiners" / "deep", read_pipeline(glyphs_repository)
+    shutil.copytree(glyphs_repository / "flowturbo", other / "flowturbo")
+    arguments += ["--refiners", str(tmp_path / "refiners")]
+    digests = {**pipeline.fingerprint["sha256"], Role.PREDICTOR: "0" * 64}
+    fingerprint = {**pipeline.fingerprint, "sha256": digests}
+    write_record(other, replace(pipeline, fingerprint=fingerprint))
+    assert study.main(arguments) == 2
+    assert f"{other} has another predictor than" in capsys.readouterr().err
+    models = {role: each for role, each in pipeline.models.items() if role is not Role.DECODER}
+    write_record(other, with_models(pipeline, models))
+    assert study.main(arguments) == 2
+    assert f"{other} has another decoder than" in capsys.readouterr().err

@@ -61,10 +61,18 @@ class Engine:
 
 
 class Crowd:
-    """Requests of a gatherer, and what came of them."""
+    """Requests of a batcher, and what came of them."""
 
-    def __init__(self, engine: Engine, models: tuple[str, ...], **options: Any) -> None:
-        self.gather = Batcher(engine, models, **({"max_rows": 16} | options))
+    def __init__(
+        self,
+        engine: Engine,
+        models: tuple[str, ...] | dict[str, int],
+        max_rows: int = 16,
+        **options: Any,
+    ) -> None:
+        """`models`, each of at most so many rows in a batch."""
+        most = models if isinstance(models, dict) else dict.fromkeys(models, max_rows)
+        self.batcher = Batcher(engine, most, **options)
         self._done: queue.Queue[tuple[int, Any]] = queue.Queue()
         self._started = 0
 
@@ -74,13 +82,13 @@ class Crowd:
         async def request() -> np.ndarray:
             x = np.full((rows, 3), value)
             for model in models:
-                x, y = await self.gather.infer(model, {"x": x, "y": x})
+                x, y = await self.batcher.infer(model, {"x": x, "y": x})
                 np.testing.assert_array_equal(y, x / 2 + 1)
             return x
 
         number = self._started
         self._started += 1
-        self.gather.start(request(), lambda result: self._done.put((number, result)))
+        self.batcher.start(request(), lambda result: self._done.put((number, result)))
 
     def results(self) -> list[Any]:
         """Of all requests, in the order of their start."""
@@ -97,7 +105,7 @@ def engine() -> Engine:
 def crowd(engine: Engine) -> Iterator[Crowd]:
     made = Crowd(engine, ("model",))
     yield made
-    made.gather.close()
+    made.batcher.close()
 
 
 def test_each_request_gets_its_own_rows(crowd: Crowd, engine: Engine) -> None:
@@ -117,7 +125,7 @@ def test_requests_come_into_step_and_stay() -> None:
     crowd.start(1, 2, *["model"] * 5)
     engine.go_on()
     crowd.results()
-    crowd.gather.close()
+    crowd.batcher.close()
     assert engine.rows.count(4) == 5
     assert engine.rows.count(2) == 25
 
@@ -131,8 +139,33 @@ def test_a_batch_is_no_larger_than_allowed() -> None:
         crowd.start(1, rows, "model")
     engine.go_on()
     crowd.results()
-    crowd.gather.close()
+    crowd.batcher.close()
     assert engine.rows == [1, 3, 3, 4]  # 3; 2 and 1; 4
+
+
+def test_each_model_has_its_own_most_rows() -> None:
+    """Pipelines differ in the rows that their models take, also on one device."""
+    engine = Engine(held=0)
+    crowd = Crowd(engine, {"small": 2, "large": 8}, shared=("small", "large"))
+    crowd.start(1, 1, "small")
+    engine.wait_until_held()
+    for model in ("small", "large") * 4:
+        crowd.start(1, 1, model)
+    engine.go_on()
+    crowd.results()
+    crowd.batcher.close()
+    assert sorted(engine.calls[1:]) == [("large", 4), ("small", 2), ("small", 2)]
+
+
+def test_models_that_are_not_shared_have_threads_of_their_own() -> None:
+    """One of a pipeline on a GPU does not wait for those of a pipeline on the CPU."""
+    engine = Engine(together=2)
+    crowd = Crowd(engine, ("first", "second", "alone"), shared=("first", "second"))
+    crowd.start(1, 1, *["first", "second"] * 5)
+    crowd.start(1, 1, *["alone"] * 10)
+    crowd.results()
+    crowd.batcher.close()
+    assert engine.most_running == 2
 
 
 def test_failures_reach_their_requests_and_end_nothing(crowd: Crowd) -> None:
@@ -146,12 +179,12 @@ def test_a_request_whose_end_cannot_be_told_ends_no_other(
     crowd: Crowd, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def request() -> None:
-        await crowd.gather.infer("model", {"x": np.ones((1, 3)), "y": np.ones((1, 3))})
+        await crowd.batcher.infer("model", {"x": np.ones((1, 3)), "y": np.ones((1, 3))})
 
     def done(result: object) -> None:
         raise RuntimeError("can't start new thread")
 
-    crowd.gather.start(request(), done)
+    crowd.batcher.start(request(), done)
     crowd.start(1, 1, "model", "model")
     np.testing.assert_array_equal(crowd.results()[0], np.full((1, 3), 4.0))
     assert "completion callback failed" in caplog.text
@@ -175,7 +208,7 @@ def test_free_instances_share_the_rows() -> None:
     for k, found in enumerate(crowd.results()):
         calls = 1 if k < 2 else 10
         np.testing.assert_array_equal(found, np.full((1, 3), (k + 1.0) * 2**calls))
-    crowd.gather.close()
+    crowd.batcher.close()
     assert sum(engine.rows) == 82
     assert engine.most_running == 2
     assert engine.rows[2] in (4, 8)  # half of them, or all where the other one was not free yet
@@ -185,19 +218,20 @@ def test_free_instances_share_the_rows() -> None:
 def test_models_that_share_a_device_take_turns(shared: bool) -> None:
     """Without a device in common two run at a time: the first calls wait for each other."""
     engine = Engine(together=1 if shared else 2)
-    crowd = Crowd(engine, ("first", "second"), shared=shared)
+    models = ("first", "second")
+    crowd = Crowd(engine, models, shared=models if shared else ())
     for k in range(6):
         crowd.start(k + 1.0, 1, *[("first", "second")[(n + k) % 2] for n in range(10)])
     for k, found in enumerate(crowd.results()):
         np.testing.assert_array_equal(found, np.full((1, 3), (k + 1.0) * 2**10))
-    crowd.gather.close()
+    crowd.batcher.close()
     assert engine.most_running == (1 if shared else 2)
 
 
 def test_most_calls_go_first_but_not_for_ever() -> None:
     """One request of the second model among three of the first, all of them there at once."""
     engine = Engine(held=0)
-    crowd = Crowd(engine, ("first", "second"), shared=True)
+    crowd = Crowd(engine, ("first", "second"), shared=("first", "second"))
     crowd.start(1, 1, "first")
     engine.wait_until_held()
     crowd.start(1, 1, "second", "second")
@@ -205,7 +239,7 @@ def test_most_calls_go_first_but_not_for_ever() -> None:
         crowd.start(0, 1, *["first"] * 30)
     engine.go_on()
     crowd.results()
-    crowd.gather.close()
+    crowd.batcher.close()
     order = [model for model, _ in engine.calls[1:]]
     turns = [k for k, model in enumerate(order) if model == "second"]
     assert turns == [MAX_SKIPPED, 2 * MAX_SKIPPED + 2]

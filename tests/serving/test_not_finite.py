@@ -1,6 +1,5 @@
 """A result that is not finite is an error to its caller; float16 is not used beyond its range."""
 
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,14 +18,18 @@ from tritonclient.utils import InferenceServerException
 
 from bench.networks import SMALL
 from export import ensemble
+from export.install import write_record
 from export.onnx_graph import ExportTarget
 from export.parity import torch_figures
 from export.peaks import LARGEST, PeakOf, watched_figures
-from flowturbo import LocalPipeline, contract
+from flowturbo import LocalPipeline
+from flowturbo.conditions.class_label import ClassLabel
+from flowturbo.contract import ORCHESTRATOR, Role
 from flowturbo.errors import NotFiniteError, RequestError
 from flowturbo.generate import check_finite
 from flowturbo.nets.blocks import PredictorBlock
 from flowturbo.nets.sit import SiT
+from flowturbo.pipeline import read_pipeline, with_models
 from flowturbo.serving.tritonserver import running_server
 from flowturbo.settings import Settings
 from flowturbo.solver.schedule import Schedule
@@ -71,30 +74,36 @@ def poisoned(glyphs_repository: Path, tmp_path_factory: pytest.TempPathFactory) 
     """The glyphs model with one class of NaN, and a decoder of NaN alone."""
     repository = tmp_path_factory.mktemp("poisoned") / "models"
     shutil.copytree(glyphs_repository, repository)
-    model = Path("1") / "model.onnx"
-    poison(repository / contract.PREDICTOR / model, "embedding_table.weight", BAD_LABEL)
-    poison(repository / contract.DECODER / model, "decoder.conv_out.bias", slice(None))
+    pipeline = read_pipeline(repository)
+    version = {role: repository / pipeline.model(role) / "1" for role in Role}
+    poison(version[Role.PREDICTOR] / "model.onnx", "embedding_table.weight", BAD_LABEL)
+    poison(version[Role.DECODER] / "model.onnx", "decoder.conv_out.bias", slice(None))
     add_checked_ensemble(repository)
-    for name, then in (
-        (contract.PREDICTOR, "self._model"),
-        (contract.REFINER, "lambda tensors: {}['velocity_next']"),
-        (contract.DECODER, "self._model"),
+    for role, then in (
+        (Role.PREDICTOR, "self._model"),
+        (Role.REFINER, "lambda tensors: {}['velocity_next']"),
+        (Role.DECODER, "self._model"),
     ):
-        (repository / name / "1" / "model.py").write_text(TURNING.replace("{then}", then))
+        (version[role] / "model.py").write_text(TURNING.replace("{then}", then))
     return repository
 
 
 def add_checked_ensemble(repository: Path) -> None:
-    """E1 as for a decoder that cannot check its images itself, as those on a GPU."""
-    shutil.rmtree(repository / contract.FINISHER)
+    """E1, and no other, as for a decoder that cannot check its images itself: those on a GPU."""
+    pipeline, settings = read_pipeline(repository), Settings.load(repository)
+    for name in (*pipeline.ensembles.values(), *pipeline.parts):
+        shutil.rmtree(repository / name)
+    schedules = [Schedule.parse("E1")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ensemble, "_checks_itself", lambda _repository: False)
-        ensemble.write_ensembles(repository, Settings.load(repository), [Schedule.parse("E1")])
+        patch.setattr(ensemble, "_checks_itself", lambda _pipeline: False)
+        ensemble.write_ensembles(repository, pipeline, settings, schedules)
+        write_record(repository, ensemble.with_ensembles(pipeline, settings, schedules))
 
 
 def test_in_process(poisoned: Path) -> None:
     pipeline = LocalPipeline(poisoned)
-    pipeline.pipeline = replace(pipeline.pipeline, has_decoder=False)
+    networks = {role: pipeline.pipeline.models[role] for role in (Role.PREDICTOR, Role.REFINER)}
+    pipeline.pipeline = with_models(pipeline.pipeline, networks)
     assert np.isfinite(pipeline.generate([4], [1], "H1").latent).all()
     with pytest.raises(NotFiniteError, match="the latent of image 2 of 3 is not finite.*bf16"):
         pipeline.generate([4, BAD_LABEL, 6], [1, 2, 3], "H1")
@@ -118,8 +127,8 @@ def test_through_the_server(caller: Caller) -> None:
     """Alone on an ensemble, in company on gathered batches, and on an ensemble by its own name."""
     good = {"label": np.array([4]), "seed": np.array([1])}
     bad = {"label": np.array([4, BAD_LABEL]), "seed": np.array([1, 2])}
-    for model in (contract.ORCHESTRATOR, "flowturbo_e1"):
-        schedule = {} if model != contract.ORCHESTRATOR else {"schedule": "H1P5"}
+    for model, text in ((ORCHESTRATOR, "E1"), (ORCHESTRATOR, "H1P5"), ("glyphs_e1", None)):
+        schedule = {"schedule": text} if text else {}
         (latent,) = caller.infer(model, ["latent"], **good, **schedule)
         assert np.isfinite(latent).all()
         for outputs, tensors, said in (
@@ -130,7 +139,7 @@ def test_through_the_server(caller: Caller) -> None:
                 caller.infer(model, outputs, **tensors, **schedule)
             assert caught.value.status() == "StatusCode.INTERNAL"
     together = [
-        caller.begin(contract.ORCHESTRATOR, ["latent"], schedule="A4", **tensors)
+        caller.begin(ORCHESTRATOR, ["latent"], schedule="A4", **tensors)
         for tensors in (good, bad) * 4
     ]
     for k, begun in enumerate(together):
@@ -144,15 +153,15 @@ def test_through_the_server(caller: Caller) -> None:
 def test_a_model_that_fails_is_told_in_a_sentence(caller: Caller) -> None:
     """Without the place in the code, and for each of the requests that shared the batch."""
     begun = [
-        caller.begin(contract.ORCHESTRATOR, ["latent"], label=np.array([k]), schedule="H1P1R1")
+        caller.begin(ORCHESTRATOR, ["latent"], label=np.array([k]), schedule="H1P1R1")
         for k in range(4)
     ]
     for each in begun:
         with pytest.raises(InferenceServerException) as caught:
             each.result()
         assert caught.value.message() == (
-            "velocity_refiner: the server failed on this request (KeyError: 'velocity_next'); its "
-            "log has the details"
+            "glyphs_velocity_refiner: the server failed on this request (KeyError: "
+            "'velocity_next'); its log has the details"
         )
 
 
@@ -162,7 +171,7 @@ def test_finite_images_pass_the_checker(glyphs_repository: Path, tmp_path: Path)
     add_checked_ensemble(repository)
     label, seed = np.array([3, 4]), np.array([1, 2])
     with running_server(repository) as address, Caller(address.grpc) as caller:
-        (image,) = caller.infer("flowturbo_e1", ["image"], label=label, seed=seed)
+        (image,) = caller.infer("glyphs_e1", ["image"], label=label, seed=seed)
     expected = LocalPipeline(repository).generate(label, seed, "E1").image
     assert np.abs(image.astype(int) - expected).max() <= 1
 
@@ -204,7 +213,7 @@ def test_peaks_of_rare_inputs_are_seen(large: str) -> None:
         else:
             row = -1 if large == "the null class" else 50
             network.y_embedder.embedding_table.weight[row] *= 1e3
-    exported = ExportTarget(contract.PREDICTOR, block, shape, network.config)
+    exported = ExportTarget(Role.PREDICTOR, block, shape, ClassLabel(100))
     assert not watched_figures(exported)[1].fits_half
     with PeakOf() as watch:
         torch_figures(exported)
@@ -234,21 +243,20 @@ def test_a_network_beyond_float16_stays_in_float32(large_vae: Path, tmp_path: Pa
     )
     assert done.returncode == 0, done.stderr
     assert "float16 ends at 65504: stays in float32" in done.stdout
-    builds = {
-        name: json.loads((repository / name / "build.json").read_text())
-        for name in (contract.PREDICTOR, contract.DECODER)
-    }
-    assert {name: build["precision"] for name, build in builds.items()} == {
-        contract.PREDICTOR: "fp16",
-        contract.DECODER: "fp32",
-    }
-    assert builds[contract.PREDICTOR]["peak"] < LARGEST / 2 < builds[contract.DECODER]["peak"]
+    pipeline = read_pipeline(repository)
+    predictor, decoder = (pipeline.models[role] for role in (Role.PREDICTOR, Role.DECODER))
+    assert (predictor.precision, decoder.precision) == ("fp16", "fp32")
+    assert (predictor.kept_in_float32, decoder.kept_in_float32) == (False, True)
+    assert predictor.peak and decoder.peak
+    assert predictor.peak < LARGEST / 2 < decoder.peak
     halves = {
-        name: sum(
+        role: sum(
             weight.data_type == TensorProto.FLOAT16
-            for weight in onnx.load(repository / name / "1" / "model.onnx").graph.initializer
+            for weight in onnx.load(
+                repository / pipeline.model(role) / "1" / "model.onnx"
+            ).graph.initializer
         )
-        for name in builds
+        for role in pipeline.models
     }
-    assert halves[contract.DECODER] == 0 < halves[contract.PREDICTOR]
+    assert halves[Role.DECODER] == 0 < halves[Role.PREDICTOR]
     assert LocalPipeline(repository).generate([1], [1], "H1").image is not None

@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 
 from flowturbo import errors
+from flowturbo.contract import Role, model_name
 from flowturbo.serving.forwarded import Forwarded, as_asked, find_patterns
 from flowturbo.serving.outcomes import CODES, as_told, failure, incomplete, outcome_of
 
 pytestmark = pytest.mark.unit
+
+PREDICTOR = model_name("glyphs", Role.PREDICTOR)
+DECODER = model_name("glyphs", Role.DECODER)
 
 
 def raised(function: Callable[[], object]) -> Exception:
@@ -51,55 +55,61 @@ def test_errors_are_sentences(error: Exception, outcome: str, said: str) -> None
     ("error", "code", "said"),
     [
         (
-            failure("velocity_predictor", "Stub process 'velocity_predictor_0_0' is not healthy."),
+            failure(PREDICTOR, f"Stub process '{PREDICTOR}_0_0' is not healthy."),
             "UNAVAILABLE",
-            "velocity_predictor cannot answer, its process has ended or hangs (Stub process 'vel",
+            f"{PREDICTOR} cannot answer, its process has ended or hangs (Stub process 'glyphs_vel",
         ),
         (
-            failure("vae_decoder", "CUDA error: out of memory"),
+            failure(DECODER, "CUDA error: out of memory"),
             "UNAVAILABLE",
-            "vae_decoder has no memory for this request (CUDA error: out of memory)",
+            f"{DECODER} has no memory for this request (CUDA error: out of memory)",
         ),
         (
-            failure("flowturbo_h1p5r3", "in ensemble: Stub process 'vae_decoder_0_0' has ended"),
+            failure("glyphs_h1p5r3", f"in ensemble: Stub process '{DECODER}_0_0' has ended"),
             "UNAVAILABLE",
-            "vae_decoder cannot answer, its process has ended or hangs",
+            f"{DECODER} cannot answer, its process has ended or hangs",
         ),
         (
-            failure("vae_decoder", str(as_told(MemoryError()))),
+            failure(DECODER, str(as_told(MemoryError()))),
             "UNAVAILABLE",
-            "vae_decoder: the server is out of memory (MemoryError: no reason given): ask for",
+            f"{DECODER}: the server is out of memory (MemoryError: no reason given): ask for",
         ),
         (
-            failure("vae_decoder", "ONNX Runtime: Failed to allocate memory for a buffer"),
+            failure(DECODER, "ONNX Runtime: Failed to allocate memory for a buffer"),
             "UNAVAILABLE",
-            "vae_decoder has no memory for this request",
+            f"{DECODER} has no memory for this request",
         ),
-        (failure("vae_decoder", "bad shape"), "INTERNAL", "vae_decoder: bad shape"),
+        (failure(DECODER, "bad shape"), "INTERNAL", f"{DECODER}: bad shape"),
         (
-            failure("vae_decoder", "CUDA execution provider is not available in this build"),
+            failure(DECODER, "CUDA execution provider is not available in this build"),
             "INTERNAL",
-            "vae_decoder: CUDA execution provider is not available",
+            f"{DECODER}: CUDA execution provider is not available",
         ),
         (
-            failure("vae_decoder", "the kernel requires more shared memory than the GPU has"),
+            failure(DECODER, "the kernel requires more shared memory than the GPU has"),
             "INTERNAL",
-            "vae_decoder: the kernel requires more shared memory",
+            f"{DECODER}: the kernel requires more shared memory",
         ),
         (
-            failure("vae_decoder", "Request for model 'vae_decoder' version 1 is not ready"),
+            failure(DECODER, f"Request for model '{DECODER}' version 1 is not ready"),
             "UNAVAILABLE",
-            "vae_decoder cannot answer",
+            f"{DECODER} cannot answer",
         ),
         (
-            failure("vae_decoder", "message: KeyError: 'x'\n\nAt:\n  /opt/m.py(46): execute\n"),
+            failure(DECODER, "message: KeyError: 'x'\n\nAt:\n  /opt/m.py(46): execute\n"),
             "INTERNAL",
-            "vae_decoder: message: KeyError: 'x'",
+            f"{DECODER}: message: KeyError: 'x'",
         ),
         (
-            incomplete("velocity_predictor", ["x_next", "velocity_next"]),
+            # A pipeline's name may end as the process of an instance does.
+            failure("x", "Stub process 'sit_1_2_vae_decoder_0_0' is not healthy."),
             "UNAVAILABLE",
-            "velocity_predictor answered without x_next, velocity_next, as happens when its",
+            "sit_1_2_vae_decoder cannot answer",
+        ),
+        (
+            incomplete(PREDICTOR, ["x_next", "velocity_next"]),
+            "UNAVAILABLE",
+            f"{PREDICTOR} answered without x_next, velocity_next, as happens when its",
         ),
     ],
 )

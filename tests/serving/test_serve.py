@@ -1,5 +1,6 @@
 """The launcher, on the real server, with models that only pass their input on."""
 
+import json
 import math
 import os
 import signal
@@ -10,16 +11,20 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import tritonclient.grpc as grpc
 from support import ROOT
 
+from flowturbo.conditions.class_label import ClassLabel
+from flowturbo.contract import Role
+from flowturbo.pipeline import ModelRecord, Pipeline, record_path, record_text
 from flowturbo.serve import check_backends, check_repository
 from flowturbo.serving.installation import Installation, ServerError, SetupError, find_server
 from flowturbo.serving.tritonserver import ServerAddress, TritonServer, running_server
@@ -27,8 +32,14 @@ from flowturbo.serving.tritonserver import ServerAddress, TritonServer, running_
 CONFIG = """name: "{name}"
 backend: "python"
 max_batch_size: 0
-input [ {{ name: "x" data_type: TYPE_FP32 dims: [ -1 ] }} ]
-output [ {{ name: "y" data_type: TYPE_FP32 dims: [ -1 ] }} ]
+input [
+  {{ name: "x" data_type: TYPE_FP32 dims: [ -1 ] optional: true }},
+  {{ name: "label" data_type: TYPE_INT64 dims: [ -1 ] optional: true }}
+]
+output [
+  {{ name: "y" data_type: TYPE_FP32 dims: [ -1 ] }},
+  {{ name: "seed" data_type: TYPE_INT64 dims: [ -1 ] }}
+]
 instance_group [ {{ kind: KIND_CPU count: 1 }} ]
 """
 MODEL = """import flowturbo.serving.tritonserver
@@ -39,20 +50,41 @@ class TritonPythonModel:
         {initialize}
 
     def execute(self, requests):
-        x = [pb_utils.get_input_tensor_by_name(request, "x").as_numpy() for request in requests]
-        return [pb_utils.InferenceResponse([pb_utils.Tensor("y", value)]) for value in x]
+        return [pb_utils.InferenceResponse([passed_on(request)]) for request in requests]
+
+def passed_on(request):
+    (tensor,) = request.inputs()
+    return pb_utils.Tensor(dict(x="y", label="seed")[tensor.name()], tensor.as_numpy())
 """
+COMMAND = "python -m export --predictor predictor.pt"
+PIPELINE = Pipeline(
+    name="sit",
+    condition=ClassLabel(10),
+    latent_shape=(4, 8, 8),
+    models={Role.PREDICTOR: ModelRecord()},
+    command=COMMAND,
+)
+PREDICTOR = PIPELINE.model(Role.PREDICTOR)
 START_S = 60
 END_S = 30  # more than any machine needs to end a process
 
 
 def write_repository(folder: Path, initialize: str = "pass") -> Path:
-    for name in ("flowturbo", "velocity_predictor"):
+    """The orchestrator and a predictor, with the record of their pipeline."""
+    for name in ("flowturbo", PREDICTOR):
         (folder / name / "1").mkdir(parents=True)
         (folder / name / "config.pbtxt").write_text(CONFIG.format(name=name))
         (folder / name / "1" / "model.py").write_text(MODEL.format(initialize=initialize))
-    (folder / "velocity_predictor/1/model.onnx").touch()
+    (folder / PREDICTOR / "1" / "model.onnx").touch()
+    write_record(folder)
     return folder
+
+
+def write_record(repository: Path, pipeline: Pipeline = PIPELINE) -> Path:
+    record = record_path(repository, pipeline.name)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(record_text(pipeline))
+    return record
 
 
 def processes_with(text: str) -> list[int]:
@@ -146,7 +178,9 @@ def test_answers_and_sigterm_leaves_nothing(cli: Cli, repository: Path) -> None:
     assert wait_until_gone(str(repository), END_S) == []
     assert cli.shared_memory() == []
     assert "note: " in cli.log.read_text()
-    assert "has no velocity_refiner: schedules with R steps are refused" in cli.log.read_text()
+    log = cli.log.read_text()
+    assert "note: pipeline sit has no refiner: schedules with R steps are refused" in log
+    assert "note: pipeline sit has no decoder: only latents are served" in log
 
 
 def test_ctrl_c_during_the_start_is_a_clean_stop(tmp_path: Path) -> None:
@@ -177,12 +211,12 @@ def test_a_server_that_dies_is_an_error(cli: Cli, repository: Path) -> None:
 
 def test_a_model_that_dies_is_an_error(cli: Cli, repository: Path) -> None:
     cli.wait_ready()
-    model = str(repository / "velocity_predictor")
+    model = str(repository / PREDICTOR)
     stub = next(pid for pid in processes_with(model) if is_stub(pid))
     os.kill(stub, signal.SIGKILL)
     assert cli.process.wait(START_S) == 1
     (last,) = cli.log.read_text().splitlines()[-1:]
-    assert f"the process of velocity_predictor died ({stub})" in last
+    assert f"the process of {PREDICTOR} died ({stub})" in last
     assert wait_until_gone(str(repository), END_S) == []
     assert cli.shared_memory() == []
 
@@ -202,10 +236,9 @@ def test_a_check_alone_starts_nothing(tmp_path: Path) -> None:
     repository = write_repository(tmp_path / "models")
     done = run_cli("--check", "--repository", repository)
     assert (done.returncode, done.stdout) == (0, f"{repository} can be served here\n")
-    (repository / "velocity_predictor/1/model.onnx").unlink()
-    (repository / "velocity_predictor/1/model.py").unlink()
+    (repository / PREDICTOR / "1" / "model.onnx").unlink()
     done = run_cli("--check", "--repository", repository)
-    assert done.returncode == 2 and "velocity_predictor/1/ has none of" in done.stderr
+    assert done.returncode == 2 and f"{PREDICTOR}/1/ has none of" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -218,17 +251,18 @@ def test_a_check_alone_starts_nothing(tmp_path: Path) -> None:
 def test_the_first_request_is_asked_again(
     tmp_path: Path, answers: list[int], said: str | None
 ) -> None:
+    asked: list[Any] = []
+
     class Front(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["Content-Length"]))
+            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             self.send_response(answers.pop(0))
             self.end_headers()
             self.wfile.write(b'{"error": "x_next is off"}')
 
         def log_message(self, *_: object) -> None: ...
 
-    (tmp_path / "velocity_predictor").mkdir()
-    (tmp_path / "velocity_predictor/build.json").touch()
+    write_record(tmp_path)
     with ThreadingHTTPServer(("127.0.0.1", 0), Front) as front:
         threading.Thread(target=front.serve_forever, daemon=True).start()
         server = TritonServer.__new__(TritonServer)
@@ -243,6 +277,9 @@ def test_the_first_request_is_asked_again(
             assert not server._check_answers(math.inf, lambda: True)
         front.shutdown()
     assert answers == []
+    # Of the pipeline's own kind, and for nothing that costs an evaluation.
+    label = {"name": "label", "datatype": "INT64", "shape": [1], "data": [0]}
+    assert all(each == {"inputs": [label], "outputs": [{"name": "seed"}]} for each in asked)
 
 
 def test_a_binary_that_is_none_must_be_put_right(tmp_path: Path) -> None:
@@ -298,9 +335,10 @@ def run_cli(*arguments: object) -> subprocess.CompletedProcess[str]:
     [
         ("", "no model repository at "),
         ("flowturbo", "lacks flowturbo/config.pbtxt"),
-        ("velocity_predictor", "velocity_predictor/ is missing"),
-        ("velocity_predictor/config.pbtxt", "velocity_predictor/config.pbtxt is missing"),
-        ("velocity_predictor/1", "velocity_predictor/1/ has none of model.plan, model.onnx"),
+        ("flowturbo/1/pipelines", "has no pipeline: export one with `python -m export --name"),
+        (PREDICTOR, "pipeline sit in .* is not complete:\n  sit_velocity_predictor/ is missing\n"),
+        (f"{PREDICTOR}/config.pbtxt", "sit_velocity_predictor/config.pbtxt is missing"),
+        (f"{PREDICTOR}/1", "sit_velocity_predictor/1/ has none of model.plan, model.onnx"),
     ],
 )
 def test_an_incomplete_repository_is_refused(repository: Path, missing: str, message: str) -> None:
@@ -309,26 +347,111 @@ def test_an_incomplete_repository_is_refused(repository: Path, missing: str, mes
         check_repository(repository)
 
 
-def test_an_incomplete_optional_model_is_refused(repository: Path) -> None:
-    (repository / "vae_decoder").mkdir()
-    with pytest.raises(SetupError, match="vae_decoder/config.pbtxt is missing"):
+@pytest.mark.parametrize(
+    ("changes", "missing"),
+    [
+        ({"models": PIPELINE.models | {Role.DECODER: ModelRecord()}}, "sit_vae_decoder"),
+        ({"ensembles": {"H1": "sit_h1"}}, "sit_h1"),
+        ({"parts": ("sit_finisher",)}, "sit_finisher"),
+    ],
+    ids=["decoder", "ensemble", "finisher"],
+)
+def test_whatever_the_record_names_must_be_there(
+    repository: Path, changes: dict[str, Any], missing: str
+) -> None:
+    """Optional models too; a folder that no record names is none of the pipeline's."""
+    (repository / "else").mkdir()
+    check_repository(repository)
+    write_record(repository, replace(PIPELINE, **changes))
+    with pytest.raises(SetupError, match=f"{missing}/ is missing"):
+        check_repository(repository)
+    (repository / missing).mkdir()
+    with pytest.raises(SetupError, match=f"{missing}/config.pbtxt is missing"):
         check_repository(repository)
 
 
 def test_an_incomplete_repository_exits_2_and_names_the_command(repository: Path) -> None:
-    (repository / "velocity_predictor/1/model.onnx").unlink()
+    (repository / PREDICTOR / "1" / "model.onnx").unlink()
     result = run_cli("--repository", repository)
     assert result.returncode == 2
-    assert "python -m export --predictor FILE" in result.stderr
+    assert f"Export it again with: {COMMAND}\n" in result.stderr
+    assert "Traceback" not in result.stderr
+    record_path(repository, "sit").unlink()
+    result = run_cli("--repository", repository)
+    assert result.returncode == 2
+    assert "python -m export --name NAME --predictor FILE" in result.stderr
     assert f"--repository {repository}" in result.stderr
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("now", "then", "said"),
+    [
+        ('"version": 1,', '"version": 2,', "is a record of version 2, this release reads 1"),
+        ('"version": 1,', "", "is a record of version None"),
+        ('"predictor"', '"corrector"', "is no record of a pipeline .*corrector"),
+        ('"class_label"', '"prompt"', "condition 'prompt' is unknown, known are class_label"),
+    ],
+)
+def test_a_record_that_cannot_be_served_exits_2_and_names_the_command(
+    repository: Path, now: str, then: str, said: str
+) -> None:
+    record = record_path(repository, "sit")
+    assert record.read_text().count(now) == 1
+    record.write_text(record.read_text().replace(now, then))
+    with pytest.raises(SetupError, match=said) as caught:
+        check_repository(repository)
+    assert str(record) in str(caught.value)
+    assert f"again with: {COMMAND}" in str(caught.value)
+    result = run_cli("--repository", repository)
+    assert (result.returncode, result.stderr) == (2, f"error: {caught.value}\n")
+
+
+def test_half_a_record_is_refused(repository: Path) -> None:
+    record = record_path(repository, "sit")
+    record.write_text(record.read_text()[:100])
+    with pytest.raises(SetupError, match="sit.json is not JSON: .*: export the pipeline again"):
+        check_repository(repository)
+
+
+def test_which_pipeline_is_the_default_must_be_clear(repository: Path) -> None:
+    """With one pipeline alone it is that one."""
+    config = repository / "flowturbo" / "config.pbtxt"
+    text = config.read_text()
+
+    def default(name: str) -> None:
+        parameter = 'parameters { key: "default_pipeline" value: { string_value: "%s" } }'
+        config.write_text(f"{text}\n{parameter % name}\n")
+
+    check_repository(repository)
+    default("sid")
+    with pytest.raises(SetupError, match="default_pipeline 'sid' is not installed; .*: sit$"):
+        check_repository(repository)
+    other = replace(PIPELINE, name="other")
+    (repository / PREDICTOR).rename(repository / other.model(Role.PREDICTOR))
+    (repository / PREDICTOR).symlink_to(other.model(Role.PREDICTOR))
+    write_record(repository, other)
+    config.write_text(text)
+    with pytest.raises(SetupError, match="default_pipeline must name one of other, sit: it is not"):
+        check_repository(repository)
+    default("sit")
+    pipelines, _ = check_repository(repository)
+    assert [pipeline.name for pipeline in pipelines] == ["other", "sit"]
+
+
 def test_a_model_for_another_backend_is_refused(repository: Path) -> None:
-    (repository / "velocity_predictor/1/model.py").unlink()
-    check_backends(repository, Installation(Path("/opt/tritonserver/bin/tritonserver")))
-    with pytest.raises(SetupError, match="only the Python backend"):
-        check_backends(repository, Installation(Path("tritonserver"), backends=Path("backends")))
+    server = Installation(Path("/opt/tritonserver/bin/tritonserver"))
+    wheel = Installation(Path("tritonserver"), backends=Path("backends"))
+    for installation in (server, wheel):
+        check_backends(repository, [PIPELINE], installation)
+    models = {Role.PREDICTOR: ModelRecord(engine="tensorrt", on_gpu=True)}
+    other = replace(PIPELINE, name="other", models=models)
+    check_backends(repository, [PIPELINE, other], server)
+    with pytest.raises(SetupError, match="other_velocity_predictor .*only the Python backend"):
+        check_backends(repository, [PIPELINE, other], wheel)
+    models = {Role.PREDICTOR: ModelRecord(runtime="nowhere")}
+    with pytest.raises(SetupError, match="with nowhere, which is not here: pip install nowhere"):
+        check_backends(repository, [replace(PIPELINE, models=models)], wheel)
 
 
 def test_a_port_in_use_is_named_before_the_start(repository: Path) -> None:

@@ -27,7 +27,9 @@ from flowturbo_client import (
 from support import GLYPHS, Caller
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-from flowturbo import LocalPipeline, contract
+from flowturbo import LocalPipeline
+from flowturbo.conditions import REQUEST_OUTPUTS
+from flowturbo.contract import ORCHESTRATOR, Role, model_name
 from flowturbo.generate import program_for
 from flowturbo.request import parse_request
 from flowturbo.serving.tritonserver import ServerAddress, running_server
@@ -37,7 +39,8 @@ ReadMetrics = Callable[[ServerAddress], dict[str, float]]
 # As much as one request may ask for: 250 steps of 128 rows. No test waits for its end.
 LONG = {"schedule": "E250", "labels": [0] * 64}
 LONG_STEP_ROWS, LONG_ROWS = 128, 250 * 128
-PREDICTED = 'nv_inference_count{model="velocity_predictor",version="1"}'
+PREDICTED = 'nv_inference_count{model="glyphs_velocity_predictor",version="1"}'
+IN_FLIGHT = 'flowturbo_requests_in_flight{pipeline="glyphs"}'
 
 
 @pytest.fixture
@@ -46,8 +49,8 @@ def client(glyphs_server: ServerAddress) -> Iterator[FlowTurboClient]:
         yield connected
 
 
-def outcome(name: str) -> str:
-    return f'flowturbo_requests_total{{outcome="{name}"}}'
+def outcome(name: str, pipeline: str = "glyphs") -> str:
+    return f'flowturbo_requests_total{{outcome="{name}",pipeline="{pipeline}"}}'
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
@@ -59,7 +62,7 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
 
 def rests(metrics: Callable[[], dict[str, float]]) -> float:
     """Waits until the call under way has ended; asserts that none follows; the rows so far."""
-    wait_until(lambda: metrics()["flowturbo_requests_in_flight"] == 0)
+    wait_until(lambda: metrics()[IN_FLIGHT] == 0)
     rows = metrics()[PREDICTED]
     time.sleep(0.5)
     assert metrics()[PREDICTED] == rows
@@ -83,6 +86,28 @@ def test_presets(client: FlowTurboClient) -> None:
         np.testing.assert_allclose(named, plain, atol=1e-4)
     with pytest.raises(InvalidRequestError, match="the presets here are fast, balanced, best"):
         client.generate("A", 1, "better")
+
+
+def test_settings_make_the_same_image_again(client: FlowTurboClient) -> None:
+    """All that is not the caller's own choice is told: defaults, presets, the time grid."""
+    first = client.generate("A", 1, "best", guidance_interval=(0.25, 1.0), outputs=("latent",))
+    told = {key: value for key, value in first.settings.items() if key not in ("size", "variant")}
+    assert told["guidance_scale"] == 3  # the pipeline's own default
+    again = client.generate("A", 1, **told, outputs=("latent",))
+    np.testing.assert_allclose(again.latents, first.latents, atol=1e-4)
+    assert again.settings == first.settings
+
+
+def test_a_request_on_its_own_time_grid(client: FlowTurboClient, glyphs_repository: Path) -> None:
+    """Of a schedule that has an ensemble, whose grid is another."""
+    times = (np.linspace(0, 1, 10) ** 0.9).tolist()
+    found = client.generate(0, 1, "H1P5R3", times=times, outputs=("latent",))
+    want = LocalPipeline(glyphs_repository).generate(0, 1, "H1P5R3", times=times)
+    np.testing.assert_allclose(found.latents, want.latent, atol=1e-4)
+    assert found.settings["times"] == pytest.approx(times)
+    usual = client.generate(0, 1, "H1P5R3", outputs=("latent",))
+    assert usual.latents is not None and found.latents is not None
+    assert np.abs(usual.latents - found.latents).max() > 0.01
 
 
 FILES = ("png", "jpeg", "webp")
@@ -124,34 +149,38 @@ def test_answers_over_http_are_json(glyphs_server: ServerAddress, client: FlowTu
 
 
 def test_outputs_come_in_the_order_asked_for(caller: Caller, glyphs_server: ServerAddress) -> None:
-    """And in the contract's where no order was asked for."""
-    order = [spec.name for spec in contract.REQUEST_OUTPUTS]
-    for wanted in (["seed", "latent"], ["class_name", "image"], ["latent", "seed", "image"]):
+    """And in the contract's where no order was asked for: then without the latent."""
+    order = [spec.name for spec in REQUEST_OUTPUTS]
+    for wanted in (
+        *(["seed", "latent"], ["class_name", "image"], ["latent", "seed", "image"]),
+        ["pipelines", "settings", "image"],
+    ):
         for names in (wanted, wanted[::-1]):
-            found = caller.output_names(contract.ORCHESTRATOR, names, label=np.array([0]))
+            found = caller.output_names(ORCHESTRATOR, names, label=np.array([0]))
             assert found == names
             body = {"inputs": [LABEL_JSON], "outputs": [{"name": name} for name in names]}
             _, answer = post(glyphs_server, "infer", body)
             assert [output["name"] for output in answer["outputs"]] == names
-    assert caller.output_names(contract.ORCHESTRATOR, None, label=np.array([0])) == [
-        name for name in order if name != "encoded_image"
+    usual = {"image", "seed", "class_name", "settings"}
+    assert caller.output_names(ORCHESTRATOR, None, label=np.array([0])) == [
+        name for name in order if name in usual
     ]
 
 
 def test_outputs_in_process_come_in_the_order_asked_for(glyphs_repository: Path) -> None:
     pipeline = LocalPipeline(glyphs_repository)
-    wanted = ["seed", "image", "class_name", "latent"]
+    wanted = ["seed", "image", "settings", "class_name", "latent"]
     request = parse_request({"label": np.array([0])}, wanted, pipeline.pipeline, pipeline.settings)
     program = program_for(request.schedule, Variant.REFERENCE)
     assert list(pipeline.run(request, program)) == wanted
 
 
-@pytest.mark.parametrize("name", [spec.name for spec in contract.REQUEST_OUTPUTS])
+@pytest.mark.parametrize("name", [spec.name for spec in REQUEST_OUTPUTS])
 def test_a_request_for_classification_does_not_end_the_server(
     glyphs_server: ServerAddress, caller: Caller, name: str
 ) -> None:
     """Triton's own extension: answered for numbers, refused for text."""
-    number = {spec.name: spec.dtype is not np.object_ for spec in contract.REQUEST_OUTPUTS}[name]
+    number = {spec.name: spec.dtype is not np.object_ for spec in REQUEST_OUTPUTS}[name]
     extended = {"name": name, "parameters": {"classification": 2}}
     body = {"inputs": [LABEL_JSON, PNG_TEXT], "outputs": [extended]}
     status, answer = post(glyphs_server, "infer", body)
@@ -159,11 +188,11 @@ def test_a_request_for_classification_does_not_end_the_server(
     assert number or "class result not available" in answer["error"]
     tensors = {"label": np.array([0]), "output_format": "png_base64"}
     if number:
-        caller.infer(contract.ORCHESTRATOR, [name], class_count=2, **tensors)
+        caller.infer(ORCHESTRATOR, [name], class_count=2, **tensors)
     else:
         with pytest.raises(InferenceServerException, match="class result not available"):
-            caller.infer(contract.ORCHESTRATOR, [name], class_count=2, **tensors)
-    assert caller.infer(contract.ORCHESTRATOR, ["seed"], label=np.array([1]))
+            caller.infer(ORCHESTRATOR, [name], class_count=2, **tensors)
+    assert caller.infer(ORCHESTRATOR, ["seed"], label=np.array([1]))
 
 
 @pytest.mark.parametrize(
@@ -180,7 +209,7 @@ def test_a_huge_shape_does_not_end_the_server(
     body = {"inputs": [{**LABEL_JSON, "shape": shape}], "outputs": [{"name": "seed"}]}
     status, answer = post(glyphs_server, "infer", body)
     assert status == 400 and "2^24 elements" in answer["error"]
-    assert caller.infer(contract.ORCHESTRATOR, ["seed"], label=np.array([1]))
+    assert caller.infer(ORCHESTRATOR, ["seed"], label=np.array([1]))
 
 
 def test_deeply_nested_json_does_not_end_the_server(
@@ -188,24 +217,24 @@ def test_deeply_nested_json_does_not_end_the_server(
 ) -> None:
     status, _ = post(glyphs_server, "infer", b'{"inputs":' + b"[" * 500_000)
     assert status >= 400
-    assert caller.infer(contract.ORCHESTRATOR, ["seed"], label=np.array([1]))
+    assert caller.infer(ORCHESTRATOR, ["seed"], label=np.array([1]))
 
 
 def test_many_chunks_do_not_end_the_server(glyphs_server: ServerAddress, caller: Caller) -> None:
     host, port = glyphs_server.http.split(":")
     with socket.create_connection((host, int(port)), timeout=60) as connection:
-        head = f"POST /v2/models/{contract.ORCHESTRATOR}/infer HTTP/1.1\r\nHost: x\r\n"
+        head = f"POST /v2/models/{ORCHESTRATOR}/infer HTTP/1.1\r\nHost: x\r\n"
         connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
         connection.sendall(b"1\r\nA\r\n" * 1_000_000 + b"0\r\n\r\n")
         assert connection.recv(10) in (b"HTTP/1.1 4", b"HTTP/1.1 5")
-    assert caller.infer(contract.ORCHESTRATOR, ["seed"], label=np.array([1]))
+    assert caller.infer(ORCHESTRATOR, ["seed"], label=np.array([1]))
 
 
 def post(
     address: ServerAddress, endpoint: str, body: dict[str, Any] | bytes, **headers: str
 ) -> Any:
     """Status and answer of Triton's HTTP front end."""
-    url = f"http://{address.http}/v2/models/{contract.ORCHESTRATOR}/{endpoint}"
+    url = f"http://{address.http}/v2/models/{ORCHESTRATOR}/{endpoint}"
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     request = urllib.request.Request(url, content, headers)
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -268,6 +297,10 @@ def text(value: bytes) -> np.ndarray:
     return np.array([value], dtype=object)
 
 
+def times(schedule: str, *values: float) -> dict[str, np.ndarray]:
+    return {"schedule": text(schedule.encode()), "times": np.array(values, dtype=np.float32)}
+
+
 LABEL = np.array([1], dtype=np.int64)
 MALFORMED: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"label": np.array([1.0], dtype=np.float32)}, {}),
@@ -298,6 +331,19 @@ MALFORMED: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"label": LABEL, "initial_noise": np.full((1, 4, 16, 16), np.inf, dtype=np.float32)}, {}),
     ({"label": LABEL, "output_format": text(b"gif")}, {}),
     ({"label": LABEL, "lable": LABEL}, {}),
+    ({"label": LABEL, "pipeline": text(b"glyfs")}, {}),
+    ({"label": LABEL, "pipeline": text(b"\xff\xfe")}, {}),
+    ({"label": LABEL, "pipeline": np.array([b"glyphs", b"glyphs"], dtype=object)}, {}),
+    ({"label": LABEL, "pipeline": np.array([], dtype=object)}, {}),
+    ({"label": LABEL, "pipeline": text(b"../glyphs" * 10_000)}, {}),
+    ({"label": LABEL, "times": np.array([0, 1], dtype=np.float32)}, {}),
+    ({"label": LABEL, "times": np.array([], dtype=np.float32)}, {}),
+    ({"label": LABEL, **times("H1", 0, np.nan)}, {}),
+    ({"label": LABEL, **times("H1", 0.5, 0.5)}, {}),
+    ({"label": LABEL, **times("H1", -1, 1)}, {}),
+    ({"label": LABEL, **times("H1", 0, 1.1)}, {}),
+    ({"label": LABEL, **times("H250", *range(250, -1, -1))}, {}),
+    ({"label": LABEL, "times": np.zeros(100_000, dtype=np.float32)}, {}),
     ({"label": LABEL}, {"parameters": {"steps": 20}}),
     ({}, {}),
     ({"label": LABEL}, {"outputs": [triton.InferRequestedOutput("picture")]}),
@@ -398,17 +444,39 @@ def test_metrics_count_what_was_done(
     client.generate([1, 2], schedule="H1P5R3", guidance_scale=1.0)
     client.generate([1], schedule="H1P5R3", guidance_scale=2.0)
 
-    def rows() -> dict[str, float]:
+    def rows() -> dict[Role, float]:
         after = read_metrics(glyphs_server)
-        keys = {m: f'flowturbo_rows_total{{model="{m}"}}' for m in contract.COMPOSED}
-        return {model: after[key] - before[key] for model, key in keys.items()}
+        names = {role: model_name("glyphs", role) for role in Role}
+        keys = {
+            role: f'flowturbo_rows_total{{model="{name}",pipeline="glyphs"}}'
+            for role, name in names.items()
+        }
+        return {role: after[key] - before[key] for role, key in keys.items()}
 
-    expected = {"velocity_predictor": 28, "velocity_refiner": 12, "vae_decoder": 3}
+    expected = {Role.PREDICTOR: 28, Role.REFINER: 12, Role.DECODER: 3}
     wait_until(lambda: rows() == expected)  # counted once the answers are out
     after = read_metrics(glyphs_server)
     assert after[outcome("ok")] - before[outcome("ok")] == 2
-    count = "flowturbo_request_duration_seconds_count"
+    count = 'flowturbo_request_duration_seconds_count{pipeline="glyphs"}'
     assert after[count] - before[count] == 2
+
+
+def test_requests_refused_before_their_pipeline_is_known_are_counted(
+    glyphs_server: ServerAddress, client: FlowTurboClient, read_metrics: ReadMetrics
+) -> None:
+    """As those of the pipeline "unknown", not of one that a caller can make up."""
+    before = read_metrics(glyphs_server)
+    with pytest.raises(InvalidRequestError, match="pipeline 'glyfs' is unknown, known are glyphs$"):
+        client.generate(1, pipeline="glyfs")
+    with pytest.raises(InvalidRequestError, match="label must be 0 to 35"):
+        client.generate(36, pipeline="glyphs")
+    after = read_metrics(glyphs_server)
+    assert after.keys() == before.keys()
+    totals = [key for key in after if key.startswith("flowturbo_requests_total")]
+    assert {key for key in totals if after[key] != before[key]} == {
+        outcome("invalid", "unknown"),
+        outcome("invalid"),
+    }
 
 
 def test_a_full_server_refuses_at_once(
@@ -422,12 +490,12 @@ def test_a_full_server_refuses_at_once(
     config.write_text(config.read_text().replace(f'{setting}64"', f'{setting}2"'))
     with running_server(repository) as address, FlowTurboClient(address.grpc, retries=0) as client:
         with long_request(address), long_request(address):
-            wait_until(lambda: read_metrics(address)["flowturbo_requests_in_flight"] == 2)
+            wait_until(lambda: read_metrics(address)[IN_FLIGHT] == 2)
             for _ in range(3):
                 with pytest.raises(ServerBusyError, match="at most 2 are allowed"):
                     client.generate(1, schedule="E1")
             # Both are still under way: none of the three has waited for a place.
-            assert read_metrics(address)["flowturbo_requests_in_flight"] == 2
-        wait_until(lambda: read_metrics(address)["flowturbo_requests_in_flight"] == 0)
+            assert read_metrics(address)[IN_FLIGHT] == 2
+        wait_until(lambda: read_metrics(address)[IN_FLIGHT] == 0)
         assert client.generate(1, schedule="E1").images is not None
         assert read_metrics(address)[outcome("busy")] == 3

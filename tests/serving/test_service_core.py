@@ -38,9 +38,9 @@ from flowturbo.errors import (
     RequestError,
     UnavailableError,
 )
-from flowturbo.pipeline import ModelRecord, Pipeline
+from flowturbo.pipeline import UNKNOWN, ModelRecord, Pipeline
 from flowturbo.rows import Tensors
-from flowturbo.serving.service import UNKNOWN, Service
+from flowturbo.serving.service import Service
 from flowturbo.settings import Settings
 
 pytestmark = pytest.mark.unit

@@ -69,7 +69,7 @@ def test_served(case: GoldenCase, golden_server: ServerAddress) -> None:
 
 
 def test_unguided_is_guidance_by_one(golden_repository: Path) -> None:
-    """A scale just off 1 runs guided rows; 1.0 itself runs one row an image: nearly the same."""
+    """A scale just off 1 runs guided rows; 1.0 itself runs one row per image: nearly the same."""
     case = golden_cases()[0]
     pipeline = LocalPipeline(golden_repository)
     one, almost = (

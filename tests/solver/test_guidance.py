@@ -51,12 +51,17 @@ def plain(schedule: str, guidance: Guidance) -> Array:
     return sample(compile_program(Schedule.parse(schedule)), NOISE, block)
 
 
+def null_of(guidance: Guidance) -> Tensors:
+    """The unconditional value, which a request without guidance does not give."""
+    return {"label": NULL} if guidance.enabled else {}
+
+
 @pytest.mark.parametrize("schedule", ["H3", "P4", "A5", "H1P2E2"])
 @pytest.mark.parametrize(
     "guidance", [Guidance(1.0), Guidance(2.5), Guidance(0.0), Guidance(3.0, (0.3, 0.7))]
 )
 def test_rows_equal_the_formula(schedule: str, guidance: Guidance) -> None:
-    block = guided_block(served_block, {"label": LABELS}, {"label": NULL}, guidance)
+    block = guided_block(served_block, {"label": LABELS}, null_of(guidance), guidance)
     program = compile_program(Schedule.parse(schedule))
     rows = run_sync(sample_async(program, to_rows(NOISE, guidance), block))
     np.testing.assert_allclose(to_images(rows, guidance), plain(schedule, guidance), atol=1e-5)
@@ -78,7 +83,7 @@ def test_unguided_evaluations_cost_half(guidance: Guidance, rows: list[int]) -> 
         seen.append(len(tensors["x"]))
         return tensors["x"], tensors["velocity"]
 
-    block = guided_block(evaluate, {"label": LABELS}, {"label": NULL}, guidance)
+    block = guided_block(evaluate, {"label": LABELS}, null_of(guidance), guidance)
     run_sync(sample_async(compile_program(Schedule.parse("E4")), to_rows(NOISE, guidance), block))
     assert seen == rows
 

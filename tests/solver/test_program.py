@@ -12,6 +12,7 @@ from flowturbo.solver.calls import BlockCall, Network, RefinerCall
 from flowturbo.solver.grid import time_grid
 from flowturbo.solver.sampler import Array, Block
 from flowturbo.solver.schedule import MAX_STEPS
+from flowturbo.solver.steps import STEPS, steps_table
 
 pytestmark = pytest.mark.unit
 
@@ -109,6 +110,61 @@ def test_network_calls(text: str, predictor: int, refiner: int, variant: Variant
     sample(program, NOISE, block)
     assert seen.count(Network.PREDICTOR) == program.evaluations(Network.PREDICTOR) == predictor
     assert seen.count(Network.REFINER) == program.evaluations(Network.REFINER) == refiner
+
+
+# Every letter, first or repeated or after another; steps that evaluate nothing prolong a call.
+_JOINED = [
+    *("H3", "P3", "E3", "A3", "H1R3", "H1Z3", "A2T3", "E1Z1T2"),
+    *("H1P2Z1A2T1R1E1", "P1T2Z1R2H1", "H1P5R3@2", "H1P2Z1A2T1R1E1@0.5"),
+]
+
+
+@pytest.mark.parametrize("variant", list(Variant))
+@pytest.mark.parametrize("warp", [None, 1.5])
+@pytest.mark.parametrize("text", _JOINED)
+def test_calls_join_without_a_gap(text: str, warp: float | None, variant: Variant) -> None:
+    """Each call starts where the one before it landed, from the first time to the last."""
+    schedule = Schedule.parse(text)
+    own = None if warp is None else (0.1 + 0.8 * np.linspace(0, 1, len(schedule) + 1) ** warp)
+    program = compile_program(schedule, None if own is None else own.tolist(), variant)
+    times = time_grid(len(schedule), schedule.shift) if own is None else own.tolist()
+    starts = [call.starts_at for call in program.calls]
+    lands = [call.lands_at for call in program.calls]
+    assert starts == [times[0], *lands[:-1]]
+    assert lands[-1] == times[-1]
+    # A call lands at the end of its own step, or of those that prolong it.
+    evaluating = [k for k, letter in enumerate(schedule.steps) if STEPS[letter].compile]
+    ends = [times[k] for k in [*evaluating[1:], len(schedule)]]
+    assert [at for at, start in zip(lands, starts, strict=True) if at != start] == ends
+
+
+@pytest.mark.parametrize("text", _JOINED)
+def test_a_call_moves_as_far_as_it_says(text: str) -> None:
+    """A velocity of 1 moves x by the time from `starts_at` to `lands_at`."""
+    block = exact_block(lambda x, t: np.ones_like(x))
+    for call in compile_program(Schedule.parse(text)).calls:
+        moved, _ = block(call, np.zeros(1), np.ones(1))
+        assert moved == pytest.approx(call.lands_at - call.starts_at)
+
+
+def test_the_joined_schedules_have_every_letter() -> None:
+    assert set("".join(Schedule.parse(text).steps for text in _JOINED)) == STEPS.keys()
+
+
+def test_the_table_of_steps_names_every_letter() -> None:
+    """With its name, and the evaluations that a program counts for it."""
+    head, rule, *rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in steps_table().splitlines()
+    ]
+    assert head[:2] == ["letter", "step"] and set("".join(rule)) == {"-"}
+    assert [row[0] for row in rows] == [f"`{letter}`" for letter in "HPREAZT"]
+    assert len({row[1] for row in rows}) == len({row[2] for row in rows}) == len(rows)
+    before = compile_program(Schedule("HP"))
+    for row in rows:
+        after = compile_program(Schedule(f"HP{row[0].strip('`')}"))
+        assert row[3:] == [
+            str(after.evaluations(network) - before.evaluations(network)) for network in Network
+        ]
 
 
 def test_variable_step_adams_bashforth() -> None:

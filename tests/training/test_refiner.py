@@ -28,7 +28,7 @@ from training.loop import exclusive, save_weights
 from training.objective import RefinerObjective, Rule, regression_loss
 from training.plan import PlanError, TrainingConfig
 from training.refiner import main
-from training.samples import RefinerPreview, sample, tile
+from training.samples import RefinerPreview, sample_latents, tile
 
 CLASSES = 3
 CONFIG = SiTConfig(4, 2, 4, 4, 4, 32, 2, 2, num_classes=CLASSES)
@@ -344,7 +344,7 @@ def test_sampling_is_that_of_the_public_code() -> None:
         schedule = Schedule.parse(case.schedule)
         noise, label = torch.from_numpy(case.noise), torch.from_numpy(case.label)
         with torch.no_grad():
-            latent = sample(*networks, noise, label, schedule, case.guidance_scale)
+            latent = sample_latents(*networks, noise, label, schedule, case.guidance_scale)
         np.testing.assert_allclose(latent.numpy(), case.latent, atol=2e-5)
 
 
@@ -362,7 +362,7 @@ def test_samples_on_a_shifted_grid(guided: int) -> None:
     moved = 0.25 / 2 * 3 / 16 + 0.75 / 2 * (3 / 16 + 3)
     x, label = torch.zeros(2, 4, 4, 4), torch.zeros(2, dtype=torch.int64)
     network: Any = Squares()
-    latent = sample(network, network, x, label, Schedule.parse("H2@3"), 3.0, guided)
+    latent = sample_latents(network, network, x, label, Schedule.parse("H2@3"), 3.0, guided)
     expected = moved * torch.tensor([4.0] * guided + [2.0] * (4 - guided))
     torch.testing.assert_close(latent.mean((0, 2, 3)), expected)
 
@@ -411,7 +411,7 @@ def test_tiles() -> None:
         (("--width", "96"), "--width 96 needs --heads, only 384"),
         (("--width", "30", "--heads", "4"), "--heads, got width 30, heads 4"),
         (("--sample-schedule", "R3"), "no velocity cached"),
-        (("--sample-schedule", "E4"), "steps must be H, P or R, got E in E4"),
+        (("--sample-schedule", "X4"), "unknown step 'X'"),
         (("--guidance-channels", "5"), "--guidance-channels must be 1 to 4, got 5"),
         (("--guidance-scale", "nan"), "guidance scale must be 0 to 100, got nan"),
         (("--flip",), "--flip is for images"),

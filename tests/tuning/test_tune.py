@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,10 @@ import pytest
 from support import GLYPHS
 
 from bench.capacity.block_times import BlockTimes
-from flowturbo import LocalPipeline, contract
+from export.install import write_record
+from flowturbo import LocalPipeline
+from flowturbo.contract import Role
+from flowturbo.pipeline import read_pipeline, with_models
 from flowturbo.presets import read_presets
 from flowturbo.solver.guidance import Guidance
 from flowturbo.solver.schedule import Schedule
@@ -23,7 +27,7 @@ from tuning.search import finalists, search
 
 BLOCKS = 10
 # A device on which the predictor takes 4 ms, a refiner step 1 ms and the decoder 2 ms at any size.
-TIMES = {contract.PREDICTOR: 4.0, contract.REFINER: 1.0, contract.DECODER: 2.0}
+TIMES = {Role.PREDICTOR: 4.0, Role.REFINER: 1.0, Role.DECODER: 2.0}
 
 
 def schedule(text: str) -> Schedule:
@@ -53,7 +57,7 @@ def test_candidates() -> None:
 def test_cost_is_that_of_every_call() -> None:
     cost = Cost.of(times(), images=4, guidance=Guidance(3.0))
     assert cost.ms(schedule("H1P5R3")) == pytest.approx(7 * 4 + 3 * 1 + 2 + 11 * 0.5)
-    slope = BlockTimes({contract.PREDICTOR: {1: 1.0, 64: 64.0}}, overhead_ms=0.0)
+    slope = BlockTimes({Role.PREDICTOR: {1: 1.0, 64: 64.0}}, overhead_ms=0.0)
     assert Cost.of(slope, 4, Guidance(3.0)).ms(schedule("A2")) == pytest.approx(2 * 8)
     assert Cost.of(slope, 4, Guidance(1.0)).ms(schedule("A2")) == pytest.approx(2 * 4)
     with pytest.raises(ValueError, match="only up to 64 rows, 66 rows are needed"):
@@ -195,10 +199,10 @@ def test_command(
         assert main([*common, *more]) == 2
         assert f"--images must be 1 to {most} here, got {images}" in capsys.readouterr().err
     stated = json.loads(file.read_text())
-    del stated["times_ms"][contract.REFINER]
+    del stated["times_ms"][Role.REFINER]
     (tmp_path / "some.json").write_text(json.dumps(stated))
     assert main([*common, "--times", str(tmp_path / "some.json"), "--latency-ms", "26"]) == 2
-    assert "some.json has no times of velocity_refiner" in capsys.readouterr().err
+    assert "some.json has no times of refiner" in capsys.readouterr().err
 
 
 def test_what_runs_elsewhere_is_not_measured_here(
@@ -213,9 +217,12 @@ def test_what_runs_elsewhere_is_not_measured_here(
     common = ["--repository", str(repository), "--latents", "50", "--latency-ms", "26"]
     common += ["--cache", str(tmp_path), "--out", str(tmp_path / "presets.json")]
     for engine, where in (("onnxruntime", "on a GPU"), ("tensorrt", "in TensorRT")):
-        for path in repository.glob("velocity_*/build.json"):
-            stated = json.loads(path.read_text()) | {"engine": engine, "on_gpu": True}
-            path.write_text(json.dumps(stated))
+        pipeline = read_pipeline(repository)
+        models = {
+            role: replace(record, engine=engine, on_gpu=True)
+            for role, record in pipeline.models.items()
+        }
+        write_record(repository, with_models(pipeline, models))
         assert main(common) == 2
         assert f"runs {where}, whose times this process cannot measure" in capsys.readouterr().err
     # A report of bench.gpu_check: PyTorch takes twice as long.
