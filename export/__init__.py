@@ -1,1 +1,1 @@
-"""Checkpoints to a model repository: `python -m export`."""
+"""Exports checkpoints to a model repository: `python -m export`."""

@@ -1,4 +1,4 @@
-"""Ensembles: a model per schedule, whose steps Triton runs by itself."""
+"""Ensembles: one Triton model per schedule. Triton runs all its steps without the orchestrator."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +29,7 @@ __all__ = ["TritonPythonModel"]
 def with_ensembles(
     pipeline: Pipeline, settings: Settings, schedules: Sequence[Schedule]
 ) -> Pipeline:
-    """`pipeline` with the ensembles of `schedules` in its record, and no others."""
+    """`pipeline` with exactly the ensembles of `schedules` in its record."""
     models = _models(pipeline, settings, schedules)
     named = {str(s): ensemble_name(pipeline.name, s) for s in schedules}
     parts = tuple(m.config.name for m in models if m.config.name not in named.values())
@@ -40,7 +40,7 @@ def with_ensembles(
 def write_ensembles(
     staged: Path, pipeline: Pipeline, settings: Settings, schedules: Sequence[Schedule]
 ) -> None:
-    """Writes an ensemble for each of `schedules` beside the finished models in `staged`."""
+    """Writes one ensemble per schedule into `staged`, beside the finished models."""
     for model in _models(pipeline, settings, schedules):
         model.write(staged / model.config.name)
 
@@ -48,7 +48,7 @@ def write_ensembles(
 def ensembles_are_installed(
     repository: Path, pipeline: Pipeline, settings: Settings, schedules: Sequence[Schedule]
 ) -> bool:
-    """Whether `pipeline` has exactly the ensembles of `schedules`, as they would be written."""
+    """Whether exactly the ensembles of `schedules` are installed, with up-to-date files."""
     wanted = _models(pipeline, settings, schedules)
     present = [repository / name for name in (*pipeline.ensembles.values(), *pipeline.parts)]
     return {each.config.name: each.files() for each in wanted} == {
@@ -62,16 +62,16 @@ def _text(path: Path) -> str | None:
 
 @dataclass(frozen=True)
 class _Model:
-    """A model of an ensemble, and its code's module in `flowturbo.serving`.
+    """One Triton model: the ensemble itself, or a Python step of it.
 
-    The ensemble itself has none: Triton runs it.
+    `code` names the step's module in `flowturbo.serving`. It is None for the ensemble itself.
     """
 
     config: ModelConfig
     code: str | None
 
     def files(self) -> dict[str, str | None]:
-        """The content of each file of its folder; None for one that it does not have."""
+        """The content of each file in its folder; None for a file that it does not have."""
         code = _MODEL_PY.format(self.code) if self.code else None
         return dict(zip(_FILES, (text_format.MessageToString(self.config), code), strict=True))
 
@@ -134,7 +134,7 @@ def _planner(program: Program, pipeline: Pipeline, settings: Settings) -> ModelC
         "default_schedule": str(program.schedule),
         "default_guidance_scale": str(settings.default_guidance_scale),
         "variant": settings.variant,
-        # As many as fit in one batch: how many a request may ask for is the orchestrator's affair.
+        # As many as fit in one batch. The orchestrator applies the limit per request.
         "max_images": str(pipeline.max_rows),
     }
     for setting, value in stated.items():
@@ -143,7 +143,7 @@ def _planner(program: Program, pipeline: Pipeline, settings: Settings) -> ModelC
 
 
 def _checks_itself(pipeline: Pipeline) -> bool:
-    """Whether the decoder refuses images that are not finite: the Python backend's does."""
+    """Whether the decoder itself refuses images that are not finite (in the Python backend)."""
     return pipeline.models[Role.DECODER].engine == "python"
 
 

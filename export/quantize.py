@@ -1,7 +1,7 @@
-"""Half-precision step blocks to fp8: explicit QuantizeLinear and DequantizeLinear nodes.
+"""Converts float16 step blocks to fp8 with explicit QuantizeLinear and DequantizeLinear nodes.
 
-Weights and inputs of the transformer's matrix products become FLOAT8E4M3FN with one scale each; the
-rest stays float16. Scales of inputs come from a trajectory of the block itself.
+Weights and inputs of the transformer's matrix products become FLOAT8E4M3FN, with one scale per
+tensor. Everything else stays float16. A trajectory of the block itself gives the input scales.
 """
 
 import tempfile
@@ -18,17 +18,17 @@ from flowturbo.runtimes import OnnxRuntimeModel
 from flowturbo.solver.calls import BlockCall, PredictorCall, RefinerCall
 from flowturbo.solver.guidance import Guidance
 
-LARGEST = 448.0  # of FLOAT8E4M3FN
+LARGEST = 448.0  # largest value of FLOAT8E4M3FN
 _STEPS, _ROWS, _GUIDANCE = 10, 16, 1.5
 
 
 def quantize(exported: ExportTarget, path: Path) -> None:
-    """Replaces the float16 block at `path` by its fp8 form; large weights lie beside it."""
+    """Replaces the float16 block at `path` by its fp8 form; large weights get a file beside it."""
     model = onnx.load(path)
     large = path.with_suffix(".onnx.data").exists()
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     products = [n for n in model.graph.node if n.op_type == "MatMul" and n.input[1] in weights]
-    # The last layer's error would be the velocity's own.
+    # Not the last layer: its error would directly be an error of the velocity.
     products = [node for node in products if node.input[1] != products[-1].input[1]]
     largest = _largest_inputs(exported, path, sorted({node.input[0] for node in products}))
     for node in products:
@@ -45,13 +45,13 @@ def quantize(exported: ExportTarget, path: Path) -> None:
 
 
 def _largest_inputs(exported: ExportTarget, path: Path, names: list[str]) -> dict[str, float]:
-    """The largest value of each tensor in `names` over steps from noise to data."""
+    """The largest magnitude of each tensor in `names` over steps from noise to data."""
     watched = onnx.load(path, load_external_data=False)
     watched.graph.output.extend(
         helper.make_tensor_value_info(name, TensorProto.FLOAT16, None) for name in names
     )
     found = dict.fromkeys(names, 0.0)
-    # Beside the original, whose weights it names.
+    # In the same folder as the original, because it refers to the original's weight file.
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".onnx") as file:
         onnx.save(watched, file.name)
         block = OnnxRuntimeModel(Path(file.name))
@@ -71,7 +71,7 @@ def _largest_inputs(exported: ExportTarget, path: Path, names: list[str]) -> dic
 
 
 def _insert(model: ModelProto, products: list[NodeProto], largest: dict[str, float]) -> None:
-    """Puts a pair of nodes before each input of `products`, one pair a tensor."""
+    """Puts a quantize-dequantize pair before the inputs of `products`, one pair per tensor."""
     made: set[str] = set()
     nodes: list[NodeProto] = []
     wanted = {node.name for node in products}

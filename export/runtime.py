@@ -1,4 +1,4 @@
-"""What evaluates the models fastest on this CPU, by measurement: runtime and precision."""
+"""Finds the fastest runtime and precision for the models on this CPU, by measurement."""
 
 import math
 import time
@@ -18,15 +18,15 @@ from flowturbo.rows import Tensors
 from flowturbo.runtimes import model_file, open_model, runtime_for
 from flowturbo.solver.program import compile_program
 
-MEASURE_S = 0.5  # for one batch size
-# Calls that a request makes with the default schedule.
+MEASURE_S = 0.5  # per batch size
+# How often a request with the default schedule calls each model.
 _DEFAULT = compile_program(built_in()[DEFAULT])
 _CALLS = Counter([*roles_called(_DEFAULT), Role.DECODER])
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """A runtime (flowturbo.runtimes.RUNTIMES) and what the networks compute in."""
+    """A runtime (flowturbo.runtimes.RUNTIMES) and the precision of the networks."""
 
     name: str
     precision: str
@@ -44,14 +44,14 @@ _ON_CPU = (
 
 @dataclass(frozen=True)
 class TrialResult:
-    """One model in one runtime: its error by output, and milliseconds by rows of a batch."""
+    """One model in one runtime: its error per output, and its milliseconds per batch size."""
 
     parity: dict[str, float]
     times_ms: dict[int, float]
 
 
 def candidates(deployment: Deployment) -> list[Runtime]:
-    """What `deployment` leaves open; empty if it asks for what no runtime does."""
+    """The runtimes that `deployment` allows; empty if no runtime fits it."""
     runtime, precision = deployment.runtime, deployment.precision
     if runtime == "torch":
         fits = deployment.engine == "python" and precision != "fp8"
@@ -67,7 +67,7 @@ def candidates(deployment: Deployment) -> list[Runtime]:
 
 
 def export_for(runtime: str, exported: ExportTarget, version: Path) -> Path:
-    """Writes the module into the folder `version` as the file that `runtime` loads."""
+    """Writes the module into the folder `version`, in the format that `runtime` loads."""
     path = version / model_file(runtime)
     if runtime == "torch":
         export_program(exported, path)
@@ -85,11 +85,10 @@ def try_runtimes(
     *,
     on_gpu: bool = False,
 ) -> dict[Runtime, TrialResult]:
-    """Tries the file `path` in each of `open_to`; times them where there are several.
+    """Verifies the file `path` in each of `open_to`; also measures times if there are several.
 
-    PyTorch runs it where the server will, `on_gpu` or not.
-
-    One that is too far off `figures` drops out; raises VerificationError if it is the only one.
+    PyTorch uses the same device as the server will (`on_gpu`). A runtime with too large an error
+    against `figures` drops out. Raises VerificationError if no runtime is left.
     """
     trials: dict[Runtime, TrialResult] = {}
     for runtime in open_to:
@@ -107,12 +106,12 @@ def try_runtimes(
             times[rows] = round(_milliseconds(model, inputs), 3)
         trials[runtime] = TrialResult(parity, times)
     if not trials:
-        raise VerificationError(f"{exported.role}: no runtime here computes what PyTorch does")
+        raise VerificationError(f"{exported.role}: no runtime here agrees with PyTorch")
     return trials
 
 
 def _milliseconds(model: Callable[[Tensors], object], inputs: Tensors) -> float:
-    """The shortest of several evaluations: whatever else the machine does only adds to it."""
+    """The shortest of several evaluations: other load on the machine can only add time."""
     model(inputs)
     best, until = math.inf, time.perf_counter() + MEASURE_S
     while True:
@@ -125,13 +124,13 @@ def _milliseconds(model: Callable[[Tensors], object], inputs: Tensors) -> float:
 
 
 def choose(trials: Mapping[Role, Mapping[Runtime, TrialResult]]) -> Runtime:
-    """The fastest runtime that every model of the pipeline has.
+    """The fastest runtime that works for every model of the pipeline.
 
-    By the time of a request's calls, alone and in large batches alike (geometric mean).
+    Compares the total time of a request's calls: the geometric mean over batch sizes.
     """
     common = [e for e in next(iter(trials.values())) if all(e in of for of in trials.values())]
     if not common:
-        raise VerificationError("no runtime here computes what PyTorch does for every model")
+        raise VerificationError("no runtime here agrees with PyTorch for every model")
     return min(common, key=lambda runtime: _cost(trials, runtime))
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints, read and checked, as the modules that are to be exported."""
+"""Reads and checks checkpoints, and makes the modules to export."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +19,7 @@ _PLACES = ("predictor", "refiner", "vae")
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of a pipeline and how to read them (`python -m export --help`)."""
+    """The checkpoints of a pipeline, and how to read them (see `python -m export --help`)."""
 
     predictor: Path
     refiner: Path | None
@@ -33,11 +33,11 @@ class Checkpoints:
     guidance_channels: int
 
     def reading(self) -> dict[str, Any]:
-        """How the checkpoints are read: all but where they are."""
+        """The options for reading the checkpoints: all fields except the paths."""
         return {key: value for key, value in asdict(self).items() if key not in _PLACES}
 
     def files(self) -> dict[Role, Path]:
-        """The file or folder that the model of each role is made from."""
+        """The checkpoint file or folder of each role."""
         given = {
             Role.PREDICTOR: self.predictor,
             Role.REFINER: self.refiner,
@@ -47,12 +47,12 @@ class Checkpoints:
 
 
 def source_digests(source: Checkpoints) -> dict[str, str]:
-    """Digest of what the model of each role is made from."""
+    """The digest of the checkpoint of each role."""
     return {role.value: sha256(path) for role, path in source.files().items()}
 
 
 def modules(source: Checkpoints, class_names: Sequence[str] = ()) -> Iterator[ExportTarget]:
-    """What is to be exported, in float32, each checked against the predictor."""
+    """The modules to export, in float32. Each one is checked against the predictor."""
     predictor = load_predictor(
         source.predictor,
         source.weights,
@@ -67,7 +67,7 @@ def modules(source: Checkpoints, class_names: Sequence[str] = ()) -> Iterator[Ex
         raise CheckpointError(
             f"--guidance-channels must be 1 to {config.latent_channels}, got {channels}"
         )
-    # All checkpoints are read before the first is exported: a wrong one is found at once.
+    # Fail fast: read all checkpoints before the first export.
     condition = ClassLabel(config.num_classes, tuple(class_names), config.null_class)
     predict = PredictorBlock(predictor, channels)
     found = [ExportTarget(Role.PREDICTOR, predict, shape, condition)]

@@ -1,4 +1,4 @@
-"""PyTorch modules to exported programs, with their weights, which PyTorch alone can run."""
+"""Exports PyTorch modules as programs with weights. Only PyTorch can run them."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from export.onnx_graph import ExportTarget
 
 
 def export_program(exported: ExportTarget, path: Path) -> None:
-    """Writes the module with any number of rows."""
+    """Writes the module to `path`; the program accepts any number of rows."""
     example = exported.random_inputs(4, seed=0)
     program = torch.export.export(
         exported.module.eval(),

@@ -1,4 +1,4 @@
-"""An installed pipeline against its checkpoints, block by block and over a whole schedule."""
+"""Compares an installed pipeline with its checkpoints, per block and over a whole schedule."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,15 +32,16 @@ def verify_pipeline(
 ) -> None:
     """Prints the error of every form of every model, and of a trajectory through each form.
 
-    All are compared with PyTorch in float32. Raises VerificationError if any error is above its
-    tolerance. Raises RepositoryError if `pipeline` was made from other checkpoints or otherwise
-    read, and RequestError for a schedule that it cannot serve.
+    A form is one way to run the models, such as ONNX Runtime in fp32. The reference is PyTorch in
+    float32. Raises VerificationError if an error is above its tolerance. Raises RepositoryError if
+    `pipeline` was made from other checkpoints, or if they were read with other options. Raises
+    RequestError for a schedule that the pipeline cannot serve.
     """
     _check_source(source, pipeline)
     chosen = schedule or ("H1P5R3" if pipeline.has(Role.REFINER) else "H1P5")
     request = _request(pipeline, chosen)
     allowed = {role: TOLERANCES[model.precision] for role, model in pipeline.models.items()}
-    # A trajectory is as exact as the least exact of its networks.
+    # The least exact network limits the accuracy of a trajectory.
     networks = (of for role, of in allowed.items() if role is not Role.DECODER)
     widest = max(networks, key=lambda tolerance: tolerance.trajectory)
     tolerances = {role.value: of for role, of in allowed.items()} | {_TRAJECTORY: widest}
@@ -74,13 +75,13 @@ def verify_pipeline(
 
 
 def _check_source(source: Checkpoints, pipeline: Pipeline) -> None:
-    """Raises RepositoryError where `source` is not what the pipeline was made from."""
+    """Raises RepositoryError if the pipeline was not made from `source`."""
     digests = source_digests(source)
     options = {Role.REFINER: "--refiner", Role.DECODER: "--vae"}
     for role in Role:
         if pipeline.has(role) != (role.value in digests):
             has = f"pipeline {pipeline.name} has a {role}: give {options[role]}"
-            lacks = f"pipeline {pipeline.name} has no {role}: leave {options[role]} out"
+            lacks = f"pipeline {pipeline.name} has no {role}: omit {options[role]}"
             raise RepositoryError(lacks if role.value in digests else has)
     made = pipeline.fingerprint
     for key, digest in digests.items():
@@ -94,20 +95,20 @@ def _check_source(source: Checkpoints, pipeline: Pipeline) -> None:
             )
             option = f"--{name.replace('_', '-')}"
             raise RepositoryError(
-                f"pipeline {pipeline.name} was exported with {option} {said}, here it is {here}"
+                f"pipeline {pipeline.name} was exported with {option} {said}, now it is {here}"
             )
 
 
 def _forms(
     exports: list[ExportTarget], pipeline: Pipeline, repository: Path
 ) -> Iterator[tuple[dict[Role, str], Forms]]:
-    """What each model is run by, and how; one such form of all models after the other.
+    """Yields the forms one after the other: a title and an evaluation for each model.
 
-    Whoever clears the forms has but one of them in memory at a time.
+    The caller clears each form after use, so only one is in memory at a time.
     """
     records = pipeline.models
     if {record.precision for record in records.values()} == {"bf16"}:
-        # PyTorch takes minutes over a convolution in fp16.
+        # Not for fp16: PyTorch needs minutes for one fp16 convolution.
         for exported in exports:
             to_precision(exported.module, "bf16")
         names = dict.fromkeys(records, "PyTorch bf16")

@@ -144,7 +144,7 @@ def plan(request: GenerationRequest, pipeline: Pipeline, program: Program) -> Te
         contract.PLAN_NOISE: noise,
         contract.PLAN_PAIR: pair_rows(len(noise), guided=guidance.enabled),
     }
-    null = condition.null() if guidance.enabled else {}
+    null = run_sync(condition.null(_no_model)) if guidance.enabled else {}
     for name, value in run_sync(condition.encode(request.condition, _no_model)).items():
         rows = interleave(value, null[name]) if guidance.enabled else value
         tensors[contract.plan_condition(name)] = rows

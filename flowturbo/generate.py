@@ -127,7 +127,7 @@ async def image_block(
     return guided_block(
         evaluate,
         conditioning=await pipeline.condition.encode(condition, infer),
-        null=pipeline.condition.null() if guidance.enabled else {},
+        null=await pipeline.condition.null(infer) if guidance.enabled else {},
         guidance=guidance,
     )
 

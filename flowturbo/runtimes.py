@@ -9,7 +9,8 @@ import numpy as np
 from flowturbo.errors import RepositoryError
 from flowturbo.rows import Tensors
 
-RUNTIMES = ("onnxruntime", "openvino", "torch")
+# Each runtime and the Python package that it needs.
+RUNTIMES = {"onnxruntime": "onnxruntime", "openvino": "openvino", "torch": "torch"}
 _CUDA = "CUDAExecutionProvider"
 _OPENVINO_TYPES = {"fp32": "f32", "bf16": "bf16"}
 
@@ -57,7 +58,8 @@ def open_model(
         return OnnxRuntimeModel(path, threads)
     except ImportError as error:
         raise RepositoryError(
-            f"{path} runs in {chosen}, which is not here: pip install {chosen}, or export again"
+            f"{path} runs in {chosen}, which is not here: pip install {RUNTIMES[chosen]}, or "
+            "export again"
         ) from error
 
 

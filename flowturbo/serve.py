@@ -21,6 +21,7 @@ from flowturbo.pipeline import (
     installed,
     read_pipelines,
 )
+from flowturbo.runtimes import RUNTIMES
 from flowturbo.serving.engines import check_gpus, tensorrt_version
 from flowturbo.serving.installation import Installation, ServerError, SetupError, find_server
 from flowturbo.serving.tritonserver import ServerOptions, TritonServer
@@ -125,10 +126,10 @@ def check_backends(
         for role, record in pipeline.models.items():
             name, runtime = pipeline.model(role), record.runtime
             embedded = record.engine == "python"
-            if embedded and importlib.util.find_spec(runtime) is None:
+            if embedded and importlib.util.find_spec(RUNTIMES.get(runtime, runtime)) is None:
                 raise SetupError(
                     f"{name} was exported for the Python backend with {runtime}, which is not "
-                    f"here: pip install {runtime}, or export again"
+                    f"here: pip install {RUNTIMES.get(runtime, runtime)}, or export again"
                 )
             if runtime == "torch" and record.on_gpu and _is_for_cpus():
                 raise SetupError(

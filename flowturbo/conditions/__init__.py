@@ -39,7 +39,7 @@ class Condition(Protocol):
         """The block inputs of `value`, [n, ...] each."""
         ...
 
-    def null(self) -> Tensors:
+    async def null(self, infer: AwaitedInfer) -> Tensors:
         """The unconditional block inputs, [1, ...] each; only where `can_guide`."""
         ...
 

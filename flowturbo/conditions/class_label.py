@@ -82,7 +82,7 @@ class ClassLabel:
         """The label of each image, [n, 1]; no network is needed."""
         return {LABEL: value[:, None]}
 
-    def null(self) -> dict[str, np.ndarray]:
+    async def null(self, infer: object = None) -> dict[str, np.ndarray]:
         """The null class, [1, 1]."""
         return {LABEL: np.array([[self.num_classes]], dtype=np.int64)}
 

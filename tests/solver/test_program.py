@@ -157,7 +157,7 @@ def test_the_table_of_steps_names_every_letter() -> None:
         [cell.strip() for cell in line.strip("|").split("|")] for line in steps_table().splitlines()
     ]
     assert head[:2] == ["letter", "step"] and set("".join(rule)) == {"-"}
-    assert [row[0] for row in rows] == [f"`{letter}`" for letter in "HPREAZT"]
+    assert [row[0] for row in rows] == [f"`{letter}`" for letter in STEPS]
     assert len({row[1] for row in rows}) == len({row[2] for row in rows}) == len(rows)
     before = compile_program(Schedule("HP"))
     for row in rows:
