@@ -1,1 +1,1 @@
-"""Measurements: how fast, and how close to what the hardware can do."""
+"""Benchmarks: how fast the service is, and how close it comes to the hardware's limits."""

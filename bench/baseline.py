@@ -1,7 +1,7 @@
-"""What people run today: FlowTurbo's sampler written plainly in PyTorch, on the same checkpoints.
+"""The baseline: FlowTurbo's sampler in plain PyTorch, on the same checkpoints.
 
 The loop is that of the paper's public code (`reference` in `flowturbo.solver.program`). Guidance
-doubles the batch, as in SiT: the conditional rows, then as many with the null label.
+doubles the batch, as in SiT: first the conditional rows, then as many rows with the null label.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,10 +27,10 @@ Network = Callable[..., Tensor]
 class TorchPipeline:
     """Predictor, refiner and decoder of `weights` on the CPU with `threads` threads.
 
-    `precision` bf16 is autocast, as people use it. `compiled` wraps each network in torch.compile
-    in its default mode, as the paper's public code does (on a CPU, max-autotune and freezing were
-    not faster with these networks), for fixed sizes: a new batch size compiles anew, which takes
-    up to a minute. Raises CheckpointError, and ValueError for another precision.
+    `precision` bf16 is autocast. `compiled` wraps each network in torch.compile in its default
+    mode, as the paper's public code does. On a CPU, max-autotune and freezing were not faster with
+    these networks. Sizes are fixed: a new batch size compiles again, which takes up to a minute.
+    Raises CheckpointError, and ValueError for another precision.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class TorchPipeline:
         predictor = _network(weights / "predictor.safetensors", reads_velocity=False)
         refiner = _network(weights / "refiner.safetensors", reads_velocity=True)
         config = predictor.config
-        self.latent_shape = (config.latent_channels, config.latent_size, config.latent_size)
+        self.latent_shape = config.latent_shape
         self.num_classes = config.num_classes
         self._bf16 = precision == "bf16"
         self._predictor, self._refiner, self._decoder = (
@@ -77,8 +77,8 @@ def sample_plainly(
 ) -> Tensor:
     """Latents [n, C, h, w] from noise `x`, with the letters `steps` on a uniform grid.
 
-    With a `scale` other than 1, the second half of `x` is the first again, and its labels `y` are
-    the null label.
+    With a `scale` other than 1, the second half of `x` repeats the first, and its labels in `y`
+    are the null label.
     """
     t = torch.linspace(0, 1, len(steps) + 1, device=x.device)
     h = t[1]  # the grid is uniform
@@ -114,7 +114,7 @@ def _compiled(network: nn.Module) -> Network:
 
 
 def _shared(x: Tensor, scale: float) -> Tensor:
-    """What the network reads: both halves of a guided batch evaluate the conditional half."""
+    """The network's input: both halves of a guided batch take the conditional half's state."""
     if scale == 1.0:
         return x
     half = x[: len(x) // 2]
@@ -122,7 +122,7 @@ def _shared(x: Tensor, scale: float) -> Tensor:
 
 
 def _guide(output: Tensor, scale: float) -> Tensor:
-    """u + scale * (c - u) on the guided channels; the others stay each row's own."""
+    """u + scale * (c - u) on the guided channels; the other channels stay unchanged."""
     output = output.float()
     if scale == 1.0:
         return output

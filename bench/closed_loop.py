@@ -1,4 +1,4 @@
-"""Callers that send their next request as soon as they have the answer to the last."""
+"""Closed-loop load: each caller sends its next request as soon as it has its answer."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ import numpy as np
 from bench.baseline import TorchPipeline
 from flowturbo.errors import FlowTurboError
 
-Span = tuple[float, float]  # when a request began and ended, in seconds
-LEAD = 0.1  # of the window: time for callers that started together to fall into their stride
+Span = tuple[float, float]  # start and end of a request, in seconds
+LEAD = 0.1  # time before the window, as a share of it: callers reach a steady state
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Images a second, and the latency of each request in ms, both over one window of time."""
+    """Images/s, and the latency of each request in ms, both over one time window."""
 
     images_per_s: float
     latencies_ms: tuple[float, ...]
@@ -35,7 +35,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Work:
-    """What a caller asks for, time after time: `images` of one schedule and guidance scale."""
+    """A caller's repeated request: `images` images with one schedule and guidance scale."""
 
     schedule: str
     images: int
@@ -53,8 +53,8 @@ def closed_loop(
     """Drives `call`, which makes `images` images, from `clients` threads for `seconds`.
 
     Each thread calls once before the window, which opens when all of them run. A request that
-    reaches beyond the window counts by its share within, so that the figure depends neither on
-    where the ends fall nor on idle time around them. Raises what `call` raises.
+    crosses an end of the window counts by its share inside. So the figure depends neither on where
+    the ends fall nor on idle time around them. Raises what `call` raises.
     """
     with ThreadPoolExecutor(clients) as pool:
         for warm in [pool.submit(call) for _ in range(clients)]:
@@ -66,7 +66,7 @@ def closed_loop(
 
 
 def measured(spans: Sequence[Span], start_s: float, end_s: float, images: int) -> Measured:
-    """Of requests for `images` images each that took `spans`, in a window of time."""
+    """Throughput and latencies in a window, of requests for `images` images at `spans`."""
     within = [(begin, end) for begin, end in spans if end > start_s and begin < end_s]
     shares = ((min(end, end_s) - max(begin, start_s)) / (end - begin) for begin, end in within)
     latencies_ms = tuple((end - begin) * 1e3 for begin, end in within)
@@ -84,13 +84,13 @@ def _spans(call: Callable[[], object], end_s: float) -> list[Span]:
 
 
 class TorchProcess:
-    """PyTorch in a process of its own, which idles while nothing is asked of it."""
+    """PyTorch in its own process, which idles between measurements."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
     def measure(self, work: Work, clients: int, seconds: float) -> Measured:
-        """`closed_loop` over `work` in that process. Raises FlowTurboError with its reason."""
+        """`closed_loop` over `work` in that process. Raises FlowTurboError with the reason."""
         try:
             self._connection.send((work, clients, seconds))
             answer = self._connection.recv()
@@ -105,15 +105,15 @@ class TorchProcess:
 @contextlib.contextmanager
 def torch_process(*pipeline: Any) -> Iterator[TorchProcess]:
     """A process with `TorchPipeline(*pipeline)`; it ends with the block."""
-    context = multiprocessing.get_context("spawn")  # a fork would share this one's thread pools
+    context = multiprocessing.get_context("spawn")  # a fork would share this process's thread pools
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, pipeline), daemon=True)
     process.start()
-    theirs.close()  # so that its end is seen here
+    theirs.close()  # so that `recv` fails here when the process ends
     try:
         yield TorchProcess(ours)
     finally:
-        ours.close()  # it ends by itself once it reads this
+        ours.close()  # the process ends once it reads this
         process.join(timeout=15)
         if process.is_alive():
             process.kill()

@@ -1,8 +1,9 @@
-"""The service beside what people run today, on this machine: `python -m bench.compare`.
+"""Compares the service with PyTorch and FastAPI on this machine: `python -m bench.compare`.
 
-One request at a time: the service against PyTorch in process, eager and compiled. Many at once: the
-service against FastAPI around the same PyTorch code. All take turns within a round, the others idle
-meanwhile, and a ratio is of two figures of one round. Writes a JSON file and a plot.
+For a single client the contenders are the service and PyTorch in process, eager and compiled. For
+concurrent clients they are the service and FastAPI around the same PyTorch code. In each round one
+contender runs at a time; the others idle. A ratio compares two figures of one round. Writes a JSON
+file and a plot.
 """
 
 import argparse
@@ -30,14 +31,14 @@ from flowturbo.presets import BUILT_IN, DEFAULT
 from flowturbo.serving.tritonserver import running_server
 from flowturbo.settings import Settings
 
-LONE_SHARE = 0.5  # of the window of concurrent clients: one client's requests vary less
+LONE_SHARE = 0.5  # of the window for concurrent clients: latencies of a single client vary less
 
 Measure = Callable[[Work, int, float], Measured]
 
 
 @dataclass(frozen=True)
 class Case:
-    """`clients` that each ask for `work` again and again."""
+    """`clients` clients, each of which repeats `work`."""
 
     work: Work
     clients: int
@@ -53,7 +54,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Form:
-    """How PyTorch runs: eager or compiled, in which precision."""
+    """How PyTorch runs: eager or compiled, and the precision."""
 
     compiled: bool
     precision: str
@@ -64,10 +65,10 @@ class Form:
 
 @dataclass(frozen=True)
 class Figure:
-    """What one contender did in one case of one round; latencies are a whole request's.
+    """The result of one contender in one case of one round. Latencies are per request.
 
-    `ms_per_image` is the median latency by the image for a lone client, and time by the image for
-    many.
+    For a single client, `ms_per_image` is the median latency divided by the images per request. For
+    concurrent clients it is 1000 / `images_per_s`.
     """
 
     round: int
@@ -82,7 +83,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """What is compared. `seconds` is the window of the concurrent case; a lone one has half."""
+    """What is compared. `seconds` is the window for concurrent clients; one client has half."""
 
     repository: Path
     weights: Path
@@ -105,17 +106,17 @@ class CompareConfig:
         batches: Sequence[int] = (1, 8),
         forms: Sequence[Form] = (),
     ) -> "CompareConfig":
-        """`batches` are the images of a lone client's request, `clients` those of the other case.
+        """`batches` are images per request of a single client, `clients` the concurrent clients.
 
-        `forms` defaults to eager and compiled, each in float32 and, where that is the repository's
-        precision, in bfloat16.
+        `forms` defaults to eager and compiled in float32. A bfloat16 repository adds both in
+        bfloat16.
 
         Raises RepositoryError for a repository that runs on a GPU or has no decoder or refiner.
         """
         pipeline = read_pipeline(repository)
         if pipeline.on_gpu or not (pipeline.has(Role.DECODER) and pipeline.has(Role.REFINER)):
             raise RepositoryError(
-                f"{repository} must have a refiner and a decoder, and run on a CPU, as PyTorch does"
+                f"{repository} must have a refiner and a decoder, and run on the CPU, like PyTorch"
             )
         settings = Settings.load(repository)
         paper, scale = BUILT_IN[DEFAULT], pipeline.default_guidance_scale(settings)
@@ -137,11 +138,11 @@ class CompareConfig:
 
 
 def run(repository: Path, rounds: int, **options: Any) -> dict[str, Any]:
-    """Compares (`options`: those of `CompareConfig.of`) and answers the report.
+    """Compares and returns the report. `options` are those of `CompareConfig.of`.
 
-    `rounds`: every `Figure`. `summary`: for each case and contender the ratio to the service, with
-    median, min and max over the rounds; above 1 the service is faster (median latency of a lone
-    client, images a second of many). `markdown`: both as text.
+    `rounds` has every `Figure`. `summary` has the ratio to the service per case and contender, with
+    median, min and max over the rounds. Above 1 the service is faster. The ratio compares median
+    latency for a single client, and images/s for concurrent clients. `markdown` has both as text.
     """
     plan = CompareConfig.of(repository, rounds, **options)
     figures: list[Figure] = []
@@ -152,7 +153,7 @@ def run(repository: Path, rounds: int, **options: Any) -> dict[str, Any]:
             for name, measure in (alone if case.alone else together).items()
         ]
         for case, _, measure in turns:
-            measure(case.work, case.clients, 0.01)  # compiles, and fills every cache
+            measure(case.work, case.clients, 0.01)  # compiles, and fills all caches
         for index in range(plan.rounds):
             for case, name, measure in turns:
                 seconds = plan.seconds * (LONE_SHARE if case.alone else 1.0)
@@ -170,7 +171,7 @@ def run(repository: Path, rounds: int, **options: Any) -> dict[str, Any]:
 def _contenders(
     plan: CompareConfig,
 ) -> Iterator[tuple[dict[str, Measure], dict[str, Measure], float]]:
-    """Those for a lone client and those for many, and how far their images are apart (levels)."""
+    """Contenders for one client and for many; the largest mean image difference (levels)."""
     with contextlib.ExitStack() as stack:
         url = stack.enter_context(running_server(plan.repository)).grpc
         service = stack.enter_context(FlowTurboClient(url, timeout_s=600, retries=0))
@@ -216,7 +217,7 @@ def _figure(index: int, case: Case, contender: str, found: Measured) -> Figure:
 
 
 def _summary(case: Case, contender: str, figures: Sequence[Figure]) -> dict[str, Any]:
-    """Medians over the rounds, and the ratio to the service in each round's own terms."""
+    """Medians over the rounds, and ratios to the service, each within one round."""
     mine = [f for f in figures if (f.case, f.contender) == (str(case), contender)]
     service = [f for f in figures if (f.case, f.contender) == (str(case), SERVICE)]
     if case.alone:
@@ -255,7 +256,9 @@ def main() -> None:
     parser.add_argument("--repository", type=Path, default=Path("model_repository"))
     parser.add_argument("--weights", type=Path, default=Path("weights/glyphs"))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=10.0, help="window of concurrent clients")
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help="measurement window of concurrent clients"
+    )
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/compare.json"))
     args = parser.parse_args()
     report = run(args.repository, args.rounds, weights=args.weights, seconds=args.seconds)
@@ -264,10 +267,10 @@ def main() -> None:
 
 
 def write(report: dict[str, Any], path: Path) -> str:
-    """Writes the report to `path`, JSON, with its text and its plot beside; returns the text."""
+    """Writes the report to `path` (JSON), with text and plot beside it; returns the text."""
     path.write_text(json.dumps(report, indent=1) + "\n")
     plot(report, path.with_suffix(".png"))
-    picture = f"![Time of one client, throughput of many]({path.stem}.png)"
+    picture = f"![Time per image of one client, throughput of concurrent clients]({path.stem}.png)"
     text = f"# Compared with PyTorch and FastAPI\n\n{report['markdown']}\n{picture}\n"
     path.with_suffix(".md").write_text(text)
     return text

@@ -7,13 +7,13 @@ SERVICE = "service"
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The summary as a table, under a sentence on hardware and settings."""
+    """The summary as a table, after a paragraph on hardware and settings."""
     s = report["settings"]
     text = [
         f"{s['threads']} cores of {s['processor']}, PyTorch {s['torch']}, the service in "
         f"{s['service_precision']}, guidance {s['guidance_scale']:g}, decoder included; medians of "
-        f"{s['rounds']} rounds. Every contender has all cores while it runs. Images differ by "
-        f"{s['mean_difference_levels']:.2f} levels of 255 on average at most.",
+        f"{s['rounds']} rounds. Every contender has all cores while it runs. The mean image "
+        f"difference is at most {s['mean_difference_levels']:.2f} of 255 levels.",
         "",
         "| case | contender | ms/image | images/s | p50 ms | p95 ms | service is faster by |",
         "|---|---|---|---|---|---|---|",
@@ -30,7 +30,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Bars: ms an image of a lone client, images a second of many."""
+    """Bars: ms per image of a single client, images per second of concurrent clients."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -39,10 +39,10 @@ def plot(report: dict[str, Any], path: Path) -> None:
     lone = [row for row in report["summary"] if row["compared"] == "median latency"]
     many = [row for row in report["summary"] if row["compared"] != "median latency"]
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    # Legends where the service's bar is not: it is the lowest on the left, the first on the right.
+    # Legends avoid the service's bar: it is the lowest on the left, the first on the right.
     for axis, rows, key, label, corner in (
-        (axes[0], lone, "ms_per_image", "ms an image (less is better)", "upper left"),
-        (axes[1], many, "images_per_s", "images a second (more is better)", "upper right"),
+        (axes[0], lone, "ms_per_image", "ms per image (lower is better)", "upper left"),
+        (axes[1], many, "images_per_s", "images per second (higher is better)", "upper right"),
     ):
         cases = list(dict.fromkeys(row["case"] for row in rows))
         names = list(dict.fromkeys(row["contender"] for row in rows))

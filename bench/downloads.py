@@ -1,4 +1,4 @@
-"""Tools that are downloaded once, into the cache: nothing is installed, and no root is needed."""
+"""Downloads tools once, into the cache. Nothing is installed, and root is not needed."""
 
 import os
 import re
@@ -11,13 +11,13 @@ from flowturbo.serving.installation import SetupError, cache_folder
 
 
 class DownloadError(Exception):
-    """A tool could not be had: the message says what to install."""
+    """A download failed; the message says what to install."""
 
 
 def made_whole(name: str, make: Callable[[Path], None]) -> Path:
-    """The folder `name` of the cache, made by `make(folder)` if it is not there: all or nothing.
+    """The folder `name` of the cache; if it is absent, `make(folder)` makes it atomically.
 
-    Raises SetupError where the cache cannot be written.
+    Raises SetupError if the cache cannot be written.
     """
     target = cache_folder() / name
     if target.exists():
@@ -28,7 +28,7 @@ def made_whole(name: str, make: Callable[[Path], None]) -> Path:
             new = Path(scratch) / "new"
             new.mkdir()
             make(new)
-            if not target.exists():  # else somebody was faster, and theirs is whole
+            if not target.exists():  # else another process was faster, and its folder is complete
                 new.rename(target)
     except OSError as error:
         raise SetupError(
@@ -38,16 +38,16 @@ def made_whole(name: str, make: Callable[[Path], None]) -> Path:
 
 
 def debian_package(name: str, *, along: str = "") -> Path:
-    """The folder into which Debian's package `name` is unpacked.
+    """Downloads and unpacks Debian's package `name`; returns the folder.
 
-    So are those that it depends on, directly or not, whose names match the pattern `along`. Raises
-    DownloadError, and SetupError where the cache cannot be written.
+    Also unpacks its direct and indirect dependencies whose names match the pattern `along`. Raises
+    DownloadError, and SetupError if the cache cannot be written.
     """
 
     def download(folder: Path) -> None:
         remedy = f"run `apt-get install {name}`"
         with tempfile.TemporaryDirectory() as scratch:
-            # Package lists of its own: the system's may be absent, and need root to be fetched.
+            # Own package lists: the system's may be absent, and fetching them needs root.
             (Path(scratch) / "lists" / "partial").mkdir(parents=True)
             own = ["-o", f"Dir::State::lists={scratch}/lists", "-o", f"Dir::Cache={scratch}"]
             own += ["-o", "APT::Sandbox::User=root"]
@@ -69,13 +69,13 @@ def _dependencies(
     only = [f"--no-{kind}" for kind in soft]
     command = ["apt-cache", *own, "depends", "--recurse", *only, name]
     lines = run_step(command, scratch, remedy).splitlines()
-    # A package stands at the start of a line, what it depends on is indented.
+    # A package starts its line; the dependencies of a package are indented.
     return [line for line in lines if re.fullmatch(along, line)]
 
 
 def run_step(command: Sequence[str], folder: str, remedy: str) -> str:
-    """What `command` prints, run in `folder`; raises DownloadError, which ends in `remedy`."""
-    # Debian's tools look for others in folders that a user's PATH need not have.
+    """Runs `command` in `folder`; returns its output. Raises DownloadError with `remedy`."""
+    # Debian's tools call other tools from folders that a user's PATH may lack.
     environment = {**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}
     try:
         done = subprocess.run(

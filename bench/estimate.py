@@ -1,8 +1,8 @@
-"""What SiT should take on a GPU: tile waves of its matrix products, attention and memory passes.
+"""Estimates SiT's time on a GPU: tile waves of its matrix products, attention and memory passes.
 
-A model to set measurements against, right to about 20%: products run in waves of tiles over the
-multiprocessors, attention at a third of the peak, and everything else is reading and writing the
-activations. docs/gpu.md has its figures for an H100 and an H200.
+The estimate is a reference for measurements, accurate to about 20%. Products run in waves of tiles
+over the multiprocessors. Attention runs at a third of the peak. Everything else reads and writes
+the activations. docs/gpu.md has the figures for an H100 and an H200.
 """
 
 import math
@@ -14,13 +14,13 @@ from flowturbo.generate import roles_called
 from flowturbo.nets.sit import SiTConfig, refiner_config
 from flowturbo.solver.program import Program
 
-# Rows and columns of an output tile, and how near to the peak a product of such tiles comes.
+# Rows and columns of an output tile, and the share of the peak that such tiles reach.
 _TILES = (((128, 256), 1.0), ((128, 128), 0.9))
 _ATTENTION = 0.32  # of the peak
-_PASSES = 10  # over the activations, in a transformer layer
-_BYTES = 2  # of a number in bf16 or fp16
-_CALL_MS = 0.6  # of a call through the orchestrator, while the GPU waits
-# sd-vae-ft-ema's decoder, for an image of 256 x 256.
+_PASSES = 10  # over the activations, per transformer layer
+_BYTES = 2  # per number in bf16 or fp16
+_CALL_MS = 0.6  # per call through the orchestrator, while the GPU waits
+# sd-vae-ft-ema's decoder: its work per image of 256 x 256, and its share of the peak.
 DECODER_TFLOP, _DECODER = 0.622, 0.45
 
 
@@ -46,7 +46,7 @@ def predictor_ms(chip: Chip, config: SiTConfig, rows: int) -> float:
 
 
 def _product_ms(chip: Chip, rows: int, columns: int, inner: int) -> float:
-    """[rows, inner] x [inner, columns], in whichever tiles are fastest; weights are read once."""
+    """[rows, inner] x [inner, columns] with the fastest tiles; weights are read once."""
     flop, times = 2 * rows * columns * inner, []
     for (high, wide), share in _TILES:
         tiles = math.ceil(rows / high) * math.ceil(columns / wide)
@@ -58,7 +58,7 @@ def _product_ms(chip: Chip, rows: int, columns: int, inner: int) -> float:
 def request_ms(
     chip: Chip, config: SiTConfig, program: Program, images: int, *, calls: bool = True
 ) -> float:
-    """Milliseconds of one guided request, decoder included; without `calls` as on an ensemble."""
+    """Milliseconds per guided request, decoder included; `calls=False` for an ensemble."""
     called = roles_called(program)
     rows = 2 * images
     total = images * DECODER_TFLOP / (chip.peak * _DECODER) * 1e3
@@ -66,12 +66,12 @@ def request_ms(
         if model == Role.PREDICTOR:
             total += predictor_ms(chip, config, rows)
         else:
-            total += 2 * predictor_ms(chip, refiner_config(config), rows)  # evaluations a step
+            total += 2 * predictor_ms(chip, refiner_config(config), rows)  # 2 evaluations per step
     return total + (len(called) + 1) * _CALL_MS * calls
 
 
 def image_tflop(config: SiTConfig, program: Program) -> float:
-    """TFLOP of one guided image, decoder included."""
+    """TFLOP per guided image, decoder included."""
     called = roles_called(program)
     flop = {
         Role.PREDICTOR: matrix_flops(config, 2),

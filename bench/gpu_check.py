@@ -1,10 +1,10 @@
-"""What this machine makes of the step blocks: `python -m bench.gpu_check`.
+"""Measures the step blocks on this machine: `python -m bench.gpu_check`.
 
-Times SiT-XL/2's blocks (random weights) in every engine and precision that is here, then whole
-schedules with the decoder, beside the paper's figures and an estimate (bench/estimate.py). bf16
-comes first, and what has been measured is written after each form: `--minutes` says when to stop.
-Writes a JSON file and, of all models, a plot. Without a GPU it does the same with small networks,
-which says nothing about speed and that all of it works.
+Times SiT-XL/2's blocks (random weights) in every available engine and precision, then whole
+schedules with the decoder. Compares them with the paper's figures and an estimate
+(bench/estimate.py). bf16 comes first. The JSON report is written after each form; `--minutes`
+limits the time. If all models are measured, a plot follows. Without a GPU the networks are small:
+that tests this program, not the speed.
 """
 
 import argparse
@@ -54,21 +54,21 @@ PAPER_MS = {
     "H24": 240.6,
 }
 ENGINES = ("PyTorch", "TensorRT", "ONNX")
-ORDER = ("bf16", "fp16", "fp8", "fp32")  # what matters most comes first
+ORDER = ("bf16", "fp16", "fp8", "fp32")  # the most important first
 
 
 class Form(Protocol):
     """One model in one engine and precision."""
 
     def hold(self, inputs: Tensors) -> Callable[[], None]:
-        """What evaluates once, with `inputs` already where they are needed, and waits for it."""
+        """A function that evaluates once and waits; `inputs` are already on the device."""
         ...
 
     def __call__(self, inputs: Tensors) -> tuple[np.ndarray, ...]: ...
 
 
 class TorchForm:
-    """A PyTorch module, as it is or compiled."""
+    """A PyTorch module, eager or compiled."""
 
     def __init__(self, exported: ExportTarget, precision: str, device: str, compiled: bool) -> None:
         self._names = [spec.name for spec in exported.tensors[0]]
@@ -101,7 +101,7 @@ class TorchForm:
 
 
 class ArrayForm:
-    """An engine that takes and gives arrays; its time includes their way there and back."""
+    """An engine with array inputs and outputs; its time includes their transfers."""
 
     def __init__(self, model: Callable[[Tensors], tuple[np.ndarray, ...]]) -> None:
         self._model = model
@@ -115,7 +115,7 @@ class ArrayForm:
 
 @dataclass(frozen=True)
 class BlockTime:
-    """`ms` of one evaluation; `peak_fraction` of the matrix peak; error relative to float32."""
+    """One block: `ms` per evaluation, share of the matrix peak, error relative to float32."""
 
     engine: str
     precision: str
@@ -130,7 +130,7 @@ class BlockTime:
 
 @dataclass(frozen=True)
 class ScheduleTime:
-    """`ms_per_image` of guided images, decoder included, in batches of `batch`."""
+    """One schedule: `ms_per_image` of guided images, decoder included, in batches of `batch`."""
 
     engine: str
     precision: str
@@ -147,12 +147,12 @@ def main() -> None:
     until = time.monotonic() + 60 * args.minutes
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and gpu_count():
-        raise SystemExit("a GPU is here, but PyTorch is a build for CPUs: install one for GPUs")
+        raise SystemExit("this machine has a GPU, but PyTorch is a CPU build: install a GPU build")
     name = args.size or ("xl" if device == "cuda" else "small")
     size = SIZES[name]
     torch.backends.cuda.matmul.allow_tf32 = False
     peaks = {p: matrix_peak(p, device, size.measure_s) for p in args.precisions}
-    if device == "cpu":  # whose engines compute halves in whatever is fastest
+    if device == "cpu":  # CPU engines may compute halves in another precision: use one peak
         peaks = dict.fromkeys(args.precisions, max(peaks.values()))
     chip = find_chip(max(peaks.values())) if device == "cuda" else None
     report: dict[str, Any] = {
@@ -175,7 +175,7 @@ def main() -> None:
         for engine, precision in ((e, p) for p in args.precisions for e in args.engines):
             form = f"{engine} {precision}"
             if time.monotonic() > until:
-                report["left_out"].append(f"{form}: --minutes {args.minutes:g} are over")
+                report["left_out"].append(f"{form}: time limit of {args.minutes:g} min reached")
                 continue
             try:
                 for label, forms in _forms(engine, precision, exports, device, Path(scratch)):
@@ -183,11 +183,11 @@ def main() -> None:
                     report["blocks"] += map(asdict, _blocks(*parts, exports, peaks, reference))
                     if len(forms) == len(Role):
                         report["schedules"] += map(asdict, _schedules(*parts))
-                    forms.clear()  # before the next form is made
+                    forms.clear()  # free memory before the next form
                     torch.cuda.empty_cache()
-                    # So far: nothing is lost.
+                    # Write after each form, so that an interruption loses nothing.
                     args.out.write_text(json.dumps(report, indent=1) + "\n")
-            except Exception as error:  # one form that fails must not end the measurement
+            except Exception as error:  # a failure of one form must not end the measurement
                 report["left_out"].append(f"{form}: {error}")
                 print(f"{form}: not measured: {error}", flush=True)
     args.out.write_text(json.dumps(report, indent=1) + "\n")
@@ -214,17 +214,17 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         choices=tuple(Role),
         default=list(Role),
-        help="default: all, which schedules need",
+        help="default: all (schedules need all)",
     )
     parser.add_argument(
-        "--minutes", type=float, default=math.inf, help="begin no other form after so long"
+        "--minutes", type=float, default=math.inf, help="start no further form after this time"
     )
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/gpu_check.json"))
     return parser
 
 
 def find_chip(peak: float) -> Chip:
-    """The first GPU here; `peak` is its largest rate of matrix products in FLOP/s."""
+    """Describes the first GPU; `peak` is its highest rate of matrix products in FLOP/s."""
     tensor = torch.empty(1 << 28, dtype=torch.float32, device="cuda")
     other = torch.empty_like(tensor)
 
@@ -240,7 +240,7 @@ def find_chip(peak: float) -> Chip:
 def _reference(
     exports: list[ExportTarget], size: Size, device: str
 ) -> dict[tuple[str, int], np.ndarray]:
-    """What PyTorch answers in float32, by model and rows: errors are told against it."""
+    """PyTorch's float32 outputs by model and rows: the reference for errors."""
     found: dict[tuple[str, int], np.ndarray] = {}
     for exported in exports:
         form = TorchForm(exported, "fp32", device, compiled=False)
@@ -257,20 +257,20 @@ def _inputs(exported: ExportTarget, rows: int) -> Tensors:
 def _forms(
     engine: str, precision: str, exports: list[ExportTarget], device: str, scratch: Path
 ) -> Iterator[tuple[str, dict[str, Form]]]:
-    """The models in one engine and precision, by its name; of PyTorch eager, then compiled.
+    """The models in one engine and precision, with its name; PyTorch eager, then compiled.
 
-    Raises what keeps them from being made.
+    Raises the error of a model that cannot be made.
     """
     if engine == "PyTorch":
         if precision == "fp8":
-            raise RepositoryError("PyTorch runs no fp8 products here")
+            raise RepositoryError("PyTorch is not measured in fp8")
         for compiled in (False, True) if device == "cuda" else (False,):
             forms: dict[str, Form] = {
                 e.role: TorchForm(e, precision, device, compiled) for e in exports
             }
             yield ("PyTorch compiled" if compiled else "PyTorch"), forms
         return
-    # Found missing before minutes of export.
+    # Fail fast, before minutes of export.
     builder = find_builders(None)[0] if engine == "TensorRT" else None
     if engine == "ONNX" and device == "cuda":
         _check_onnx(precision)
@@ -292,7 +292,7 @@ def _check_onnx(precision: str) -> None:
     if runtime_for(precision) != "onnxruntime":
         raise RepositoryError(f"ONNX Runtime has no kernels for {precision} on a GPU")
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        raise RepositoryError("the ONNX Runtime here does not use the GPU: install onnxruntime-gpu")
+        raise RepositoryError("this ONNX Runtime does not use the GPU: install onnxruntime-gpu")
 
 
 def _export(exported: ExportTarget, precision: str, path: Path) -> None:
@@ -322,7 +322,7 @@ def _blocks(
 ) -> Iterator[BlockTime]:
     flops = {
         Role.PREDICTOR: lambda rows: matrix_flops(size.config, rows),
-        # Two evaluations a step.
+        # Two evaluations per step.
         Role.REFINER: lambda rows: 2 * matrix_flops(refiner_config(size.config), rows),
     }
     for exported in exports:
@@ -355,9 +355,9 @@ def _beside(what: str, ms: float | None) -> str:
 def _schedules(
     engine: str, precision: str, forms: dict[str, Form], size: Size, chip: Chip | None
 ) -> Iterator[ScheduleTime]:
-    """Whole requests through the program that the server runs."""
+    """Times whole requests through the program that the server runs."""
     config = size.config
-    shape = (config.latent_channels, config.latent_size, config.latent_size)
+    shape = config.latent_shape
     models = dict.fromkeys(Role, ModelRecord(max_rows=max(size.rows)))
     pipeline = Pipeline("check", ClassLabel(config.num_classes), shape, models)
 
@@ -393,7 +393,7 @@ def _schedules(
 
 
 def median_seconds(run: Callable[[], None], measure_s: float) -> float:
-    """Median of `run`'s seconds: three times at least, else for `measure_s`, 50 times at most."""
+    """Median seconds of `run`, repeated for `measure_s`: at least 3 times, at most 50."""
     run()  # compiles, captures, allocates
     run()
     times: list[float] = []
@@ -405,7 +405,7 @@ def median_seconds(run: Callable[[], None], measure_s: float) -> float:
 
 
 def matrix_peak(precision: str, device: str, measure_s: float) -> float:
-    """FLOP/s of a large square matrix product: what this chip gives in practice."""
+    """FLOP/s of a large square matrix product: the peak of this device in practice."""
     side = 8192 if device == "cuda" else 512
     a = torch.randn(side, side, device=device).to(PRECISIONS[precision])
 
@@ -418,7 +418,7 @@ def matrix_peak(precision: str, device: str, measure_s: float) -> float:
 
 
 def _memory() -> float | None:
-    """MB in use on the GPU, by every engine and all else."""
+    """MB in use on the GPU by all processes; None without a GPU."""
     if not torch.cuda.is_available():
         return None
     free, total = torch.cuda.mem_get_info()
@@ -426,7 +426,7 @@ def _memory() -> float | None:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Milliseconds a row of the predictor against rows, and ms/img of every schedule."""
+    """The predictor's milliseconds per row against rows, and ms/img of every schedule."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -442,7 +442,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
         ]
         left.plot(*zip(*points, strict=True), marker="o", label=f"{engine} {precision}")
     left.set(
-        xscale="log", yscale="log", xlabel="rows", ylabel="ms a row", title="velocity predictor"
+        xscale="log", yscale="log", xlabel="rows", ylabel="ms per row", title="velocity predictor"
     )
     rows = sorted({b["rows"] for b in report["blocks"]})
     left.set_xticks(rows, [str(count) for count in rows])

@@ -1,10 +1,10 @@
-"""Where the time of SiT-XL/2 goes on this GPU: `python -m bench.gpu_profile`.
+"""Profiles SiT-XL/2 on this GPU: `python -m bench.gpu_profile`.
 
-Five parts: the matrix products of a layer in each precision, attention in each of PyTorch's
-kernels and head sizes, the kernels of one compiled step, the decoder in both memory layouts, and a
-whole trajectory as one CUDA graph: the bound of what removing all work of the host can give.
-Each measurement is written as soon as it is there. Without a GPU it does the same with small
-networks and without graphs, which says nothing about speed and that all of it works.
+There are five parts. `products` are the matrix products of a layer in each precision. `attention`
+compares PyTorch's kernels and head sizes. `step` lists the kernels of one compiled step. `decoder`
+compares both memory layouts. `trajectory` runs a whole trajectory as one CUDA graph: it bounds the
+gain from removing all work of the host. The report is written after each measurement. Without a GPU
+the networks are small and there are no graphs: that tests this program, not the speed.
 """
 
 import argparse
@@ -41,19 +41,19 @@ KERNELS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-HEAD_SIZES = (72, 80, 96, 128)  # SiT-XL/2 has 72; kernels may want a multiple of 16 or 32
-_TOP = 15  # kernels of a step that are named
+HEAD_SIZES = (72, 80, 96, 128)  # SiT-XL/2 has 72; kernels may need a multiple of 16 or 32
+_TOP = 15  # kernels per step in the report
 
 
 class Machine:
-    """Where the networks run, how large they are, and for how long each thing is timed."""
+    """The device, the networks' size and the batch's rows."""
 
     def __init__(self, size: Size, rows: int) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.size, self.rows = size, rows
 
     def median_ms(self, run: Callable[[], object]) -> float:
-        """Median milliseconds of `run`, which gives the GPU its work, until that is done."""
+        """Median milliseconds of `run`, until the GPU has finished the work that it starts."""
 
         def whole() -> None:
             with torch.inference_mode():
@@ -64,12 +64,12 @@ class Machine:
         return median_seconds(whole, self.size.measure_s) * 1e3
 
     def random(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        """Normal numbers on the device: zeros would draw less power, and run faster."""
+        """Normal random numbers on the device: zeros would draw less power and run faster."""
         return torch.randn(*shape, device=self.device).to(dtype)
 
 
 def products(machine: Machine) -> Iterator[dict[str, Any]]:
-    """The four products of a layer at the batch's rows, and all modulations as one product."""
+    """A layer's four products at the batch's rows, and all modulations as one product."""
     config = machine.size.config
     width, hidden = config.width, round(config.width * config.mlp_ratio)
     tokens = machine.rows * config.tokens_per_side**2
@@ -127,7 +127,7 @@ def _attention(machine: Machine, kernel: SDPBackend, inputs: list[Tensor]) -> Me
 
 
 def step(machine: Machine) -> Iterator[dict[str, Any]]:
-    """The kernels of one predictor call in bf16, compiled on a GPU: the longest by name."""
+    """The longest kernels of one predictor call in bf16, which is compiled on a GPU."""
     exported = pipeline_modules(machine.size)[0]
     on_gpu = machine.device == "cuda"
     form = TorchForm(exported, "bf16", machine.device, compiled=on_gpu)
@@ -140,7 +140,7 @@ def step(machine: Machine) -> Iterator[dict[str, Any]]:
         run()
     spent = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     events = profile.key_averages()
-    if on_gpu:  # those of the host have the time of the kernels that they start
+    if on_gpu:  # host events include the time of the kernels that they start
         events = [e for e in events if e.device_type.name == "CUDA"]
     ordered = sorted(events, key=lambda event: -getattr(event, spent))
     total = sum(getattr(event, spent) for event in ordered)
@@ -152,7 +152,7 @@ def step(machine: Machine) -> Iterator[dict[str, Any]]:
 
 
 def decoder(machine: Machine) -> Iterator[dict[str, Any]]:
-    """The decoder on the images of a batch, in both halves and both memory layouts."""
+    """The decoder on a batch of images, in both half precisions and both memory layouts."""
     config, images = machine.size.config, max(1, machine.rows // 2)
     side = config.latent_size
     vae = random_vae(machine.size.vae_channels, config.latent_channels)
@@ -173,7 +173,7 @@ def decoder(machine: Machine) -> Iterator[dict[str, Any]]:
 
 
 def trajectory(machine: Machine) -> Iterator[dict[str, Any]]:
-    """Guided images of SCHEDULE with the decoder in bf16, compiled; on a GPU as one CUDA graph."""
+    """Guided images of SCHEDULE, decoder included, in bf16; on a GPU compiled and as one graph."""
     size, on_gpu = machine.size, machine.device == "cuda"
     config = size.config
     networks = [
@@ -187,7 +187,7 @@ def trajectory(machine: Machine) -> Iterator[dict[str, Any]]:
     predict, refine, decode = [_fast(network) for network in networks] if on_gpu else networks
     steps = Schedule.parse(SCHEDULE).steps
     for images in sorted({*size.batches, 2 * machine.rows}):
-        shape = (images, config.latent_channels, config.latent_size, config.latent_size)
+        shape = (images, *config.latent_shape)
         noise = machine.random(*shape, dtype=torch.float32)
         x = torch.cat([noise, noise])
         label = torch.zeros(2 * images, dtype=torch.long, device=machine.device)
@@ -235,7 +235,7 @@ def _captured(run: Callable[[], object]) -> Callable[[], None]:
 def _tried(
     told: dict[str, Any], measure: Callable[..., Measured], *arguments: Any
 ) -> Iterator[dict[str, Any]]:
-    """`told` with what was measured; what this machine cannot do is told with its reason."""
+    """`told` with the measurement, or with the reason for its failure."""
     try:
         yield told | measure(*arguments)
     except Exception as error:  # the other measurements must not be lost
@@ -246,7 +246,7 @@ PARTS = {each.__name__: each for each in (products, attention, step, decoder, tr
 
 
 def main() -> None:
-    """Measures part after part, prints, and writes the report after each measurement."""
+    """Measures the parts in turn, prints, and writes the report after each measurement."""
     args = _parser().parse_args()
     until = time.monotonic() + 60 * args.minutes
     on_gpu = torch.cuda.is_available()
@@ -263,7 +263,7 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for part in args.parts:
         if time.monotonic() > until:
-            report["left_out"].append(f"{part}: --minutes {args.minutes:g} are over")
+            report["left_out"].append(f"{part}: time limit of {args.minutes:g} min reached")
             print(f"left out: {report['left_out'][-1]}", flush=True)
             continue
         report[part] = []
@@ -286,8 +286,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--size", choices=tuple(SIZES), help="default: xl on a GPU, else small")
     add("--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS), help="default: all")
-    add("--rows", type=int, default=16, help="of a batch: two for each guided image")
-    add("--minutes", type=float, default=math.inf, help="begin no other part after so long")
+    add("--rows", type=int, default=16, help="per batch: two per guided image")
+    add("--minutes", type=float, default=math.inf, help="start no further part after this time")
     add("--out", type=Path, default=Path("docs/benchmarks/gpu_profile.json"))
     return parser
 

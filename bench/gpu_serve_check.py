@@ -1,8 +1,8 @@
-"""The service on this machine without TensorRT: `python -m bench.gpu_serve_check`.
+"""Measures the service on this machine without TensorRT: `python -m bench.gpu_serve_check`.
 
-Exports SiT-XL/2 with random weights for the torch runtime and serves it with Triton. Measures a
-lone request, requests of 8 images, and 1, 8 and 32 clients, beside an estimate (bench/estimate.py).
-Weights and models are kept for the next time. Without a GPU it does the same with small networks.
+Exports SiT-XL/2 with random weights for the torch runtime and serves it with Triton. Measures
+requests of 1 and 8 images, and 1, 8 and 32 clients. Compares them with an estimate
+(bench/estimate.py). Later runs reuse weights and models. Without a GPU the networks are small.
 """
 
 import argparse
@@ -31,13 +31,13 @@ from flowturbo.solver.program import compile_program
 from flowturbo.solver.schedule import Schedule
 
 SCHEDULE, SCALE = "H1P5R3", 1.5
-LOADS = ((1, 1), (8, 1), (1, 8), (1, 32))  # images of a request, and clients
-_READY_S = 1800  # compilation and the capture of graphs
+LOADS = ((1, 1), (8, 1), (1, 8), (1, 32))  # images per request, clients
+_READY_S = 1800  # for compilation and CUDA graph capture
 
 
 @dataclass(frozen=True)
 class Served:
-    """A load and what came of it: images a second, median and 95th percentile of latency in ms."""
+    """A load and its result: images/s, median and 95th percentile of latency in ms."""
 
     images: int
     clients: int
@@ -53,7 +53,7 @@ def main() -> None:
     until = time.monotonic() + 60 * args.minutes
     on_gpu = torch.cuda.is_available()
     name = args.size or ("xl" if on_gpu else "small")
-    # In a process of its own, as its memory is of no use afterwards.
+    # In a separate process, which frees its memory at the end.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         source = pool.submit(checkpoints, args.folder, name).result()
     repository = args.folder / f"served-{name}"
@@ -80,7 +80,7 @@ def main() -> None:
     ):
         for images, clients in LOADS:
             if time.monotonic() > until:
-                print(f"left out: {clients} clients, {images} images a request", flush=True)
+                print(f"left out: {clients} clients, {images} images per request", flush=True)
                 continue
             served = _measure(client, images, clients, args.seconds, chip, name)
             report["loads"].append(asdict(served))
@@ -100,7 +100,7 @@ def _measure(
         images,
     )
     estimate = None
-    if chip:  # a lone request runs on the ensemble, others in batches of all clients' images
+    if chip:  # a single request runs on the ensemble, others share batches with all clients
         program, together = compile_program(Schedule.parse(SCHEDULE)), images * clients
         config = SIZES[size].config
         estimate = request_ms(chip, config, program, together, calls=clients > 1) / together
@@ -109,7 +109,7 @@ def _measure(
     )
     beside = f" (estimate {estimate:.2f})" if estimate else ""
     print(
-        f"{clients:2} clients, {images} images a request: {served.images_per_s:8.2f} images/s, "
+        f"{clients:2} clients, {images} images per request: {served.images_per_s:8.2f} images/s, "
         f"{1e3 / served.images_per_s:.2f} ms/img{beside}, p50 {served.p50_ms:.1f} ms, "
         f"p95 {served.p95_ms:.1f} ms",
         flush=True,
@@ -122,9 +122,9 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--size", choices=tuple(SIZES), help="default: xl on a GPU, else small")
     add("--precision", choices=("bf16", "fp16", "fp32"), help="default: bf16 on a GPU, else fp32")
-    add("--seconds", type=float, default=10.0, help="of each load")
-    add("--minutes", type=float, default=math.inf, help="begin no other load after so long")
-    add("--folder", type=Path, default=Path("runs/xl"), help="for weights and models, 5 GB")
+    add("--seconds", type=float, default=10.0, help="per load")
+    add("--minutes", type=float, default=math.inf, help="start no further load after this time")
+    add("--folder", type=Path, default=Path("runs/xl"), help="for weights and models (5 GB)")
     add("--out", type=Path, default=Path("docs/benchmarks/gpu_serve_check.json"))
     return parser
 

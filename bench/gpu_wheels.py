@@ -1,9 +1,9 @@
-"""Wheels for a GPU machine without a network: `python -m bench.gpu_wheels FOLDER`.
+"""Downloads wheels for a GPU machine without a network: `python -m bench.gpu_wheels FOLDER`.
 
-Downloads what bench.gpu_check, gpu_profile and gpu_serve_check need beside a CUDA build of PyTorch,
-onnx, matplotlib and scipy, in the versions of constraints.txt. Of nvidia-pytriton only the stub of
-that machine's Python is kept. The wheels are put into numbered folders of `--part-mb` at most, as
-some ways to such a machine carry little at a time.
+bench.gpu_check, gpu_profile and gpu_serve_check need these wheels. The GPU machine must have
+a CUDA build of PyTorch, onnx, matplotlib and scipy. The versions are those of constraints.txt. Only
+the stub for that machine's Python stays in nvidia-pytriton. The wheels go into numbered folders of
+at most `--part-mb` MB, because some transfers to such a machine are limited in size.
 """
 
 import argparse
@@ -26,14 +26,14 @@ _STUBS = "pytriton/tritonserver/python_backend_stubs/"
 
 
 def main() -> None:
-    """Downloads, makes the server's wheel smaller, and sorts into parts."""
+    """Downloads the wheels, shrinks the server's wheel, and sorts all wheels into parts."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_wheels", description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--python", default="3.12", help="of the GPU machine (default 3.12)")
+    parser.add_argument("--python", default="3.12", help="of the GPU machine (default: 3.12)")
     parser.add_argument("--part-mb", type=float, default=43)
     args = parser.parse_args()
     if args.folder.exists():
-        raise SystemExit(f"{args.folder} is there already: name a new folder")
+        raise SystemExit(f"{args.folder} exists already: name a new folder")
     with tempfile.TemporaryDirectory() as scratch:
         download(Path(scratch), args.python)
         for wheel in Path(scratch).glob("nvidia_pytriton-*.whl"):
@@ -46,12 +46,15 @@ def main() -> None:
                 (target / wheel.name).write_bytes(wheel.read_bytes())
             size = sum(wheel.stat().st_size for wheel in part) / 1e6
             print(f"{target}: {size:.1f} MB: {', '.join(sorted(wheel.name for wheel in part))}")
-    print("There, for each part: python3 -m pip install --no-index --no-deps --target SITE PART/*")
+    print(
+        "On the GPU machine, install each part: python3 -m pip install --no-index --no-deps "
+        "--target SITE PART/*"
+    )
     print("Then: export PYTHONPATH=SITE:client")
 
 
 def download(folder: Path, python: str) -> None:
-    """The wheels of all packages for Linux on x86-64; raises SystemExit with pip's own message."""
+    """Downloads all wheels for Linux on x86-64; raises SystemExit after pip's own message."""
     platforms = [f"--platform=manylinux_2_{n}_x86_64" for n in _GLIBC]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--only-binary=:all:", f"--python-version={python}", "--implementation=cp"]
@@ -66,9 +69,9 @@ def _root() -> Path:
 
 
 def slim_server(wheel: Path, python: str) -> None:
-    """Leaves out the stubs of other Pythons, and the library of the one that no stub needs then.
+    """Removes the stubs of other Python versions, and the Python library that only they need.
 
-    Raises SystemExit where the wheel has no stub for `python`.
+    Raises SystemExit if the wheel has no stub for `python`.
     """
     with zipfile.ZipFile(wheel) as given:
         names = given.namelist()
@@ -81,20 +84,20 @@ def slim_server(wheel: Path, python: str) -> None:
                 if name.endswith(".dist-info/RECORD"):
                     rows = content.decode().splitlines(keepends=True)
                     content = "".join(r for r in rows if r.split(",")[0] in kept).encode()
-                made.writestr(given.getinfo(name), content)  # with its permissions
+                made.writestr(given.getinfo(name), content)  # keeps the permissions
     wheel.with_suffix(".new").replace(wheel)
 
 
 def _is_needed(name: str, python: str) -> bool:
     if name.startswith(_STUBS):
         return name.startswith(f"{_STUBS}{python}/")
-    # The wheel brings the library of its newest Python alone.
+    # The wheel has the library of its newest Python only.
     is_library = "libs/libpython3" in name
     return not is_library or name.endswith(f".{python.partition('.')[2]}.so.1.0")
 
 
 def parts(wheels: Sequence[Path], most_mb: float) -> list[list[Path]]:
-    """`wheels` in parts of `most_mb` at most; raises SystemExit for one that is larger alone."""
+    """`wheels` in parts of at most `most_mb` MB; raises SystemExit for a larger wheel."""
     made: list[tuple[float, list[Path]]] = []
     for wheel in sorted(wheels, key=lambda path: -path.stat().st_size):
         size = wheel.stat().st_size / 1e6

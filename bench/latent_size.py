@@ -1,7 +1,8 @@
-"""What an image costs against the size of its latents: `python -m bench.latent_size`.
+"""Measures time per image against latent size: `python -m bench.latent_size`.
 
-Networks of the glyphs model's width and depth with random weights, in the runtime and precision of
-a repository, evaluated in this process; without the decoder, whose work is linear in the pixels.
+The networks have the glyphs model's width and depth and random weights. They run in this process,
+in the runtime and precision of a repository. The decoder is left out: its work is linear in the
+pixels.
 """
 
 import argparse
@@ -36,7 +37,7 @@ REPETITIONS = 9
 
 
 def main() -> None:
-    """Prints and writes the times and the line through them."""
+    """Prints and writes the times and the fitted line."""
     parser = argparse.ArgumentParser(prog="python -m bench.latent_size", description=__doc__)
     parser.add_argument("--repository", type=Path, default=Path("model_repository"))
     parser.add_argument("--side", type=int, nargs="+", default=SIDES)
@@ -45,14 +46,14 @@ def main() -> None:
     runs = {side: Run(replace(GLYPHS, latent_size=side), args.repository) for side in args.side}
     times: dict[int, list[float]] = {side: [] for side in runs}
     for _ in range(REPETITIONS + 1):
-        for side, run in runs.items():  # in turn: the machine's speed drifts
+        for side, run in runs.items():  # in turn, because the machine's speed drifts
             times[side].append(run.milliseconds())
     report = fitted({side: statistics.median(ms[1:]) for side, ms in times.items()})
     for point in report["points"]:
-        print(f"{point['side']:3} a side, {point['tokens']:4} tokens: {point['ms']:8.1f} ms")
+        print(f"side {point['side']:3}, {point['tokens']:4} tokens: {point['ms']:8.1f} ms")
     line = report["line"]
     print(
-        f"{line['slope_ms']:.3f} ms a token + {line['intercept_ms']:.1f} ms, off by at most "
+        f"{line['slope_ms']:.3f} ms per token + {line['intercept_ms']:.1f} ms, largest error "
         f"{line['largest_relative_error']:.0%}"
     )
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -60,11 +61,11 @@ def main() -> None:
 
 
 class Run:
-    """One guided image of the default schedule, over and over."""
+    """Repeats one guided image with the default schedule."""
 
     def __init__(self, config: SiTConfig, repository: Path) -> None:
         settings, served = Settings.load(repository), read_pipeline(repository)
-        shape = (config.latent_channels, config.latent_size, config.latent_size)
+        shape = config.latent_shape
         blocks = {
             Role.PREDICTOR: PredictorBlock(random_network(config, 0), 3),
             Role.REFINER: RefinerBlock(random_network(refiner_config(config), 1), 3),
@@ -84,7 +85,7 @@ class Run:
         self._program = program_for(self._request.schedule, Variant(settings.variant))
 
     def milliseconds(self) -> float:
-        """Of one request."""
+        """Time of one request."""
         started = time.perf_counter()
         generate(
             self._request,

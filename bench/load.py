@@ -1,7 +1,7 @@
-"""How the service holds load, from the real perf_analyzer: `python -m bench.load`.
+"""Load tests of the service with the real perf_analyzer: `python -m bench.load`.
 
-Closed and open loop, a mix of requests, overload, and time against work, each beside what the
-server did meanwhile. Writes JSON, and a report and plots made from it (bench/load_report.py).
+The scenarios are closed loop, open loop, mixed requests, overload, and time against work. Each
+records the server's work too. Writes JSON, a report and plots (bench/load_report.py).
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ SCHEDULE = "H1P5R3"
 HEUN = "H8"
 OUTCOMES = ("answered", "refused", "failed")
 Point = dict[str, Any]
-Attempt = tuple[str, float]  # one of OUTCOMES, after how many ms
+Attempt = tuple[str, float]  # one of OUTCOMES, and its latency in ms
 
 
 @dataclass(frozen=True)
 class LoadConfig:
-    """Which points to measure, and for how long each: `seconds`, or `requests` where given."""
+    """The points to measure. Each takes `seconds`, or `requests` if that is given."""
 
     concurrency: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     seconds: float = 15.0
@@ -74,7 +74,7 @@ class Bench:
     max_inflight: int
 
     def closed_loop(self) -> list[Point]:
-        """One image a request, the default guidance."""
+        """One image per request, default guidance."""
         wanted = [(SCHEDULE, n) for n in self.plan.concurrency]
         wanted += [(HEUN, n) for n in self.plan.heun_concurrency]
         return [
@@ -84,7 +84,7 @@ class Bench:
         ]
 
     def open_loop(self, capacity: float) -> list[Point]:
-        """Poisson arrivals at shares of `capacity` (images/s, one a request)."""
+        """Poisson arrivals at shares of `capacity` (images/s); one image per request."""
         return [
             {"schedule": SCHEDULE, "share": share, "rate": share * capacity}
             | self._measure(
@@ -94,7 +94,7 @@ class Bench:
         ]
 
     def mix(self) -> list[Point]:
-        """Schedules, image counts and guidance in turn."""
+        """Requests with different schedules, image counts and guidance, in turn."""
         entries = mixed_entries(self.plan.mix_images)
         return [
             {"concurrency": n, "kinds": len(entries)}
@@ -105,7 +105,7 @@ class Bench:
         ]
 
     def cost(self) -> dict[str, Any]:
-        """A lone request's time against its steps, and against its images, with fitted lines."""
+        """A single request's time against its steps and its images, with fitted lines."""
         by_steps: list[Point] = [
             {"schedule": f"P{n}", "steps": n, "images": 1}
             | self._measure(f"P{n}, 1 image", [entry([0], f"P{n}")], concurrency=1)
@@ -127,12 +127,12 @@ class Bench:
         }
 
     def overload(self, capacity: float) -> Point:
-        """Twice `capacity` (images/s), or more where a short run would not fill the server."""
+        """Twice `capacity` (images/s), or more if a short run would not fill the server."""
         seconds, places = self.plan.seconds, self.max_inflight
         rate = 2 * capacity
         if capacity * seconds < 2 * places:
             rate += 2 * places / seconds
-        if self.plan.requests is None:  # full once before: then memory grows only if it leaks
+        if self.plan.requests is None:  # fill the server once: then memory grows only by leaks
             asyncio.run(offer(self.url, 1e3, places / 1e3))
         with observing(self.url) as observer:
             attempts = asyncio.run(offer(self.url, rate, seconds))
@@ -161,7 +161,7 @@ class Bench:
 
 
 def mixed_entries(image_counts: Sequence[int]) -> list[Entry]:
-    """Three schedules, the image counts, without and with guidance, all combined."""
+    """All combinations of three schedules, the image counts, and guidance off and on."""
     kinds = itertools.product((SCHEDULE, "H2P4R2", HEUN), image_counts, (1.0, 3.0))
     return [entry(list(range(n)), schedule, scale) for schedule, n, scale in kinds]
 
@@ -174,7 +174,7 @@ def summary(values: np.ndarray) -> dict[str, float]:
 
 
 def fitted_line(counts: Sequence[float], times_ms: Sequence[float]) -> dict[str, float]:
-    """Least squares: ms for each one more, and at none."""
+    """Least-squares line: ms per unit, ms at zero, and the largest relative error."""
     x, y = np.array(counts, dtype=float), np.array(times_ms)
     slope, intercept = np.polyfit(x, y, 1)
     left = np.abs(y - np.polyval([slope, intercept], x)) / y
@@ -186,7 +186,7 @@ def fitted_line(counts: Sequence[float], times_ms: Sequence[float]) -> dict[str,
 
 
 async def offer(url: str, rate: float, seconds: float) -> list[Attempt]:
-    """Poisson arrivals at `rate` requests/s for `seconds`, none of them tried again."""
+    """Poisson arrivals at `rate` requests/s for `seconds`, without retries."""
     gaps = np.random.default_rng(0).exponential(1 / rate, max(1, round(rate * seconds)))
     async with AsyncFlowTurboClient(url, retries=0, timeout_s=120) as client:
         began_s = time.perf_counter()
@@ -221,7 +221,7 @@ def _outcomes(attempts: Sequence[Attempt]) -> Point:
 
 
 def measure(url: str, repository: Path, plan: LoadConfig) -> Iterator[dict[str, Any]]:
-    """The report after each scenario, growing."""
+    """Yields the report several times, each time with more scenarios."""
     server = described_server(url, repository)
     tool = perf_analyzer.find_perf_analyzer()
     bench = Bench(tool, url, plan, int(server["settings"]["max_inflight"]))
@@ -246,7 +246,7 @@ def measure(url: str, repository: Path, plan: LoadConfig) -> Iterator[dict[str, 
 def _capacity(points: Sequence[Point]) -> float:
     rates = [p["images_per_s"] for p in points if p["schedule"] == SCHEDULE and not p["error"]]
     if not rates:
-        raise PerfAnalyzerError(f"no load was answered: {points[0]['error']}")
+        raise PerfAnalyzerError(f"no load point was answered: {points[0]['error']}")
     return float(max(rates))
 
 
@@ -259,13 +259,15 @@ def _warm_up(url: str) -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.load", description=__doc__)
     parser.add_argument("--repository", type=Path, default=Path("model_repository"))
-    parser.add_argument("--url", help="gRPC endpoint of a running server that serves it")
+    parser.add_argument("--url", help="gRPC endpoint of a running server of --repository")
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/load.json"))
     parser.add_argument("--concurrency", type=int, nargs="+", help="default: 1 2 4 8 16 32")
-    parser.add_argument("--seconds", type=float, help="of each point; default: 15")
+    parser.add_argument("--seconds", type=float, help="per point (default: 15)")
     parser.add_argument("--quick", action="store_true", help="few points, few requests")
-    parser.add_argument("--baseline", action="store_true", help="compare with PyTorch as well")
-    parser.add_argument("--report-only", action="store_true", help="make the report from --out")
+    parser.add_argument("--baseline", action="store_true", help="also compare with PyTorch")
+    parser.add_argument(
+        "--report-only", action="store_true", help="only write the report, from --out"
+    )
     return parser.parse_args()
 
 
@@ -279,7 +281,7 @@ def _plan(args: argparse.Namespace) -> LoadConfig:
 
 
 def main() -> None:
-    """Measures, unless told only to make the report again."""
+    """Measures and writes the report; with --report-only, only writes the report."""
     args = _arguments()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if not args.report_only:
@@ -288,7 +290,7 @@ def main() -> None:
             url = args.url or stack.enter_context(running_server(args.repository)).grpc
             for report in measure(url, args.repository, plan):
                 _write(args.out, report)
-        if args.baseline:  # the one place that compares with PyTorch
+        if args.baseline:  # only this comparison needs PyTorch
             from bench import compare
 
             report["baseline"] = compare.run(args.repository, plan.baseline_rounds)

@@ -1,4 +1,4 @@
-"""The load report: Markdown and plots, made from bench.load's JSON and nothing else."""
+"""The load report: Markdown and plots, made only from the JSON of bench.load."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Column = tuple[str, Callable[[Point], str]]
 
 
 def write(report: dict[str, Any], path: Path) -> Path:
-    """Writes the report and its plots beside `path`, the JSON; returns the Markdown's path."""
+    """Writes the report and its plots beside the JSON `path`; returns the Markdown's path."""
     written = path.with_suffix(".md")
     plots = [path.with_name(f"{path.stem}_{name}.png") for name in ("closed", "open", "cost")]
     written.write_text(markdown(report, [plot.name for plot in plots]))
@@ -23,13 +23,13 @@ def write(report: dict[str, Any], path: Path) -> Path:
 
 
 def in_words(point: Point) -> str:
-    """One point's figures on one line."""
+    """The figures of one point on one line."""
     if point["error"]:
-        return f"ended by a request that failed: {point['error']}"
+        return f"ended by a failed request: {point['error']}"
     latency, server = point["latency_ms"], point["server"]
     return (
         f"{point['images_per_s']:.1f} images/s, p50 {latency['p50']:.0f} ms, "
-        f"p95 {latency['p95']:.0f} ms, {server['rows_per_execution']:.1f} rows an execution, "
+        f"p95 {latency['p95']:.0f} ms, {server['rows_per_execution']:.1f} rows per execution, "
         f"{point['requests']} requests"
     )
 
@@ -57,17 +57,17 @@ def _head(report: dict[str, Any]) -> str:
         for name, model in server["models"].items()
     )
     length = (
-        f"{plan['requests']} requests" if plan["requests"] else f"{plan['seconds']:g} s a point"
+        f"{plan['requests']} requests" if plan["requests"] else f"{plan['seconds']:g} s per point"
     )
     return (
         "# Load\n\n"
         f"{report['date'][:10]}, {machine['cpu']}, {machine['cores']} cores, "
         f"{machine['gib']:.0f} GiB; Triton {server['version']}; {forms}. Load from perf_analyzer "
         f"over gRPC on the same machine, {length}. Made by `python -m bench.load`.\n\n"
-        "Busy: the part of the time in which a model computed; their sum is 100% where they take "
+        "Busy: the share of time in which a model computed. The sum is 100% if the models take "
         "turns without a pause. CPU: cores used by the server's "
-        "processes. Memory: resident, shared pages counted once, in the first and the last quarter "
-        "of the point."
+        "processes. Memory: resident memory in the first and in the last quarter of the point; "
+        "shared pages count once."
     )
 
 
@@ -84,7 +84,7 @@ _REQUESTS: Column = ("requests", lambda p: str(p["requests"]))
 
 def _server_columns() -> list[Column]:
     return [
-        ("rows an execution", lambda p: f"{p['server']['rows_per_execution']:.1f}"),
+        ("rows per execution", lambda p: f"{p['server']['rows_per_execution']:.1f}"),
         ("predictor busy", lambda p: _busy(p, "predictor")),
         ("refiner busy", lambda p: _busy(p, "refiner")),
         ("decoder busy", lambda p: _busy(p, "decoder")),
@@ -133,22 +133,22 @@ def _closed(report: dict[str, Any], plot: str) -> str:
     ]
     alone = [
         f"- {p['schedule']}: {p['orchestration']['ms_per_request']:.1f} ms, "
-        f"{p['orchestration']['share']:.1%} of a lone request; "
+        f"{p['orchestration']['share']:.1%} of a single request; "
         f"{p['orchestration']['queue_ms']:.1f} ms of it in the models' queues"
         for p in points
         if "orchestration" in p
     ]
     return "\n\n".join(
         [
-            "## Closed loop\n\nRequests of one image, the default guidance; a caller that is "
-            "answered asks again at once. "
+            "## Closed loop\n\nOne image per request, default guidance. Each caller sends its "
+            "next request as soon as it has an answer. "
             f"Capacity: {report['capacity_images_per_s']:.1f} images/s.",
             *tables,
-            "All that is not the networks' and the decoder's own time (orchestration, gathering, "
-            "gRPC, queues), with one request at a time:\n\n" + "\n".join(alone),
-            "How the time at a model divides:",
+            "Time of a single request outside the networks and the decoder (orchestration, "
+            "batching, gRPC, queues):\n\n" + "\n".join(alone),
+            "Shares of the time at each model:",
             _shares_table([p for p in points if not p["error"]]),
-            f"![Throughput, latency and rows an execution against concurrency]({plot})",
+            f"![Throughput, latency and rows per execution against concurrency]({plot})",
         ]
     )
 
@@ -176,8 +176,8 @@ def _open(report: dict[str, Any], plot: str) -> str:
     ]
     columns += [_REQUESTS, _RATE, *_latency_columns(), *_server_columns()[:2]]
     return (
-        f"## Open loop\n\nPoisson arrivals of {report['open_loop'][0]['schedule']}, one image a "
-        "request, at a part of the capacity found above.\n\n"
+        f"## Open loop\n\nPoisson arrivals of {report['open_loop'][0]['schedule']}, one image per "
+        "request, at shares of the capacity above.\n\n"
         f"{_table(report['open_loop'], columns)}\n\n![Latency against offered rate]({plot})"
     )
 
@@ -187,7 +187,7 @@ def _mix(points: Sequence[Point]) -> str:
     columns += [_REQUESTS, _RATE, *_latency_columns(), *_server_columns()]
     return (
         f"## Mixed requests\n\n{points[0]['kinds']} kinds of request in turn: schedules, image "
-        f"counts, without and with guidance.\n\n{_table(points, columns)}"
+        f"counts, with and without guidance.\n\n{_table(points, columns)}"
     )
 
 
@@ -206,30 +206,30 @@ def _overload(point: Point) -> str:
     held = ""
     if memory := point["server"].get("resident_mib"):
         held = (
-            f"\n\nMemory of the server: {memory['first_quarter']:.0f} MiB in the first quarter "
-            f"of the time, {memory['last_quarter']:.0f} in the last, {memory['peak']:.0f} at most."
+            f"\n\nServer memory: {memory['first_quarter']:.0f} MiB in the first quarter of the "
+            f"time, {memory['last_quarter']:.0f} in the last, {memory['peak']:.0f} at the peak."
         )
     return (
-        f"## Overload\n\nPoisson arrivals of {point['schedule']} at {point['rate']:.1f} a second "
-        f"for {point['seconds']:g} s, where the capacity is {point['capacity']:.1f}; nothing is "
-        f"tried again.\n\n{_table(rows, columns)}{held}"
+        f"## Overload\n\nPoisson arrivals of {point['schedule']} at {point['rate']:.1f} per second "
+        f"for {point['seconds']:g} s. The capacity is {point['capacity']:.1f} per second. Clients "
+        f"do not retry.\n\n{_table(rows, columns)}{held}"
     )
 
 
 def _cost(report: dict[str, Any], plot: str) -> str:
-    parts = ["## Time against work\n\nOne request at a time; lines fitted to the medians."]
+    parts = ["## Time against work\n\nOne request at a time. The lines are fitted to the medians."]
     for variable, data in report["cost"].items():
         columns: list[Column] = [
             ("schedule", lambda p: p["schedule"]),
             ("images", lambda p: str(p["images"])),
             ("p50 ms", lambda p: f"{p['latency_ms']['p50']:.1f}"),
-            ("ms an image", lambda p: f"{p['latency_ms']['p50'] / p['images']:.1f}"),
+            ("ms per image", lambda p: f"{p['latency_ms']['p50'] / p['images']:.1f}"),
         ]
         line = data["line"]
         parts += [
             _table(data["points"], columns),
-            f"{line['intercept_ms']:.1f} ms + {line['slope_ms']:.2f} ms x {variable}, at most "
-            f"{line['largest_relative_error']:.0%} off.",
+            f"{line['intercept_ms']:.1f} ms + {line['slope_ms']:.2f} ms x {variable}, largest "
+            f"error {line['largest_relative_error']:.0%}.",
         ]
     return "\n\n".join([*parts, f"![Time against steps and against images]({plot})"])
 
@@ -259,7 +259,7 @@ def _draw_closed(report: dict[str, Any], axes: Any) -> None:
             y = [p["latency_ms"][percentile] for p in of_it]
             latency.plot(x, y, f"C{k}o{style}", label=f"{name} {percentile}")
         rows.plot(x, [p["server"]["rows_per_execution"] for p in of_it], f"C{k}o-", label=name)
-    for axis, what in ((rate, "images/s"), (latency, "latency, ms"), (rows, "rows an execution")):
+    for axis, what in ((rate, "images/s"), (latency, "latency, ms"), (rows, "rows per execution")):
         axis.set(xlabel="requests at a time", ylabel=what, ylim=(0, None))
         axis.legend(fontsize=8)
 
@@ -274,7 +274,7 @@ def _draw_open(report: dict[str, Any], axes: Any) -> None:
     left.legend(fontsize=8)
     memory = report.get("overload", {}).get("memory", [])
     right.plot([m["at_s"] for m in memory], [m["resident_mib"] for m in memory])
-    right.set(xlabel="s of overload", ylabel="server's resident memory, MiB", ylim=(0, None))
+    right.set(xlabel="seconds of overload", ylabel="server's resident memory, MiB", ylim=(0, None))
 
 
 def _draw_cost(report: dict[str, Any], axes: Any) -> None:
@@ -284,5 +284,5 @@ def _draw_cost(report: dict[str, Any], axes: Any) -> None:
         line = data["line"]
         ends = [0, max(x)]
         axis.plot(ends, [line["intercept_ms"] + line["slope_ms"] * end for end in ends], "--")
-        axis.set(xlabel=f"{variable} of a request", ylabel="ms a request", ylim=(0, None))
+        axis.set(xlabel=f"{variable} per request", ylabel="ms per request", ylim=(0, None))
         axis.set_title(f"{line['intercept_ms']:.1f} ms + {line['slope_ms']:.2f} ms x {variable}")

@@ -1,4 +1,4 @@
-"""Networks of the public sizes with random weights: speed does not depend on what they learned."""
+"""Networks of the public sizes with random weights: speed does not depend on the weights."""
 
 from dataclasses import dataclass, replace
 
@@ -32,10 +32,10 @@ SMALL = replace(XL, latent_size=8, width=64, depth=2, num_heads=2, num_classes=1
 
 @dataclass(frozen=True)
 class Size:
-    """A predictor's shape, its VAE's block widths, and what is worth measuring.
+    """A predictor's shape, its VAE's block widths, and what to measure.
 
-    That is batches of so many `rows`, requests of so many images (`batches`), and each of them over
-    and over for `measure_s` seconds.
+    `rows` are batch sizes of a block, `batches` are images per request. Each measurement repeats
+    for `measure_s` seconds.
     """
 
     config: SiTConfig
@@ -53,14 +53,14 @@ SIZES = {
 
 
 def random_network(config: SiTConfig, seed: int) -> SiT:
-    """A SiT whose every layer does something: adaLN-Zero would make each block the identity."""
+    """A SiT with random weights in all layers: adaLN-Zero would make each block the identity."""
     torch.manual_seed(seed)
     network = SiT(config)
     return network.eval().requires_grad_(False)
 
 
 def random_vae(channels: tuple[int, ...], latent_channels: int) -> AutoencoderKL:
-    """An `AutoencoderKL` of the shape of sd-vae-ft-ema, with other widths where they are given."""
+    """An `AutoencoderKL` with the structure of sd-vae-ft-ema and the block widths `channels`."""
     torch.manual_seed(0)
     levels = len(channels)
     vae = AutoencoderKL(
@@ -76,9 +76,9 @@ def random_vae(channels: tuple[int, ...], latent_channels: int) -> AutoencoderKL
 
 
 def pipeline_modules(size: Size) -> list[ExportTarget]:
-    """Predictor, refiner and decoder blocks in float32, as an export has them."""
+    """Predictor, refiner and decoder blocks in float32, as the export makes them."""
     config = size.config
-    shape = (config.latent_channels, config.latent_size, config.latent_size)
+    shape = config.latent_shape
     condition = ClassLabel(config.num_classes)
     made: dict[Role, nn.Module] = {
         Role.PREDICTOR: PredictorBlock(random_network(config, 0), 3),

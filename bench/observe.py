@@ -1,7 +1,7 @@
-"""What a server does while it is under load: its models' work, and its processes' CPU and memory.
+"""Observes a server under load: the work of its models, CPU and memory of its processes.
 
-The work is the difference of two readings of Triton's statistics. Processes are read from /proc:
-those of a server on another machine are not, and their figures are None.
+The work is the difference of two readings of Triton's statistics. CPU and memory are read from
+/proc. For a server on another machine they are unknown, and the figures are None.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from flowturbo.pipeline import read_pipeline
 
 SAMPLE_S = 0.5
 _LISTENING = "0A"  # proc(5), /proc/net/tcp
-_BLOCK_BYTES = 512  # stat(2), whatever the file system's own block is
+_BLOCK_BYTES = 512  # stat(2): independent of the file system's block size
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one model did: calls it took, executions, rows, and seconds spent.
+    """The work of one model: calls, executions, rows, and seconds.
 
-    The compute seconds are of executions, not of requests: one that serves ten requests counts
-    once. Queue seconds are of the orchestrator's calls.
+    Compute seconds sum over executions, not over requests: an execution that serves ten requests
+    counts once. Queue seconds sum over the orchestrator's calls.
     """
 
     calls: int = 0
@@ -52,16 +52,16 @@ class Work:
 
     @property
     def rows_per_execution(self) -> float:
-        """0 where there was none."""
+        """Mean rows per execution; 0 without executions."""
         return self.rows / self.executions if self.executions else 0.0
 
     @property
     def compute_s(self) -> float:
-        """Input, inference and output: all but the wait."""
+        """Seconds of input, inference and output, without the queue."""
         return self.compute_input_s + self.compute_infer_s + self.compute_output_s
 
     def shares(self) -> dict[str, float]:
-        """How queue and the three parts of compute divide the time, by their names without _s."""
+        """Shares of queue and of the three compute parts in the time; keys have no _s."""
         seconds = (f.name for f in fields(Work) if f.name.endswith("_s"))
         parts = {name.removesuffix("_s"): getattr(self, name) for name in seconds}
         total = sum(parts.values()) or 1.0
@@ -69,9 +69,9 @@ class Work:
 
 
 def read_work(client: Any, model: str) -> Work:
-    """What `model` has done since the server started; `client` is tritonclient.grpc's."""
+    """The work of `model` since the server started; `client` is tritonclient.grpc's."""
     (found,) = client.get_inference_statistics(model).model_stats
-    # inference_stats counts an execution's time for each request in it, batch_stats counts it once.
+    # inference_stats counts an execution's time once per request, batch_stats counts it once.
     batches = found.batch_stats
     return Work(
         found.inference_stats.success.count,
@@ -86,7 +86,7 @@ def read_work(client: Any, model: str) -> Work:
 
 @dataclass(frozen=True)
 class Memory:
-    """Resident (a shared page once) and /dev/shm bytes of a server, `at_s` seconds in."""
+    """Bytes of a server after `at_s` seconds: resident (shared pages once) and in /dev/shm."""
 
     at_s: float
     resident: int
@@ -95,7 +95,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Observation:
-    """What a server did in `wall_s` seconds. `requests` are those that its orchestrator took."""
+    """A server's work in `wall_s` seconds. `requests` counts the orchestrator's requests."""
 
     wall_s: float
     requests: int
@@ -104,32 +104,33 @@ class Observation:
     memory: tuple[Memory, ...]
 
     def busy_share(self, model: str) -> float:
-        """The part of the time in which `model` computed; above 1 with several instances."""
+        """The share of time in which `model` computed; may exceed 1 with several instances."""
         return self.models[model].compute_infer_s / self.wall_s
 
     @property
     def compute_s(self) -> float:
-        """Seconds of all executions of all composed models."""
+        """Compute seconds of all composed models."""
         return sum(work.compute_s for work in self.models.values())
 
     @property
     def rows_per_execution(self) -> float:
-        """Of the two velocity networks together: what batching has achieved."""
+        """Mean batch size of predictor and refiner together: the effect of batching."""
         networks = [work for role, work in self.models.items() if role != Role.DECODER]
         executions = sum(work.executions for work in networks)
         return sum(work.rows for work in networks) / executions if executions else 0.0
 
 
 class Observer:
-    """Has the `observation` of a block under `observing`, once that has ended."""
+    """Provides `observation` once its `observing` block has ended."""
 
     observation: Observation
 
     def __init__(self, url: str, pipeline: str | None = None) -> None:
-        """Reads the counters of a `pipeline`'s models and begins to sample memory.
+        """Reads the counters of `pipeline`'s models and begins to sample memory.
 
-        None is for a server of one pipeline. Raises tritonclient's InferenceServerException if the
-        server does not answer, ValueError where it serves several pipelines and none is named.
+        None selects the only pipeline of the server. Raises tritonclient's InferenceServerException
+        if the server does not answer. Raises ValueError if `pipeline` is None and the server has
+        several.
         """
         self._client = connect(url)
         known = {model.name for model in self._client.get_model_repository_index().models}
@@ -144,7 +145,7 @@ class Observer:
         self._sampler.start()
 
     def stop(self) -> None:
-        """Reads the counters again."""
+        """Stops sampling and reads the counters again."""
         wall_s = time.monotonic() - self._began_s
         self._stop.set()
         self._sampler.join()
@@ -178,7 +179,7 @@ class Observer:
 def observing(url: str, pipeline: str | None = None) -> Iterator[Observer]:
     """Observes the server at `url` (host:port of its gRPC endpoint) while the block runs.
 
-    `pipeline` is as for Observer.
+    `pipeline` is as in Observer.
     """
     observer = Observer(url, pipeline)
     try:
@@ -188,7 +189,7 @@ def observing(url: str, pipeline: str | None = None) -> Iterator[Observer]:
 
 
 def described(observed: Observation) -> dict[str, Any]:
-    """An observation for a JSON: per model its work, and the processes' CPU and memory."""
+    """An observation as JSON values: work per model, CPU and memory of the processes."""
     models = {name: asdict(work) for name, work in observed.models.items()}
     for name, work in observed.models.items():
         models[name]["rows_per_execution"] = work.rows_per_execution
@@ -209,7 +210,7 @@ def described(observed: Observation) -> dict[str, Any]:
 
 
 def orchestration(observed: Observation, latency_ms: float) -> dict[str, float]:
-    """What of a lone request's mean latency is not the composed models', and is spent waiting."""
+    """The part of a single request's mean latency outside the models, and its queue time."""
     composed_ms = 1e3 * observed.compute_s / observed.requests
     queue_ms = 1e3 * sum(work.queue_s for work in observed.models.values()) / observed.requests
     rest_ms = latency_ms - composed_ms
@@ -217,7 +218,7 @@ def orchestration(observed: Observation, latency_ms: float) -> dict[str, float]:
 
 
 def hardware() -> dict[str, Any]:
-    """Name of the CPU, cores and memory of this machine."""
+    """CPU name, cores and memory of this machine."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -226,7 +227,7 @@ def hardware() -> dict[str, Any]:
 
 
 def write_json(document: Any, path: Path) -> None:
-    """`document` as a file, whole or not at all; folders are made."""
+    """Writes `document` to `path` atomically; creates missing folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(document, indent=1) + "\n")
@@ -234,13 +235,13 @@ def write_json(document: Any, path: Path) -> None:
 
 
 def connect(url: str) -> Any:
-    """Triton's own client; like the service's, it uses no proxy to reach this machine."""
+    """Triton's own client. Like flowturbo_client, it uses no proxy for this machine."""
     settings = Settings(url, contract.ORCHESTRATOR, timeout_s=60, retries=0, credentials=None)
     return tritonclient.grpc.InferenceServerClient(**settings.channel())
 
 
 def described_server(url: str, repository: Path) -> dict[str, Any]:
-    """Version and settings as the server states them; engine and precision from the repository."""
+    """Version and settings from the server; engines and precisions from the repository."""
     with contextlib.closing(connect(url)) as client:
         config = client.get_model_config(contract.ORCHESTRATOR).config
         version = client.get_server_metadata().version
@@ -270,7 +271,7 @@ def _models(known: Iterable[str], pipeline: str | None) -> dict[str, str]:
 
 
 def listening_process(port: int) -> int | None:
-    """Id of the process here that listens on TCP `port`, None if none is seen."""
+    """Id of the local process that listens on TCP `port`; None if it is not found."""
     tables = (_read(Path("/proc/net", name)).splitlines()[1:] for name in ("tcp", "tcp6"))
     lines = [line.split() for table in tables for line in table]
     sockets = {
@@ -279,20 +280,20 @@ def listening_process(port: int) -> int | None:
         if found[3] == _LISTENING and int(found[1].rpartition(":")[2], 16) == port
     }
     for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
-        with contextlib.suppress(OSError):  # it closed, or is another user's
+        with contextlib.suppress(OSError):  # it has closed, or belongs to another user
             if os.readlink(descriptor) in sockets:
                 return int(descriptor.parts[2])
     return None
 
 
 def process_tree(root: int) -> list[int]:
-    """`root` and its descendants that live."""
+    """`root` and its living descendants."""
     parents = {}
     for folder in Path("/proc").glob("[0-9]*"):
         if stat := _stat_fields(int(folder.name)):
             parents[int(folder.name)] = int(stat[1])
     tree = [root]
-    for pid in tree:  # grows on the way
+    for pid in tree:  # `tree` grows during the loop
         tree += [child for child, parent in parents.items() if parent == pid]
     return tree
 
@@ -305,13 +306,13 @@ def cpu_s(pids: Iterable[int]) -> float:
 
 
 def resident_bytes(pids: Iterable[int]) -> int:
-    """Memory that these processes hold, a shared page divided between those that share it."""
+    """Resident memory of these processes; sharers divide a shared page (PSS)."""
     totals = (_read(Path(f"/proc/{pid}/smaps_rollup")) for pid in pids)
     return 1024 * sum(int(k) for text in totals for k in re.findall(r"^Pss:\s+(\d+)", text, re.M))
 
 
 def shared_file_bytes(pids: Iterable[int]) -> int:
-    """What the files in /dev/shm that these processes map take up there."""
+    """Bytes in /dev/shm of the files that these processes map."""
     maps = (_read(Path(f"/proc/{pid}/maps")) for pid in pids)
     total = 0
     for path in {p for text in maps for p in re.findall(r" (/dev/shm/\S+)$", text, re.M)}:
@@ -321,12 +322,12 @@ def shared_file_bytes(pids: Iterable[int]) -> int:
 
 
 def _stat_fields(pid: int) -> list[str]:
-    """What follows the name in /proc/PID/stat: state, parent, ...; empty if it has ended."""
+    """The fields after the name in /proc/PID/stat: state, parent, ...; [] if it has ended."""
     return _read(Path(f"/proc/{pid}/stat")).rpartition(")")[2].split()
 
 
 def _read(path: Path) -> str:
     try:
         return path.read_text(errors="replace")
-    except OSError:  # the process has ended, or is another user's
+    except OSError:  # the process has ended, or belongs to another user
         return ""

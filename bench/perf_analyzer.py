@@ -1,8 +1,8 @@
-"""Triton's load generator perf_analyzer: where it is, one run of it, what each request took.
+"""Triton's load generator perf_analyzer: finds it, runs it, and reads the time of each request.
 
-It is taken from PATH, else from tritonclient's wheel of release 2.45.0, which carries the binary.
-It asks for all outputs of a model, which the service takes for a request that names none: an answer
-holds the images, their seeds and classes, and the settings that were used.
+perf_analyzer comes from PATH, else from tritonclient's wheel of release 2.45.0, which has the
+binary. It requests all outputs of a model. The service treats that as a request without outputs: an
+answer has the images, their seeds and classes, and the settings that were used.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _BINARY = Path(f"tritonclient-{VERSION}.data/data/bin/perf_analyzer")
 _LIBRARIES = Path("nvidia/cuda_runtime/lib")
 _BASE64 = "libb64.so.0d"
 _BASE64_PACKAGE = "libb64-0d"
-_STABLE_WINDOWS = 3  # it wants three windows in a row that agree before it reports
-_WINDOW_STRETCH = 1.2  # and makes each a fifth longer than asked
+_STABLE_WINDOWS = 3  # perf_analyzer reports after three windows in a row that agree
+_WINDOW_STRETCH = 1.2  # it makes each window 20% longer than requested
 _START_AND_END_S = 300.0
 _ANY_SPREAD = "99999"
 _LONGER = (1, 2, 4)
@@ -46,7 +46,7 @@ Entry = dict[str, dict[str, list[Any]]]
 
 
 class PerfAnalyzerError(Exception):
-    """perf_analyzer could not be had, did not start, or measured nothing."""
+    """perf_analyzer is not available, did not start, or measured nothing."""
 
 
 class _NoAnswerError(Exception):
@@ -55,7 +55,7 @@ class _NoAnswerError(Exception):
 
 @dataclass(frozen=True)
 class PerfAnalyzer:
-    """A binary, and the environment variables that it needs."""
+    """The binary, and the environment variables that it needs."""
 
     binary: Path
     environment: dict[str, str] = field(default_factory=dict)
@@ -65,7 +65,7 @@ class PerfAnalyzer:
 class Load:
     """Either `concurrency` requests at a time, or `rate` requests/s with Poisson arrivals.
 
-    For `seconds` in all, or until at least `requests` are answered if that is given.
+    A run takes `seconds`. If `requests` is given, it ends after at least that many answers.
     """
 
     concurrency: int | None = None
@@ -74,12 +74,12 @@ class Load:
     requests: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuses a load that is both closed and open, or neither."""
+        """Raises ValueError unless exactly one of `concurrency` and `rate` is given."""
         if (self.concurrency is None) == (self.rate is None):
-            raise ValueError(f"concurrency or rate? got {self.concurrency} and {self.rate}")
+            raise ValueError(f"give concurrency or rate, got {self.concurrency} and {self.rate}")
 
     def options(self, intervals: Path) -> list[str]:
-        """perf_analyzer's own; writes what arrivals it needs to `intervals`."""
+        """Options of perf_analyzer; writes the gaps between arrivals to `intervals`."""
         options = [f"--concurrency-range={self.concurrency}"]
         if self.rate is not None:
             intervals.write_text("".join(f"{gap_us:.0f}\n" for gap_us in self._gaps_us(self.rate)))
@@ -92,9 +92,10 @@ class Load:
         return [*options, "--measurement-mode=time_windows", f"--measurement-interval={window_ms}"]
 
     def _gaps_us(self, rate: float) -> np.ndarray:
-        """Poisson arrivals as many as belong to the time.
+        """Gaps of Poisson arrivals in us, scaled to meet `rate` exactly.
 
-        perf_analyzer's own are the same few in every run, and miss the rate by a quarter in 12 s.
+        perf_analyzer's own gaps are few and the same in every run. In 12 s they miss the rate by a
+        quarter.
         """
         count = max(1, self.requests or round(rate * self.seconds))
         gaps = np.random.default_rng(0).exponential(size=count)
@@ -103,7 +104,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answered request: when it was sent and answered (s since 1970), and how many images."""
+    """One answered request: times of sending and answer (s since 1970), and its images."""
 
     start_s: float
     end_s: float
@@ -115,7 +116,7 @@ class Answer:
 class Result:
     """The answers within perf_analyzer's window (s since 1970), or the error that ended the run.
 
-    perf_analyzer ends at the first request that fails and then reports none of the others.
+    perf_analyzer stops at the first failed request and then reports no other request.
     """
 
     answers: tuple[Answer, ...]
@@ -127,11 +128,12 @@ class Result:
         return np.array([1e3 * (a.end_s - a.start_s) for a in self.answers])
 
     def images_per_s(self) -> float:
-        """Over the window less its ends, each request counted by its part within.
+        """Throughput over the window without its ends; a request counts by its share inside.
 
-        Counting answers would be off by a batch, as requests in flight are answered together. Left
-        out at each end is the longest request's time: there the load begins, and answers are
-        missing that came later. A window too short for that: its images divided by its length.
+        Counting answers would be off by a batch, because batched requests are answered together.
+        At the start the load builds up, at the end answers are missing. So each end loses the time
+        of the longest request. A window too short for that is not cut: the result is its images
+        divided by its length.
         """
         (begin, end), longest = self.window_s, self.latencies_ms.max() / 1e3
         if end - begin < 4 * longest:
@@ -145,7 +147,7 @@ class Result:
 
 
 def entry(labels: Sequence[int], schedule: str, guidance_scale: float | None = None) -> Entry:
-    """One request's inputs as perf_analyzer reads them; all entries of a run must name the same."""
+    """One request's inputs for perf_analyzer; all entries of a run must have the same names."""
     count = [len(labels)]
     inputs: Entry = {
         LABEL: {"content": list(labels), "shape": count},
@@ -160,8 +162,8 @@ def entry(labels: Sequence[int], schedule: str, guidance_scale: float | None = N
 def run(tool: PerfAnalyzer, url: str, entries: Sequence[Entry], load: Load) -> Result:
     """Puts `load` on the server at `url` (host:port of its gRPC endpoint), entries in turn.
 
-    Runs again, for longer, where a third of the time passes without an answer. A request that
-    fails is the result's `error`. Raises PerfAnalyzerError for anything else.
+    Repeats with a longer run if a third of the time passes without an answer. A failed request
+    becomes the result's `error`. Raises PerfAnalyzerError for other failures.
     """
     for longer in _LONGER:
         stretched = replace(load, seconds=load.seconds * longer)
@@ -179,7 +181,7 @@ def _run_once(tool: PerfAnalyzer, url: str, entries: Sequence[Entry], load: Load
         arguments = [
             *("-m", contract.ORCHESTRATOR, "-u", url, "-i", "grpc", "--async"),
             *(f"--input-data={data}", f"--profile-export-file={export}", *load.options(intervals)),
-            # It repeats until three windows agree: here any three do, and the spread is reported.
+            # By default it repeats until three windows agree: accept any three, report the spread.
             *("--percentile=95", "-s", _ANY_SPREAD, f"--max-trials={_STABLE_WINDOWS}"),
             "--max-threads=1",
         ]
@@ -212,7 +214,7 @@ def _request_error(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def _read_export(content: bytes) -> Result:
-    # It writes the bytes of every output as if they were text: hence latin-1, a byte a character.
+    # It writes the bytes of every output as text: latin-1 has one character per byte.
     (found,) = json.loads(content.decode("latin-1"), strict=False)["experiments"]
     answers = [
         Answer(
@@ -228,9 +230,9 @@ def _read_export(content: bytes) -> Result:
 
 
 def find_perf_analyzer() -> PerfAnalyzer:
-    """perf_analyzer on PATH, else the one of the wheel, which is downloaded at first use.
+    """perf_analyzer from PATH, else from the wheel, which is downloaded at first use.
 
-    Raises PerfAnalyzerError, saying what to install, and SetupError where there is no home.
+    Raises PerfAnalyzerError, which says what to install, and SetupError without a home folder.
     """
     if found := shutil.which("perf_analyzer"):
         return PerfAnalyzer(Path(found))
@@ -259,11 +261,11 @@ def _download(folder: Path) -> None:
         for wheel in Path(scratch).glob("*.whl"):
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(folder)
-    (folder / _BINARY).chmod(0o755)  # archives of this module lose the mode
+    (folder / _BINARY).chmod(0o755)  # zipfile does not restore the file mode
 
 
 def _base64_folders() -> list[Path]:
-    """Where libb64 is, if not where the loader looks anyway."""
+    """Folders of libb64; empty if the loader finds it by itself."""
     with contextlib.suppress(OSError):
         ctypes.CDLL(_BASE64)
         return []

@@ -1,7 +1,7 @@
-"""A web server as people write one around PyTorch: `python -m bench.web --port 8080`.
+"""A typical web server around PyTorch, for comparison: `python -m bench.web --port 8080`.
 
-FastAPI under uvicorn. `POST /generate` answers raw uint8 images, their shape in the header
-`X-Shape`, so that it sends what the service's `image` output sends. `GET /health` answers 200.
+FastAPI under uvicorn. `POST /generate` answers raw uint8 images, with their shape in the header
+`X-Shape`. So it sends as much as the service's `image` output. `GET /health` answers 200.
 """
 
 import argparse
@@ -27,7 +27,7 @@ _HOST = "127.0.0.1"
 
 
 class GenerateRequest(BaseModel):
-    """One image a label; `seeds` has as many entries."""
+    """One image per label; `seeds` has one entry per label."""
 
     labels: list[int]
     seeds: list[int]
@@ -43,7 +43,7 @@ def create_app(pipeline: TorchPipeline) -> FastAPI:
     def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    # Not `async`: FastAPI runs it in its thread pool, and the server stays responsive.
+    # Not `async`: FastAPI runs it in a thread pool, so the server stays responsive.
     @app.post("/generate")
     def generate(request: GenerateRequest) -> Response:
         _check(request, pipeline.num_classes)
@@ -63,7 +63,7 @@ def _check(request: GenerateRequest, num_classes: int) -> None:
     labels, seeds = request.labels, request.seeds
     if not labels or len(labels) != len(seeds):
         raise HTTPException(
-            422, f"give one seed a label, got {len(labels)} labels and {len(seeds)} seeds"
+            422, f"give one seed per label, got {len(labels)} labels and {len(seeds)} seeds"
         )
     for name, values, most in (("labels", labels, num_classes - 1), ("seeds", seeds, 2**63 - 1)):
         bad = [value for value in values if not 0 <= value <= most]
@@ -72,10 +72,10 @@ def _check(request: GenerateRequest, num_classes: int) -> None:
 
 
 class WebClient:
-    """Asks a running server for images, over connections that stay open; threads may share it."""
+    """Requests images over persistent connections; threads may share a client."""
 
     def __init__(self, port: int, timeout_s: float = 600) -> None:
-        # More connections than anybody measures with: one that finds no room is not kept.
+        # Above any measured concurrency: connections beyond `maxsize` are not kept open.
         self._pool = urllib3.HTTPConnectionPool(_HOST, port, timeout=timeout_s, maxsize=256)
 
     def generate(
@@ -105,9 +105,9 @@ class WebClient:
 def running_web(
     weights: Path, threads: int, compiled: bool = False, precision: str = "fp32"
 ) -> Iterator[int]:
-    """A server in a process of its own, on a free port of loopback, which is the block's value.
+    """Runs a server in its own process on a free loopback port; yields the port.
 
-    Raises FlowTurboError if it ends before it is ready; its messages go to standard error.
+    Raises FlowTurboError if it exits before it is ready. Its messages go to standard error.
     """
     command = [sys.executable, "-m", "bench.web", "--port", "0", "--threads", str(threads)]
     command += ["--weights", str(weights.resolve()), "--precision", precision]
@@ -131,13 +131,13 @@ def running_web(
 
 
 def main() -> None:
-    """Serves until it is interrupted; prints a line with the address once it is ready."""
+    """Serves until it is interrupted; prints the address once it is ready."""
     parser = argparse.ArgumentParser(prog="python -m bench.web", description=__doc__)
     parser.add_argument("--weights", type=Path, default=Path("weights/glyphs"))
-    parser.add_argument("--port", type=int, default=8080, help="0 picks a free one")
+    parser.add_argument("--port", type=int, default=8080, help="0: any free port")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
-    parser.add_argument("--compiled", action="store_true", help="torch.compile, before it serves")
+    parser.add_argument("--compiled", action="store_true", help="use torch.compile, before serving")
     args = parser.parse_args()
     pipeline = TorchPipeline(args.weights, args.threads, args.compiled, args.precision)
     pipeline.generate([0], [0], "H1P1R1", 3.0)  # compiles for one guided image

@@ -1,8 +1,8 @@
-"""SiT-XL/2 and an sd-vae-ft-ema decoder at real size on this machine: `python -m bench.xl_check`.
+"""Exports SiT-XL/2 and trains its refiner at full size: `python -m bench.xl_check`.
 
-Makes checkpoints of the public shapes with random weights and exports them as a user would. Builds
-TensorRT engines for a GPU that need not be here, and verifies the result. Encodes a few pictures,
-and trains a refiner on them for ten steps. Writes down time and peak memory.
+Makes checkpoints of SiT-XL/2 and sd-vae-ft-ema with random weights and exports them as a user
+would. Builds TensorRT engines, which needs no GPU, and verifies the result. Encodes a few pictures
+and trains a refiner on them for ten steps. Records time and peak memory.
 """
 
 import argparse
@@ -32,7 +32,7 @@ PICTURES, STEPS, BATCH = 8, 10, 4  # of the training
 
 @dataclass(frozen=True)
 class Run:
-    """One command: what it was, how long it took, and the most memory it held (resident)."""
+    """One command: its step and precision, its duration, and its peak resident memory."""
 
     step: str
     precision: str
@@ -41,17 +41,17 @@ class Run:
 
 
 def main() -> None:
-    """Runs every step; the first that fails ends it with its own message."""
+    """Runs every step; stops at the first failure, after that step's own message."""
     parser = argparse.ArgumentParser(prog="python -m bench.xl_check", description=__doc__)
     parser.add_argument("--size", choices=tuple(SIZES), default="xl")
-    parser.add_argument("--folder", type=Path, default=Path("runs/xl"), help="15 GB are needed")
+    parser.add_argument("--folder", type=Path, default=Path("runs/xl"), help="needs 15 GB")
     parser.add_argument("--part", nargs="+", choices=tuple(PARTS), default=list(PARTS))
     parser.add_argument("--precision", nargs="+", default=["fp16", "bf16"])
     parser.add_argument("--compute-capability", nargs="+", default=["8.0", "8.9", "12.0"])
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/xl_export.json"))
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    # In a process of its own: what it holds at most would count for the commands started here.
+    # In a separate process: its peak memory would otherwise count for the commands started here.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         source = pool.submit(checkpoints, args.folder, args.size).result()
     report = _report(args.out, {"size": args.size, "cores": os.cpu_count()})
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def _report(path: Path, machine: dict[str, Any]) -> dict[str, Any]:
-    """A report without runs, or with those that one from here has: a part alone adds its own."""
+    """The report in `path` if it is from this machine, to add runs to it; else an empty one."""
     if path.exists():
         report: dict[str, Any] = read_json(path)
         if machine.items() <= report.items():
@@ -74,25 +74,25 @@ def _report(path: Path, machine: dict[str, Any]) -> dict[str, Any]:
 
 
 def _export(args: argparse.Namespace, source: Source) -> Iterator[Run]:
-    """In each precision: ONNX files, an engine for each kind of GPU, and the errors of both."""
+    """Exports ONNX files per precision, builds an engine per kind of GPU, and verifies both."""
     given = [word for option in source.items() for word in option]
     for precision in args.precision:
         models = args.folder / f"models-{precision}"
-        shutil.rmtree(models, ignore_errors=True)  # what is up to date takes no time
+        shutil.rmtree(models, ignore_errors=True)  # an export that is up to date would take no time
         repository = ["--repository", str(models)]
         export = ["-m", "export", *given, *repository, "--precision", precision]
         engine = ["--engine", "tensorrt", "--compute-capability"]
         for k, capability in enumerate(args.compute_capability):
-            # The first makes the ONNX files too; the others add their engine to them.
+            # The first command also makes the ONNX files; the others only add an engine.
             step = f"export and engine for {capability}" if k == 0 else f"engine for {capability}"
             yield _run(step, precision, [*export, *engine, capability])
         yield _run("verify", precision, ["-m", "export", "verify", *given, *repository])
 
 
 def _train(args: argparse.Namespace, source: Source) -> Iterator[Run]:
-    """From pictures to latents to a refiner."""
+    """Encodes pictures to latents and trains a refiner on them."""
     folder, size = args.folder / "training", SIZES[args.size]
-    shutil.rmtree(folder, ignore_errors=True)  # a run that is done takes no more steps
+    shutil.rmtree(folder, ignore_errors=True)  # a finished run would take no more steps
     side = size.config.latent_size * 2 ** (len(size.vae_channels) - 1)
     rng = np.random.default_rng(0)
     for k in range(PICTURES):
@@ -118,7 +118,7 @@ PARTS = {"export": _export, "train": _train}
 
 
 def checkpoints(folder: Path, size: str) -> Source:
-    """Random weights in the files that a user would download; kept for the next time."""
+    """Writes random weights to the files that a user would download; keeps existing files."""
     config = SIZES[size].config
     predictor, refiner = folder / f"{size}.pt", folder / f"{size}-refiner.pt"
     vae = folder / f"{size}-vae"

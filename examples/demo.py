@@ -1,7 +1,7 @@
 """Serves a model repository, generates one grid with three schedules, and stops the server.
 
-What `make demo` runs. The server and the client are the real ones: see flowturbo/serve.py to keep a
-server running, and client/ for the library.
+`make demo` runs this with the real server and client. flowturbo/serve.py keeps a server running;
+client/ has the library.
 """
 
 import argparse
@@ -17,7 +17,7 @@ SCHEDULES = ("H8", "H1P5R3", "fast")
 
 
 def main() -> int:
-    """Returns the exit status of the client, or 1 when the server did not start."""
+    """Returns the exit status of the client, or 1 if the server did not start."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repository", type=Path, default=Path("model_repository"))
     parser.add_argument("--output", type=Path, default=Path("output"))
@@ -27,7 +27,7 @@ def main() -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     log = args.output / "tritonserver.log"
     started = time.monotonic()
-    print(f"starting Triton on {args.repository}, its log is {log} ...", flush=True)
+    print(f"starting Triton on {args.repository} (log: {log}) ...", flush=True)
     try:
         with running_server(args.repository, log_path=log) as address:
             print(f"ready after {time.monotonic() - started:.1f} s, gRPC at {address.grpc}")
@@ -38,7 +38,7 @@ def main() -> int:
 
 
 def generate(url: str, text: str, seed: int, output: Path) -> int:
-    """The client's command line, once for all schedules: their rows share seeds."""
+    """Runs the client's command once for all schedules, so that their rows share seeds."""
     command = [
         sys.executable,
         "-m",

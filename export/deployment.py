@@ -1,4 +1,4 @@
-"""How a composed model is deployed: Triton's configuration of it, in each of its forms."""
+"""How a composed model is deployed: its Triton configuration for each engine."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ from flowturbo.contract import Specs, TensorSpec
 ENGINES = ("python", "onnxruntime", "tensorrt")
 AUTO = "auto"  # chosen by measurement: export/runtime.py
 PROVIDERS = ("cpu", "cuda", "tensorrt")
-# Where ONNX Runtime's TensorRT provider keeps the engines it builds: on a volume, not in the
-# repository, which the server mounts read-only.
+# Cache for the engines that ONNX Runtime's TensorRT provider builds. It is a volume, because the
+# server mounts the repository read-only.
 ENGINE_CACHE = "/var/cache/flowturbo"
-# A graph saves launches, which show in small batches only; guided rows come in pairs.
+# CUDA graphs save launch overhead, which matters in small batches only. Guided rows are pairs.
 _GRAPH_ROWS = (1, 2, 4, 6, 8, 10, 12, 14, 16, 24, 32, 48, 64)
 _TRITON_TYPES = {
     np.float32: model_config_pb2.TYPE_FP32,
@@ -30,11 +30,11 @@ _GROUP = model_config_pb2.ModelInstanceGroup
 class Deployment:
     """What evaluates the composed models, and how many rows at a time.
 
-    `engine` is the Triton backend, `runtime` what evaluates the models within the Python backend.
-    `provider` is ONNX Runtime's where that is the backend; for PyTorch within the Python backend it
-    is "cuda" or "cpu". Precision is the networks'; a block's inputs, outputs and update are
-    float32. Of `max_rows` rows come max_batch_size, the engines' profiles, the warm-up and the CUDA
-    graphs; kernels are chosen for `opt_rows`.
+    `engine` is the Triton backend. `runtime` evaluates the models within the Python backend.
+    `provider` is the execution provider of the ONNX Runtime backend. For PyTorch within the Python
+    backend it is "cuda" or "cpu". `precision` is that of the networks: the inputs, outputs and
+    update of a block are float32. `max_rows` determines max_batch_size, the engines' profiles, the
+    warm-up and the CUDA graphs. Kernels are chosen for `opt_rows`.
     """
 
     engine: str = "python"
@@ -52,22 +52,22 @@ class Deployment:
 
     @property
     def profile(self) -> tuple[int, int, int]:
-        """Fewest, best and most rows of an engine that has one set of kernels."""
+        """Minimum, optimum and maximum rows of an engine with one optimization profile."""
         return 1, min(self.opt_rows, self.max_rows), self.max_rows
 
     @property
     def profiles(self) -> list[tuple[int, int, int]]:
-        """Those of an engine that has kernels for a lone image, for usual and for full batches.
+        """The profiles of an engine with kernels for one image, for `opt_rows` and for `max_rows`.
 
-        Each takes every batch: Triton captures every CUDA graph in each of them, and logs an error
-        for one that does not fit.
+        Each profile accepts every batch size. Triton captures every CUDA graph in every profile,
+        and logs an error for a graph that does not fit.
         """
         best = {2, min(self.opt_rows, self.max_rows), self.max_rows}
         return [(1, rows, self.max_rows) for rows in sorted(best)]
 
     @property
     def graph_rows(self) -> tuple[int, ...]:
-        """Batch sizes that are warmed up, and captured as CUDA graphs where there are such."""
+        """Batch sizes to warm up, and to capture as CUDA graphs where the engine has them."""
         return tuple(sorted({*(n for n in _GRAPH_ROWS if n < self.max_rows), self.max_rows}))
 
 
@@ -81,8 +81,8 @@ def model_config(
 ) -> model_config_pb2.ModelConfig:
     """Triton's configuration of a composed model with the inputs and outputs `tensors`.
 
-    `sizes` gives C, h, w (and H, W) in numbers, `engine_files` a TensorRT engine's file for each
-    compute capability, such as {"8.9": "model.plan"}; `digest` tells these weights from others.
+    `sizes` has the values of C, h, w (and H, W). `engine_files` has the TensorRT engine's file for
+    each compute capability, such as {"8.9": "model.plan"}. `digest` identifies the weights.
     """
     config = model_config_pb2.ModelConfig(
         name=model, backend=deployment.engine, max_batch_size=deployment.max_rows
@@ -90,9 +90,9 @@ def model_config(
     inputs, outputs = tensors
     add_tensors(config, inputs, outputs, sizes)
     if not deployment.on_gpu:
-        # No queue policy: with a limit or a timeout, Triton's batcher prepares no batch ahead, and
-        # a request that comes just before the instance is free again can wait 500 ms (seen on
-        # 24.10). On GPUs it would join what the orchestrator shares out among them.
+        # No queue policy: with a limit or a timeout, Triton's batcher prepares no batch ahead. A
+        # request that arrives just before the instance is free can then wait 500 ms (seen on
+        # 24.10). Not on GPUs: there it would join batches that the orchestrator spreads over them.
         config.dynamic_batching.SetInParent()
     if deployment.engine == "tensorrt":
         _use_engines(config, deployment, engine_files)
@@ -103,11 +103,11 @@ def model_config(
         elif deployment.provider == "tensorrt":
             _use_tensorrt_provider(config, deployment, inputs, sizes, digest)
     if deployment.on_gpu:
-        # One on each GPU that the server sees.
+        # One instance per GPU that the server sees.
         group = config.instance_group.add(count=1, kind=_GROUP.KIND_GPU)
         if deployment.engine == "tensorrt":
             group.profile.extend(str(k) for k in range(len(deployment.profiles)))
-        if deployment.engine == "python":  # which captures its graphs when it is loaded
+        if deployment.engine == "python":  # this model captures its graphs at load time
             rows = ",".join(map(str, deployment.graph_rows))
             config.parameters["graph_rows"].string_value = rows
         else:
@@ -154,7 +154,7 @@ def _use_engines(
 def _use_cuda(config: model_config_pb2.ModelConfig, deployment: Deployment) -> None:
     accelerators = config.optimization.execution_accelerators.gpu_execution_accelerator
     accelerator = accelerators.add(name="cuda")
-    if deployment.precision == "fp32":  # which TF32 is not
+    if deployment.precision == "fp32":  # TF32 has less precision
         accelerator.parameters["use_tf32"] = "0"
 
 
@@ -165,16 +165,16 @@ def _use_tensorrt_provider(
     sizes: Mapping[int | str, int],
     digest: str,
 ) -> None:
-    """ONNX Runtime's TensorRT: without the engines' profile it would build one for each batch.
+    """Sets up ONNX Runtime's TensorRT provider. Without a profile it builds one engine per batch.
 
-    The networks are strongly typed since TensorRT 11: types are those of the file. What chose them
-    before (`precision_mode`, from which the backend makes `trt_fp16_enable` and its like) is gone.
+    From TensorRT 11 on, networks are strongly typed: the types are those of the file. Options that
+    chose types before are gone (`precision_mode`, which the backend maps to `trt_fp16_enable`).
     """
     accelerators = config.optimization.execution_accelerators.gpu_execution_accelerator
     parameters = accelerators.add(name="tensorrt").parameters
     parameters["trt_engine_cache_enable"] = "1"
     parameters["trt_engine_cache_path"] = ENGINE_CACHE
-    # It knows its engines by name alone: other weights must not find these.
+    # The provider finds cached engines by name only: other weights need another name.
     parameters["trt_engine_cache_prefix"] = f"{config.name}_{digest[:16]}"
     parameters["trt_timing_cache_enable"] = "1"
     for end, rows in zip(("min", "opt", "max"), deployment.profile, strict=True):

@@ -1,8 +1,8 @@
-"""ONNX step blocks to TensorRT engines.
+"""Builds TensorRT engines from ONNX files.
 
-With the `tensorrt` package an engine is built for the GPU of this machine, which is what Triton's
-TensorRT backend loads. TensorRT for RTX has the same interface and builds for a GPU that is not
-here: that tries a network, and Triton cannot load what it makes.
+The `tensorrt` package builds an engine for the GPU of this machine. Triton's TensorRT backend loads
+such engines. TensorRT for RTX has the same interface and can build for a GPU that is not here. That
+is only a trial of the network: Triton cannot load the result.
 """
 
 import importlib
@@ -21,22 +21,23 @@ from flowturbo.errors import FlowTurboError
 from flowturbo.gpu import GpuError, usable_gpus
 from flowturbo.rows import Tensors
 
-Profile = tuple[int, int, int]  # fewest, best and most rows
+Profile = tuple[int, int, int]  # minimum, optimum and maximum rows
 
-CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")  # that TensorRT for RTX builds for
+CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")  # targets of TensorRT for RTX
 _KEPT_MESSAGES = 5
 
 
 class EngineError(FlowTurboError):
-    """TensorRT is not here, or refuses a network."""
+    """TensorRT is missing, or it rejects a network."""
 
 
 @dataclass(frozen=True)
 class Builder:
     """TensorRT and the GPU that it builds for.
 
-    `version` is TensorRT's, with "rtx-" in front of TensorRT for RTX's; `capability` is the GPU's
-    compute capability, such as "8.9", `gpu` its name, and `ordinal` its number here.
+    `version` is the version of TensorRT; for TensorRT for RTX it starts with "rtx-". `capability`
+    is the GPU's compute capability, such as "8.9". `gpu` is its name, `ordinal` its number on this
+    machine.
     """
 
     trt: ModuleType
@@ -47,24 +48,24 @@ class Builder:
 
     @property
     def cross(self) -> bool:
-        """Whether it builds for a GPU that is not here."""
+        """Whether it builds for a GPU that is not in this machine."""
         return self.version.startswith("rtx-")
 
     @property
     def file(self) -> str:
-        """Name of this GPU's engine beside another's."""
+        """File name of this GPU's engine if the model already has another engine."""
         return f"model.sm{self.capability.replace('.', '')}.plan"
 
     def load(self, plan: Path) -> "TensorRtModel":
-        """The engine `plan`, on this GPU; raises EngineError."""
+        """Loads the engine `plan` on this GPU. Raises EngineError."""
         return TensorRtModel(self.trt, plan, self.ordinal)
 
 
 def find_builders(capability: str | None) -> list[Builder]:
-    """TensorRT for one GPU of each compute capability that is here.
+    """One builder per compute capability of the GPUs here.
 
-    With a `capability` that is named, TensorRT for RTX for that. Raises EngineError, saying what is
-    missing.
+    If `capability` is given, one builder of TensorRT for RTX for it. Raises EngineError, which says
+    what is missing.
     """
     if capability:
         trt = _import("tensorrt_rtx", "tensorrt_rtx_bindings")
@@ -81,7 +82,7 @@ def find_builders(capability: str | None) -> list[Builder]:
         gpus = usable_gpus()
     except GpuError as error:
         raise EngineError(
-            f"an engine is built on the GPU that runs it, and {error}. Export in the export image "
+            f"an engine is built on the GPU that runs it, but {error}. Export in the export image "
             "(docker compose --profile export run export), or try the network with "
             f"--compute-capability, one of {', '.join(CAPABILITIES)}"
         ) from error
@@ -95,7 +96,7 @@ def find_builders(capability: str | None) -> list[Builder]:
 def _import(*names: str) -> ModuleType | None:
     for name in names:
         try:
-            if name == "tensorrt_rtx_bindings":  # which does not look for its own libraries
+            if name == "tensorrt_rtx_bindings":  # does not load its own libraries
                 importlib.import_module("tensorrt_rtx_libs")
             return importlib.import_module(name)
         except ImportError:
@@ -106,10 +107,10 @@ def _import(*names: str) -> ModuleType | None:
 def build_engine(
     builder: Builder, onnx: Path, plan: Path, profiles: Sequence[Profile], timing_cache: Path
 ) -> dict[str, Any]:
-    """Writes the engine of `onnx` to `plan`; returns its entry in the record of its model.
+    """Builds the engine of `onnx` and writes it to `plan`. Returns its entry for the model record.
 
-    The network is strongly typed: every tensor keeps the type it has in the ONNX file. Kernels are
-    chosen for each of `profiles`. Raises EngineError, naming the ONNX node where there is one.
+    The network is strongly typed: every tensor keeps its type from the ONNX file. TensorRT chooses
+    kernels for each of `profiles`. Raises EngineError, which names the ONNX node if it is known.
     """
     trt, started = builder.trt, time.monotonic()
     if not builder.cross:
@@ -121,10 +122,10 @@ def build_engine(
     config = tool.create_builder_config()
     config.progress_monitor = _progress(trt, plan.parent.parent.name)
     if (tf32 := getattr(trt.BuilderFlag, "TF32", None)) is not None:
-        config.clear_flag(tf32)  # float32 blocks are verified as such
+        config.clear_flag(tf32)  # float32 blocks are verified with float32 tolerances
     for profile in profiles:
         _add_profile(tool, config, network, profile)
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # names the kernels chosen
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # keeps the kernels' names
     if builder.cross:
         config.num_compute_capabilities = 1
         name = f"SM{builder.capability.replace('.', '')}"
@@ -139,7 +140,7 @@ def build_engine(
         _keep(known, timing_cache)
     inputs = [network.get_input(k) for k in range(network.num_inputs)]
     if shapes := [tensor.name for tensor in inputs if tensor.is_shape_tensor]:
-        print(f"{plan}: TensorRT reads {shapes} as shapes: Triton captures no CUDA graphs for it")
+        print(f"{plan}: TensorRT uses {shapes} as shape inputs, so Triton captures no CUDA graphs")
     return {
         "file": plan.name,
         "tensorrt": builder.version,
@@ -153,9 +154,10 @@ def build_engine(
 
 
 def _strong_typing(trt: ModuleType) -> int:
-    """The flags of a strongly typed network: none where there are no others (from TensorRT 11 on).
+    """The flags that make a network strongly typed; 0 if TensorRT has no such flag.
 
-    TensorRT 11 still has the flag and takes no notice of it; later releases may drop it.
+    From TensorRT 11 on all networks are strongly typed. TensorRT 11 still has the flag but ignores
+    it; later releases may drop it.
     """
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
@@ -179,9 +181,9 @@ def _add_profile(tool: Any, config: Any, network: Any, rows: Profile) -> None:
 
 
 def _use_timing_cache(config: Any, path: Path) -> Any:
-    """The cache that the build reads and extends; it must live as long as the build."""
+    """The timing cache that the build reads and extends. It must outlive the build."""
     cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
-    # One of another GPU or TensorRT is refused: the build then starts with none.
+    # TensorRT rejects a cache of another GPU or version: then start with an empty one.
     if not config.set_timing_cache(cache, ignore_mismatch=False):
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, ignore_mismatch=False)
@@ -194,13 +196,13 @@ def _keep(cache: Any, path: Path) -> None:
         partial = path.with_suffix(".partial")
         partial.write_bytes(cache.serialize())
         partial.replace(path)
-    except OSError as error:  # only the next build's time is lost
-        print(f"the timing cache was not kept: {error}; --timing-cache names another folder")
+    except OSError as error:  # not fatal: the next build only takes longer
+        print(f"the timing cache was not saved: {error}; choose a folder with --timing-cache")
 
 
 def _log(trt: ModuleType) -> Any:
     class Log(trt.ILogger):  # type: ignore[misc, name-defined]
-        """Keeps the last errors for the exception that follows them."""
+        """Keeps the last errors for the message of the next exception."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -215,7 +217,7 @@ def _log(trt: ModuleType) -> Any:
 
 def _progress(trt: ModuleType, model: str) -> Any:
     class Progress(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
-        """A line for each outer phase of the build."""
+        """Prints one line per outer phase of the build."""
 
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
             if parent is None:
@@ -230,10 +232,10 @@ def _progress(trt: ModuleType, model: str) -> Any:
 
 
 class TensorRtModel:
-    """An engine on the GPU: input tensors by name to outputs in the engine's order.
+    """An engine on the GPU: maps input tensors by name to outputs in the engine's order.
 
-    A batch runs in the profile whose best size is nearest, as Triton chooses it. Input and output
-    buffers on the GPU are as large as the largest batch.
+    A batch runs in the profile with the nearest optimum size, as in Triton. The input and output
+    buffers on the GPU hold the largest batch.
     """
 
     on_gpu = True
@@ -298,9 +300,9 @@ class TensorRtModel:
         _done(self._cuda.cudaMemcpy(target, source, array.nbytes, kind))
 
     def fused_attentions(self) -> int | None:
-        """How many of the engine's kernels are a whole attention, in its first profile.
+        """The number of fused attention kernels in the first profile of the engine.
 
-        None where TensorRT does not tell its kernels.
+        None if TensorRT does not report the kernels.
         """
         inspector = self._engine.create_engine_inspector()
         inspector.execution_context = self._contexts[0]
@@ -309,7 +311,7 @@ class TensorRtModel:
 
 
 def nearest_profile(profiles: Sequence[Sequence[int]], rows: int) -> int:
-    """The profile that Triton's TensorRT backend runs so many rows in (GetMostOptimizedProfile)."""
+    """The profile that Triton's TensorRT backend uses for `rows` rows (GetMostOptimizedProfile)."""
     fitting = [k for k, (least, _, most) in enumerate(profiles) if least <= rows <= most]
     if not fitting:
         raise EngineError(f"no profile of the engine takes {rows} rows: it has {profiles}")
@@ -317,12 +319,12 @@ def nearest_profile(profiles: Sequence[Sequence[int]], rows: int) -> int:
 
 
 def count_fused(information: str) -> int | None:
-    """How many layers run a kernel of fused attention; `information` is the inspector's JSON.
+    """The number of layers with a fused attention kernel; `information` is the inspector's JSON.
 
-    None for another form: a report must not end an export.
+    None for JSON of another form, because a mere report must not stop an export.
     """
     try:
-        # By the kernel, such as `_gemm_mha_v2_0x95…`: names of layers come from the network.
+        # Kernel names such as `_gemm_mha_v2_0x95…`; layer names come from the network.
         kernels = [layer.get("TacticName", "") for layer in json.loads(information)["Layers"]]
         return sum("mha" in kernel.lower() for kernel in kernels)
     except (ValueError, LookupError, TypeError, AttributeError):
@@ -330,12 +332,12 @@ def count_fused(information: str) -> int | None:
 
 
 def _use_gpu(ordinal: int) -> Any:
-    """CUDA's runtime, with this thread on the GPU of that number; raises EngineError."""
+    """Selects the GPU `ordinal` for this thread. Returns the CUDA runtime; raises EngineError."""
     try:
         runtime = importlib.import_module("cuda.bindings.runtime")
     except ImportError as error:
         raise EngineError(
-            "an engine is checked on its GPU, and CUDA's bindings are missing here: "
+            "an engine is checked on its GPU, but CUDA's Python bindings are missing: "
             "pip install cuda-bindings"
         ) from error
     _done(runtime.cudaSetDevice(ordinal))
@@ -343,7 +345,7 @@ def _use_gpu(ordinal: int) -> Any:
 
 
 def _done(result: Sequence[Any]) -> Any:
-    """The value of a call of CUDA's runtime; raises EngineError with its error."""
+    """The value of a CUDA runtime call. Raises EngineError if the call failed."""
     error, *values = result
     if int(error):
         raise EngineError(f"CUDA failed: {error.name}")

@@ -1,4 +1,4 @@
-"""Composed models as directories that Triton loads, installed whole or not at all."""
+"""Installs composed models as folders that Triton loads: all of them, or none."""
 
 import ast
 import hashlib
@@ -38,13 +38,13 @@ __all__ = ["TritonPythonModel"]
 '''
 _DEFAULT_PIPELINE = "default_pipeline"
 _RECORD = ".record"
-# Fields of the orchestrator's configuration that belong to its code.
+# Fields of the orchestrator's configuration that its code determines.
 _THIS_VERSIONS = ("name", "backend", "max_batch_size", "input", "output")
 _VERSIONED = ("torch", "onnx", "onnxscript", "diffusers", "onnxruntime", "openvino")
 
 
 def link_installed(repository: Path, models: Iterable[str], staged: Path) -> None:
-    """Puts installed `models` into `staged` too, at no cost in disk, to be added to."""
+    """Hard-links installed `models` into `staged`, so that files can be added to them there."""
     for model in models:
         shutil.copytree(repository / model, staged / model, copy_function=_link)
 
@@ -52,18 +52,18 @@ def link_installed(repository: Path, models: Iterable[str], staged: Path) -> Non
 def _link(source: str, target: str) -> None:
     try:
         os.link(source, target)
-    except OSError:  # not every file system has links, or allows them
+    except OSError:  # some file systems have no hard links, or forbid them
         shutil.copy2(source, target)
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes `path` as a new file: what is linked to the old one keeps its content."""
+    """Writes `path` as a new file, so that hard links to the old file keep its content."""
     path.unlink(missing_ok=True)
     path.write_text(text)
 
 
 def versions() -> dict[str, str]:
-    """Versions of the tools that decide what an export contains, of those that are here."""
+    """The versions of the installed packages that affect the content of an export."""
     found = {}
     for name in _VERSIONED:
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -72,17 +72,17 @@ def versions() -> dict[str, str]:
 
 
 def processor_digest() -> str:
-    """Tells this kind of CPU from others."""
+    """A digest of this kind of CPU."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     kinds = sorted({line for line in lines if line.startswith(("model name", "flags"))})
     return hashlib.sha256("\n".join(kinds).encode()).hexdigest()[:16]
 
 
 def source_digest() -> str:
-    """Digest of the code that decides what an export contains: its syntax, not its comments."""
+    """Digest of the code that affects the content of an export: its syntax, not its comments."""
     digest = hashlib.sha256()
     core = ROOT / "flowturbo"
-    # Calibration for fp8 runs over a trajectory: hence the solver.
+    # The solver counts because the calibration for fp8 runs a trajectory.
     folders = (core / "nets", core / "conditions", core / "solver", ROOT / "export")
     files = [core / f"{name}.py" for name in ("contract", "parity", "rows", "runtimes")]
     files += [path for folder in folders for path in folder.glob("*.py")]
@@ -92,7 +92,7 @@ def source_digest() -> str:
 
 
 def _syntax(source: str) -> str:
-    """A program without comments, docstrings and layout."""
+    """The syntax tree of a program, without comments, docstrings and layout."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
@@ -108,21 +108,22 @@ def _is_text(node: ast.stmt) -> bool:
 
 
 class InstallError(FlowTurboError):
-    """The repository cannot take the models."""
+    """The models cannot be installed in the repository."""
 
 
 @contextmanager
 def staging(repository: Path) -> Iterator[Path]:
-    """A folder beside `repository`, on the same file system, that is gone afterwards.
+    """A temporary folder beside `repository`, on the same file system.
 
-    Not inside it, where a server could find half a model. Raises InstallError for a mount point.
+    It is not inside the repository, because a server could find an incomplete model there. Raises
+    InstallError for a mount point.
     """
     repository = repository.resolve()
     repository.parent.mkdir(parents=True, exist_ok=True)
     if repository.is_mount():
         raise InstallError(
-            f"{repository} is a mount point, into which no finished model can be moved at once: "
-            "export to a folder in it"
+            f"{repository} is a mount point, and models cannot be moved into it atomically: export "
+            "to a folder in it"
         )
     folder = tempfile.mkdtemp(prefix=f".{repository.name}.", dir=repository.parent)
     try:
@@ -132,11 +133,11 @@ def staging(repository: Path) -> Iterator[Path]:
 
 
 def install(staged: Path, repository: Path, pipeline: Pipeline, replaced: Iterable[str]) -> None:
-    """Moves the finished models in `staged` into `repository`, and those named `replaced` out.
+    """Moves the finished models in `staged` into `repository`, and the `replaced` models out.
 
-    The pipeline's record goes first and comes back last: without it, nothing of the pipeline is
-    installed. Each model is renamed into place whole. If one cannot be, the old pipeline comes
-    back.
+    The pipeline's old record is removed first, and the new one is written last: a pipeline without
+    a record is not installed. Each model is renamed into place as a whole. If that fails, the old
+    pipeline is restored.
     """
     repository.mkdir(parents=True, exist_ok=True)
     finished = sorted(path.name for path in staged.iterdir())
@@ -156,7 +157,7 @@ def install(staged: Path, repository: Path, pipeline: Pipeline, replaced: Iterab
         partial.replace(record)
     except BaseException:
         for model in finished:
-            if not (staged / model).exists():  # it has been moved in
+            if not (staged / model).exists():  # it is already in the repository
                 shutil.rmtree(repository / model, ignore_errors=True)
         for saved in old.iterdir():
             saved.rename(record if saved.name == _RECORD else repository / saved.name)
@@ -164,7 +165,7 @@ def install(staged: Path, repository: Path, pipeline: Pipeline, replaced: Iterab
 
 
 def write_record(repository: Path, pipeline: Pipeline) -> None:
-    """Replaces the record of an installed pipeline, at once."""
+    """Replaces the record of an installed pipeline (atomic write)."""
     record = record_path(repository, pipeline.name)
     partial = record.with_suffix(".partial")
     partial.write_text(record_text(pipeline))
@@ -172,7 +173,7 @@ def write_record(repository: Path, pipeline: Pipeline) -> None:
 
 
 def remove(repository: Path, name: str) -> list[str]:
-    """Removes the pipeline `name`, its record first; the folders that went.
+    """Removes the pipeline `name`, its record first. Returns the removed folders.
 
     Raises RepositoryError if it is not installed.
     """
@@ -185,7 +186,7 @@ def remove(repository: Path, name: str) -> list[str]:
 
 
 def add_orchestrator(repository: Path) -> None:
-    """Puts the orchestrator into a new repository; its default pipeline is not set yet."""
+    """Adds the orchestrator to a new repository. Its default pipeline is not set yet."""
     folder = repository / contract.ORCHESTRATOR
     if folder.exists():
         return
@@ -198,9 +199,9 @@ def add_orchestrator(repository: Path) -> None:
 
 
 def choose_default(repository: Path, name: str) -> bool:
-    """Makes `name` the default pipeline where the setting names none that is installed.
+    """Makes `name` the default pipeline, unless the setting already names an installed one.
 
-    Returns whether it did.
+    Returns whether the setting changed.
     """
     if Settings.load(repository).default_pipeline in installed(repository):
         return False
@@ -209,7 +210,7 @@ def choose_default(repository: Path, name: str) -> bool:
 
 
 def _set(config: Path, setting: str, value: str) -> None:
-    """Writes a setting into a configuration; as text, so that comments stay."""
+    """Changes a setting in the text of a configuration, which keeps the comments."""
     found = re.compile(rf'({setting}", value: {{ string_value: )"[^"]*"')
     text, count = found.subn(rf'\g<1>"{value}"', config.read_text())
     if not count:
@@ -220,10 +221,10 @@ def _set(config: Path, setting: str, value: str) -> None:
 
 
 def mend_orchestrator(repository: Path) -> bool:
-    """Brings the code and the tensors of the repository's orchestrator, if it has one, up to date.
+    """Updates the code and the tensors of the repository's orchestrator, if it has one.
 
-    Its settings and instances stay. Returns whether there was anything to do. Raises
-    RepositoryError for a configuration that is none.
+    Its settings and instances stay. Returns whether anything changed. Raises RepositoryError for an
+    invalid configuration.
     """
     folder = repository / contract.ORCHESTRATOR
     if not folder.is_dir():
@@ -239,7 +240,7 @@ def mend_orchestrator(repository: Path) -> bool:
         if found.instance_group:
             del mended.instance_group[:]
             mended.instance_group.extend(found.instance_group)
-    else:  # as in a new repository
+    else:  # no configuration: as in a new repository
         mended.parameters[_DEFAULT_PIPELINE].string_value = ""
     path, text = folder / code, (COMMITTED / code).read_text()
     same_code = path.is_file() and path.read_text() == text
@@ -255,18 +256,18 @@ def mend_orchestrator(repository: Path) -> bool:
 
 
 def file_digests(folder: Path) -> dict[str, str]:
-    """The digest of every file of a model's version, by name."""
+    """The digest of each file in a model's version folder, by file name."""
     return {file.name: sha256(file) for file in sorted((folder / "1").iterdir())}
 
 
 def is_whole(folder: Path, engine: Mapping[str, Any]) -> bool:
-    """Whether an engine's file is there, as long as its record says."""
+    """Whether an engine's file exists and has the recorded size."""
     path = folder / "1" / engine["file"]
     return path.is_file() and path.stat().st_size == engine["bytes"]
 
 
 def installed_pipeline(repository: Path, name: str) -> Pipeline | None:
-    """The installed pipeline `name`; None where it is not there, not whole, or not as recorded."""
+    """The installed pipeline `name`; None if it is missing, incomplete or not as recorded."""
     try:
         pipeline = read_pipeline(repository, name)
         for role, model in pipeline.models.items():

@@ -1,4 +1,4 @@
-"""PyTorch modules to ONNX files."""
+"""Exports PyTorch modules as ONNX files."""
 
 import logging
 import warnings
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from flowturbo.conditions import Condition
-from flowturbo.contract import IMAGE, PAIR, Role, Specs, composed_tensors
+from flowturbo.contract import IMAGE, PAIR, Role, Specs, composed_tensors, latent_sizes
 
-OPSET = 22  # the first whose Conv takes bfloat16
-# What PyTorch computes in; fp8 is float16 whose matrix products export/quantize.py narrows.
+OPSET = 22  # the first version with bfloat16 in Conv
+# PyTorch's types. An fp8 model is exported in float16; export/quantize.py then converts it.
 PRECISIONS = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -26,7 +26,7 @@ PRECISIONS = {
 
 @dataclass(frozen=True)
 class ExportTarget:
-    """A module to export: its role, the size of its latents (C, h, w), and its condition."""
+    """A module to export: its role, the shape of its latents (C, h, w), and its condition."""
 
     role: Role
     module: nn.Module
@@ -39,17 +39,20 @@ class ExportTarget:
         return composed_tensors(self.role, self.condition.block_inputs)
 
     def sizes(self, outputs: Mapping[str, np.ndarray]) -> dict[int | str, int]:
-        """What the contract's letters stand for: C, h, w, and H and W of an image in `outputs`."""
-        sizes: dict[int | str, int] = dict(zip("Chw", self.latent_shape, strict=True))
+        """The values of the contract's letters: C, h, w, and for a decoder H and W of its image."""
+        sizes = latent_sizes(self.latent_shape)
         if self.role is Role.DECODER:
             sizes |= dict(zip("HW", outputs[IMAGE].shape[1:3], strict=True))
         return sizes
 
     def random_inputs(self, rows: int, seed: int) -> dict[str, Tensor]:
-        """Inputs by name as the contract has them: guided pairs first, an odd last row alone."""
+        """Random inputs by name, in the contract's order.
+
+        Rows are guided pairs; an odd last row has no partner.
+        """
         generator = torch.Generator().manual_seed(seed)
         specs, _ = self.tensors
-        sizes: dict[int | str, int] = dict(zip("Chw", self.latent_shape, strict=True))
+        sizes = latent_sizes(self.latent_shape)
         made: dict[str, Tensor] = {}
         for spec in specs:
             shape = (rows, *(int(sizes.get(dim, dim)) for dim in spec.dims))
@@ -71,16 +74,16 @@ def _pairs(rows: int) -> Tensor:
 
 
 def to_precision(module: nn.Module, precision: str) -> None:
-    """Casts the parameters of `module` one by one, in place: never two whole copies in memory.
+    """Casts the parameters of `module` in place, one by one, so memory never holds two copies.
 
-    Buffers stay: the time embedder's frequencies need all their digits.
+    Buffers keep their type: the time embedder's frequencies need float32.
     """
     for parameter in module.parameters():
         parameter.data = parameter.data.to(PRECISIONS[precision])
 
 
 def export_onnx(exported: ExportTarget, path: Path) -> None:
-    """Writes the module as ONNX with any number of rows; large weights lie beside it."""
+    """Writes the module as ONNX for any number of rows; large weights get a file beside it."""
     example = exported.random_inputs(4, seed=0)
     _, outputs = exported.tensors
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -113,11 +116,11 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """Scaled dot-product attention, [B, heads, tokens, d], in the fewest nodes.
+    """Scaled dot-product attention, [B, heads, tokens, d], with as few nodes as possible.
 
-    The exporter's own form reshapes and scales the keys too, which no runtime fuses away.
+    The exporter's own form also reshapes and scales the keys. No runtime fuses these nodes.
     """
-    from onnxscript import opset22 as op  # here: programs for PyTorch need no ONNX
+    from onnxscript import opset22 as op  # imported here: PyTorch programs need no ONNX
 
     assert mask is None and not dropout and not causal and not enable_gqa
     factor = scale or query.shape[-1] ** -0.5
@@ -126,7 +129,7 @@ def _attention(
 
 
 def count_attentions(path: Path) -> int:
-    """How many attentions the ONNX file `path` has: a softmax each."""
+    """The number of attentions in the ONNX file `path`: each has one softmax."""
     import onnx
 
     graph = onnx.load(path, load_external_data=False).graph

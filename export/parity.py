@@ -1,4 +1,4 @@
-"""PyTorch's answers in float32, to which every exported form is held."""
+"""PyTorch's float32 outputs: the reference for every exported form."""
 
 import numpy as np
 import torch
@@ -7,11 +7,11 @@ from export.onnx_graph import ExportTarget
 from flowturbo.parity import PAIRED, Evaluate, Figures, VerificationError
 from flowturbo.rows import Tensors
 
-_AT_ONCE = 6  # rows, which bounds the memory that a large decoder takes
+_AT_ONCE = 6  # rows per evaluation: bounds the memory of a large decoder
 
 
 def torch_evaluation(exported: ExportTarget) -> Evaluate:
-    """The PyTorch module itself, in whatever precision it has now."""
+    """Evaluates the PyTorch module itself, in its current precision."""
     names = [spec.name for spec in exported.tensors[0]]
 
     def evaluate(tensors: Tensors) -> tuple[np.ndarray, ...]:
@@ -24,7 +24,10 @@ def torch_evaluation(exported: ExportTarget) -> Evaluate:
 
 
 def torch_figures(exported: ExportTarget) -> Figures:
-    """What the module answers, in the precision it has now, on random inputs."""
+    """The module's outputs for random inputs, in its current precision.
+
+    Raises VerificationError if they are not finite.
+    """
     made = exported.random_inputs(PAIRED + 1, seed=1)
     inputs = {name: value.numpy() for name, value in made.items()}
     names = [spec.name for spec in exported.tensors[1]]
@@ -36,6 +39,6 @@ def torch_figures(exported: ExportTarget) -> Figures:
     outputs = dict(zip(names, map(np.concatenate, zip(*parts, strict=True)), strict=True))
     if bad := next((name for name, array in outputs.items() if not np.isfinite(array).all()), None):
         raise VerificationError(
-            f"{exported.role}: PyTorch itself answers {bad} with values that are not finite"
+            f"{exported.role}: PyTorch's own output {bad} has values that are not finite"
         )
     return Figures(inputs, outputs)

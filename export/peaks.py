@@ -1,7 +1,7 @@
-"""The largest magnitude that a network computes, against the range of float16.
+"""Compares the largest magnitude that a network computes with the range of float16.
 
-A network whose values leave that range answers NaN on a GPU, where a CPU hides it: ONNX Runtime
-computes float16 in float32 there. So the float32 network is watched, wherever the export runs.
+A network whose values leave that range gives NaN on a GPU. A CPU hides this, because ONNX Runtime
+computes float16 models in float32 there. So the export always watches the float32 network.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,21 +23,21 @@ from flowturbo.parity import Figures
 from flowturbo.rows import Tensors
 
 LARGEST = torch.finfo(torch.float16).max
-HEADROOM = 2.0  # other inputs than the few that are tried reach further
-_SMALL_TABLE, _ROWS = 64, 8  # labels, and rows in an evaluation
+HEADROOM = 2.0  # safety factor: only a few inputs are tried, others may give larger values
+_SMALL_TABLE, _ROWS = 64, 8  # labels, and rows per evaluation
 HALVES = ("fp16", "fp8")  # an fp8 network computes in float16 between its matrix products
 
 
 @dataclass(frozen=True)
 class Peak:
-    """The largest magnitude of any tensor, and the operation that made it."""
+    """The largest magnitude in any tensor, and the operation that computed it."""
 
     magnitude: float
     operation: str
 
     @property
     def fits_half(self) -> bool:
-        """Whether float16 holds it, with room to spare; NaN does not fit."""
+        """Whether it fits into float16 with a margin (HEADROOM). NaN does not fit."""
         return self.magnitude <= LARGEST / HEADROOM
 
     def __str__(self) -> str:
@@ -45,12 +45,12 @@ class Peak:
 
 
 class PeakOf(TorchDispatchMode):
-    """Watches every floating-point tensor that is computed while the block runs."""
+    """Records the peak of all floating-point tensors that are computed inside the with block."""
 
     def __init__(self) -> None:
         super().__init__()
         self.peak = Peak(0.0, "nothing")
-        # Plain attention: the products of queries and keys are tensors of their own.
+        # Plain attention, because fused attention hides the products of queries and keys.
         self._plain_attention = sdpa_kernel(SDPBackend.MATH)
 
     def __enter__(self) -> "PeakOf":
@@ -63,7 +63,7 @@ class PeakOf(TorchDispatchMode):
         self._plain_attention.__exit__(*error)
 
     def look_at(self, name: str, tensor: Tensor) -> None:
-        """Takes `tensor` into account, as what `name` made."""
+        """Updates the peak with `tensor`, the result of the operation `name`."""
         if tensor.is_floating_point() and tensor.numel():
             found = float(tensor.detach().abs().max())
             if not found <= self.peak.magnitude:  # true for NaN too
@@ -84,9 +84,9 @@ class PeakOf(TorchDispatchMode):
 
 
 def watched_figures(exported: ExportTarget) -> tuple[Figures, Peak]:
-    """The figures that every form is held to, and the peak of the model.
+    """The reference figures of a model, and its peak.
 
-    That is the largest of its weights, of what it computes for these figures and for `extremes`.
+    The peak covers the weights and all values computed for these figures and for `extremes`.
     """
     run = torch_evaluation(exported)
     with PeakOf() as watch:
@@ -99,10 +99,10 @@ def watched_figures(exported: ExportTarget) -> tuple[Figures, Peak]:
 
 
 def extremes(exported: ExportTarget) -> Iterator[Tensors]:
-    """Inputs of a step block at both ends of the flow and in its middle, for the labels that count.
+    """Inputs of a step block at the start, middle and end of the flow, for critical labels.
 
-    These are all labels of a small table. Of a large one they are those with the largest
-    embeddings, and the null class.
+    From a small label table they are all labels. From a large one they are the labels with the
+    largest embeddings, and the null class.
     """
     if not isinstance(exported.module, StepBlock):
         return

@@ -1,4 +1,4 @@
-"""One pipeline's checkpoints to verified models, installed in a repository together."""
+"""Exports the checkpoints of one pipeline, and verifies and installs all its models together."""
 
 import json
 import unicodedata
@@ -32,14 +32,14 @@ from flowturbo.settings import Settings
 from flowturbo.solver.schedule import Schedule
 from flowturbo.textfile import read_lines, read_text
 
-# Characters of these kinds are not seen: control, format, lone surrogates.
+# Unicode categories of invisible characters: control, format, lone surrogates.
 _HIDDEN = ("Cc", "Cf", "Cs")
-_JOINERS = "\u200c\u200d"  # which spelling needs in some languages, between other characters
+_JOINERS = "\u200c\u200d"  # some languages need these between other characters
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to export, under which `name`, and to where; `command` is what makes it again."""
+    """What to export, its `name`, and where to. `command` is the command line of this export."""
 
     name: str
     source: Checkpoints
@@ -55,15 +55,15 @@ class Options:
     default_schedule: str | None
     command: str
 
-    # Read once: what was checked is what is installed, though it came through a pipe.
+    # Read once, so that the checked content is the installed content, even from a pipe.
     @cached_property
     def names(self) -> list[str]:
-        """The classes' names, none if none were given; raises TextFileError."""
+        """The class names; empty if no file was given. Raises TextFileError."""
         return read_lines(self.class_names) if self.class_names else []
 
     @cached_property
     def presets_text(self) -> str:
-        """The content of the file of presets, which was given; raises TextFileError."""
+        """The content of the presets file, which must be given. Raises TextFileError."""
         assert self.presets
         return read_text(self.presets)
 
@@ -73,21 +73,21 @@ class Options:
 
 
 def export_pipeline(options: Options) -> None:
-    """Exports, verifies and installs; does nothing if this very pipeline is installed.
+    """Exports, verifies and installs a pipeline; does nothing if the same one is installed.
 
-    Raises CheckpointError, VerificationError or EngineError, or RepositoryError for presets that
-    the models cannot serve, and then leaves the repository's pipelines as they were.
+    Raises CheckpointError, VerificationError or EngineError. Raises RepositoryError for presets
+    that the models cannot serve. After an error the repository's pipelines are as before.
     """
     repository = options.repository
     former = _former(options)
-    presets = _presets(options, former)  # refused before minutes of export
+    presets = _presets(options, former)  # fail fast, before minutes of export
     schedules = _ensembles(options, former, presets)
     defaults = _defaults(options, former, presets)
     builders: list[Builder] = []
-    if options.deployment.engine == "tensorrt":  # found missing before minutes of export
+    if options.deployment.engine == "tensorrt":  # fail fast, before minutes of export
         builders = find_builders(options.compute_capability)
     if install.mend_orchestrator(repository):
-        print(f"export: {ORCHESTRATOR} is of this version now, its settings as before")
+        print(f"export: updated {ORCHESTRATOR} to this version, with its settings as before")
     settings = Settings.load(repository)
     fingerprint = _fingerprint(options)
     same = None if options.force else install.installed_pipeline(repository, options.name)
@@ -98,7 +98,7 @@ def export_pipeline(options: Options) -> None:
         if wanted != same:
             install.write_record(repository, wanted)
         if replace(wanted, command=same.command) != same:
-            print(f"export: the record of {options.name} is of these defaults and presets now")
+            print(f"export: updated the defaults and presets in the record of {options.name}")
         else:
             print(f"export: {repository}: {options.name} is up to date")
     else:
@@ -126,7 +126,7 @@ def export_pipeline(options: Options) -> None:
 
 
 def _former(options: Options) -> Pipeline | None:
-    """The pipeline of this name that is installed, if its record can be read."""
+    """The installed pipeline of this name; None if its record cannot be read."""
     try:
         return read_pipeline(options.repository, options.name)
     except RepositoryError:
@@ -134,7 +134,7 @@ def _former(options: Options) -> Pipeline | None:
 
 
 def _presets(options: Options, former: Pipeline | None) -> dict[str, str]:
-    """The texts of those given, or of those that the pipeline has."""
+    """The given presets as texts, or those that the installed pipeline has."""
     if options.presets:
         return parse_presets(options.presets_text, options.presets, has_refiner=options.has_refiner)
     kept = dict(former.own_presets) if former else {}
@@ -149,7 +149,7 @@ def _presets(options: Options, former: Pipeline | None) -> dict[str, str]:
 def _ensembles(
     options: Options, former: Pipeline | None, presets: Mapping[str, str]
 ) -> tuple[Schedule, ...]:
-    """The schedules asked for, or those that the pipeline has and the new models can serve."""
+    """The given schedules, or those of the installed ensembles that the new models can serve."""
     if options.ensemble is None:
         found = map(Schedule.parse, former.ensembles if former else ())
         return tuple(s for s in found if options.has_refiner or not s.refines)
@@ -167,10 +167,10 @@ def _known(options: Options, presets: Mapping[str, str]) -> Presets:
 
 
 def _defaults(options: Options, former: Pipeline | None, presets: Mapping[str, str]) -> Defaults:
-    """Those that were given, or those that the pipeline has.
+    """The given defaults, or those that the installed pipeline has.
 
-    Raises RequestError for a schedule that cannot be read, CheckpointError for one that needs a
-    refiner where there is none.
+    Raises RequestError for a schedule that cannot be read. Raises CheckpointError for one that
+    needs a refiner if there is none.
     """
     kept = former.defaults if former else Defaults()
     scale = kept.guidance_scale if options.guidance_scale is None else options.guidance_scale
@@ -183,18 +183,18 @@ def _defaults(options: Options, former: Pipeline | None, presets: Mapping[str, s
 def _stated(
     pipeline: Pipeline, options: Options, defaults: Defaults, presets: Mapping[str, str]
 ) -> Pipeline:
-    """`pipeline` with these defaults and presets, and the command that makes it."""
+    """`pipeline` with these defaults and presets, and the command line of this export."""
     return replace(pipeline, defaults=defaults, own_presets=dict(presets), command=options.command)
 
 
 def _fingerprint(options: Options) -> dict[str, Any]:
-    """All that decides the result: sources, options, tools and code. As JSON has it."""
+    """Everything that determines the result, as JSON values: sources, options, tools and code."""
     found = {
         "sha256": source_digests(options.source),
         "options": options.source.reading() | asdict(options.deployment),
         "class_names": options.names,
         "versions": install.versions(),
-        # What runs fastest on one processor need not on another.
+        # The fastest runtime depends on the processor.
         "processor": install.processor_digest() if options.deployment.engine == "python" else None,
         "code": install.source_digest(),
     }
@@ -209,7 +209,7 @@ def _is_current(
     settings: Settings,
     schedules: tuple[Schedule, ...],
 ) -> bool:
-    """Whether engines, configurations and ensembles are those that an export would install."""
+    """Whether engines, configurations and ensembles equal those that an export would install."""
     repository = options.repository
     if any(_lacking(pipeline, repository, builder) for builder in builders):
         return False
@@ -223,28 +223,28 @@ def _is_current(
 def _check_names(options: Options, classes: ClassLabel) -> None:
     names = options.names
     if options.class_names and not names:
-        raise CheckpointError(f"{options.class_names} has no names, a line each is needed")
+        raise CheckpointError(f"{options.class_names} has no names: one name per line is needed")
     if names and len(names) != classes.num_classes:
         hint = (
-            f". If the last name is that of a class which was trained, --num-classes {len(names)} "
-            "says so: there is then no null class, and no guidance. A line that is no name, such "
-            "as a heading, would shift all others"
+            f". If the model was trained on the class of the last name, give --num-classes "
+            f"{len(names)}: the model then has no null class and no guidance. Check for a line "
+            "that is not a name, such as a heading: it would shift all names"
         )
         hint = hint if len(names) == classes.num_classes + classes.null_class else ""
         raise CheckpointError(
             f"{options.class_names} has {len(names)} names, "
-            f"the predictor {classes.num_classes} classes{hint}"
+            f"the predictor has {classes.num_classes} classes{hint}"
         )
     for line, name in enumerate(names, 1):
         if name != name.strip():
             raise CheckpointError(
-                f"{options.class_names}: line {line} must be a name without blanks in front"
+                f"{options.class_names}: line {line} must be a name without leading blanks"
             )
         if not name:
             raise CheckpointError(f"{options.class_names}: line {line} must be a name, it is empty")
         if hidden := next(_hidden(name), None):
             raise CheckpointError(
-                f"{options.class_names}: line {line} must be a name that one can read and type, it "
+                f"{options.class_names}: line {line} must be a name of visible characters, it "
                 f"has U+{ord(hidden):04X}"
             )
         if (first := names.index(name) + 1) < line:
@@ -262,7 +262,7 @@ def _hidden(name: str) -> Iterator[str]:
 
 
 def _write_models(options: Options, fingerprint: dict[str, Any], staged: Path) -> Pipeline:
-    """Exports every model, verified; the pipeline's record says what each is to run in."""
+    """Exports and verifies every model. The returned record has the runtime of each model."""
     written: dict[Role, _Written] = {}
     for exported in modules(options.source, options.names):
         condition = exported.condition
@@ -297,7 +297,7 @@ def _write_models(options: Options, fingerprint: dict[str, Any], staged: Path) -
 
 @dataclass(frozen=True)
 class _Written:
-    """A model's export in one precision: its record, without what it is to run in."""
+    """A model that was exported in one precision: its record, without the chosen runtime."""
 
     record: ModelRecord
     precision: str
@@ -305,7 +305,7 @@ class _Written:
 
 
 def _write(exported: ExportTarget, options: Options, folder: Path) -> _Written:
-    """Exports one model into `folder`; its configuration comes later."""
+    """Exports one model into `folder`; its configuration is written later."""
     (folder / "1").mkdir(parents=True)
     deployment, source = options.deployment, options.source.files()[exported.role]
     wanted = _precisions(exported.role, deployment)
@@ -339,9 +339,9 @@ def _write(exported: ExportTarget, options: Options, folder: Path) -> _Written:
 
 
 def _precisions(role: Role, deployment: Deployment) -> list[str]:
-    """What a model may compute in: the first of these that verifies is taken."""
+    """The precisions to try for a model, in order: the first that verifies is used."""
     if (role, deployment.engine, deployment.precision) == (Role.DECODER, "tensorrt", "bf16"):
-        return ["fp16", "bf16"]  # three bits more, and convolutions at least as fast
+        return ["fp16", "bf16"]  # fp16 has three more bits, and its convolutions are as fast
     return [deployment.precision]
 
 
@@ -352,7 +352,7 @@ def _export(
     precisions: list[str],
     version: Path,
 ) -> tuple[str, dict[Runtime, TrialResult]]:
-    """Writes the file that is to be run; which of `precisions` it was, and its trials."""
+    """Exports in the first of `precisions` that verifies. Returns it with its trials."""
     for precision in precisions[:-1]:
         tried = replace(exported, module=deepcopy(exported.module))
         try:
@@ -366,7 +366,7 @@ def _export_as(
     exported: ExportTarget, deployment: Deployment, figures: Figures, precision: str, version: Path
 ) -> dict[Runtime, TrialResult]:
     deployment = replace(deployment, precision=precision)
-    # A float32 file is run in bfloat16 too.
+    # With auto the file is float32: OpenVINO can also run it in bfloat16.
     stored = "fp32" if precision == AUTO else precision
     form = "a PyTorch program" if deployment.runtime == "torch" else "ONNX"
     print(f"{form} in {stored} ... ", end="", flush=True)
@@ -391,7 +391,7 @@ def _shown(runtime: Runtime, trial: TrialResult) -> str:
 
 
 def _lacking(pipeline: Pipeline, repository: Path, builder: Builder) -> list[Role]:
-    """The models that have no engine of this TensorRT for this GPU in `repository`."""
+    """The models without an engine of this TensorRT for this GPU in `repository`."""
     lacking = []
     for role, record in pipeline.models.items():
         engine = record.engines.get(builder.capability, {})
@@ -402,7 +402,7 @@ def _lacking(pipeline: Pipeline, repository: Path, builder: Builder) -> list[Rol
 
 
 def _with_engines(pipeline: Pipeline, staged: Path, builder: Builder, options: Options) -> Pipeline:
-    """`pipeline` with the engines that it lacks for this GPU, built in `staged`."""
+    """`pipeline` with the missing engines for this GPU, which are built in `staged`."""
     models = dict(pipeline.models)
     for role in _lacking(pipeline, staged, builder):
         folder = staged / pipeline.model(role)
@@ -415,9 +415,9 @@ def _with_engines(pipeline: Pipeline, staged: Path, builder: Builder, options: O
 def _build_engine(
     folder: Path, record: ModelRecord, builder: Builder, options: Options
 ) -> dict[str, Any]:
-    """Builds an engine from a model's ONNX file, beside those for other GPUs; its record.
+    """Builds an engine from a model's ONNX file, beside engines for other GPUs.
 
-    Raises VerificationError for one that answers something else than PyTorch did.
+    Returns its record. Raises VerificationError if its outputs differ from PyTorch's.
     """
     replaced = record.engines.get(builder.capability, {})
     name = replaced.get("file") or (builder.file if record.engines else "model.plan")
@@ -436,7 +436,10 @@ def _build_engine(
 def _check_engine(
     folder: Path, engine: TensorRtModel, record: ModelRecord, deployment: Deployment
 ) -> dict[str, Any]:
-    """An engine's errors and fused attentions, for its record; raises VerificationError."""
+    """Verifies an engine. Returns its errors and fused attentions, for its record.
+
+    Raises VerificationError.
+    """
     batches = batches_up_to(deployment.max_rows)
     allowed, figures = TOLERANCES[record.precision], Figures.load(folder)
     parity: dict[str, float] = {}
@@ -445,15 +448,15 @@ def _check_engine(
             found = figures.check(folder.name, engine, allowed, [rows])
         except VerificationError as error:
             raise VerificationError(
-                f"the engine is wrong for {rows} rows and was not installed: {error}. Another "
-                "--precision, or another release of TensorRT, may compute it right"
+                f"the engine is wrong for {rows} rows and was not installed: {error}. Try another "
+                "--precision or another release of TensorRT"
             ) from error
         parity = {name: max(of, parity.get(name, 0.0)) for name, of in found.items()}
     fused = engine.fused_attentions()
     of = count_attentions(folder / "1" / "model.onnx")
     shown = ", ".join(f"{name} off by {error:.1e}" for name, error in parity.items())
     count = "unknown" if fused is None else fused
-    print(f"{folder.name}: on the GPU {shown}; attentions fused: {count} of {of}")
+    print(f"{folder.name}: on the GPU {shown}; fused attentions: {count} of {of}")
     return {"parity": parity, "fused_attentions": fused}
 
 
@@ -470,7 +473,7 @@ def _config(pipeline: Pipeline, role: Role, deployment: Deployment) -> str:
 
 
 def list_pipelines(repository: Path) -> Iterator[str]:
-    """A table of the pipelines in `repository`, line by line."""
+    """Yields the lines of a description of the pipelines in `repository`."""
     names = installed(repository)
     if not names:
         yield f"{repository} has no pipeline"

@@ -61,7 +61,7 @@ def modules(source: Checkpoints, class_names: Sequence[str] = ()) -> Iterator[Ex
         reverse_time=source.reverse_time,
     )
     config = predictor.config
-    shape = (config.latent_channels, config.latent_size, config.latent_size)
+    shape = config.latent_shape
     channels = source.guidance_channels
     if channels > config.latent_channels:
         raise CheckpointError(
@@ -88,6 +88,6 @@ def _decoder(folder: Path, config: SiTConfig) -> Decoder:
     channels = vae.config.latent_channels
     if channels != config.latent_channels:
         raise CheckpointError(
-            f"the VAE has {channels} latent channels, the predictor {config.latent_channels}"
+            f"the VAE has {channels} latent channels, the predictor has {config.latent_channels}"
         )
     return Decoder(vae)

@@ -21,7 +21,7 @@ from flowturbo.settings import Settings
 from flowturbo.solver.calls import Variant
 
 IMAGES = 2
-SCALE = 1.5  # of guidance, where the predictor has a null class
+SCALE = 1.5  # guidance scale for predictors with a null class
 _TRAJECTORY = "trajectory"
 _ROW = "{:<28} {:<32} {:>10} {:>10} {:>10}  {}"
 Forms = dict[Role, Evaluate]
@@ -95,7 +95,7 @@ def _check_source(source: Checkpoints, pipeline: Pipeline) -> None:
             )
             option = f"--{name.replace('_', '-')}"
             raise RepositoryError(
-                f"pipeline {pipeline.name} was exported with {option} {said}, now it is {here}"
+                f"pipeline {pipeline.name} was exported with {option} {said}, here it is {here}"
             )
 
 

@@ -1,4 +1,4 @@
-"""FlowTurbo (Zhao et al., NeurIPS 2024, arXiv 2409.18128): schedules, sampler and serving."""
+"""FlowTurbo (Zhao et al., NeurIPS 2024, arXiv 2409.18128): schedules, sampler and service."""
 
 from typing import TYPE_CHECKING, Any
 

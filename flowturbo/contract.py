@@ -1,8 +1,8 @@
-"""Names, types and shapes of the tensors that cross a process: the one place that states them.
+"""The one place for names, types and shapes of the tensors that cross process boundaries.
 
-What belongs to a condition (class labels, prompts) is stated with it, in `flowturbo.conditions`.
--1 is any size. A dimension given as a letter is the pipeline's own (C, h, w latent; H, W image).
-Block tensors have a leading row dimension, which Triton's batcher owns.
+Tensors of a condition (class labels, prompts) are in `flowturbo.conditions`. A dimension of -1 is
+any size. A letter is a size of the pipeline (C, h, w of a latent; H, W of an image). Block tensors
+also have a leading row dimension, which belongs to Triton's batcher.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ ORCHESTRATOR = "flowturbo"
 
 
 class Role(StrEnum):
-    """What a composed model is to its pipeline."""
+    """The role of a composed model in its pipeline."""
 
     PREDICTOR = "predictor"
     REFINER = "refiner"
@@ -49,7 +49,7 @@ class TensorSpec:
 
 Specs = tuple[TensorSpec, ...]
 
-# The request: inputs that every pipeline takes. Those of conditions come beside them.
+# Request inputs that every pipeline takes. The inputs of a condition are added to them.
 PIPELINE = "pipeline"
 SEED = "seed"
 SCHEDULE = "schedule"
@@ -79,13 +79,13 @@ COMMON_OUTPUTS = (
     TensorSpec(ENCODED_IMAGE, np.object_, (-1,)),
     TensorSpec(LATENT, np.float32, (-1, -1, -1, -1)),
     TensorSpec(SEED, np.int64, (-1,)),
-    # JSON: what was used, defaults resolved; and what is served, which needs no input.
+    # JSON: the settings used, with defaults resolved; and the served pipelines (needs no input).
     TensorSpec(SETTINGS, np.object_, (1,)),
     TensorSpec(PIPELINES, np.object_, (1,)),
 )
 
-# The step blocks: each row is a state with its own coefficients. The columns of `scalars` are
-# named in flowturbo.solver.program.
+# Tensors of the step blocks: each row is a state with its own coefficients. The columns of
+# `scalars` are named in flowturbo.solver.calls.
 X, VELOCITY, SCALARS, PAIR = "x", "velocity", "scalars", "pair"
 X_NEXT, VELOCITY_NEXT = "x_next", "velocity_next"
 SCALAR_COLUMNS = 5
@@ -93,7 +93,7 @@ BLOCK_OUTPUTS = (
     TensorSpec(X_NEXT, np.float32, ("C", "h", "w")),
     TensorSpec(VELOCITY_NEXT, np.float32, ("C", "h", "w")),
 )
-# Mean magnitude of the pixels before they are rounded to levels: not finite where one is not.
+# Mean magnitude of the pixels before rounding to levels. It is not finite if a pixel is not.
 MAGNITUDE = "magnitude"
 DECODER_INPUTS = (TensorSpec(LATENT, np.float32, ("C", "h", "w")),)
 DECODER_OUTPUTS = (
@@ -103,7 +103,7 @@ DECODER_OUTPUTS = (
 
 
 def composed_tensors(role: Role, conditioning: Specs) -> tuple[Specs, Specs]:
-    """Inputs and outputs of a composed model, of a pipeline whose blocks take `conditioning`."""
+    """Inputs and outputs of a composed model. `conditioning` are the condition's block inputs."""
     if role is Role.DECODER:
         return DECODER_INPUTS, DECODER_OUTPUTS
     inputs = (
@@ -117,12 +117,13 @@ def composed_tensors(role: Role, conditioning: Specs) -> tuple[Specs, Specs]:
     return inputs, BLOCK_OUTPUTS
 
 
-# An ensemble, a model for one schedule (ensemble.py): its tensors, and those between its steps.
+# Tensors of an ensemble, which serves one schedule (ensemble.py), and tensors between its steps.
 PLAN_NOISE = "noise_rows"
 PLAN_PAIR = "pair_rows"
 LATENT_ROWS = "latent_rows"
-# Triton (24.10) does not run a step whose output feeds another step and is an output of the
-# ensemble that the request leaves out: hence the latents come twice out of the finisher.
+# The finisher outputs the latents twice because of a limit of Triton (24.10). Take an output that
+# feeds another step and is also an ensemble output. If the request does not ask for it, Triton does
+# not run the step.
 ENSEMBLE_IMAGE = TensorSpec(IMAGE, np.uint8, (-1, "H", "W", 3))
 ENSEMBLE_LATENT = TensorSpec(LATENT, np.float32, (-1, "C", "h", "w"))
 FINISHER_INPUTS = (
@@ -141,38 +142,38 @@ CHECKER_OUTPUTS = (ENSEMBLE_IMAGE,)
 
 
 def finisher_name(pipeline: str) -> str:
-    """The model that ends every ensemble of a pipeline: rows to the latents of images."""
+    """The last step of every ensemble of a pipeline: takes the latents of images from the rows."""
     return f"{pipeline}_finisher"
 
 
 def checker_name(pipeline: str) -> str:
-    """The model that lets finite images through, where the decoder does not see to it."""
+    """The step that refuses images that are not finite, if the decoder does not do so itself."""
     return f"{pipeline}_checker"
 
 
 def ensemble_inputs(conditioned: Specs) -> Specs:
-    """An ensemble's inputs, of a pipeline whose condition takes the request inputs `conditioned`.
+    """The inputs of an ensemble. `conditioned` are the request inputs of the condition.
 
-    Its `seed` is the request's alone: an ensemble cannot answer one that it drew, that name being
-    the input's. It is optional to Triton, whose word for a missing input is "unexpected deadlock"
-    (24.10).
+    The request must give `seed`. An ensemble cannot return a seed that it drew itself, because the
+    input already has that name. To Triton the input is optional: for a missing required input it
+    only says "unexpected deadlock" (24.10).
     """
     common = [spec for spec in COMMON_INPUTS if spec.name in (SEED, GUIDANCE_SCALE)]
     return (*conditioned, *common)
 
 
 def plan_condition(name: str) -> str:
-    """The rows of the conditioning tensor `name`, as a planner answers them."""
+    """The planner's output with the rows of the conditioning tensor `name`."""
     return f"{name}_rows"
 
 
 def plan_scalars(index: int) -> str:
-    """The scalars of a program's block call number `index`, from 0."""
+    """The planner's output with the scalars of block call number `index`, from 0."""
     return f"scalars_{index}"
 
 
 def plan_outputs(calls: int, conditioning: Specs) -> Specs:
-    """What the planner of a program of `calls` block calls answers with, a row each."""
+    """The planner's outputs, one entry per row, for a program of `calls` block calls."""
     return (
         TensorSpec(PLAN_NOISE, np.float32, (-1, "C", "h", "w")),
         *(TensorSpec(plan_condition(s.name), s.dtype, (-1, *s.dims)) for s in conditioning),
@@ -181,13 +182,18 @@ def plan_outputs(calls: int, conditioning: Specs) -> Specs:
     )
 
 
+def latent_sizes(shape: tuple[int, int, int]) -> dict[int | str, int]:
+    """The values of the letters C, h and w, from the shape of a latent."""
+    return dict(zip("Chw", shape, strict=True))
+
+
 def shown_dims(dims: Sequence[int | str]) -> str:
-    """Dimensions as messages show them: n for any size."""
+    """Dimensions as text for messages: n means any size."""
     return ", ".join("n" if dim == -1 else str(dim) for dim in dims)
 
 
 def text_of(name: str, entry: Any) -> str:
-    """An entry of the BYTES tensor `name` as text; raises RequestError unless it is UTF-8."""
+    """An entry of the BYTES tensor `name` as text. Raises RequestError unless it is UTF-8."""
     try:
         return entry.decode() if isinstance(entry, bytes) else str(entry)
     except UnicodeDecodeError:

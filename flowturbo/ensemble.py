@@ -1,8 +1,8 @@
 """A program as a fixed graph, for Triton's ensemble scheduler.
 
-A planner turns a request into all rows and coefficients at once, block calls follow without any
-code in between, and a finisher leaves the conditional rows. No tensor changes its rows on the way,
-so a guidance interval, which would, is not offered.
+The planner makes all rows and coefficients of a request at once. The block calls follow without
+Python code in between. The finisher keeps the conditional rows. The number of rows is fixed on the
+way, so an ensemble has no guidance interval, which would change it.
 """
 
 from collections.abc import Mapping
@@ -34,13 +34,13 @@ from flowturbo.solver.program import Program
 from flowturbo.solver.sampler import Array, run_sync, sample
 from flowturbo.solver.schedule import Schedule
 
-# Rows that the orchestrator gives to an ensemble on a CPU. On a GPU any number: latents stay there.
+# Largest request in rows for an ensemble on a CPU. On a GPU there is no limit: latents stay there.
 _MAX_ROWS = 8
 
 
 @dataclass(frozen=True)
 class Step:
-    """One execution of `model`: the tensor that each of its inputs reads and its outputs write."""
+    """One execution of `model`: the tensors that its inputs read and its outputs write."""
 
     model: str
     inputs: Mapping[str, str]
@@ -48,7 +48,7 @@ class Step:
 
 
 def ensemble_name(pipeline: str, schedule: Schedule) -> str:
-    """The model that serves `schedule` alone: `glyphs_h1p5r3`, or `glyphs_a8_shift3`."""
+    """The model that serves only `schedule`: `glyphs_h1p5r3`, or `glyphs_a8_shift3`."""
     text = str(schedule).lower().replace("@", "_shift").replace(".", "_")
     return f"{pipeline}_{text}"
 
@@ -56,7 +56,7 @@ def ensemble_name(pipeline: str, schedule: Schedule) -> str:
 def block_steps(program: Program, pipeline: Pipeline) -> tuple[tuple[Step, ...], str]:
     """The block calls in order, and the name of the latent rows at the end.
 
-    The sampler itself runs, over names of tensors in place of tensors.
+    It runs the sampler itself, with names of tensors instead of tensors.
     """
     steps: list[Step] = []
 
@@ -73,7 +73,8 @@ def block_steps(program: Program, pipeline: Pipeline) -> tuple[tuple[Step, ...],
 def _step(index: int, call: BlockCall, pipeline: Pipeline, x: str, v: str) -> Step:
     inputs = {
         X: x,
-        # No name is the sampler's zero velocity at the start: any finite tensor does as well.
+        # An empty name is the sampler's zero velocity at the start. Its coefficients are 0, so any
+        # finite tensor will do.
         VELOCITY: v or x,
         SCALARS: contract.plan_scalars(index),
         PAIR: contract.PLAN_PAIR,
@@ -85,7 +86,7 @@ def _step(index: int, call: BlockCall, pipeline: Pipeline, x: str, v: str) -> St
 
 
 def _without_unread(steps: list[Step], end: str) -> tuple[Step, ...]:
-    """The steps without the outputs that nothing reads: these are not even copied."""
+    """The steps without outputs that nothing reads, so that Triton does not copy them."""
     read = {end}.union(*(step.inputs.values() for step in steps))
     return tuple(
         Step(s.model, s.inputs, {key: name for key, name in s.outputs.items() if name in read})
@@ -94,10 +95,10 @@ def _without_unread(steps: list[Step], end: str) -> tuple[Step, ...]:
 
 
 def ensemble_for(request: GenerationRequest, pipeline: Pipeline, variant: str) -> str | None:
-    """The ensemble of `pipeline` that is to serve `request`, if any.
+    """The ensemble of `pipeline` that should serve `request`, or None.
 
-    None for what an ensemble lacks. None on a CPU for many rows too: an ensemble saves a few
-    milliseconds per request, which does not show there, and cannot be stopped.
+    None if the request uses a feature that ensembles lack. Also None for many rows on a CPU: there
+    the few milliseconds that an ensemble saves do not matter, and it cannot be cancelled.
     """
     guidance = request.guidance
     whole = not guidance.enabled or guidance.interval == Guidance().interval
@@ -110,7 +111,7 @@ def ensemble_for(request: GenerationRequest, pipeline: Pipeline, variant: str) -
 
 
 def ensemble_inputs(request: GenerationRequest, pipeline: Pipeline) -> Tensors:
-    """The tensors that ask an ensemble for what `request` asks for."""
+    """The input tensors of an ensemble for `request`."""
     return {
         **pipeline.condition.request(request.condition),
         SEED: request.seeds,
@@ -129,9 +130,9 @@ def read_request(tensors: Tensors, pipeline: Pipeline, settings: Settings) -> Ge
 
 
 def plan(request: GenerationRequest, pipeline: Pipeline, program: Program) -> Tensors:
-    """What the blocks of one request read, by name (contract.plan_outputs).
+    """The inputs of all block calls of one request, by name (contract.plan_outputs).
 
-    Raises RequestError for more rows than one batch holds: nothing here can split them.
+    Raises RequestError for more rows than one batch holds, because an ensemble cannot split them.
     """
     guidance, condition = request.guidance, pipeline.condition
     noise = to_rows(request.start(pipeline), guidance)
@@ -158,5 +159,5 @@ async def _no_model(role: Role, tensors: Tensors) -> tuple[Array, ...]:
 
 
 def conditional_rows(rows: Array, pair: Array) -> Array:
-    """Of `rows` [rows, ...], those that are images: `pair` [rows, 1] is -1 for the others."""
+    """The rows of images in `rows` [rows, ...]; `pair` [rows, 1] is -1 in the other rows."""
     return rows[pair[:, 0] >= 0]

@@ -1,8 +1,8 @@
-"""What can go wrong with a request, as the server and the in-process pipeline both say it."""
+"""The errors of a request, for the server and the in-process pipeline."""
 
 
 class FlowTurboError(Exception):
-    """Base of everything this package raises on purpose."""
+    """Base class of all errors that this package raises on purpose."""
 
 
 class RequestError(FlowTurboError, ValueError):
@@ -10,11 +10,11 @@ class RequestError(FlowTurboError, ValueError):
 
 
 class BusyError(FlowTurboError):
-    """The server is at its limit of requests in flight; trying again later is safe."""
+    """The server is at its limit of in-flight requests; a later retry is safe."""
 
 
 class UnavailableError(FlowTurboError):
-    """Something that the server needs is gone or exhausted; the request itself is fine."""
+    """A resource that the server needs is gone or exhausted; the request itself is fine."""
 
 
 class CancelledError(FlowTurboError):
@@ -30,4 +30,4 @@ class NotFiniteError(FlowTurboError):
 
 
 class RepositoryError(FlowTurboError):
-    """The model repository lacks something, or its parts do not fit each other."""
+    """The model repository is incomplete, or its parts do not fit each other."""

@@ -1,4 +1,4 @@
-"""From a checked request to its answer, over whatever evaluates the exported models."""
+"""From a checked request to its output tensors. The caller supplies the evaluation of models."""
 
 import json
 import logging
@@ -28,7 +28,7 @@ from flowturbo.solver.program import Program, compile_program
 from flowturbo.solver.sampler import Array, AwaitedBlock, run_sync, sample_async
 from flowturbo.solver.schedule import Schedule
 
-# Evaluates a composed model: (its role, its inputs [rows, ...]) to its outputs in contract order.
+# Evaluates a composed model: maps its role and inputs [rows, ...] to outputs in contract order.
 Infer = Callable[[Role, Tensors], tuple[Array, ...]]
 AwaitedInfer = Callable[[Role, Tensors], Coroutine[Any, Any, tuple[Array, ...]]]
 
@@ -49,7 +49,7 @@ def generate(
 
 
 def awaited(infer: Infer) -> AwaitedInfer:
-    """`infer` for a coroutine, which never has to wait for it."""
+    """`infer` as a coroutine function that never waits."""
 
     async def evaluated(role: Role, tensors: Tensors) -> tuple[Array, ...]:
         return infer(role, tensors)
@@ -79,20 +79,19 @@ async def decode(infer: AwaitedInfer, latent: Array) -> Array:
 
 
 def check_finite(values: Array, what: str) -> None:
-    """Raises NotFiniteError unless all of `values` [n, ...] are finite; `what` names them."""
+    """Raises NotFiniteError unless all `values` [n, ...] are finite; `what` is their name."""
     finite = np.isfinite(values).all(tuple(range(1, values.ndim)))
     if not finite.all():
         raise NotFiniteError(
             f"the {what} of image {int(finite.argmin()) + 1} of {len(values)} is not finite: the "
-            "networks left the range of the precision that they compute in; export them with "
-            "--precision bf16 or fp32"
+            "networks left the range of their precision; export them with --precision bf16 or fp32"
         )
 
 
 def complete(
     request: GenerationRequest, pipeline: Pipeline, settings: Settings, made: Mapping[str, Array]
 ) -> Tensors:
-    """The output tensors that `request` asks for, from the image and latent `made` for it."""
+    """The output tensors that `request` asks for; `made` has its image and latent."""
     answer: Tensors = {SEED: request.seeds, **made}
     if ENCODED_IMAGE in request.outputs:
         answer[ENCODED_IMAGE] = encode_images(answer[IMAGE], request.output_format)
@@ -118,7 +117,7 @@ async def _latent(
 async def image_block(
     infer: AwaitedInfer, pipeline: Pipeline, condition: Any, guidance: Guidance
 ) -> AwaitedBlock:
-    """The sampler's block for images of the value `condition` of the pipeline's condition."""
+    """The sampler's block for images with `condition`, a value of the pipeline's condition."""
 
     async def evaluate(network: Network, tensors: Tensors) -> tuple[Array, Array]:
         x_next, velocity_next = await infer(Role(network), tensors)
@@ -133,7 +132,7 @@ async def image_block(
 
 
 def roles_called(program: Program) -> list[Role]:
-    """The role of the model of each block call, in order."""
+    """The role of the model in each block call, in order."""
     return [Role(call.network) for call in program.calls]
 
 
@@ -141,11 +140,11 @@ def roles_called(program: Program) -> list[Role]:
 def program_for(
     schedule: Schedule, variant: Variant, times: tuple[float, ...] | None = None
 ) -> Program:
-    """The program on the schedule's grid, or on `times`, compiled once for all requests like it."""
+    """The program on the schedule's grid, or on `times`. It is compiled once and then cached."""
     program = compile_program(schedule, times, variant)
     if (size := program.largest_refiner_step()) > LARGEST_TRAINED_STEP:
         _logger.warning(
-            "schedule %s refines in steps of %.3f, refiners are trained on steps up to %g",
+            "schedule %s has refiner steps of %.3f, but refiners are trained on steps up to %g",
             schedule,
             size,
             LARGEST_TRAINED_STEP,
@@ -154,8 +153,8 @@ def program_for(
 
 
 def in_chunks(infer: AwaitedInfer, max_rows: int) -> AwaitedInfer:
-    """`infer` for any number of rows, at most `max_rows` at a time."""
-    size = max_rows - max_rows % 2  # even, so that no guidance pair is torn apart
+    """`infer` for any number of rows: splits them into calls of at most `max_rows` rows."""
+    size = max_rows - max_rows % 2  # even, so that no guidance pair is split
 
     async def chunked(role: Role, tensors: Tensors) -> tuple[Array, ...]:
         rows = len(next(iter(tensors.values())))

@@ -1,4 +1,4 @@
-"""The GPUs that this process sees, and why it sees none. Standard library only."""
+"""Lists the GPUs that this process can use, or says why there is none. Standard library only."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from flowturbo.errors import FlowTurboError
 
-# What the Triton releases of this project and their TensorRT are built with (CUDA 13.x).
+# CUDA version of this project's Triton releases and their TensorRT (CUDA 13.x), and its driver.
 CUDA_MAJOR, DRIVER = 13, 580
 _LIBRARY = "libcuda.so.1"
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
@@ -16,14 +16,14 @@ _MEANINGS = {  # of cuInit's results
     3: "the driver could not be initialised",
     100: "no GPU is visible (CUDA_VISIBLE_DEVICES, or the container's list of GPUs, may be empty)",
     802: "the GPUs are not ready yet (is nvidia-fabricmanager running?)",
-    803: "the driver's library and its kernel module are of different versions (restart the host)",
-    804: "this GPU cannot use the image's compatibility libraries: its own driver is too old",
+    803: "the driver's library and kernel module have different versions (restart the host)",
+    804: "this GPU cannot use the image's compatibility libraries, and its driver is too old",
 }
 _REMEDY = f"driver {DRIVER} or later and, in a container, NVIDIA container toolkit 1.17.5 or later"
 
 
 class GpuError(FlowTurboError):
-    """No GPU can be used here; the message says why."""
+    """No GPU can be used on this machine; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,15 @@ class Gpu:
 def usable_gpus(cuda: Any = None, *, least: int = CUDA_MAJOR) -> list[Gpu]:
     """The GPUs here, at least one, with a driver for CUDA `least` or later.
 
-    Raises GpuError where there is none, telling a missing driver from one that is too old and from
-    a missing GPU. `cuda` stands in for the driver's library.
+    Raises GpuError if there is none. The message says whether the driver is missing, the driver is
+    too old, or the GPU is missing. `cuda` can replace the driver's library in tests.
     """
     if cuda is None:
         try:
             cuda = ctypes.CDLL(_LIBRARY)
         except OSError as error:
             raise GpuError(
-                f"no NVIDIA driver is here ({_LIBRARY} is missing): it takes {_REMEDY}"
+                f"no NVIDIA driver was found ({_LIBRARY} is missing): install {_REMEDY}"
             ) from error
     result = cuda.cuInit(0)
     release = ctypes.c_int()
@@ -54,12 +54,12 @@ def usable_gpus(cuda: Any = None, *, least: int = CUDA_MAJOR) -> list[Gpu]:
     major, minor = release.value // 1000, release.value % 1000 // 10
     if release.value and major < least:
         raise GpuError(
-            f"the NVIDIA driver is too old: it runs CUDA {major}.{minor}, "
-            f"and CUDA {least} is needed: it takes {_REMEDY}"
+            f"the NVIDIA driver is too old: it supports CUDA {major}.{minor}, "
+            f"but CUDA {least} is needed: install {_REMEDY}"
         )
     if result:
         meaning = _MEANINGS.get(result, "an error of the driver")
-        raise GpuError(f"no GPU can be used: {meaning} (cuInit: {result}); it takes {_REMEDY}")
+        raise GpuError(f"no GPU can be used: {meaning} (cuInit: {result}); needed: {_REMEDY}")
     count = ctypes.c_int()
     if cuda.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
         raise GpuError(f"no GPU can be used: {_MEANINGS[100]}")
@@ -77,7 +77,7 @@ def _gpu(cuda: Any, ordinal: int) -> Gpu:
 
 
 def gpu_count() -> int:
-    """How many GPUs this process can use, whatever their driver; 0 without any."""
+    """The number of GPUs that this process can use, with any driver version; may be 0."""
     try:
         return len(usable_gpus(least=0))
     except GpuError:

@@ -1,4 +1,4 @@
-"""Seeds to noise, and images to files."""
+"""Makes noise from seeds, and files from images."""
 
 import base64
 import io
@@ -7,28 +7,28 @@ import secrets
 import numpy as np
 
 _FILES = ("png", "jpeg", "webp")
-BASE64 = "_base64"  # a file as text, which JSON can hold
+BASE64 = "_base64"  # suffix of formats whose files are text, for JSON
 FORMATS = ("raw", *_FILES, *(f"{name}{BASE64}" for name in _FILES))
 MAX_SEED = 2**63 - 1
 
 
 def draw_seeds(count: int) -> np.ndarray:
-    """Random seeds of 32 bits, [count] int64: short enough to write down."""
+    """Random seeds, [count] int64, of only 32 bits: short enough to write down."""
     return np.array([secrets.randbits(32) for _ in range(count)], dtype=np.int64)
 
 
 def noise(seeds: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """Standard normal noise [n, C, h, w] float32; the noise of an image depends on its seed alone.
+    """Standard normal noise [n, C, h, w] float32. The noise of an image depends only on its seed.
 
-    `seeds` is [n] int64 in 0..2**63-1, `shape` is (C, h, w). Philox is counter-based: the same
-    numbers on every machine.
+    `seeds` is [n] int64 in 0..2**63-1, `shape` is (C, h, w). Philox is counter-based, so the
+    numbers are the same on every machine.
     """
     generators = (np.random.Generator(np.random.Philox(int(seed))) for seed in seeds)
     return np.stack([g.standard_normal(shape, dtype=np.float32) for g in generators])
 
 
 def encode_images(images: np.ndarray, output_format: str) -> np.ndarray:
-    """Images [n, H, W, 3] uint8 as files, [n] of bytes; `output_format` is of FORMATS, not raw."""
+    """Images [n, H, W, 3] uint8 as files, [n] of bytes. `output_format` is any FORMATS but raw."""
     from PIL import Image
 
     name = output_format.removesuffix(BASE64)

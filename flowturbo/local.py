@@ -1,4 +1,4 @@
-"""The pipeline in this process: the served program on the served files, without a server."""
+"""Runs a pipeline in this process, without a server: same programs, same model files."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,9 +40,9 @@ class LocalResult:
 
 
 class LocalPipeline:
-    """Runs the exported blocks of an installed pipeline, in the runtime that it was made for.
+    """Runs the exported models of an installed pipeline, in the runtime of the export.
 
-    Raises RepositoryError when the repository lacks something.
+    Raises RepositoryError if the repository is incomplete.
     """
 
     def __init__(
@@ -52,9 +52,9 @@ class LocalPipeline:
         *,
         threads: int | None = None,
     ) -> None:
-        """Loads the models of one `pipeline` of `model_repository`, the default one if None.
+        """Loads the models of `pipeline` from `model_repository`; None is the default pipeline.
 
-        `threads` None is one thread per core.
+        `threads` None means one thread per core.
         """
         repository = Path(model_repository)
         self.pipeline = read_pipeline(repository, pipeline)
@@ -64,7 +64,7 @@ class LocalPipeline:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether every model was loaded on a GPU."""
+        """Whether all models are on a GPU."""
         return all(model.on_gpu for model in self._models.values())
 
     def generate(
@@ -79,11 +79,11 @@ class LocalPipeline:
         variant: str | None = None,
         times: Sequence[float] | None = None,
     ) -> LocalResult:
-        """Images of the classes `label` [n]; what is None is the service's default.
+        """Images of the classes `label` [n]; None means the service's default.
 
-        `schedule` may be a preset's name.
-        `initial_noise` [n, C, h, w] float32 stands instead of `seed` [n]; `times` is a time grid of
-        one time more than the schedule's steps. Raises RequestError as the server does.
+        `schedule` may be the name of a preset. `initial_noise` [n, C, h, w] float32 replaces `seed`
+        [n]. `times` is a time grid with one time more than the schedule has steps. Raises
+        RequestError as the server does.
         """
         tensors: Tensors = {LABEL: _integers(LABEL, label)}
         if seed is not None:
@@ -123,7 +123,7 @@ class LocalPipeline:
 def open_models(
     repository: Path, pipeline: Pipeline, threads: int | None = None
 ) -> dict[Role, Model]:
-    """The composed models of `pipeline`, by role, in the runtime that they were made for."""
+    """Opens the composed models of `pipeline`, by role, in the runtime of the export."""
     return {
         role: open_model(
             repository / pipeline.model(role) / "1" / model_file(made.runtime),
@@ -138,7 +138,7 @@ def open_models(
 
 def _integers(name: str, values: int | Sequence[int] | np.ndarray) -> np.ndarray:
     array = np.atleast_1d(np.asarray(values))
-    # A number beyond int64 makes an unsigned or an object array; an empty list a float one.
+    # Numbers beyond int64 give an unsigned or object array. An empty list gives a float array.
     if array.size and not np.issubdtype(array.dtype, np.signedinteger):
         raise RequestError(f"{name} must be int64 integers, got {values!r}")
     return array.astype(np.int64)

@@ -1,7 +1,7 @@
-"""What every form of a composed model is held to: PyTorch's answers in float32, on stored inputs.
+"""The reference for every form of a composed model: stored inputs and PyTorch's float32 outputs.
 
-The export writes them beside each model. Whatever evaluates it later is held to the same: an engine
-for another GPU, or a running server.
+The export writes this reference beside each model. Every later form is compared with it too: an
+engine for another GPU, or a running server.
 """
 
 import zipfile
@@ -15,21 +15,21 @@ from flowturbo.errors import FlowTurboError, RepositoryError
 from flowturbo.rows import Tensors
 
 FIGURES_FILE = "figures.npz"
-PAIRED = 14  # rows of figures that are guided pairs; one more row is alone
-VERIFIED_ROWS = (1, 2, 7)  # of a batch, for every form
+PAIRED = 14  # rows of the figures in guided pairs; one more row has no partner
+VERIFIED_ROWS = (1, 2, 7)  # batch sizes that are checked in every form
 Evaluate = Callable[[Tensors], tuple[np.ndarray, ...]]
 
 
 class VerificationError(FlowTurboError):
-    """An exported form computes something else than the checkpoint."""
+    """An exported form computes other outputs than the checkpoint."""
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Largest errors allowed.
+    """The largest allowed errors.
 
-    `block` after one block call and `trajectory` after a whole schedule, both relative to the
-    largest value of the output; `levels` of an image's 255, where one is a rounding at .5.
+    `block` is for one block call, `trajectory` for a whole schedule. Both are relative to the
+    largest value of the output. `levels` is for images, of 255; one level can be mere rounding.
     """
 
     block: float
@@ -37,7 +37,7 @@ class Tolerance:
     levels: int
 
 
-# The unit roundoff is 5e-4 in fp16, 4e-3 in bf16, 6e-2 in fp8; errors grow with depth and steps.
+# The unit roundoff is 5e-4 in fp16, 4e-3 in bf16, 6e-2 in fp8. Errors grow with depth and steps.
 TOLERANCES = {
     "fp32": Tolerance(block=1e-4, trajectory=1e-4, levels=1),
     "fp16": Tolerance(block=5e-3, trajectory=1e-2, levels=3),
@@ -48,9 +48,9 @@ TOLERANCES = {
 
 @dataclass(frozen=True)
 class Error:
-    """Difference of one output: in absolute terms, relative to its largest value, and allowed.
+    """The error of one output: absolute, relative to its largest value, and the allowed error.
 
-    For images both figures are levels.
+    For images all are in levels.
     """
 
     output: str
@@ -64,7 +64,7 @@ class Error:
 
 
 def errors(expected: Tensors, found: Tensors, allowed: Tolerance) -> Iterator[Error]:
-    """The error of each output in `expected`; one named like a trajectory has that tolerance."""
+    """The error of each output in `expected`. Outputs named "trajectory…" have that tolerance."""
     for name, want in expected.items():
         difference = float(np.abs(want.astype(np.float64) - found[name]).max())
         if want.dtype == np.uint8:
@@ -76,7 +76,7 @@ def errors(expected: Tensors, found: Tensors, allowed: Tolerance) -> Iterator[Er
 
 
 def check(model: str, expected: Tensors, found: Tensors, allowed: Tolerance) -> dict[str, float]:
-    """Relative error by output; raises VerificationError for one that is above what is allowed."""
+    """The relative error by output. Raises VerificationError for an error above its tolerance."""
     measured = list(errors(expected, found, allowed))
     for error in measured:
         if error.exceeded:
@@ -88,7 +88,7 @@ def check(model: str, expected: Tensors, found: Tensors, allowed: Tolerance) -> 
 
 
 def batches_up_to(most: int) -> list[int]:
-    """Rows at which what runs on a GPU is checked: some small batches, a usual one, the largest."""
+    """Batch sizes to check on a GPU, up to `most` rows: small ones, a typical one, the largest."""
     return sorted({*(rows for rows in (*VERIFIED_ROWS, 16) if rows < most), most})
 
 
@@ -96,26 +96,26 @@ def batches_up_to(most: int) -> list[int]:
 class Figures:
     """Inputs and PyTorch's outputs of one composed model, by name in the contract's order.
 
-    Each array is [15, ...]: seven guided pairs, and a row alone. Rows of other pairs do not act on
-    each other, so batches of any size are put together from these.
+    Each array is [15, ...]: seven guided pairs, and one row without a partner. Different pairs are
+    independent, so these rows can form batches of any size.
     """
 
     inputs: Tensors
     outputs: Tensors
 
     def batch(self, rows: int) -> tuple[Tensors, Tensors]:
-        """Inputs of `rows` rows and what they should give: pairs, and an odd last row alone."""
+        """Inputs and expected outputs of `rows` rows: pairs, and an odd last row alone."""
         chosen = [k % PAIRED for k in range(rows - rows % 2)] + [PAIRED] * (rows % 2)
         inputs = {name: array[chosen] for name, array in self.inputs.items()}
         return inputs, {name: array[chosen] for name, array in self.outputs.items()}
 
     def joined(self, batches: Sequence[int]) -> Tensors:
-        """What batches of so many rows should give, one after the other."""
+        """The expected outputs of batches of these sizes, concatenated."""
         parts = [self.batch(rows)[1] for rows in batches]
         return {name: np.concatenate([part[name] for part in parts]) for name in self.outputs}
 
     def answers(self, evaluate: Evaluate, batches: Sequence[int] = VERIFIED_ROWS) -> Tensors:
-        """What `evaluate` gives for batches of so many rows, one after the other."""
+        """The outputs of `evaluate` for batches of these sizes, concatenated."""
         parts = [evaluate(self.batch(rows)[0]) for rows in batches]
         return dict(zip(self.outputs, map(np.concatenate, zip(*parts, strict=True)), strict=True))
 
@@ -126,18 +126,18 @@ class Figures:
         allowed: Tolerance,
         batches: Sequence[int] = VERIFIED_ROWS,
     ) -> dict[str, float]:
-        """Relative error by output over all `batches`; raises VerificationError."""
+        """The relative error by output over all `batches`. Raises VerificationError."""
         return check(model, self.joined(batches), self.answers(evaluate, batches), allowed)
 
     def save(self, folder: Path) -> None:
-        """Writes them into a model's folder."""
+        """Writes the figures into a model's folder."""
         arrays = {f"input {name}": array for name, array in self.inputs.items()}
         arrays |= {f"output {name}": array for name, array in self.outputs.items()}
         np.savez_compressed(folder / FIGURES_FILE, **arrays)
 
     @classmethod
     def load(cls, folder: Path) -> "Figures":
-        """Those of a model's folder; raises RepositoryError."""
+        """Reads the figures in a model's folder. Raises RepositoryError."""
         path = folder / FIGURES_FILE
         try:
             with np.load(path) as stored:
@@ -147,6 +147,6 @@ class Figures:
                     parts[kind][name] = stored[key]
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise RepositoryError(
-                f"{path} has no figures to hold {folder.name} to: {error}; export again"
+                f"{path} has no reference figures for {folder.name}: {error}; export again"
             ) from error
         return cls(parts["input"], parts["output"])

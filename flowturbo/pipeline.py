@@ -1,8 +1,8 @@
-"""The pipeline record: what an installed pipeline is, in one JSON file that the export writes last.
+"""The pipeline record: one JSON file that describes an installed pipeline.
 
-A pipeline is installed when its record is there: `<repository>/flowturbo/1/pipelines/<name>.json`.
-Everything that must know a pipeline's models, sizes, precision or presets asks this module, the
-only one that reads records.
+A pipeline is installed when its record exists: `<repository>/flowturbo/1/pipelines/<name>.json`.
+The export writes it last. Only this module reads records. Other modules ask it for a pipeline's
+models, sizes, precision and presets.
 """
 
 import json
@@ -22,9 +22,9 @@ from flowturbo.settings import Settings
 from flowturbo.solver.schedule import Schedule
 from flowturbo.textfile import TextFileError, read_json
 
-VERSION = 1  # of the record's form
+VERSION = 1  # of the record format
 RECORDS = Path(ORCHESTRATOR, "1", "pipelines")
-UNKNOWN = "unknown"  # in metrics: the pipeline of a request refused before it was known
+UNKNOWN = "unknown"  # in metrics: the pipeline of requests that were refused too early to know it
 EXPORT_HINT = "python -m export --name NAME --predictor FILE --refiner FILE --vae DIR"
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 
@@ -33,12 +33,17 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 class ModelRecord:
     """One composed model as it was exported.
 
-    `engine` is the Triton backend, `runtime` what runs the network within the Python backend, and
-    `precision` what the network computes in. `max_rows` is the most rows that one execution takes,
-    `sizes` what the contract's letters stand for. The rest is where it came from: the checkpoint's
-    name, the digest of each file of its version, TensorRT's engines by compute capability, errors
-    against PyTorch by output, milliseconds by runtime and rows, the largest activation that was
-    seen, and whether that kept the network in float32.
+    `engine` is the Triton backend. `runtime` runs the network within the Python backend.
+    `precision` is the precision of the network. `max_rows` is the largest batch of one execution.
+    `sizes` has the values of the contract's letters.
+
+    The other fields are provenance:
+
+    - `source`: name of the checkpoint; `files`: digest of each file of the model's version
+    - `engines`: TensorRT engines by compute capability
+    - `parity`: errors against PyTorch by output
+    - `times_ms`: milliseconds by runtime and rows
+    - `peak`: the largest magnitude found; `kept_in_float32`: whether it kept the network in float32
     """
 
     engine: str = "python"
@@ -58,7 +63,7 @@ class ModelRecord:
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a request gets that says nothing else; None leaves it to the service's settings."""
+    """Defaults of a pipeline for requests; None means the default of the service's settings."""
 
     schedule: str | None = None
     guidance_scale: float | None = None
@@ -68,11 +73,12 @@ class Defaults:
 class Pipeline:
     """An installed pipeline.
 
-    `latent_shape` is (C, h, w). `own_presets` are schedules by name, beside the built-in ones.
-    `ensembles` are Triton models by the schedule that each serves alone, for refiner steps of
-    `ensemble_variant`; `parts` are the other models that these need. `default_shift` is the time
-    grid of schedules without @, `history` the number of earlier velocities that a block reads.
-    `command` makes it again; `fingerprint` is all that decided the export's result.
+    `latent_shape` is (C, h, w). `own_presets` are schedules by name, besides the built-in ones.
+    `ensembles` maps each schedule with an ensemble to its Triton model, for refiner steps of
+    `ensemble_variant`. `parts` are the other models that the ensembles need. `default_shift` is
+    the time grid of schedules without @. `history` is the number of earlier velocities that a block
+    reads. `command` exports the pipeline again. `fingerprint` has everything that determined the
+    result of the export.
     """
 
     name: str
@@ -90,7 +96,7 @@ class Pipeline:
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
 
     def has(self, role: Role) -> bool:
-        """Whether it has a model of this role."""
+        """Whether the pipeline has a model with this role."""
         return role in self.models
 
     def model(self, role: Role) -> str:
@@ -98,26 +104,26 @@ class Pipeline:
         return model_name(self.name, role)
 
     def role_of(self, model: str) -> Role:
-        """The role of one of its composed models."""
+        """The role of a composed model of this pipeline, by its Triton name."""
         return next(role for role in self.models if self.model(role) == model)
 
     @property
     def folders(self) -> list[str]:
-        """Every Triton model that belongs to it."""
+        """Every Triton model of this pipeline."""
         return [*map(self.model, self.models), *self.ensembles.values(), *self.parts]
 
     def tensors(self, role: Role) -> tuple[Specs, Specs]:
-        """Inputs and outputs of its model with this role (flowturbo.contract)."""
+        """Inputs and outputs of the model with this role (flowturbo.contract)."""
         return composed_tensors(role, self.condition.block_inputs)
 
     @property
     def sizes(self) -> dict[int | str, int]:
-        """What the contract's letters stand for."""
+        """The values of the contract's letters."""
         return {key: size for each in self.models.values() for key, size in each.sizes.items()}
 
     @property
     def image_size(self) -> tuple[int, int] | None:
-        """Height and width of its images in pixels, None where it makes latents only."""
+        """Height and width of the images in pixels; None if the pipeline makes latents only."""
         sizes = self.sizes
         return (sizes["H"], sizes["W"]) if "H" in sizes else None
 
@@ -127,32 +133,32 @@ class Pipeline:
 
     @property
     def precision(self) -> str:
-        """What its predictor computes in."""
+        """The precision of the predictor."""
         return self.predictor.precision
 
     @property
     def runtime(self) -> str:
-        """What runs its predictor within the Python backend."""
+        """The runtime of the predictor within the Python backend."""
         return self.predictor.runtime
 
     @property
     def max_rows(self) -> int:
-        """The most rows that one execution of any of its models takes."""
+        """The largest batch in rows that every model of the pipeline accepts."""
         return min(model.max_rows for model in self.models.values())
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the service runs its models on GPUs."""
+        """Whether the service runs the models on GPUs."""
         return self.predictor.on_gpu
 
     @cached_property
     def presets(self) -> Presets:
-        """The built-in presets that it can serve, and its own."""
+        """The built-in presets that the pipeline can serve, and its own presets."""
         own = parsed(self.own_presets, self.default_shift)
         return {**built_in(has_refiner=self.has(Role.REFINER)), **own}
 
     def find_schedule(self, text: str) -> Schedule:
-        """The schedule that `text` names or is; raises RequestError for one it cannot serve."""
+        """The schedule that `text` names or is. Raises RequestError if it cannot be served."""
         schedule = find_schedule(text, self.presets, self.default_shift)
         if schedule.refines and not self.has(Role.REFINER):
             raise RequestError(
@@ -162,9 +168,9 @@ class Pipeline:
         return schedule
 
     def default_schedule(self, settings: Settings) -> Schedule:
-        """Its own, else the setting's without refiner steps where it has no refiner.
+        """The pipeline's own default, else the setting's, without R steps if there is no refiner.
 
-        Raises RepositoryError where that is the name of a preset that it lacks.
+        Raises RepositoryError if the default names a preset that the pipeline lacks.
         """
         try:
             if self.defaults.schedule:
@@ -178,14 +184,14 @@ class Pipeline:
         return schedule if self.has(Role.REFINER) else schedule.without_refiner()
 
     def default_guidance_scale(self, settings: Settings) -> float:
-        """Its own, else the setting's; 1 where guidance is impossible."""
+        """The pipeline's own default, else the setting's; 1 if guidance is impossible."""
         if not self.condition.can_guide:
             return 1.0
         own = self.defaults.guidance_scale
         return settings.default_guidance_scale if own is None else own
 
     def described(self, settings: Settings) -> dict[str, Any]:
-        """What callers are told of it."""
+        """The description of the pipeline in the output `pipelines`."""
         return {
             "name": self.name,
             "condition": self.condition.described(),
@@ -199,7 +205,7 @@ class Pipeline:
 
 
 def class_label(pipeline: Pipeline) -> ClassLabel:
-    """The condition of a class-conditional pipeline; raises RepositoryError for another kind."""
+    """The condition of a class-conditional pipeline. Raises RepositoryError for other kinds."""
     if not isinstance(pipeline.condition, ClassLabel):
         kind = pipeline.condition.kind
         raise RepositoryError(f"pipeline {pipeline.name} is of kind {kind}, not class_label")
@@ -207,17 +213,17 @@ def class_label(pipeline: Pipeline) -> ClassLabel:
 
 
 def check_name(name: str) -> str:
-    """`name`, if a pipeline may have it; raises RequestError."""
+    """Returns `name` if it is allowed for a pipeline. Raises RequestError."""
     if not re.fullmatch(_NAME, name) or name == UNKNOWN:
         raise RequestError(
-            "a pipeline's name is small letters, digits, - and _, a letter or digit first and 40 "
-            f"at most, and not {UNKNOWN!r}, got {name[:60]!r}"
+            "a pipeline's name has at most 40 small letters, digits, - and _, starts with a letter "
+            f"or digit and is not {UNKNOWN!r}, got {name[:60]!r}"
         )
     return name
 
 
 def record_path(repository: Path, name: str) -> Path:
-    """The file of the pipeline `name`."""
+    """The record file of the pipeline `name`."""
     return repository / RECORDS / f"{name}.json"
 
 
@@ -227,7 +233,7 @@ def installed(repository: Path) -> list[str]:
 
 
 def read_pipelines(repository: Path) -> dict[str, Pipeline]:
-    """All pipelines in `repository` by name; raises RepositoryError where there are none."""
+    """All pipelines in `repository` by name. Raises RepositoryError if there are none."""
     found = {name: read_pipeline(repository, name) for name in installed(repository)}
     if not found:
         raise RepositoryError(
@@ -237,7 +243,7 @@ def read_pipelines(repository: Path) -> dict[str, Pipeline]:
 
 
 def read_pipeline(repository: Path, name: str | None = None) -> Pipeline:
-    """The pipeline `name` of `repository`, or the default one; raises RepositoryError."""
+    """The pipeline `name` of `repository`; None means the default. Raises RepositoryError."""
     if name is None:
         pipelines = read_pipelines(repository)
         return pipelines[default_name(pipelines, Settings.load(repository))]
@@ -249,7 +255,7 @@ def read_pipeline(repository: Path, name: str | None = None) -> Pipeline:
 
 
 def default_name(pipelines: Mapping[str, Pipeline], settings: Settings) -> str:
-    """The pipeline of a request that names none; raises RepositoryError."""
+    """The pipeline for requests that name none. Raises RepositoryError."""
     there = ", ".join(pipelines)
     if settings.default_pipeline:
         if settings.default_pipeline not in pipelines:
@@ -266,7 +272,7 @@ def default_name(pipelines: Mapping[str, Pipeline], settings: Settings) -> str:
 
 
 def _read(path: Path) -> Pipeline:
-    """A record of this version; raises RepositoryError with what makes it again."""
+    """Reads a record. Raises RepositoryError, with the command that exports it again."""
     try:
         stated = read_json(path)
     except TextFileError as error:
@@ -306,7 +312,7 @@ def _read(path: Path) -> Pipeline:
 
 
 def record_text(pipeline: Pipeline) -> str:
-    """The record as its file has it."""
+    """The text of the record file."""
     stated = {each.name: getattr(pipeline, each.name) for each in fields(Pipeline)}
     stated |= {
         "condition": write_condition(pipeline.condition),

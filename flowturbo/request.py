@@ -22,6 +22,7 @@ from flowturbo.contract import (
     SETTINGS,
     TIMES,
     Role,
+    latent_sizes,
     shown_dims,
     text_of,
 )
@@ -34,7 +35,7 @@ from flowturbo.solver.guidance import Guidance
 from flowturbo.solver.schedule import Schedule
 
 _SPECS = {spec.name: spec for spec in REQUEST_INPUTS}
-LARGEST_NOISE = 10.0  # of standard normal numbers, none of 10^20 is larger
+LARGEST_NOISE = 10.0  # 10^20 standard normal numbers have none larger than this
 _TYPE_NAMES = {np.int64: "INT64", np.float32: "FP32", np.object_: "BYTES"}
 _IMAGES = {IMAGE, ENCODED_IMAGE}
 
@@ -43,10 +44,9 @@ _IMAGES = {IMAGE, ENCODED_IMAGE}
 class GenerationRequest:
     """What one request asks for: n images that share a schedule and a guidance.
 
-    `condition` is what the pipeline's condition made of its inputs, with n entries. `seeds` is [n]
-    int64; `initial_noise`, [n, C, h, w] float32, stands in place of the seeds (then 0) where it is
-    given. `times` is the grid where the request gives its own. `outputs` names the tensors to
-    answer with, in order.
+    `condition` has n entries; the pipeline's condition parsed it. `seeds` is [n] int64. If
+    `initial_noise` [n, C, h, w] float32 is given, it replaces the seeds, which are then 0. `times`
+    is the request's own time grid, or None. `outputs` names the output tensors, in order.
     """
 
     condition: Any
@@ -60,12 +60,12 @@ class GenerationRequest:
 
     @property
     def images(self) -> int:
-        """How many images it asks for."""
+        """The number of images."""
         return len(self.seeds)
 
     @property
     def rows(self) -> int:
-        """Rows of a network evaluation: two per guided image."""
+        """Rows per network evaluation: two per guided image."""
         return self.images * self.guidance.rows
 
     @property
@@ -79,7 +79,7 @@ class GenerationRequest:
         return noise(self.seeds, pipeline.latent_shape)
 
     def settings(self, pipeline: Pipeline, settings: Settings) -> dict[str, Any]:
-        """What is used for it, defaults resolved: the answer `settings`."""
+        """The output `settings`: the settings that are used, with defaults resolved."""
         return {
             "pipeline": pipeline.name,
             "schedule": str(self.schedule),
@@ -93,7 +93,7 @@ class GenerationRequest:
 
 
 def named_pipeline(tensors: Mapping[str, np.ndarray], names: Iterable[str], default: str) -> str:
-    """The pipeline that a request asks for, `default` if none; raises RequestError."""
+    """The pipeline that a request names, else `default`. Raises RequestError."""
     if PIPELINE not in tensors:
         return default
     _check_type(PIPELINE, tensors[PIPELINE])
@@ -110,13 +110,13 @@ def parse_request(
     pipeline: Pipeline,
     settings: Settings,
 ) -> GenerationRequest:
-    """Checks input `tensors` (REQUEST_INPUTS) and the names of the outputs asked for.
+    """Checks the input `tensors` (REQUEST_INPUTS) and the names of the requested `outputs`.
 
-    All of the outputs means that the request named none: it gets the image (or the encoded image),
-    seed, settings and what belongs to the condition. Raises RequestError with the value and what is
-    allowed.
+    If `outputs` has all outputs, the request named none. It then gets the image (or the encoded
+    image), the seed, the settings and the outputs of the condition. Raises RequestError with the
+    value and what is allowed.
     """
-    sizes: dict[int | str, int] = dict(zip("Chw", pipeline.latent_shape, strict=True))
+    sizes = latent_sizes(pipeline.latent_shape)
     for name, tensor in tensors.items():
         _check_type(name, tensor)
         _check_shape(name, tensor, sizes)
@@ -195,8 +195,8 @@ def _guidance(
     guidance = Guidance(scale, interval)
     if guidance.enabled and not pipeline.condition.can_guide:
         raise RequestError(
-            "guidance needs a network that also knows images without a class, this one was trained "
-            f"with classes alone: guidance_scale must be 1, got {scale:g}"
+            "guidance needs a network that was also trained without classes, but this one has no "
+            f"null class: guidance_scale must be 1, got {scale:g}"
         )
     return guidance
 

@@ -1,6 +1,6 @@
 """A block call as tensors: images to rows, and the named inputs of a step block.
 
-A guided sample is two adjacent rows, conditional then unconditional.
+A guided image has two adjacent rows, conditional then unconditional.
 """
 
 from collections.abc import Awaitable, Callable, Mapping
@@ -13,7 +13,7 @@ from flowturbo.solver.guidance import Guidance
 from flowturbo.solver.sampler import Array, AwaitedBlock
 
 Tensors = dict[str, Array]
-# Evaluates a step block on its named input tensors (contract.py), answers (x_next, velocity_next).
+# Evaluates a step block on its named input tensors (contract.py); returns (x_next, velocity_next).
 RunBlock = Callable[[Network, Tensors], Awaitable[tuple[Array, Array]]]
 
 
@@ -23,7 +23,7 @@ def to_rows(images: Array, guidance: Guidance) -> Array:
 
 
 def to_images(rows: Array, guidance: Guidance) -> Array:
-    """One value per row to one per image: those of the conditional rows."""
+    """One value per row to one per image: keeps the conditional rows."""
     return rows[::2] if guidance.enabled else rows
 
 
@@ -42,10 +42,10 @@ def guided_block(
 ) -> AwaitedBlock:
     """The sampler's block over `run`, for images with `conditioning` (tensors [n, ...]).
 
-    `null` holds the unconditional value of each tensor ([1, ...]), and nothing where guidance is
-    not enabled. The state has one or two rows per image throughout. A call outside the guidance
-    interval sends the conditional ones alone and costs half. A refiner step of which one evaluation
-    is inside the interval sends both, with scale 1 for the other evaluation.
+    `null` has the unconditional value of each tensor ([1, ...]); it is empty if guidance is not
+    enabled. The number of rows per image is constant: one, or two with guidance. A call outside the
+    guidance interval sends only the conditional rows and costs half. A refiner step with one
+    evaluation inside the interval sends both, with scale 1 for the other evaluation.
     """
     paired = {name: interleave(value, null[name]) for name, value in conditioning.items() if null}
 
@@ -69,7 +69,7 @@ def block_inputs(
     *,
     guided: bool,
 ) -> Tensors:
-    """The named tensors of one block call; unless `guided`, rows stand alone."""
+    """The named tensors of one block call. Unless `guided`, rows have no partner."""
     return {
         X: x,
         VELOCITY: v,
@@ -80,13 +80,13 @@ def block_inputs(
 
 
 def scalar_rows(call: BlockCall, rows: int, guidance: Guidance) -> Array:
-    """The block's `scalars` tensor, [rows, 5] float32: every row has the same."""
+    """The block's `scalars` tensor, [rows, 5] float32, with the same values in every row."""
     row = np.array(call.scalars(guidance.scale_at), dtype=np.float32)
     return np.tile(row, (rows, 1))
 
 
 def pair_rows(rows: int, *, guided: bool) -> Array:
-    """The block's `pair` tensor, [rows, 1] int32: 1 and -1 in turn, or 0 throughout."""
+    """The block's `pair` tensor, [rows, 1] int32: alternately 1 and -1, or all 0."""
     pair = np.zeros((rows, 1), dtype=np.int32)
     if guided:
         pair[::2], pair[1::2] = 1, -1

@@ -1,4 +1,4 @@
-"""Exported models as served and as run in-process: one place for the runtimes' options."""
+"""Opens exported models, for the server and in-process: the one place for runtime options."""
 
 import os
 from pathlib import Path
@@ -16,7 +16,7 @@ _OPENVINO_TYPES = {"fp32": "f32", "bf16": "bf16"}
 
 
 class Model(Protocol):
-    """An exported model, loaded: input tensors by name to outputs in the model's order."""
+    """A loaded model: maps input tensors by name to outputs in the model's order."""
 
     on_gpu: bool
 
@@ -24,12 +24,12 @@ class Model(Protocol):
 
 
 def runtime_for(precision: str) -> str:
-    """What runs `precision` everywhere: ONNX Runtime, but its kernels lack bfloat16."""
+    """The default runtime for `precision`: ONNX Runtime, except for bf16, which it lacks."""
     return "openvino" if precision == "bf16" else "onnxruntime"
 
 
 def model_file(runtime: str) -> str:
-    """The file of a model's version that a runtime loads."""
+    """The name of the file that a runtime loads from a model's version folder."""
     return "model.pt2" if runtime == "torch" else "model.onnx"
 
 
@@ -41,11 +41,12 @@ def open_model(
     *,
     on_gpu: bool = False,
 ) -> Model:
-    """Loads the file `path` (`model_file`), to compute in `precision`, in one of RUNTIMES.
+    """Loads the file `path` (see `model_file`) in one of RUNTIMES, to compute in `precision`.
 
-    ONNX Runtime computes in the file's own types, on a GPU where it has one, PyTorch too, on the
-    first GPU if `on_gpu`. OpenVINO, on a CPU, also runs a float32 file in bfloat16. `threads` None
-    is one for each usable core. Raises RepositoryError without the runtime.
+    ONNX Runtime and PyTorch compute in the file's own types. ONNX Runtime uses a GPU if it supports
+    one. PyTorch uses the first GPU if `on_gpu`. OpenVINO runs on a CPU; it can run a float32 file
+    in bfloat16. `threads` None means one per usable core. Raises RepositoryError if the runtime is
+    not installed.
     """
     chosen = runtime or runtime_for(precision)
     try:
@@ -58,13 +59,13 @@ def open_model(
         return OnnxRuntimeModel(path, threads)
     except ImportError as error:
         raise RepositoryError(
-            f"{path} runs in {chosen}, which is not here: pip install {RUNTIMES[chosen]}, or "
+            f"{path} runs in {chosen}, which is not installed: pip install {RUNTIMES[chosen]}, or "
             "export again"
         ) from error
 
 
 def usable_cores() -> int:
-    """How many cores this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
@@ -77,11 +78,11 @@ class OnnxRuntimeModel:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or usable_cores()
         options.log_severity_level = 3
-        # Idle threads of one model must not burn the cores that another needs.
+        # No spinning: idle threads of one model must not take cores from another model.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         providers: list[str | tuple[str, dict[str, str]]] = ["CPUExecutionProvider"]
         if _CUDA in onnxruntime.get_available_providers():
-            providers.insert(0, (_CUDA, {"use_tf32": "0"}))  # float32 is to be float32
+            providers.insert(0, (_CUDA, {"use_tf32": "0"}))  # fp32 means full float32
         self._session = onnxruntime.InferenceSession(str(path), options, providers=providers)
         self.on_gpu = _CUDA in self._session.get_providers()
 

@@ -1,4 +1,4 @@
-"""Serve a model repository: `python -m flowturbo.serve`. Exit codes: see `main`."""
+"""Serves a model repository: `python -m flowturbo.serve`. Exit codes: see `main`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from flowturbo.serving.installation import Installation, ServerError, SetupError
 from flowturbo.serving.tritonserver import ServerOptions, TritonServer
 from flowturbo.settings import Settings, orchestrator_config
 
-_OPTIONAL = {  # roles, and what is lost without them
+_OPTIONAL = {  # optional roles, and what is lost without them
     Role.REFINER: "schedules with R steps are refused",
     Role.DECODER: "only latents are served, no images",
 }
@@ -36,10 +36,10 @@ _STDERR = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until Ctrl-C or SIGTERM.
+    """Serves until Ctrl-C or SIGTERM.
 
-    Returns 0 after a stop that was asked for, 1 if the server failed, 2 if something must be put
-    right before it can start.
+    Returns 0 after a requested stop, 1 if the server failed, 2 if the user must fix something
+    before the server can start.
     """
     options, check_alone = _parse(sys.argv[1:] if argv is None else list(argv))
     try:
@@ -65,7 +65,7 @@ def _note(notes: Iterable[str]) -> None:
 
 
 def check_repository(repository: Path) -> tuple[list[Pipeline], list[str]]:
-    """The pipelines in `repository`, and notes on what they lack; raises SetupError."""
+    """The pipelines in `repository`, and notes on missing roles. Raises SetupError."""
     if not repository.is_dir():
         raise SetupError(
             f"no model repository at {repository}: give the model_repository folder of the source "
@@ -121,7 +121,7 @@ def _problems(repository: Path, pipeline: Pipeline) -> Iterator[str]:
 def check_backends(
     repository: Path, pipelines: Iterable[Pipeline], installation: Installation
 ) -> None:
-    """Raises SetupError for a model that this server cannot load."""
+    """Raises SetupError if this server cannot load a model."""
     for pipeline in pipelines:
         for role, record in pipeline.models.items():
             name, runtime = pipeline.model(role), record.runtime
@@ -129,11 +129,11 @@ def check_backends(
             if embedded and importlib.util.find_spec(RUNTIMES.get(runtime, runtime)) is None:
                 raise SetupError(
                     f"{name} was exported for the Python backend with {runtime}, which is not "
-                    f"here: pip install {RUNTIMES.get(runtime, runtime)}, or export again"
+                    f"installed: pip install {RUNTIMES.get(runtime, runtime)}, or export again"
                 )
             if runtime == "torch" and record.on_gpu and _is_for_cpus():
                 raise SetupError(
-                    f"{name} was exported for PyTorch on a GPU, and the PyTorch here is a build "
+                    f"{name} was exported for PyTorch on a GPU, but the PyTorch here is a build "
                     "for CPUs: install one for GPUs (in Docker, TORCH_BUILD=cu130 in .env and "
                     "docker compose --profile torch build), or export with --provider cpu"
                 )
@@ -150,7 +150,7 @@ def _is_for_cpus() -> bool:
 
 
 class _Signals:
-    """Counts the requests to stop: Ctrl-C or SIGTERM."""
+    """Counts stop signals: Ctrl-C or SIGTERM."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -172,7 +172,7 @@ def _serve(options: ServerOptions, installation: Installation) -> None:
             print(f"ready: gRPC {at.grpc}, HTTP {at.http}, metrics {at.metrics}", flush=True)
         while signals.count == 0 and server.exit_code is None:
             if lost := models.keys() - server.living(models):
-                signals.count = 2  # its requests never end: do not wait for them
+                signals.count = 2  # requests in that process never end: do not wait for them
                 model = models[min(lost)]
                 raise ServerError(
                     f"the process of {model} died ({min(lost)}): the server was stopped"
@@ -187,7 +187,7 @@ def _serve(options: ServerOptions, installation: Installation) -> None:
 
 
 def _parse(argv: list[str]) -> tuple[ServerOptions, bool]:
-    """The server's options, and whether only to check."""
+    """The server's options, and whether to check only."""
     cut = argv.index("--") if "--" in argv else len(argv)
     parser = _parser()
     values = vars(parser.parse_args(argv[:cut]))
@@ -198,8 +198,8 @@ def _parse(argv: list[str]) -> tuple[ServerOptions, bool]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m flowturbo.serve",
-        description="Serve a model repository with Triton, on loopback unless told otherwise.",
-        epilog="Flags after `--` go to tritonserver as they are; paths in them must be absolute.",
+        description="Serve a model repository with Triton, by default on loopback only.",
+        epilog="Flags after `--` go to tritonserver unchanged; paths in them must be absolute.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     default = ServerOptions(Path("model_repository"))
@@ -213,33 +213,33 @@ def _parser() -> argparse.ArgumentParser:
         "--thread-pool-size",
         type=_integer(1, 65535),
         default=default.thread_pool_size,
-        help="calls between models at once, per model: more than the requests in flight",
+        help="concurrent calls between models, per model; must exceed the in-flight requests",
     )
     add(
         "--shm-mb",
         type=_integer(1, 2**20),
         default=default.shm_mb,
-        help="shared memory for each Python model instance at the start, in MiB; it grows",
+        help="initial shared memory per Python model instance, in MiB; it grows when needed",
     )
     add(
         "--exit-timeout-s",
         type=_integer(0, 86400),
         default=default.exit_timeout_s,
-        help="seconds that requests in flight get when the server stops",
+        help="seconds to let in-flight requests finish when the server stops",
     )
-    add("--check", action="store_true", help="say whether all is there to serve, and end")
+    add("--check", action="store_true", help="check whether the repository can be served, and exit")
     add("--log-verbose", type=_integer(0, 99), default=default.log_verbose, help="0 is off")
     add(
         "--tritonserver",
         type=Path,
         metavar="PATH",
-        help="server binary; else the one on PATH, else the nvidia-pytriton wheel's",
+        help="server binary; by default the one on PATH, else that of the nvidia-pytriton wheel",
     )
     return parser
 
 
 class _integer:
-    """An argparse type: an integer within bounds, both included."""
+    """An argparse type: an integer within bounds (inclusive)."""
 
     def __init__(self, low: int, high: int) -> None:
         self._low, self._high = low, high

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def read_config(path: Path) -> "ModelConfig":
-    """A model's config.pbtxt; raises RepositoryError."""
+    """Reads a model's config.pbtxt. Raises RepositoryError."""
     from google.protobuf import text_format
     from tritonclient.grpc import model_config_pb2
 
@@ -29,7 +29,7 @@ def read_config(path: Path) -> "ModelConfig":
 
 
 def orchestrator_config(repository: Path) -> Path:
-    """The file that holds a repository's settings."""
+    """The file with the settings of a repository."""
     return repository / contract.ORCHESTRATOR / "config.pbtxt"
 
 
@@ -37,12 +37,11 @@ def orchestrator_config(repository: Path) -> Path:
 class Settings:
     """The service's settings, each a `parameters` entry of the orchestrator's config.pbtxt.
 
-    `default_pipeline` serves the requests that name none; it may be empty where one pipeline alone
-    is installed. `default_schedule`, which may be a preset's name, and `default_guidance_scale` are
-    those of pipelines that have none of their own. `max_inflight` is how many requests are worked
-    on at a time: more are refused at once. `max_images` is how many images one request may ask for,
-    `default_timeout_s` the deadline of a request that sets none. Raises RepositoryError for a value
-    that is not allowed.
+    `default_pipeline` serves the requests that name none. It may be empty if only one pipeline is
+    installed. `default_schedule` (or preset) and `default_guidance_scale` are for pipelines without
+    their own defaults. `max_inflight` is the largest number of in-flight requests: more are refused
+    at once. `max_images` is the largest number of images per request. `default_timeout_s` is the
+    deadline of a request that sets none. Raises RepositoryError for a value that is not allowed.
     """
 
     default_pipeline: str = ""
@@ -69,9 +68,9 @@ class Settings:
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, str]) -> "Settings":
-        """Settings from the config's `parameters`; unknown names are refused.
+        """Settings from the config's `parameters`. Unknown names are refused.
 
-        Names in capitals are the Python backend's own.
+        Names in capitals belong to the Python backend and are ignored.
         """
         parameters = {name: text for name, text in parameters.items() if not name.isupper()}
         types: dict[str, Any] = {field.name: type(field.default) for field in fields(cls)}
@@ -94,7 +93,7 @@ class Settings:
 
     @classmethod
     def load(cls, repository: Path) -> "Settings":
-        """Settings from `repository`'s orchestrator; the defaults where it has none."""
+        """Settings of `repository`'s orchestrator; the defaults if it has no orchestrator."""
         path = orchestrator_config(repository)
         if not path.exists():
             return cls()

@@ -1,4 +1,4 @@
-"""Text files that people write, on whatever system."""
+"""Reads text and JSON files that people write on any operating system."""
 
 import json
 import reprlib
@@ -7,18 +7,18 @@ from typing import Any
 
 from flowturbo.errors import FlowTurboError
 
-# Of every width: Unicode's kind Zs, tabs, and what stands before a newline.
+# Blanks of every width: Unicode category Zs, tabs, and carriage returns.
 _BLANKS = " \t\r\u00a0\u1680\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 
 
 class TextFileError(FlowTurboError):
-    """A text file cannot be read as such: the message names it and what is allowed."""
+    """A text file has invalid content: the message names the file and what is allowed."""
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, with or without a byte order mark; raises TextFileError."""
+    """The text of a UTF-8 file, with or without a byte order mark. Raises TextFileError."""
     try:
-        # Bytes, since reading as text would turn every kind of line end into a newline.
+        # Bytes, because read_text() would turn every kind of line end into a newline.
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise TextFileError(f"{path} must be UTF-8 text: {error}") from error
@@ -28,7 +28,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file of JSON; raises TextFileError."""
+    """The object in a JSON file. Raises TextFileError."""
     try:
         found = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
@@ -39,10 +39,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file, without the blanks behind them and empty lines at the end.
+    """The lines of a text file, without trailing blanks and without empty lines at the end.
 
-    Lines end at newlines alone (perhaps after a carriage return): other characters that Unicode
-    counts as line ends may stand in a name. Raises TextFileError.
+    Only a newline ends a line (with or without a carriage return). Other Unicode line ends may be
+    part of a name. Raises TextFileError.
     """
     lines = [line.rstrip(_BLANKS) for line in read_text(path).split("\n")]
     while lines and not lines[-1]:

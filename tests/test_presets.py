@@ -71,11 +71,11 @@ def test_a_pipeline_has_the_built_in_ones_and_its_own() -> None:
 
 
 BAD: list[tuple[str, str]] = [
-    ("not JSON", "must be JSON as"),
-    ("[]", "must be JSON as"),
+    ("not JSON", "must be JSON such as"),
+    ("[]", "must be JSON such as"),
     (
         '{"presets": {"fast": {"schedule": "H8"}, "fast": {"schedule": "H4"}}}',
-        "'fast' stands there twice",
+        "'fast' occurs twice",
     ),
     ('{"fast": {"schedule": "H1"}}', "KeyError: 'presets'"),
     ('{"presets": {"fast": "H1"}}', "TypeError"),

@@ -310,5 +310,5 @@ def test_networks_without_a_null_class_are_unguided() -> None:
     assert guidance().scale == 1 == alone.default_guidance_scale(SETTINGS)
     assert guidance(guidance_scale=floats(1)).scale == 1
     for scale in (0, 1.5, 3):
-        with pytest.raises(RequestError, match=f"trained with classes alone.* 1, got {scale}"):
+        with pytest.raises(RequestError, match=f"has no null class.* 1, got {scale}"):
             guidance(guidance_scale=floats(scale))

@@ -55,9 +55,9 @@ def test_presets_with_a_mark(tmp_path: Path) -> None:
     [
         (["a", "b", "", "d"], "line 3 must be a name, it is empty"),
         (["a", "b", "b ", "d"], "names must be unique, 'b' is in lines 2 and 3"),
-        ([" a", "b", "c", "d"], "line 1 must be a name without blanks in front"),
-        (["a", "b"], "has 2 names, the predictor 4 classes$"),
-        (list("abcde"), "--num-classes 5 says so: there is then no null class, and no guidance"),
+        ([" a", "b", "c", "d"], "line 1 must be a name without leading blanks"),
+        (["a", "b"], "has 2 names, the predictor has 4 classes$"),
+        (list("abcde"), "--num-classes 5: the model then has no null class and no guidance"),
     ],
 )
 def test_class_names_that_do_not_fit(tmp_path: Path, names: list[str], said: str) -> None:

@@ -1,7 +1,7 @@
 """Makes the glyphs model from nothing: `python -m training [--out weights/glyphs]`.
 
 Stages in order: render the data, train the VAE, the classifier, the predictor and the refiner.
-Each resumes where it was stopped; a stage already written is not done again.
+Each stage resumes where it was stopped. A finished stage is not repeated.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from flowturbo.command import run_command
 from flowturbo.errors import FlowTurboError
 from flowturbo.nets.sit import SiT, refiner_config
 from flowturbo.nets.vae import load_vae
@@ -32,8 +33,8 @@ from training.samples import RefinerPreview
 from training.shards import Shards
 
 IMAGES = 48_000
-REFERENCE_IMAGES = 10_000  # whose features generated images are compared with
-REFERENCE_ROWS = 5_000  # of them, whose features are kept as they are
+REFERENCE_IMAGES = 10_000  # real images for the statistics of features
+REFERENCE_ROWS = 5_000  # of these, images whose features themselves are kept
 PLANS = {
     "vae": TrainingConfig(
         1750, batch=32, learning_rate=1.5e-3, seed=1, restarts=(1000,), ema_decay=0.0
@@ -48,22 +49,18 @@ PLANS = {
 
 
 def main(argv: Sequence[str]) -> int:
-    """Returns the exit status: 2, and one line on stderr, for what the user can put right."""
+    """Returns the exit status: 2, with one line on stderr, for errors that the user can fix."""
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("weights/glyphs"))
     parser.add_argument("--runs", type=Path, default=Path("runs/glyphs"), help="data and states")
-    parser.add_argument("--seed", type=int, default=0, help="of the data")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the data")
     args = parser.parse_args(argv)
-    try:
-        _run(args)
-    except (FlowTurboError, FloatingPointError, OSError) as error:
-        print(f"training: {error}", file=sys.stderr)
-        return 2
-    return 0
+    errors = (FlowTurboError, FloatingPointError, OSError)
+    return run_command("training", lambda: _run(args), errors)
 
 
 def _run(args: argparse.Namespace) -> None:
-    """Every stage; a state of other data, or of another network before it, is refused."""
+    """Runs every stage. Refuses a state of other data, or of another earlier network."""
     if processes().num_processes > 1:
         raise PlanError(f"one process is needed, got {processes().num_processes}")
     images = load_or_render(args.runs / "data", IMAGES, args.seed)
@@ -101,17 +98,17 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def reference(judge: nn.Sequential, images: np.ndarray) -> Reference:
-    """What the classifier sees in real `images` [N, 64, 64, 3] uint8."""
+    """Statistics of the classifier's features of real `images` [N, 64, 64, 3] uint8."""
     seen = classifier.extract_features(judge, images)
     pooled, spatial = Statistics.of(seen.pooled), Statistics.of(seen.spatial)
     return Reference(pooled, spatial, seen.pooled[:REFERENCE_ROWS])
 
 
 def glyph_latents(vae: Path, runs: Path, seed: int = 0) -> Path:
-    """The folder of the data's latents by the VAE in the folder `vae`; the first run makes them."""
+    """The folder of the latents of the data, encoded by the VAE in the folder `vae` if missing."""
     images = load_or_render(runs / "data", IMAGES, seed)
     digest = sha256(vae / "diffusion_pytorch_model.safetensors")[:12]
-    folder = runs / "data" / f"latents-{IMAGES}-{seed}-{digest}"  # other images: written again
+    folder = runs / "data" / f"latents-{IMAGES}-{seed}-{digest}"  # Writer detects other images
     storage = Storage(dtype="float32", mean_only=True)
     Writer(GlyphImages(images), load_vae(vae), folder, storage, batch=256).write()
     return folder

@@ -12,7 +12,7 @@ from training.data import encode, to_unit
 from training.loop import fit
 from training.plan import TrainingConfig
 
-KL_WEIGHT = 5e-4  # of the mean over latent values: keeps latents near unit scale, blurs nothing
+KL_WEIGHT = 5e-4  # for the mean over latent values: near unit scale, without blur
 BLOCKS = (16, 32, 64)
 
 
@@ -35,9 +35,9 @@ def build() -> AutoencoderKL:
 def train(
     images: np.ndarray, plan: TrainingConfig, folder: Path, identity: Mapping[str, str]
 ) -> AutoencoderKL:
-    """Fits the VAE to `images` [N, 64, 64, 3] uint8; sets its scaling factor.
+    """Fits the VAE to `images` [N, 64, 64, 3] uint8 and sets its scaling factor.
 
-    `identity` tells the images from others.
+    `identity` identifies the images.
     """
     torch.manual_seed(plan.seed)
 

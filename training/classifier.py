@@ -1,4 +1,4 @@
-"""A small classifier of glyphs: the judge of whether an image shows the class asked for."""
+"""A small classifier of glyphs: it judges whether an image shows the requested class."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ from training.glyphs import CLASS_NAMES, label_of
 from training.loop import device, fit
 from training.plan import TrainingConfig
 
-SPATIAL_CHANNELS = 7  # as ADM's evaluator takes for sFID
-_THIRD, _LAST = 9, 12  # layers up to the third and the last convolution's activation
+SPATIAL_CHANNELS = 7  # as in ADM's evaluator for sFID
+_THIRD, _LAST = 9, 12  # number of layers up to the activation of the third and last convolution
 _BATCH = 256
 
 
@@ -32,16 +32,16 @@ def build() -> nn.Sequential:
 def train(
     images: np.ndarray, plan: TrainingConfig, folder: Path, identity: Mapping[str, str]
 ) -> nn.Sequential:
-    """Fits the classifier to `images` [N, 64, 64, 3] uint8, whose class follows from the index.
+    """Fits the classifier to `images` [N, 64, 64, 3] uint8. The index of an image gives its class.
 
-    `identity` tells the images from others.
+    `identity` identifies the images.
     """
     torch.manual_seed(plan.seed)
 
     def loss_of(model: nn.Module, generator: torch.Generator) -> Tensor:
         rows = np.sort(torch.randint(len(images), (plan.batch,), generator=generator).numpy())
         pixels = to_unit(images[rows])
-        # A little noise keeps it from reading anything into the decoder's own texture.
+        # A little noise, so that the texture of the VAE decoder does not affect the classifier.
         pixels = pixels + 0.1 * torch.randn(pixels.shape, generator=generator).to(pixels.device)
         target = torch.from_numpy(label_of(rows)).to(pixels.device)
         return F.cross_entropy(model(pixels).float(), target)
@@ -53,11 +53,12 @@ def train(
 
 @dataclass(frozen=True)
 class Features:
-    """What a network sees in N images, float32: as FID, sFID and Inception Score need it.
+    """A network's features of N images, float32, for FID, sFID and Inception Score.
 
-    `pooled` [N, D]: channels of the last convolution averaged over the image. `spatial` [N, S]:
-    the first SPATIAL_CHANNELS of one in the middle, at every place, channels last. `probability`
-    [N, K]: of the classes.
+    - `pooled` [N, D]: channels of the last convolution, averaged over the image.
+    - `spatial` [N, S]: the first SPATIAL_CHANNELS channels of a middle convolution at every pixel,
+      channels last.
+    - `probability` [N, K]: class probabilities.
     """
 
     pooled: np.ndarray
@@ -66,13 +67,13 @@ class Features:
 
     @classmethod
     def join(cls, parts: Iterable["Features"]) -> "Features":
-        """What was seen in all images of `parts`."""
+        """The features of all images of `parts`."""
         rows = ((part.pooled, part.spatial, part.probability) for part in parts)
         return cls(*(np.concatenate(of_kind) for of_kind in zip(*rows, strict=True)))
 
 
 def extract_features(model: nn.Sequential, images: np.ndarray) -> Features:
-    """What the classifier sees in `images` [N, 64, 64, 3] uint8: 128 pooled, 448 spatial."""
+    """The classifier's features of `images` [N, 64, 64, 3] uint8: 128 pooled, 448 spatial."""
     model = model.to(device()).eval()
     return Features.join(
         _look(model, images[k : k + _BATCH]) for k in range(0, len(images), _BATCH)

@@ -1,4 +1,4 @@
-"""Where training reads latents: memory, images encoded as they are read, or training.shards."""
+"""Sources of latents for training: memory, or images encoded on the fly. See also shards.py."""
 
 import hashlib
 import json
@@ -18,16 +18,18 @@ from flowturbo.nets.vae import latent_scale
 from training.images import DataError, Pictures
 from training.loop import device, digest_of, local_rows
 
-# What a VAE's configuration says of the scale of its latents, and of its encoder without a trace in
-# the tensors.
+# Fields of a VAE's configuration: the scale of its latents, and properties of the encoder that the
+# tensors do not show.
 SCALE = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 _UNSEEN = ("act_fn", "norm_num_groups", "down_block_types")
 
 
 @dataclass(frozen=True)
 class Latents:
-    """Rows of data: `mean` and `std` [B, C, h, w] float32 of the latents, in the flow model's
-    scale, and class ids `label` [B] int64. A `std` of None is zero.
+    """Rows of data: the distribution of each latent, and its class id.
+
+    `mean` and `std` [B, C, h, w] are float32 in the flow model's scale. A `std` of None means zero.
+    `label` [B] is int64.
     """
 
     mean: Tensor
@@ -35,11 +37,11 @@ class Latents:
     std: Tensor | None = None
 
     def sample(self, noise: Tensor) -> Tensor:
-        """Latents [B, C, h, w], from standard normal `noise` of that shape."""
+        """Latents [B, C, h, w], from standard normal `noise` of the same shape."""
         return self.mean if self.std is None else self.mean + self.std * noise
 
     def to(self, device: torch.device) -> "Latents":
-        """All of it on `device`."""
+        """These latents on `device`."""
         std = None if self.std is None else self.std.to(device)
         return Latents(self.mean.to(device), self.label.to(device), std)
 
@@ -49,7 +51,7 @@ class Latents:
 
     @classmethod
     def cat(cls, parts: "Sequence[Latents]") -> "Latents":
-        """The rows of all `parts`, which all have a `std` or none."""
+        """The rows of all `parts`. Either all parts have a `std`, or none has."""
         std = [part.std for part in parts if part.std is not None]
         return cls(
             torch.cat([part.mean for part in parts]),
@@ -58,20 +60,20 @@ class Latents:
         )
 
     def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """What a shard holds, the latents as `dtype`."""
+        """The tensors of a shard, with the latents as `dtype`."""
         named = {"mean": self.mean.to(dtype), "label": self.label}
         return named if self.std is None else {**named, "std": self.std.to(dtype)}
 
 
 def finite(*latents: Tensor) -> Tensor:
-    """Which rows, [B] bool, of all `latents` [B, C, h, w] hold finite numbers alone."""
-    # The largest tells, and is found five times faster than what is finite and what is not.
+    """Which rows of all `latents` [B, C, h, w] have only finite numbers, [B] bool."""
+    # The largest magnitude suffices, and is five times faster than isfinite() on all numbers.
     largest = [each.flatten(1).abs().amax(1) for each in latents]
     return torch.stack(largest).isfinite().all(0)
 
 
 class LatentSource(Protocol):
-    """Latents of shape (C, h, w), any rows of which can be read."""
+    """Latents of shape (C, h, w) with random access to rows."""
 
     shape: tuple[int, int, int]
 
@@ -82,7 +84,7 @@ class LatentSource(Protocol):
 
 
 class InMemory:
-    """Latents that are all here."""
+    """Latents that are all in memory."""
 
     def __init__(self, data: Latents) -> None:
         self.data = data
@@ -99,15 +101,15 @@ class InMemory:
 class EncodedImages:
     """Images that `vae` encodes each time they are read.
 
-    All are decoded once at the start, to find the bad ones; several processes share that work.
-    Raises DataError, or with `skip_bad` counts what is bad in `skipped`.
+    At the start all images are decoded once, to find bad ones. All processes share that work.
+    Raises DataError for bad images; with `skip_bad` it counts them in `skipped` instead.
     """
 
     def __init__(
         self, pictures: Pictures, vae: AutoencoderKL, model: SiTConfig, *, skip_bad: bool = False
     ) -> None:
         self._pictures, self._vae = pictures, vae.to(device())
-        self.shape = (model.latent_channels, model.latent_size, model.latent_size)
+        self.shape = model.latent_shape
         beyond = [row for row, p in enumerate(pictures.pictures) if p.label >= model.num_classes]
         if beyond and not skip_bad:
             picture = pictures.pictures[beyond[0]]
@@ -123,7 +125,7 @@ class EncodedImages:
         self.digest = text_digest(*pictures.identity(), how, vae_digest(vae), *rows)
         unknown = (f"{pictures.name(row)} is of a class that the predictor lacks" for row in beyond)
         unusable = [*unknown, *(reason for row, reason in bad.items() if row not in beyond)]
-        self.left_out = list(dict.fromkeys(unusable))  # a mirrored copy has its image's fault
+        self.left_out = list(dict.fromkeys(unusable))  # an image and its mirrored copy: once
         self.skipped, self.unused = len(self.left_out), pictures.unused
         if not len(self._rows):
             raise DataError("none of the images is usable, at least 1 is needed")
@@ -135,7 +137,7 @@ class EncodedImages:
         images, labels = [], []
         for image, label in self._pictures.read(self._rows[rows.numpy()]):
             if isinstance(image, DataError):
-                raise image  # it was readable at the start
+                raise image  # although it was readable at the start
             images.append(image)
             labels.append(label)
         mean, std = encode(self._vae, np.stack(images))
@@ -143,7 +145,7 @@ class EncodedImages:
 
 
 def _bad_rows(pictures: Pictures, *, skip_bad: bool) -> dict[int, str]:
-    """Rows that cannot be decoded, and why, found by all processes together."""
+    """Rows that cannot be decoded, with the reasons. All processes share the search."""
     rows = local_rows(torch.arange(len(pictures))).tolist()
     checked = zip(rows, tqdm(pictures.read(rows), "check", len(rows)), strict=True)
     bad = [(row, str(image)) for row, (image, _) in checked if isinstance(image, DataError)]
@@ -157,10 +159,10 @@ def _bad_rows(pictures: Pictures, *, skip_bad: bool) -> dict[int, str]:
 def encode(vae: AutoencoderKL, images: np.ndarray) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation [B, C, h, w] of the latents of `images` [B, H, W, 3] uint8.
 
-    Both float32, on the VAE's device and in the flow model's scale (`latent_scale`).
+    Both are float32, on the VAE's device and in the flow model's scale (`latent_scale`).
     """
     mean, std = (values.to(vae.device) for values in latent_scale(vae))
-    # Also where training's products are bfloat16: latents are encoded once, or as if they were.
+    # In float32 even under bfloat16 autocast: the same latents as from training.latents.
     with torch.autocast(vae.device.type, enabled=False):
         posterior = vae.encode(to_unit(images).to(vae.device)).latent_dist
     return (posterior.mean - mean) / std, posterior.std / std
@@ -168,22 +170,21 @@ def encode(vae: AutoencoderKL, images: np.ndarray) -> tuple[Tensor, Tensor]:
 
 def to_unit(images: np.ndarray) -> Tensor:
     """[B, H, W, 3] uint8 to [B, 3, H, W] float32 in [-1, 1], on this process's device."""
-    pixels = torch.from_numpy(np.array(images)).to(
-        device()
-    )  # a copy: what is mapped cannot be written
+    # A copy, because memory-mapped arrays are read-only.
+    pixels = torch.from_numpy(np.array(images)).to(device())
     return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def text_digest(*lines: str) -> str:
-    """Of lines of text, also of file names that are not Unicode."""
+    """Digest of lines of text, which may contain file names that are not Unicode."""
     return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
 def vae_digest(vae: AutoencoderKL) -> str:
-    """Of everything the latents depend on.
+    """Digest of everything that the latents depend on.
 
-    The tensors tell the encoder's shape; the rest is named, so that a field that other versions of
-    diffusers add is no difference.
+    The tensors show the encoder's shape. Other fields are listed by name, so that fields of a newer
+    diffusers do not change the digest.
     """
     config = {name: vae.config[name] for name in (*SCALE, *_UNSEEN)}
     return digest_of(vae.state_dict(), json.dumps(config, sort_keys=True))

@@ -16,7 +16,7 @@ fonts-linuxlibertine fonts-noto-core fonts-open-sans fonts-play fonts-quicksand
 fonts-roboto-unhinted
 """
 
-# Families whose upright Latin letters and digits are plain; of Noto only those that have Latin.
+# Families with plain upright Latin letters and digits. The Noto families are those with Latin.
 _FAMILIES = (
     "B612|B612Mono|Cabin|Cantarell|Comfortaa|Caladea|Carlito|"
     "DejaVuSans|DejaVuSansCondensed|DejaVuSansMono|DejaVuSerif|DejaVuSerifCondensed|FiraCode|"
@@ -28,15 +28,15 @@ _FAMILIES = (
 _STYLES = "Regular|Medium|SemiBold|Semibold|Bold|ExtraBold|Heavy|Black|Italic|BoldItalic|R|RB"
 _NAME = re.compile(rf"({_FAMILIES})(-?({_STYLES}))?|LinBiolinum_(R|RB)|LinLibertine_(R|RB)")
 
-# Pairs that some fonts draw alike: such a font would teach that the two classes are one.
+# Pairs that some fonts draw alike. Such a font would make the two classes look like one.
 _LOOKALIKES = (("0", "O"), ("1", "I"), ("5", "S"), ("2", "Z"), ("8", "B"))
 _MAX_ALIKE = 0.80  # intersection over union
 
 
 def font_paths(root: Path = FONT_ROOT) -> list[Path]:
-    """Font files under `root` that are in the list and tell letters from digits, sorted by name.
+    """Listed font files under `root` with distinct letters and digits, sorted by name.
 
-    Raises FileNotFoundError, naming the packages to install, when fewer than 50 are there.
+    Raises FileNotFoundError if there are fewer than 50. It names the packages to install.
     """
     found = [p for p in root.rglob("*.[to]tf") if _NAME.fullmatch(p.stem)]
     unique = {p.stem: p for p in sorted(found)}
@@ -57,7 +57,7 @@ def _alike(path: Path) -> Iterator[bool]:
 
 
 def _silhouette(font: ImageFont.FreeTypeFont, text: str) -> np.ndarray:
-    """The glyph's ink on a 128 x 128 canvas, centred, as booleans."""
+    """The glyph, centred on a 128 x 128 canvas, as booleans (true is ink)."""
     canvas = Image.new("L", (128, 128))
     ImageDraw.Draw(canvas).text((64, 64), text, font=font, fill=255, anchor="mm")
     return np.asarray(canvas) > 127

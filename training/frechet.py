@@ -26,10 +26,10 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Reference:
-    """What is known of the features of real images.
+    """Statistics of the features of real images.
 
-    `spatial` is for sFID; `features` [N, D], of some of the images, for precision and recall. Each
-    may be missing.
+    `spatial` is for sFID. `features` [N, D] of some of the images are for precision and recall.
+    Both are optional.
     """
 
     pooled: Statistics
@@ -37,7 +37,7 @@ class Reference:
     features: np.ndarray | None = None
 
     def save(self, path: Path) -> None:
-        """Writes an .npz file in the layout of ADM's reference batches, and `features` beside."""
+        """Writes an .npz file in the layout of ADM's reference batches, plus `features`."""
         arrays = {"mu": self.pooled.mean, "sigma": self.pooled.covariance}
         if self.spatial is not None:
             arrays["mu_s"] = self.spatial.mean
@@ -48,7 +48,7 @@ class Reference:
 
     @classmethod
     def load(cls, path: Path) -> Reference:
-        """Reads what `save` wrote, or statistics of ADM's; raises ValueError for others."""
+        """Reads a file from `save`, or ADM's statistics. Raises ValueError for other files."""
         with np.load(path) as file:
             if "mu" not in file:
                 raise ValueError(f"{path} must have mu and sigma, it has {', '.join(file)}")
@@ -70,8 +70,8 @@ class Reference:
 
 def frechet_distance(one: Statistics, other: Statistics) -> float:
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), in units of the features squared."""
-    # The product of two covariances has the eigenvalues of a positive matrix; its square root's
-    # trace is the sum of their roots.
+    # The product of two covariances has non-negative eigenvalues. The trace of its square root is
+    # the sum of their roots.
     roots = np.sqrt(np.linalg.eigvals(one.covariance @ other.covariance).real.clip(min=0)).sum()
     apart = one.mean - other.mean
     return float(apart @ apart + np.trace(one.covariance + other.covariance) - 2 * roots)

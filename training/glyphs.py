@@ -19,11 +19,11 @@ from training.fonts import font_paths
 CLASS_NAMES = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")
 IMAGE_SIZE = 64  # pixels
 _OVERSAMPLING = 2
-_CHUNK = 500  # images a task of the process pool
+_CHUNK = 500  # images per task of the process pool
 
 
 def render(text: str, font_path: str, rng: np.random.Generator) -> np.ndarray:
-    """One image, [64, 64, 3] uint8: a glyph in one colour on a ground of another."""
+    """One image, [64, 64, 3] uint8: a glyph of one colour on a background of another."""
     side = IMAGE_SIZE * _OVERSAMPLING
     font = ImageFont.truetype(font_path, int(rng.uniform(42, 56) * _OVERSAMPLING))
     mask = Image.new("L", (side, side))
@@ -39,7 +39,7 @@ def render(text: str, font_path: str, rng: np.random.Generator) -> np.ndarray:
 
 
 def _two_colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Two colours, [3] in 0..255, whose brightness differs enough to read."""
+    """Two colours, [3] in 0..255, with enough contrast in brightness."""
     while True:
         pair = rng.uniform(0, 255, size=(2, 3)).astype(np.float32)
         brightness = pair @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
@@ -94,8 +94,8 @@ class GlyphImages:
 def load_or_render(folder: Path, count: int, seed: int) -> np.ndarray:
     """The data set, [count, 64, 64, 3] uint8, rendered once and then read from `folder`.
 
-    Image i depends on (seed, i), the installed fonts and Pillow, which draws them: each
-    combination has a file of its own.
+    Image i depends on (seed, i), the installed fonts and the version of Pillow. Each combination
+    has its own file.
     """
     fonts = [str(p) for p in font_paths()]
     path = folder / f"images-{count}-{seed}-{_digest_of(fonts)}.npy"
@@ -119,7 +119,7 @@ def load_or_render(folder: Path, count: int, seed: int) -> np.ndarray:
 
 
 def _digest_of(fonts: Sequence[str]) -> str:
-    """Twelve digits that tell these fonts, and the library that draws them, from others."""
+    """Twelve hexadecimal digits that identify the fonts and the version of Pillow."""
     digest = hashlib.sha256(PIL.__version__.encode())
     for font in fonts:
         digest.update(Path(font).name.encode() + Path(font).read_bytes())

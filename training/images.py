@@ -1,8 +1,8 @@
 """Folders of images: every file is used, or counted and named with the reason.
 
-Training reads ImageNet's layout, a subfolder for each class, whose sorted order is the class ids.
-`find_images` and `read_image` are the one rule for all who read images from files: training and
-`research.quality`.
+Training reads ImageNet's layout: one subfolder per class. The sorted order of the subfolders gives
+the class ids. Training and `research.quality` both read image files by `find_images` and
+`read_image`.
 """
 
 import os
@@ -21,25 +21,25 @@ from PIL.TiffImagePlugin import TiffImageFile
 from flowturbo.errors import FlowTurboError
 
 _CHUNK = 256
-_LONGEST = 50  # of an image's sides, in shorter ones
+_LONGEST = 50  # largest allowed ratio of the long side to the short side
 _EXAMPLES = 3
-_SHOWN = 20  # images that are left out, a line each
+_SHOWN = 20  # images that are left out, one line each
 SUFFIXES = (
     *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
     *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"),
 )
-# Folders that archives, file servers and file systems put beside those of a data set.
+# Folders that archives, file servers and file systems add to a data set.
 _SYSTEM = {
     *("__MACOSX", "@eaDir", "@Recycle", "@Recently-Snapshot", "#recycle", "#snapshot"),
     *("lost+found", "$RECYCLE.BIN", "System Volume Information"),
 }
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
-_RULES = 3  # of `read_image`: latents made by other rules are others
+_RULES = 3  # version of the rules of `read_image`: another version gives other latents
 _FOLDER, _FILE = "folder", "file"
 _BROKEN, _CIRCLE = "broken link", "link to a folder above it"
-_ORIENTATION, _BITS, _PHOTOMETRIC = 274, 258, 262  # TIFF's tags, which EXIF has too
+_ORIENTATION, _BITS, _PHOTOMETRIC = 274, 258, 262  # tags of TIFF and EXIF
 _BLACK_IS_0 = 1
-# What turns an image that is stored in an orientation upright.
+# EXIF orientation to the operation that turns the image upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -49,7 +49,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# What Pillow multiplies grey levels of few bits by, but not the one that is transparent.
+# Pillow multiplies grey levels of few bits by these, but not the transparent level.
 _FEW_BITS = {"L;2": 85, "L;4": 17}
 
 
@@ -59,7 +59,7 @@ class DataError(FlowTurboError):
 
 @dataclass
 class Skipped:
-    """Files and folders that are not used, by the reason; prints as a line."""
+    """Files and folders that are not used, by reason. As text it is one line."""
 
     paths: dict[str, list[Path]] = field(default_factory=dict)
 
@@ -85,23 +85,23 @@ def printable(path: Path) -> str:
 
 
 def shown(names: Sequence[str]) -> str:
-    """How many classes there are, and the first of their names."""
+    """The number of classes, and the first of their names."""
     more = ", ..." if len(names) > _EXAMPLES else ""
     return f"{len(names)} classes ({', '.join(names[:_EXAMPLES])}{more})"
 
 
 def find_images(folder: Path, skipped: Skipped, *above: Path) -> list[Path]:
-    """The image files below `folder`, sorted; what is no image is added to `skipped`.
+    """The image files below `folder`, sorted. Other files are added to `skipped`.
 
-    Links are followed, but not into the folder itself or those `above` it. Raises OSError for a
-    folder that cannot be read.
+    Links are followed, except links to the folder itself or to the folders `above` it. Raises
+    OSError for a folder that cannot be read.
     """
     closed = tuple(each.resolve() for each in (*above, folder))
     return sorted(_walk(folder, skipped, closed))
 
 
 def _walk(folder: Path, skipped: Skipped, above: tuple[Path, ...]) -> Iterator[Path]:
-    """`above` are the folder and all above it, with links resolved: a link to one is a circle."""
+    """`above` are the folder and its parents, with links resolved: a link to one is a circle."""
     for entry in _entries(folder, skipped):
         path, kind = Path(entry.path), _kind(entry)
         if kind == _FOLDER:
@@ -130,7 +130,7 @@ def _kind(entry: "os.DirEntry[str]") -> str:
 
 
 def _entries(folder: Path, skipped: Skipped) -> Iterator["os.DirEntry[str]"]:
-    """What lies in `folder`, sorted, without what is no part of a data set, whatever it holds."""
+    """The entries of `folder`, sorted. Hidden and system entries are skipped with their content."""
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda each: each.name):
             if entry.name in _SYSTEM:
@@ -142,43 +142,43 @@ def _entries(folder: Path, skipped: Skipped) -> Iterator["os.DirEntry[str]"]:
 
 
 def read_image(path: Path, *, as_stored: bool = False) -> Image.Image:
-    """The image in a file, 8-bit RGB, turned as its EXIF orientation says unless `as_stored`.
+    """The image in a file, 8-bit RGB, upright by its EXIF orientation unless `as_stored`.
 
-    Of several frames it is the first. Grey of more than 8 bits keeps its upper 8, as Pillow reads
-    16-bit colour. Transparent parts are shown on white. Raises DataError, also for pixels whose
-    range is not known: of 32 bits, with a sign, or of floating point.
+    Reads the first frame. Grey levels of more than 8 bits keep their upper 8 bits, as Pillow reads
+    16-bit colour. Transparent parts become white. Raises DataError for unreadable files, and for
+    pixels of unknown range: 32-bit, signed or floating-point.
     """
     try:
         with Image.open(path) as file:
-            if max(file.size) > _LONGEST * min(file.size):  # of no use, but of much memory
+            if max(file.size) > _LONGEST * min(file.size):  # useless, and needs much memory
                 raise ValueError(f"{file.width} x {file.height} pixels are too thin")
             _scale_transparency(file)
             tags = dict(file.tag_v2) if isinstance(file, TiffImageFile) else {}
-            # Taken out, so that Pillow itself turns no kind of file when it reads the pixels. Its
-            # function that turns images writes all EXIF data anew, and fails at odd ones.
+            # pop() keeps Pillow from rotating some formats itself when it reads the pixels.
+            # exif_transpose() is not used: it rewrites all EXIF data and fails at odd ones.
             turn = _UPRIGHT.get(file.getexif().pop(_ORIENTATION, 1))
             image = file.copy()
             if turn is not None and not as_stored:
                 image = image.transpose(turn)
             return _to_rgb(_to_8_bits(image, tags, file.format))
-    except Exception as error:  # Pillow's decoders raise whatever the bytes make them do
+    except Exception as error:  # broken bytes can raise anything in Pillow's decoders
         reason = " ".join(str(error).split())
         raise DataError(f"{printable(path)} is not a readable image: {reason}") from error
 
 
 def _scale_transparency(file: Image.Image) -> None:
-    """Brings the level that is transparent in a PNG to the scale that its pixels are read in."""
+    """Scales the transparent level of a PNG as Pillow scales the pixels."""
     if isinstance(file, PngImageFile) and "transparency" in file.info and file.tile:
         layout = file.tile[0].args
-        if layout == "RGB;16B":  # of which Pillow keeps 8 bits, and so would make more transparent
-            raise ValueError("a transparent colour of 16 bits is not read")
+        if layout == "RGB;16B":  # Pillow keeps 8 bits, so more colours would become transparent
+            raise ValueError("a transparent colour of 16 bits is not supported")
         if layout in _FEW_BITS:
             file.info["transparency"] *= _FEW_BITS[layout]
 
 
 def _to_8_bits(image: Image.Image, tags: Mapping[int, Any], form: str | None) -> Image.Image:
-    """Levels of 16 bits to their upper 8; `tags` are a TIFF's, `form` is the file's format."""
-    if image.mode == "I" and form == "PPM":  # which Pillow scales to 16 bits
+    """Levels of 16 bits to their upper 8 bits. `tags` are of a TIFF, `form` is the file format."""
+    if image.mode == "I" and form == "PPM":  # Pillow scales these to 16 bits
         bits, black = 16, _BLACK_IS_0
     elif image.mode.startswith("I;16"):
         bits, black = tags.get(_BITS, (16,))[0], tags.get(_PHOTOMETRIC, _BLACK_IS_0)
@@ -203,12 +203,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class Picture:
-    """One image file, of class id `label`, perhaps mirrored left to right."""
+    """One image file of class id `label`; optionally mirrored left to right."""
 
     path: Path
     label: int
     mirrored: bool = False
-    as_stored: bool = False  # not turned as EXIF says
+    as_stored: bool = False  # ignore the EXIF orientation
 
     def load(self, size: int) -> np.ndarray:
         """[size, size, 3] uint8; raises DataError."""
@@ -218,20 +218,20 @@ class Picture:
 
 @dataclass(frozen=True)
 class Pictures:
-    """The pictures of a folder, and their classes' names in the order of the ids."""
+    """The pictures of a folder, and the class names in the order of the ids."""
 
     folder: Path
     class_names: tuple[str, ...]
     pictures: tuple[Picture, ...]
-    size: int  # pixels, of the side of what `read` answers
-    empty: tuple[str, ...] = ()  # classes without images, which keep their ids
-    skipped: Skipped = field(default_factory=Skipped)  # files that are no images
+    size: int  # side of the images from `read`, in pixels
+    empty: tuple[str, ...] = ()  # classes without images; they keep their ids
+    skipped: Skipped = field(default_factory=Skipped)  # files that are not images
 
     def __len__(self) -> int:
         return len(self.pictures)
 
     def read(self, rows: Iterable[int]) -> Iterator[tuple[np.ndarray | DataError, int]]:
-        """Images [size, size, 3] uint8 (or what is wrong with each) and class ids, in order."""
+        """Images [size, size, 3] uint8 (or the error of an unreadable one) and class ids."""
 
         def load(row: int) -> tuple[np.ndarray | DataError, int]:
             picture = self.pictures[row]
@@ -240,8 +240,8 @@ class Pictures:
             except DataError as error:
                 return error, picture.label
 
-        # Pillow decodes and resizes outside the interpreter's lock. A chunk at a time, or a million
-        # images would be held.
+        # Threads, because Pillow decodes and resizes without the interpreter's lock. In chunks, so
+        # that memory does not hold all images.
         order = list(rows)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for start in range(0, len(order), _CHUNK):
@@ -249,7 +249,7 @@ class Pictures:
 
     @property
     def unused(self) -> dict[str, Any]:
-        """What was found and not used: files by the reason, classes without images."""
+        """What was found and not used: files by reason, and classes without images."""
         files = {
             reason: [printable(path) for path in paths]
             for reason, paths in self.skipped.paths.items()
@@ -262,14 +262,14 @@ class Pictures:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """How the pictures are read."""
+        """The options for reading the pictures."""
         first = self.pictures[0]
         mirrored = any(picture.mirrored for picture in self.pictures)
         how = {"flip": mirrored, "ignore_orientation": first.as_stored, "reading_rules": _RULES}
         return {"image_size": self.size, **how}
 
     def identity(self) -> list[str]:
-        """For each, what tells it from others, and from another file put in its place."""
+        """For each picture a text that changes if the picture or its file changes."""
         return [self._identity(picture) for picture in self.pictures]
 
     def _identity(self, picture: Picture) -> str:
@@ -290,11 +290,11 @@ def list_pictures(
     skip_bad: bool = False,
     as_stored: bool = False,
 ) -> Pictures:
-    """The images of `folder`, which `flip` lists twice, once mirrored; nothing is decoded yet.
+    """Lists the images of `folder`, without decoding them. `flip` adds a mirrored copy of each.
 
-    Raises DataError for a folder without class folders or images, and, unless `skip_bad`, for a
-    class folder without images; with it the class keeps its id. OSError for one that cannot be
-    read.
+    Raises DataError for a folder without class folders or images. Raises it also for a class folder
+    without images; with `skip_bad` the class keeps its id instead. Raises OSError for a folder that
+    cannot be read.
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder")
@@ -307,10 +307,10 @@ def list_pictures(
     empty = [each for each, found in zip(classes, files, strict=True) if not found]
     if len(empty) == len(classes) or (empty and not skip_bad):
         found = f" (other files there: {skipped})" if skipped else ""
-        broken = "is a link to what is not there, and " if empty[0].is_symlink() else ""
+        broken = "is a broken link and " if empty[0].is_symlink() else ""
         raise DataError(
-            f"{empty[0]} {broken}has no images ({', '.join(SUFFIXES)}){found}; --skip-bad goes on "
-            "with a class that has none"
+            f"{empty[0]} {broken}has no images ({', '.join(SUFFIXES)}){found}; --skip-bad allows "
+            "a class without images"
         )
     pictures = tuple(
         Picture(path, label, mirrored, as_stored)
@@ -326,7 +326,7 @@ def list_pictures(
 def unused(
     left_out: Sequence[str], skipped: Skipped | None = None, empty: Sequence[str] = ()
 ) -> Iterator[str]:
-    """Lines that say what is not used, and why: images `left_out`, files that are none, classes."""
+    """Yields lines on what is not used: images `left_out`, `skipped` files, `empty` classes."""
     if skipped:
         yield f"skipped: {skipped}"
     if empty:
@@ -337,7 +337,7 @@ def unused(
 
 
 def _class_folders(folder: Path, skipped: Skipped) -> Sequence[Path]:
-    """Also broken links: the ids of the other classes do not hang on whether a disk is there."""
+    """The class folders, broken links included: a missing disk must not change the class ids."""
     found, real = [], folder.resolve()
     above = {real, *real.parents}
     for entry in _entries(folder, skipped):
@@ -352,34 +352,34 @@ def _class_folders(folder: Path, skipped: Skipped) -> Sequence[Path]:
 
 
 def _check_classes(folder: Path, classes: Sequence[Path]) -> None:
-    """Raises DataError for parts of a data set; says where ids are not the names' numbers."""
+    """Raises DataError for splits of a data set. Prints a note if ids differ from numeric names."""
     names = [each.name for each in classes]
     if _SPLITS.issuperset(name.lower() for name in names):
         raise DataError(
-            f"{folder} has {', '.join(names)}, which are parts of a data set and no classes: give "
+            f"{folder} has {', '.join(names)}, which are parts of a data set, not classes: give "
             f"one of them, such as {folder / names[0]}"
         )
     if all(name.isdecimal() for name in names) and names != sorted(names, key=int):
         moved = next(k for k, name in enumerate(sorted(names, key=int)) if names[k] != name)
         print(
-            f"{folder}: ids follow the names as text, as torchvision's ImageFolder orders them: "
-            f"class id {moved} is folder {names[moved]!r}. Names of one length, such as "
-            f"{0:0{max(map(len, names))}d}, give ids in the order of the numbers",
+            f"{folder}: class ids follow the names sorted as text, as in torchvision's "
+            f"ImageFolder: class id {moved} is folder {names[moved]!r}. For numeric order give all "
+            f"names the same length, such as {0:0{max(map(len, names))}d}",
             file=sys.stderr,
         )
 
 
 def check_outside(option: str, path: Path, data: Path) -> None:
-    """Raises DataError if what is written at `path` would become a part of the `data`."""
+    """Raises DataError if output at `path` would become part of the `data`."""
     if data.resolve() in (path.resolve(), *path.resolve().parents):
         raise DataError(
-            f"{option} {path} lies in the data {data}, and would become a part of them: take a "
-            "folder outside"
+            f"{option} {path} is inside the data folder {data} and would become part of the data: "
+            "choose a folder outside"
         )
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """The middle square, `size` pixels wide, as ADM's `center_crop_arr` cuts and scales it."""
+    """The centre square, `size` pixels wide, cropped and scaled as ADM's `center_crop_arr`."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)

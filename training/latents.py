@@ -1,8 +1,8 @@
 """Encodes images once, for training: `python -m training.latents --images DIR --vae DIR --out DIR`.
 
 Writes shards of latents (safetensors: `mean`, `std` [n, C, h, w] in the flow model's scale, `label`
-[n] int64) and, when all is encoded, `index.json`. A run that was stopped goes on where it was;
-`accelerate launch -m training.latents` shares the shards among GPUs.
+[n] int64). At the end it writes `index.json`. A stopped run resumes where it was. `accelerate
+launch -m training.latents` distributes the shards over GPUs.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
+from flowturbo.command import positive
 from flowturbo.errors import FlowTurboError
 from flowturbo.nets.vae import latent_factor, load_vae, sample_size
 from flowturbo.textfile import read_json
@@ -29,11 +30,9 @@ from training.images import DataError, check_outside, list_pictures, printable, 
 from training.loop import atomic_write, device, exclusive, print_error, processes
 from training.shards import INDEX, SETTINGS, SETTINGS_KEY, shard_files
 
-# Fields of the VAE's configuration that its latents are scaled by.
-
 
 class Images(Protocol):
-    """Labelled images of size x size pixels, as `training.images.Pictures`."""
+    """Labelled images of size x size pixels, such as `training.images.Pictures`."""
 
     @property
     def class_names(self) -> tuple[str, ...]: ...
@@ -43,27 +42,27 @@ class Images(Protocol):
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """How they are read, as JSON has it."""
+        """The options for reading the images, as JSON values."""
 
     def __len__(self) -> int: ...
 
     def read(self, rows: Iterable[int]) -> Iterator[tuple[np.ndarray | DataError, int]]:
-        """Images [size, size, 3] uint8, or what is wrong with each, and class ids."""
+        """Class ids with images [size, size, 3] uint8, or with errors of unreadable images."""
 
     @property
     def unused(self) -> Mapping[str, Any]:
-        """What beside the images was found and not used, as JSON has it."""
+        """What was found beside the images and not used, as JSON values."""
 
     def name(self, row: int) -> str:
-        """Which image that is, for people."""
+        """A readable name of the image at `row`."""
 
     def identity(self) -> list[str]:
-        """For each image, what tells it from others, and from a later one in the same file."""
+        """For each image a text that changes if the image or its file changes."""
 
 
 @dataclass(frozen=True)
 class Storage:
-    """How latents are stored: `dtype` float16 or float32, without `std` if `mean_only`."""
+    """How to store latents: `dtype` is float16 or float32; `mean_only` leaves out `std`."""
 
     dtype: str = "float16"
     mean_only: bool = False
@@ -73,8 +72,8 @@ class Storage:
 class Writer:
     """Encodes `images` into the folder `out`, `batch` at a time.
 
-    An image that cannot be read, or whose latents are not finite numbers (of the storage's type),
-    raises DataError, or is left out with `skip_bad`; the index says which and why.
+    A bad image is unreadable, or its latents are not finite in the storage's type. It raises
+    DataError. With `skip_bad` it is left out instead, and the index says which and why.
     """
 
     def __init__(
@@ -96,9 +95,9 @@ class Writer:
         self.images, self.out, self.storage = images, out, storage
         self.dtype = getattr(torch, storage.dtype)
         self.vae, self.batch, self.skip_bad = vae.to(device()).eval(), batch, skip_bad
-        self.left_out: list[str] = []  # of the shard at work
-        self.unreadable: list[int] = []  # its rows
-        # One black image tells what no latents at all look like.
+        self.left_out: list[str] = []  # in the current shard: reasons
+        self.unreadable: list[int] = []  # in the current shard: rows
+        # Encode one black image to get the shape of an empty batch of latents.
         black = np.zeros((1, images.size, images.size, 3), np.uint8)
         self.none = self._encode([(black[0], 0)])[:0]
         self.paths = [
@@ -109,11 +108,11 @@ class Writer:
         self.settings_digest = text_digest(json.dumps(self.settings, sort_keys=True))
 
     def write(self) -> None:
-        """Writes the shards that are not there yet, or whose images have changed, then the index.
+        """Writes the shards that are missing or whose images have changed, then the index.
 
-        Raises DataError also for a folder that was begun with another VAE, storage or way to read
-        images. It does so too for images that change meanwhile, and where no image is left. Raises
-        PlanError where another run is at work in the folder.
+        Raises DataError if the folder was begun with another VAE, storage or way to read images.
+        Raises it too if images change meanwhile, or if no image is usable. Raises PlanError if
+        another run is using the folder.
         """
         with exclusive(self.out):
             self._write_missing(processes())
@@ -121,10 +120,10 @@ class Writer:
     def _write_missing(self, state: PartialState) -> None:
         self._check_settings(state)
         todo = [k for k in range(len(self.paths)) if not self._is_current(k)]
-        state.wait_for_everyone()  # nobody looks what is to do while another is already at work
+        state.wait_for_everyone()  # all processes list their work before one starts to change it
         if state.is_main_process:
             self._remove_outdated(todo)
-        state.wait_for_everyone()  # nor writes what it is about to remove
+        state.wait_for_everyone()  # nobody writes before outdated files are removed
         share = todo[state.process_index :: state.num_processes]
         with tqdm(total=sum(len(self._rows(k)) for k in share), desc="encode", unit="image") as bar:
             for shard in share:
@@ -157,7 +156,7 @@ class Writer:
         _write(self.paths[shard], save(tensors, stated))
 
     def _usable(self, rows: range) -> Latents:
-        """The latents of the images at `rows`, without those to be left out."""
+        """The latents of the images at `rows`, without bad images."""
         good, images = [], []
         for row, (image, label) in zip(rows, self.images.read(rows), strict=True):
             if isinstance(image, DataError):
@@ -187,7 +186,7 @@ class Writer:
         return Latents(mean.cpu(), label, None if self.storage.mean_only else std.cpu())
 
     def _digests(self) -> list[str]:
-        """Of the images of each shard."""
+        """The digest of the images of each shard."""
         lines = self.images.identity()
         parts = (self._rows(shard) for shard in range(len(self.paths)))
         return [text_digest(*lines[rows.start : rows.stop]) for rows in parts]
@@ -200,7 +199,7 @@ class Writer:
         wanted = self.settings_digest, self.digests[shard]
         if (stated[SETTINGS_KEY], stated["images"]) != wanted:
             return False
-        # What could not be read may have been forbidden, or on a disk that failed.
+        # Retry unreadable images: the cause may have been permissions or a failing disk.
         again = self.images.read(stated["unreadable"])
         if not all(isinstance(image, DataError) for image, _ in again):
             return False
@@ -209,7 +208,7 @@ class Writer:
         return True
 
     def _remove_outdated(self, todo: Sequence[int]) -> None:
-        """Removes shards of other images, and the index as soon as any shard is to be written."""
+        """Removes outdated shards. Also removes the index if any shard must be written."""
         changed = [self.paths[k] for k in todo if self.paths[k].exists()]
         surplus = sorted(set(shard_files(self.out)) - set(self.paths))
         for path in surplus:
@@ -248,7 +247,7 @@ class Writer:
             shards.append({"file": path.name, "count": count})
             left_out += stated["left_out"]
             total += count
-        # A mirrored copy has its image's fault.
+        # An image and its mirrored copy have the same fault: list it once.
         left_out = list(dict.fromkeys(left_out))
         config = self.vae.config
         if not total:
@@ -274,7 +273,7 @@ class Writer:
 
 
 def _stated(path: Path) -> tuple[int, dict[str, Any]]:
-    """How many latents a shard has, and its metadata; raises DataError for other files."""
+    """The number of latents in a shard, and its metadata. Raises DataError for other files."""
     try:
         with safe_open(path, framework="pt") as file:
             count = file.get_slice("label").get_shape()[0]
@@ -282,7 +281,7 @@ def _stated(path: Path) -> tuple[int, dict[str, Any]]:
             lists = {name: json.loads(metadata[name]) for name in ("left_out", "unreadable")}
             return count, {name: metadata[name] for name in (SETTINGS_KEY, "images")} | lists
     except (SafetensorError, LookupError, TypeError, ValueError) as error:
-        raise DataError(f"{path} is no shard from here, remove it: {error}") from error
+        raise DataError(f"{path} is not a shard of training.latents, remove it: {error}") from error
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -291,7 +290,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Returns the exit status: 2, and one line on stderr, for what the user can put right."""
+    """Returns the exit status: 2, with one line on stderr, for errors that the user can fix."""
     args = _parser().parse_args(argv)
     try:
         check_outside("--out", args.out, args.images)
@@ -323,7 +322,7 @@ def main(argv: Sequence[str]) -> int:
             )
     except (FlowTurboError, OSError) as error:
         print_error("latents", error)
-        return 2  # on GPUs, to leave the group would wait for the others; the launcher ends them
+        return 2  # no destroy_process_group: on GPUs it waits for others, which the launcher stops
     processes().destroy_process_group()
     return 0
 
@@ -336,7 +335,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     default = Storage()
     add = parser.add_argument
-    add("--images", type=Path, required=True, help="a subfolder a class, sorted order = class ids")
+    add(
+        "--images",
+        type=Path,
+        required=True,
+        help="image folder, one subfolder per class; their sorted order gives the class ids",
+    )
     add("--vae", type=Path, required=True, help="diffusers AutoencoderKL folder")
     add("--out", type=Path, required=True, help="folder for shards and index")
     add("--image-size", type=positive, help="pixels (default: the VAE's sample_size)")
@@ -344,28 +348,14 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--ignore-orientation",
         action="store_true",
-        help="take images as they are stored, not turned as their EXIF data say",
+        help="read images as stored, without the rotation of their EXIF data",
     )
     add("--dtype", choices=("float16", "float32"), default=default.dtype)
     add("--mean-only", action="store_true", help="store no standard deviations: train on the means")
-    add("--shard", type=positive, default=default.shard, help="images a shard (default: 4096)")
+    add("--shard", type=positive, default=default.shard, help="images per shard (default: 4096)")
     add("--batch", type=positive, default=32, help="images encoded together (default: 32)")
-    add("--skip-bad", action="store_true", help="leave out, and count, what cannot be used")
+    add("--skip-bad", action="store_true", help="leave out and count images that cannot be used")
     return parser
-
-
-def natural(text: str) -> int:
-    """A whole number, for argparse."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}")
-    return int(text)
-
-
-def positive(text: str) -> int:
-    """A whole number from 1, for argparse."""
-    if not natural(text):
-        raise argparse.ArgumentTypeError("must be at least 1, got 0")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One resumable training loop for every network here, on a CPU, a GPU, or several by Accelerate."""
+"""One resumable training loop for every network: on a CPU, a GPU, or several with Accelerate."""
 
 import fcntl
 import hashlib
@@ -33,33 +33,34 @@ from training.plan import Pace, PlanError, TrainingConfig
 
 
 class Preview(Protocol):
-    """A picture of what the averaged network makes, drawn every `every` steps."""
+    """Draws a sample image from the averaged network, every `every` steps."""
 
     every: int
 
     def __call__(self, network: nn.Module) -> np.ndarray:
-        """[H, W, 3] uint8."""
+        """The picture, [H, W, 3] uint8."""
 
 
 LossOf = Callable[[Any, torch.Generator], Tensor]
 
 
 def processes() -> PartialState:
-    """Those that were launched together, and which this is: on GPUs, or on CPUs where none is."""
-    # One may wait for hours for another that encodes or draws; one that fails ends them all.
+    """The processes of this launch and the index of this one; they run on GPUs if there are any."""
+    # One process may wait hours for another that encodes or draws. A failed one ends all others.
     return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(weeks=1))
 
 
 def device() -> torch.device:
-    """The device of this process: its GPU where there is one."""
+    """The device of this process: its GPU if there is one, else the CPU."""
     found: torch.device = processes().device
     return found
 
 
 def print_error(command: str, error: Exception) -> None:
-    """One line on stderr; of several processes, each says which it is.
+    """Prints one line on stderr, with the process index if there are several processes.
 
-    What is wrong for one of them alone, such as a disk, is known to no other.
+    Every process prints its own errors, because the others do not know of them (such as a disk
+    error).
     """
     state = processes()
     which = f" (process {state.process_index} of {state.num_processes})"
@@ -67,7 +68,7 @@ def print_error(command: str, error: Exception) -> None:
 
 
 def local_rows(batch: Tensor) -> Tensor:
-    """The rows of this process, of a tensor of the whole batch."""
+    """The rows of `batch` that belong to this process."""
     state = processes()
     return batch[state.process_index :: state.num_processes]
 
@@ -85,16 +86,18 @@ def fit(
 ) -> nn.Module:
     """Trains `model` in place; returns its exponential moving average, in evaluation mode.
 
-    `loss_of(model, generator)` is the mean over this process's rows. It draws those of the whole
-    batch from `generator`, which is seeded by (seed, step) alone, and takes its own (`local_rows`).
-    So a run that was stopped and resumed takes the same steps as one that was not, on any number of
-    processes. State is saved in `folder`, the loss at the end in `<name>.json`; TensorBoard's files
-    are in `<name>/`, and there are the pictures of `preview`. Raises PlanError for a state of
-    another plan or `identity` (what else the steps depend on). Raises it too for a `folder` that
-    not all processes share or that another run is at work in, and FloatingPointError for a loss
-    that is no number.
+    `loss_of(model, generator)` is the mean over the rows of this process. It draws the rows of the
+    whole batch from `generator`, which is seeded by (seed, step) only, and keeps its own
+    (`local_rows`). So a resumed run takes the same steps as an uninterrupted one, on any number of
+    processes.
+
+    The state is saved in `folder`, and at the end the losses in `<name>.json`. `<name>/` has
+    TensorBoard's files and the pictures of `preview`. `identity` is what the steps depend on,
+    besides the plan. Raises PlanError for a state of another plan or `identity`. Raises it too if
+    the processes do not share `folder`, or if another run is using it. Raises FloatingPointError
+    for a loss that is not finite.
     """
-    # Precision is the plan's: what `accelerate launch` may have been told is not asked.
+    # The plan sets the precision. An option of `accelerate launch` must not change it.
     accelerator = Accelerator(mixed_precision="no")
     plan.check_processes(accelerator.num_processes)
     with exclusive(folder):
@@ -142,7 +145,7 @@ def _step(
     plan: TrainingConfig,
     step: int,
 ) -> tuple[float, dict[str, float]]:
-    """One step of the optimizer: the loss of the whole batch, and figures to note."""
+    """One optimizer step. Returns the loss of the whole batch, and figures to log."""
     rate = plan.rate(step)
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -181,7 +184,7 @@ class _Run:
         return int(self.progress["step"])
 
     def restore(self, identity: dict[str, Any]) -> None:
-        # As the file has it: tuples are lists there, and enumerations their text.
+        # Compare JSON values, as in the file: tuples become lists, and enumerations text.
         self.identity = identity = json.loads(json.dumps(identity))
         if not self.path.exists():
             return
@@ -190,10 +193,10 @@ class _Run:
             plan, progress = dict(saved["plan"]), saved["progress"]
             states = {key: saved[key] for key in self.holders}
             beyond = progress["step"] > identity["steps"]
-        except Exception as error:  # the unpickler raises whatever the bytes make it do
+        except Exception as error:  # broken bytes can raise anything in the unpickler
             reason = str(error).partition("\n")[0]
             raise PlanError(f"{self.path} is not a state of a run, remove it: {reason}") from error
-        # At a constant rate, more steps are the same run gone on with.
+        # At a constant rate, a run with more steps continues the same run.
         longer = {"steps": identity["steps"]} if identity["decay"] == "constant" else {}
         if {**plan, **longer} != identity or beyond:
             keys = sorted({*plan, *identity})
@@ -205,12 +208,12 @@ class _Run:
         self.progress = progress
 
     def check_shared(self) -> None:
-        """Raises PlanError, in every process, unless all have read the same state."""
+        """Raises PlanError in every process unless all processes have read the same state."""
         steps = gather_object([self.step])
         if len(set(steps)) > 1:
             raise PlanError(
-                f"{self.folder} must be a folder that all processes share (--runs), the states "
-                f"that they found there are of steps {', '.join(map(str, steps))}"
+                f"{self.folder} must be a folder that all processes share (--runs): they found "
+                f"states of the steps {', '.join(map(str, steps))}"
             )
 
     def record(self, loss: float) -> None:
@@ -222,11 +225,11 @@ class _Run:
             progress["losses"].append([progress["step"], round(progress["smooth_loss"], 5)])
 
     def writer(self) -> SummaryWriter:
-        # What an interrupted run wrote after its last save is written again.
+        # The steps of an interrupted run after its last save will be logged again.
         return SummaryWriter(str(self.folder / self.name), purge_step=self.step + 1)
 
     def write(self, writer: SummaryWriter, figures: Mapping[str, float], *, done: bool) -> None:
-        """Figures to TensorBoard and, where it is time, the state to its file."""
+        """Writes figures to TensorBoard, and the state to its file when it is due."""
         if self.step % self.pace.log_every == 0:
             for tag, value in {"loss": self.progress["smooth_loss"], **figures}.items():
                 writer.add_scalar(tag, value, self.step)
@@ -248,7 +251,7 @@ class _Run:
         self.progress["seconds"] += now - self.saved_at
         self.saved_at = now
         state = {key: holder.state_dict() for key, holder in self.holders.items()}
-        # Not into the file: what a full disk makes of torch.save is not an OSError.
+        # First into memory: on a full disk torch.save raises errors other than OSError.
         content = io.BytesIO()
         torch.save({**state, "progress": self.progress, "plan": self.identity}, content)
         with atomic_write(self.path) as file:
@@ -264,7 +267,7 @@ def _difference(key: str, then: Any, now: Any) -> str:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which is at `path` when all of it is written; OSError names it."""
+    """A file that appears at `path` only when it is complete. An OSError names `path`."""
     partial = path.with_suffix(".partial")
     try:
         with partial.open("wb") as file:
@@ -272,15 +275,15 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         os.replace(partial, path)
     except OSError as error:
         with suppress(OSError):
-            partial.unlink()  # on a full disk it is in the way
+            partial.unlink()  # free the space on a full disk
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Nobody else works in `folder` meanwhile; the main process sees to it. Raises PlanError.
+    """Holds an exclusive lock on `folder`, taken by the main process. Raises PlanError.
 
-    A launcher that is killed leaves its processes behind, and they go on.
+    It guards against the processes of a killed launcher, which continue to run.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not processes().is_main_process:
@@ -290,14 +293,14 @@ def exclusive(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise PlanError(f"{folder} is in use: another run is at work there") from None
+            raise PlanError(f"{folder} is in use by another run") from None
         except OSError:
             pass  # some network file systems have no locks
         yield
 
 
 def digest_of(tensors: Mapping[str, Tensor], notes: str = "") -> str:
-    """Of the names and values of `tensors`, and of `notes`."""
+    """Digest of the names and values of `tensors`, and of `notes`."""
     digest = hashlib.sha256(notes.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
@@ -311,9 +314,9 @@ def save_weights(
     dtype: torch.dtype = torch.float32,
     notes: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes `model` as safetensors with `notes` as metadata.
+    """Writes `model` as safetensors, with `notes` as metadata.
 
-    A SiT's heads and classes cannot be read off its shapes, so they are noted too.
+    The tensor shapes of a SiT do not show its heads and classes, so the metadata have these too.
     """
     stated = ("num_heads", "num_classes") if isinstance(model, SiT) else ()
     own = {name: str(getattr(model.config, name)) for name in stated}
@@ -324,7 +327,7 @@ def save_weights(
 
 
 def _in_order(content: bytes) -> bytes:
-    """A safetensors file whose metadata are sorted: equal weights and notes make equal files."""
+    """A safetensors file with sorted metadata: equal weights and notes give equal files."""
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -337,11 +340,11 @@ def _in_order(content: bytes) -> bytes:
 
 
 def _average(decay: float) -> Callable[..., None]:
-    """Moves averaged weights towards the current ones."""
+    """The update of the averaged weights towards the current weights."""
 
     @torch.no_grad()
     def update(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
-        # Early on a shorter average: of the first weights, which are no use, nothing is to stay.
+        # EMA warm-up: forget the initial weights quickly.
         share = 1 - min(decay, (1 + int(count)) / (10 + int(count)))
         torch._foreach_lerp_(averaged, current, share)
 
@@ -349,5 +352,5 @@ def _average(decay: float) -> Callable[..., None]:
 
 
 def _attention() -> AbstractContextManager[None]:
-    # On the CPU, fused attention over 64 tokens takes three times as long backwards as plain.
+    # On the CPU over 64 tokens, fused attention's backward pass takes three times as long as plain.
     return sdpa_kernel(SDPBackend.MATH) if device().type == "cpu" else nullcontext()

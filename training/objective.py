@@ -1,4 +1,4 @@
-"""What a refiner learns from (FlowTurbo, section 3.2): a batch's random numbers, and the loss."""
+"""The objective of a refiner (FlowTurbo, section 3.2): the random numbers of a batch, the loss."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -24,11 +24,12 @@ ANY_ATTENTION = [
 
 
 class Rule(StrEnum):
-    """`paper`: as the text has it. `reference`: as the public code does.
+    """The objective as in the paper's text (`paper`) or in the public code (`reference`).
 
-    They differ in the step (one for each row from (low, high]; one for the whole batch from
-    [low, high)), in the times (t + step within [0, 1]; up to 1 + high), and in the null label (fed
-    alike to all evaluations; not to the predictor's first).
+    - Step: `paper` draws one per row from (low, high]; `reference` draws one per batch from
+      [low, high).
+    - Times: t + step is within [0, 1] in `paper`; up to 1 + high in `reference`.
+    - Null label: `paper` feeds it to all evaluations; `reference` not to the predictor's first one.
     """
 
     PAPER = "paper"
@@ -37,10 +38,10 @@ class Rule(StrEnum):
 
 @dataclass(frozen=True)
 class RefinerObjective:
-    """A rule, the range that steps are drawn from, within [0, 1], and that of the guidance scale.
+    """A rule, and the ranges of the steps (within [0, 1]) and of the guidance scales.
 
-    A scale of 1 is the paper's: velocities without guidance, which acts on the first
-    `guided_channels`. Raises PlanError.
+    The paper uses velocities without guidance: a scale of 1. Guidance acts on the first
+    `guided_channels` channels. Raises PlanError.
     """
 
     rule: Rule = Rule.PAPER
@@ -82,10 +83,12 @@ class RefinerObjective:
 
 @dataclass(frozen=True)
 class Draws:
-    """Random numbers, a row each.
+    """The random numbers of each row of a batch.
 
-    `row` [B] of the data, whether its label is `dropped` [B], the path's `noise` and that of the
-    latent's `posterior` [B, C, h, w], `step`, time `t` and guidance `scale` [B].
+    - `row` [B]: row of the data.
+    - `dropped` [B]: whether the null label replaces its label.
+    - `noise`, `posterior` [B, C, h, w]: noise of the path, and of the latent's distribution.
+    - `step`, `t`, `scale` [B]: Euler step, time and guidance scale.
     """
 
     row: Tensor
@@ -101,7 +104,7 @@ class Draws:
         return Draws(**{name: local_rows(value) for name, value in vars(self).items()})
 
     def to(self, device: torch.device) -> "Draws":
-        """All of it on `device`."""
+        """These random numbers on `device`."""
         return Draws(**{name: value.to(device) for name, value in vars(self).items()})
 
 
@@ -113,22 +116,22 @@ def regression_loss(
     data: Latents,
     draws: Draws,
 ) -> Tensor:
-    """Mean squared error of the change of the velocity, over rows, channels and places.
+    """Mean squared error of the change of the velocity, over rows, channels and pixels.
 
-    With v = predictor(x_t, t), an Euler step leads to x_next = x_t + step * v, and the
-    refiner reads [x_next, v] at t + step and learns predictor(x_next, t + step) - v (Eq. 6).
+    With v = predictor(x_t, t), an Euler step leads to x_next = x_t + step * v. The refiner reads
+    [x_next, v] at t + step and learns predictor(x_next, t + step) - v (Eq. 6).
 
-    With a guidance scale other than 1 the step is taken with the guided velocity and the refiner
-    reads it, as in sampling; it learns the change of the row's own. Guided in turn, what it learned
-    is the change of the guided velocity. Without a null class (`null_label` None) every row keeps
-    its label, and the scales must be 1.
+    With a guidance scale other than 1 the Euler step uses the guided velocity, and the refiner
+    reads it, as in sampling. The refiner still learns the change of the unguided velocity of its
+    row. Guidance of its outputs then gives the change of the guided velocity. Without a null class
+    (`null_label` None) every row keeps its label, and the scales must be 1.
     """
     label = data.label
     if null_label is not None:
         label = torch.where(draws.dropped, null_label, data.label)
     t, t_next = draws.t, draws.t + draws.step
     at, step = (value[:, None, None, None] for value in (t, draws.step))
-    # The loop's choice of attention is for going backwards, which the predictor does not.
+    # The loop chooses an attention that is fast in the backward pass; the predictor has none.
     with torch.no_grad(), sdpa_kernel(ANY_ATTENTION):
         x = (1 - at) * draws.noise + at * data.sample(draws.posterior)
         first = data.label if objective.rule is Rule.REFERENCE else label

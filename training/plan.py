@@ -1,4 +1,4 @@
-"""How long, how fast and how often: the settings of a training run."""
+"""The settings of a training run: length, learning rate, and how often it saves."""
 
 import math
 from dataclasses import dataclass
@@ -9,17 +9,18 @@ from flowturbo.errors import FlowTurboError
 
 
 class PlanError(FlowTurboError, ValueError):
-    """A run cannot be as asked: the message names the value and what is allowed."""
+    """A setting of a run is not allowed: the message names the value and what is allowed."""
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """How long and how fast to train.
 
-    `batch` is that of all processes together. The learning rate rises over `warmup` steps; with
-    `decay` cosine it falls along one, and starts again from its height at the steps in `restarts`
-    (SGDR, arXiv 1608.03983). `clip` is the largest norm of the gradient, 0 is none. In `precision`
-    bf16 the products are bfloat16 (autocast), weights and optimizer float32. Raises PlanError.
+    `batch` is the batch of all processes together. The learning rate rises over `warmup` steps.
+    With `decay` cosine it then falls along a cosine, and restarts from its peak at the steps in
+    `restarts` (SGDR, arXiv 1608.03983). `clip` is the largest gradient norm; 0 means no limit. In
+    `precision` bf16 the matrix products are bfloat16 (autocast); weights and optimizer stay
+    float32. Raises PlanError.
     """
 
     steps: int
@@ -37,7 +38,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         allowed = {
-            # Of it and a step a generator's seed is made, which has 64 bits.
+            # seed * 1,000,003 + step must fit into the 64-bit seed of a generator.
             "seed": (f"from 0 to {10**13}", 0 <= self.seed <= 10**13),
             "learning_rate": ("above 0", self.learning_rate > 0),
             "warmup": ("at least 0", self.warmup >= 0),
@@ -49,7 +50,7 @@ class TrainingConfig:
                 raise PlanError(f"{name} must be {range_}, got {getattr(self, name)}")
 
     def rate(self, step: int) -> float:
-        """The learning rate of the step after `step` others."""
+        """The learning rate of step number `step`, from 0."""
         warm = self.learning_rate * min(1.0, (step + 1) / max(self.warmup, 1))
         if self.decay == "constant":
             return warm
@@ -71,7 +72,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class Pace:
-    """How often a run saves its state, in seconds, and notes its loss, in steps."""
+    """How often a run saves its state (in seconds) and logs its loss (in steps)."""
 
     save_every_s: float = 60.0
     log_every: int = 50

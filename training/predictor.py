@@ -30,13 +30,13 @@ def config(num_classes: int) -> SiTConfig:
 
 
 def draw_null(label: Tensor, null: int, generator: torch.Generator) -> Tensor:
-    """`label` [B] with a tenth of it replaced by the null label, for guidance."""
+    """`label` [B] with a tenth of the labels replaced by the null label, for guidance."""
     dropped = torch.rand(label.shape, generator=generator) < NULL_LABEL_PROBABILITY
     return torch.where(dropped, null, label)
 
 
 def logit_normal(count: int, generator: torch.Generator) -> Tensor:
-    """Times [count] around the middle, where most of an image takes shape."""
+    """Times [count] around the middle, where most of the image forms."""
     return torch.sigmoid(torch.randn(count, generator=generator))
 
 
@@ -45,8 +45,8 @@ def uniform(count: int, generator: torch.Generator) -> Tensor:
     return torch.rand(count, generator=generator)
 
 
-# In order: the plan's name and how times are drawn. Logit-normal times alone leave the first steps
-# from noise all but untrained, and there the class is decided.
+# Training phases in order: the name of the plan, and how times are drawn. Logit-normal times alone
+# hardly train the first steps from noise, and these steps decide the class.
 PHASES = (("predictor", logit_normal), ("predictor_uniform", uniform))
 
 
@@ -57,7 +57,7 @@ def train(
     folder: Path,
     identity: Mapping[str, str],
 ) -> SiT:
-    """Fits a SiT to the means of `data`, which `identity` tells from others, in two phases."""
+    """Fits a SiT to the means of `data` in two phases. `identity` identifies the data."""
     torch.manual_seed(plans["predictor"].seed)
     model = SiT(config(num_classes))
     model.initialize()

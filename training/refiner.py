@@ -1,8 +1,8 @@
 """Trains a velocity refiner for a SiT: `python -m training.refiner --predictor … --data … --out …`.
 
-The data are latents from `python -m training.latents`, or a folder of images with a subfolder a
-class. Images need --vae, and are encoded again whenever they are read. A run that was stopped
-goes on from its state in --runs. `accelerate launch -m training.refiner` uses several GPUs.
+The data are latents from `python -m training.latents`, or a folder of images with one subfolder
+per class. Images need --vae and are encoded again each time they are read. A stopped run resumes
+from its state in --runs. `accelerate launch -m training.refiner` uses several GPUs.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from flowturbo.command import natural, positive
 from flowturbo.errors import FlowTurboError
 from flowturbo.nets.checkpoint import KNOWN_HEADS, load_predictor, load_refiner
 from flowturbo.nets.sit import SiT, SiTConfig, refiner_config
@@ -23,7 +24,6 @@ from flowturbo.nets.vae import latent_factor, load_vae
 from flowturbo.nets.weights import WEIGHTS_KEYS, sha256
 from training.data import EncodedImages, LatentSource, vae_digest
 from training.images import DataError, Skipped, check_outside, list_pictures, shown, unused
-from training.latents import natural, positive
 from training.loop import Preview, atomic_write, device, fit, print_error, processes, save_weights
 from training.objective import RefinerObjective, Rule, regression_loss
 from training.plan import Pace, PlanError, TrainingConfig
@@ -42,13 +42,13 @@ PAPER = TrainingConfig(
     ema_decay=0.9999,
 )
 
-UNUSED = "unused.json"  # in a run's folder: data that it leaves out, and why
-SAMPLE_SCALE = 1.5  # of guidance, in SiT's published samples
+UNUSED = "unused.json"  # in the folder of a run: which data it leaves out, and why
+SAMPLE_SCALE = 1.5  # guidance scale of SiT's published samples
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A refiner's averaged weights, and those of its last step."""
+    """A refiner with averaged weights, and one with the weights of the last step."""
 
     ema: SiT
     model: SiT
@@ -68,8 +68,8 @@ def train(
 ) -> Trained:
     """Fits the refiner `model` to `predictor` on the latents of `source`.
 
-    State, losses and pictures go to `folder` (training.loop.fit); `identity` tells predictor and
-    data from others.
+    State, losses and sample images go to `folder` (training.loop.fit). `identity` identifies the
+    predictor and the data.
     """
     predictor = predictor.to(device()).eval().requires_grad_(False)
     null = predictor.config.num_classes if predictor.config.null_class else None
@@ -93,13 +93,13 @@ def train(
 
 
 def main(argv: Sequence[str]) -> int:
-    """Returns the exit status: 2, and one line on stderr, for what the user can put right."""
+    """Returns the exit status: 2, with one line on stderr, for errors that the user can fix."""
     args = _parser().parse_args(argv)
     try:
         _run(args)
     except (FlowTurboError, FloatingPointError, OSError) as error:
         print_error("refiner", error)
-        return 2  # on GPUs, to leave the group would wait for the others; the launcher ends them
+        return 2  # no destroy_process_group: on GPUs it waits for others, which the launcher stops
     processes().destroy_process_group()
     return 0
 
@@ -164,7 +164,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _identity(args: argparse.Namespace, source: Shards | EncodedImages) -> dict[str, str]:
-    """What a run's steps depend on, beside its plan and objective."""
+    """What the steps of a run depend on, besides its plan and objective."""
     files = {name: getattr(args, name) for name in ("predictor", "start")}
     return {
         **{name: sha256(path) if path else "" for name, path in files.items()},
@@ -178,7 +178,7 @@ def _identity(args: argparse.Namespace, source: Shards | EncodedImages) -> dict[
 
 
 def _sample_scale(args: argparse.Namespace, predictor: SiTConfig) -> float:
-    """The guidance scale of the samples; raises PlanError for guidance without a null class."""
+    """The guidance scale of the samples. Raises PlanError for guidance without a null class."""
     asked = {"--train-guidance": args.train_guidance, "--guidance-scale": [args.guidance_scale]}
     for option, scales in asked.items():
         if not predictor.null_class and any(scale not in (None, 1.0) for scale in scales):
@@ -189,9 +189,9 @@ def _sample_scale(args: argparse.Namespace, predictor: SiTConfig) -> float:
 
 
 def _model(args: argparse.Namespace, predictor: SiTConfig) -> SiT:
-    """The refiner to train: that of --start, or one with random weights."""
+    """The refiner to train: the one of --start, or one with random weights."""
     if args.start and (args.width or args.depth != 1):
-        raise PlanError("--start has a depth and a width of its own: leave --depth and --width out")
+        raise PlanError("--start has its own depth and width: omit --depth and --width")
     if args.start:
         model = load_refiner(args.start, predictor, args.start_weights, args.heads)
         return model.requires_grad_(True)
@@ -207,7 +207,7 @@ def _architecture(args: argparse.Namespace, predictor: SiTConfig) -> SiTConfig:
     heads = args.heads or (config.num_heads if width == config.width else KNOWN_HEADS.get(width))
     if not heads:
         known = ", ".join(map(str, KNOWN_HEADS))
-        raise PlanError(f"--width {width} needs --heads, only {known} tell them")
+        raise PlanError(f"--width {width} needs --heads: heads are known only for {known}")
     if width % heads or width % 4:
         raise PlanError(
             f"--width must be a multiple of 4 and of --heads, got width {width}, heads {heads}"
@@ -220,7 +220,7 @@ def _load_vae(folder: Path, model: SiTConfig) -> AutoencoderKL:
     if vae.config.latent_channels != model.latent_channels:
         raise DataError(
             f"{folder} has {vae.config.latent_channels} latent channels, "
-            f"the predictor {model.latent_channels}"
+            f"the predictor has {model.latent_channels}"
         )
     return vae
 
@@ -228,7 +228,7 @@ def _load_vae(folder: Path, model: SiTConfig) -> AutoencoderKL:
 def _open_data(
     args: argparse.Namespace, model: SiTConfig, vae: AutoencoderKL | None
 ) -> Shards | EncodedImages:
-    """Latents if there is an index of them, else images; says what was skipped."""
+    """Opens latents if there is an index of them, else images. Prints what was skipped."""
     source: Shards | EncodedImages
     skipped: Skipped | None
     empty: Sequence[str]
@@ -241,14 +241,14 @@ def _open_data(
         for option in ("flip", "ignore_orientation"):
             if getattr(args, option):
                 raise PlanError(
-                    f"--{option.replace('_', '-')} is for images, {args.data} has latents: encode "
-                    "them with it"
+                    f"--{option.replace('_', '-')} is for images, but {args.data} has latents: "
+                    "give it to training.latents instead"
                 )
         source = Shards(args.data, model, skip_bad=args.skip_bad)
         if vae and vae_digest(vae) != source.vae:
             raise DataError(f"{args.data} was encoded with another VAE than {args.vae}")
     elif vae is None:
-        raise DataError(f"{args.data} has no index of latents: images need --vae to encode them")
+        raise DataError(f"{args.data} has no index of latents: to encode images, give --vae")
     else:
         size = model.latent_size * latent_factor(vae)
         pictures = list_pictures(
@@ -266,7 +266,7 @@ def _open_data(
         counted = f", {len(empty)} of them empty" if empty else ""
         print(
             f"{len(source)} images ({source.skipped} skipped) of {shown(source.class_names)}"
-            f"{counted}; the predictor knows {model.num_classes}"
+            f"{counted}; the predictor has {model.num_classes}"
         )
     return source
 
@@ -286,33 +286,46 @@ def _parser() -> argparse.ArgumentParser:
     pace = Pace()
     add = parser.add_argument
     add("--predictor", type=Path, required=True, help="SiT checkpoint, .pt or .safetensors")
-    both = "of a .pt that holds both"
-    add("--weights", choices=WEIGHTS_KEYS, help=f"the predictor's, {both} (default: ema)")
-    add("--num-heads", type=positive, help="the predictor's, where its width does not tell")
-    add("--num-classes", type=positive, help="the predictor's, where its file does not state them")
-    add("--reverse-time", action="store_true", help="the predictor has noise at t = 1, as REPA's")
+    both = "weights to read from a .pt that holds both"
+    add("--weights", choices=WEIGHTS_KEYS, help=f"predictor {both} (default: ema)")
+    add("--num-heads", type=positive, help="heads of the predictor; needed for an unusual width")
+    add(
+        "--num-classes",
+        type=positive,
+        help="classes of the predictor, if its file does not state them",
+    )
+    add(
+        "--reverse-time",
+        action="store_true",
+        help="the predictor has noise at t = 1, as REPA's models do",
+    )
     add("--data", type=Path, required=True, help="folder of latents, or of images")
-    add("--vae", type=Path, help="AutoencoderKL folder, for images and for pictures of samples")
-    add("--flip", action="store_true", help="images also mirrored (of latents: when encoding)")
+    add("--vae", type=Path, help="AutoencoderKL folder, to encode images and to decode samples")
+    add("--flip", action="store_true", help="also train on mirrored images; for images only")
     add(
         "--ignore-orientation",
         action="store_true",
-        help="take images as they are stored, not turned as their EXIF data say",
+        help="read images as stored, without the rotation of their EXIF data",
     )
-    add("--skip-bad", action="store_true", help="leave out, and count, data that cannot be used")
-    add("--out", type=Path, required=True, help="the refiner's safetensors file")
-    add("--out-weights", choices=("ema", "model"), default="ema", help="averaged, or the last")
+    add("--skip-bad", action="store_true", help="leave out and count data that cannot be used")
+    add("--out", type=Path, required=True, help="safetensors file to write the refiner to")
+    add(
+        "--out-weights",
+        choices=("ema", "model"),
+        default="ema",
+        help="weights to write: averaged, or of the last step",
+    )
     add(
         "--runs",
         type=Path,
         default=Path("runs/refiner"),
-        help="state, losses, samples; shared by all nodes",
+        help="folder for state, losses and samples; all nodes must share it",
     )
     add(
         "--objective",
         choices=tuple(Rule),
         default=Rule.PAPER,
-        help="of the text, or the public code",
+        help="objective of the paper's text, or of the public code",
     )
     add(
         "--step-range",
@@ -320,7 +333,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs=2,
         metavar=("LOW", "HIGH"),
         default=[RefinerObjective().smallest_step, RefinerObjective().largest_step],
-        help="range of the Euler steps that are refined",
+        help="range of the Euler steps to train on",
     )
     add(
         "--train-guidance",
@@ -328,42 +341,52 @@ def _parser() -> argparse.ArgumentParser:
         nargs=2,
         metavar=("LOW", "HIGH"),
         default=[RefinerObjective().smallest_scale, RefinerObjective().largest_scale],
-        help="range of the guidance scales at which velocities are refined",
+        help="range of the guidance scales of the velocities to train on",
     )
     add(
         "--guidance-channels",
         type=positive,
         default=RefinerObjective().guided_channels,
-        help="channels that guidance acts on, here and in samples",
+        help="channels that guidance acts on, in training and in samples",
     )
-    add("--start", type=Path, help="refiner checkpoint to start from, not random weights")
-    add("--start-weights", choices=WEIGHTS_KEYS, help=f"its, {both} (default: model)")
+    add("--start", type=Path, help="refiner checkpoint to start from, instead of random weights")
+    add("--start-weights", choices=WEIGHTS_KEYS, help=f"--start {both} (default: model)")
     add("--depth", type=positive, default=1, help="blocks of the refiner")
-    add("--width", type=positive, help="of the refiner (default: the predictor's)")
-    add("--heads", type=positive, help="of the refiner, where the width does not tell")
-    add("--steps", type=positive, default=PAPER.steps, help="of the optimizer")
-    add("--batch", type=positive, default=PAPER.batch, help="rows, of all processes together")
-    add("--learning-rate", type=float, default=PAPER.learning_rate, help="at its height")
-    add("--decay", choices=("constant", "cosine"), default=PAPER.decay, help="of the learning rate")
-    add("--warmup", type=natural, default=PAPER.warmup, help="steps in which the rate rises")
-    add("--seed", type=natural, default=PAPER.seed, help="of weights and draws")
-    add("--clip", type=float, default=PAPER.clip, help="largest gradient norm, 0 is none")
-    add("--ema-decay", type=float, default=PAPER.ema_decay, help="of the averaged weights")
-    add("--precision", choices=("bf16", "fp32"), default=PAPER.precision, help="of products")
-    add("--sample-every", type=natural, default=1000, help="steps between sample grids, 0 is none")
-    add("--sample-schedule", default="H1P5R3", help="steps H, P and R, or H1P5R3@2")
+    add("--width", type=positive, help="width of the refiner (default: the predictor's)")
+    add("--heads", type=positive, help="heads of the refiner; needed for an unusual width")
+    add("--steps", type=positive, default=PAPER.steps, help="optimizer steps")
+    add("--batch", type=positive, default=PAPER.batch, help="rows of all processes together")
+    add("--learning-rate", type=float, default=PAPER.learning_rate, help="peak learning rate")
+    add(
+        "--decay",
+        choices=("constant", "cosine"),
+        default=PAPER.decay,
+        help="decay of the learning rate",
+    )
+    add("--warmup", type=natural, default=PAPER.warmup, help="steps of learning rate warm-up")
+    add("--seed", type=natural, default=PAPER.seed, help="seed of weights and draws")
+    add("--clip", type=float, default=PAPER.clip, help="largest gradient norm; 0 means no limit")
+    add("--ema-decay", type=float, default=PAPER.ema_decay, help="decay of the averaged weights")
+    add(
+        "--precision",
+        choices=("bf16", "fp32"),
+        default=PAPER.precision,
+        help="precision of matrix products",
+    )
+    add("--sample-every", type=natural, default=1000, help="steps between sample grids; 0: none")
+    add("--sample-schedule", default="H1P5R3", help="schedule of the samples, such as H1P5R3@2")
     add(
         "--guidance-scale",
         type=float,
-        help=f"of the samples (default: {SAMPLE_SCALE}, or 1 without a null class)",
+        help=f"guidance scale of the samples (default: {SAMPLE_SCALE}, or 1 without a null class)",
     )
-    add("--save-every-s", type=float, default=pace.save_every_s, help="seconds between states")
-    add("--log-every", type=positive, default=pace.log_every, help="steps between figures")
+    add("--save-every-s", type=float, default=pace.save_every_s, help="seconds between saves")
+    add("--log-every", type=positive, default=pace.log_every, help="steps between log entries")
     return parser
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults that there are, and the description as it is."""
+    """Shows the defaults of options that have one, and keeps the layout of the description."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         unset = action.default is None or action.default is False

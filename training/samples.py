@@ -1,4 +1,4 @@
-"""Pictures of what a refiner makes while it is trained."""
+"""Sample images from a refiner during training."""
 
 from contextlib import AbstractContextManager
 from typing import Any
@@ -23,10 +23,11 @@ from training.plan import PlanError
 
 
 class RefinerPreview:
-    """A grid of images, the same classes from the same noise every time.
+    """Draws a grid of images, each time with the same classes and the same noise.
 
-    Without a `vae` the latents' first three channels are shown. A `guidance_scale` of 1 is none.
-    Raises RequestError for a schedule that cannot be read, PlanError for a scale that is no use.
+    Without a `vae` it shows the first three channels of the latents. A `guidance_scale` of 1 means
+    no guidance. Raises RequestError for a schedule that cannot be read, PlanError for a scale that
+    is out of range.
     """
 
     def __init__(
@@ -49,14 +50,14 @@ class RefinerPreview:
         self._predictor, self._scale, self._guided = predictor, guidance_scale, guided_channels
         self._decode = Decoder(vae).to(device()) if vae else _as_colours
         config = predictor.config
-        shape = (config.latent_channels, config.latent_size, config.latent_size)
+        shape = config.latent_shape
         self._noise = torch.from_numpy(noise(np.arange(images), shape))
         self._label = torch.arange(images) * config.num_classes // images
         self._bf16 = precision == "bf16"
 
     @torch.no_grad()
     def __call__(self, network: Any) -> np.ndarray:
-        """[H, W, 3] uint8: a near square of images that the refiner `network` had a part in."""
+        """A nearly square grid of images, [H, W, 3] uint8, sampled with the refiner `network`."""
         x, label = self._noise.to(device()), self._label.to(device())
         with self._autocast():
             latent = sample_latents(
@@ -77,9 +78,9 @@ def sample_latents(
     scale: float,
     guided_channels: int = GUIDED_CHANNELS,
 ) -> Tensor:
-    """Latents [B, C, h, w] from noise `x` of that shape, of class ids `label` [B].
+    """Latents [B, C, h, w] of the class ids `label` [B], from noise `x` of the same shape.
 
-    The very sampler and step blocks that are served, on the networks being trained.
+    Uses the sampler and step blocks of the service, on the networks in training.
     """
     guidance = Guidance(scale)
     blocks = {
@@ -101,7 +102,7 @@ def sample_latents(
 
 
 def tile(images: np.ndarray) -> np.ndarray:
-    """[n, H, W, 3] to one near square grid, filled row by row; what is left is black."""
+    """[n, H, W, 3] to one nearly square grid, filled row by row. Empty cells are black."""
     count, height, width, channels = images.shape
     columns = int(np.ceil(np.sqrt(count)))
     rows = -(-count // columns)
@@ -111,7 +112,7 @@ def tile(images: np.ndarray) -> np.ndarray:
 
 
 def _as_colours(latent: Tensor) -> Tensor:
-    """[B, C, h, w] of about unit scale to [B, 4h, 4w, 3] uint8, from three channels or fewer."""
+    """[B, C, h, w] of about unit scale to [B, 4h, 4w, 3] uint8; shows at most three channels."""
     channels = torch.arange(3, device=latent.device).clamp(max=latent.shape[1] - 1)
     levels = (latent[:, channels] * 0.2 + 0.5).clamp(0, 1) * 255
     large = levels.repeat_interleave(4, 2).repeat_interleave(4, 3)

@@ -1,4 +1,4 @@
-"""A folder of latents, as `python -m training.latents` writes it, to read rows of."""
+"""Reads rows from a folder of latents, as `python -m training.latents` writes it."""
 
 import bisect
 import hashlib
@@ -21,20 +21,23 @@ from training.data import Latents, finite
 from training.images import DataError
 from training.loop import digest_of, local_rows, processes
 
-INDEX = "index.json"  # written when all shards are there
-SETTINGS = "settings.json"  # what the shards depend on, from the start
-SETTINGS_KEY = "settings"  # their digest, in the index and in each shard
+INDEX = "index.json"  # written when all shards are complete
+SETTINGS = "settings.json"  # written first: what the shards depend on
+SETTINGS_KEY = "settings"  # digest of the settings, in the index and in each shard
 _SHARD = re.compile(r"shard-\d{5,}\.safetensors")
 _DTYPES = {"BF16", "F16", "F32", "F64"}  # of latents
 
 
 class Shards:
-    """A folder that `python -m training.latents` wrote: shards of latents, mapped into memory.
+    """Shards of latents in a folder from `python -m training.latents`, mapped into memory.
 
-    All is read once at the start, to find latents that are not finite and for the `digest` of what
-    there is to use; several processes share that work. `skipped` counts what `skip_bad` left out,
-    `left_out` says why. Raises DataError for these, for a broken shard, one that the index does not
-    name, and for what does not fit `model` (any, when None): another shape, unknown labels.
+    At the start all data are read once, to find latents that are not finite and to compute the
+    `digest` of the usable data. All processes share that work. `skipped` counts rows that
+    `skip_bad` left out; `left_out` says why.
+
+    Raises DataError for bad rows without `skip_bad`, and for a broken shard or one that the index
+    does not name. Raises it for another latent shape or unknown labels than those of `model`; None
+    accepts all.
     """
 
     def __init__(
@@ -50,7 +53,7 @@ class Shards:
         stated = (folder / name for name in (INDEX, SETTINGS))
         digest = hashlib.sha256(b"".join(p.read_bytes() for p in stated if p.exists()))
         self.skipped, self.left_out = 0, list[str]()
-        self.unused: dict[str, Any] = {}  # the index says what images were not encoded
+        self.unused: dict[str, Any] = {}  # empty: the index lists images that were not encoded
         named = {entry["file"] for entry in index["shards"]}
         for path in sorted(folder.glob("*.safetensors")):
             if path.name not in named:
@@ -79,7 +82,7 @@ class Shards:
             start += len(label)
         means = [path for path, file in zip(paths, self._files, strict=True) if not _has_std(file)]
         if 0 < len(means) < len(paths):
-            raise DataError(f"{means[0]} has no std, others have: all shards must, or none")
+            raise DataError(f"{means[0]} has no std, others have: give all shards a std, or none")
         known = torch.cat([torch.empty(0, dtype=torch.int64), *rows])
         broken, digests = _read_all(paths, skip_bad=skip_bad)
         at = [self._starts[shard] + row for shard, row in broken]
@@ -110,9 +113,9 @@ def _has_std(file: Any) -> bool:
 
 
 def is_sharded(folder: Path) -> bool:
-    """Whether `folder` is, or was to become, one of latents.
+    """Whether `folder` is a complete or unfinished folder of latents.
 
-    A data set of images may have files of these names too, that say something else.
+    Checks the content too: a data set of images may have other files with these names.
     """
     for name, key in ((INDEX, "shards"), (SETTINGS, "vae")):
         with suppress(TextFileError, OSError):
@@ -127,10 +130,10 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 def _whole(value: Any, smallest: int = 0) -> bool:
-    return type(value) is int and value >= smallest  # true is an int too
+    return type(value) is int and value >= smallest  # not isinstance: a bool is an int too
 
 
-# What an index states: how it is written, and whether a value is.
+# Required fields of an index: what is allowed, and a test of a value.
 _FIELDS = {
     "latent_shape": (
         "[C, h, w]",
@@ -171,7 +174,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
 def _open_shard(
     path: Path, shape: tuple[int, int, int], count: int, settings: str
 ) -> tuple[Any, Tensor]:
-    """The open file and its labels; raises DataError."""
+    """The open file and its labels. Raises DataError for a file that does not fit the index."""
     try:
         file = safe_open(path, framework="pt")
         made_by = (file.metadata() or {}).get(SETTINGS_KEY)
@@ -199,10 +202,10 @@ def _open_shard(
 def _read_all(
     paths: Sequence[Path], *, skip_bad: bool
 ) -> tuple[Sequence[tuple[int, int]], Sequence[str]]:
-    """Shard and row of latents that are not finite, and each shard's digest.
+    """Shard and row of each latent that is not finite, and the digest of each shard.
 
-    Found by all processes together; a shard is held at a time. Raises DataError for latents that
-    are not finite, unless they are skipped.
+    All processes share the work, with one shard in memory at a time. Raises DataError for latents
+    that are not finite, unless `skip_bad`.
     """
     share = local_rows(torch.arange(len(paths))).tolist()
     quiet = not processes().is_main_process
@@ -224,7 +227,7 @@ def _read_all(
 
 
 def _known(path: Path, label: Tensor, model: SiTConfig | None, *, skip_bad: bool) -> Tensor:
-    """Rows whose label the model knows; raises DataError for others, unless they are skipped."""
+    """Rows with a label that the model knows. Raises DataError for others unless `skip_bad`."""
     if model is None:
         return torch.arange(len(label))
     good = (label >= 0) & (label < model.num_classes)
@@ -237,7 +240,7 @@ def _known(path: Path, label: Tensor, model: SiTConfig | None, *, skip_bad: bool
 
 
 def check_shape(path: Path, shape: tuple[int, ...], model: SiTConfig) -> None:
-    """Raises DataError unless `shape` is that of the model's latents."""
-    expected = (model.latent_channels, model.latent_size, model.latent_size)
+    """Raises DataError unless `shape` is the shape of the model's latents."""
+    expected = model.latent_shape
     if tuple(shape) != expected:
         raise DataError(f"{path}: latents must be {expected} for this predictor, got {shape}")

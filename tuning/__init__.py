@@ -1,1 +1,1 @@
-"""Choose schedules for a deployed pipeline: candidates, scores, presets."""
+"""Chooses schedules for a deployed pipeline: candidates, scores, presets."""

@@ -1,10 +1,10 @@
-"""Finds the schedules that are worth having on a deployed model: `python -m tuning`.
+"""Finds the best schedules for a deployed model: `python -m tuning`.
 
-Times are those of a lone request, from its blocks' times: measured here, or for TensorRT and GPUs
-those of bench.gpu_check (`--times`). The figure is the distance to the exact solution of the flow,
-the mean over latents of their RMS; with `--metric frechet` the schedules that remain are judged by
-the Fréchet distance of their images. Latents and images are always of the ONNX files, run in this
-process. Writes presets for `python -m export --presets`.
+Times are those of a single request, computed from block times. These are measured here, or read
+from a report of bench.gpu_check (`--times`) for TensorRT and GPUs. The figure is the distance to
+the exact solution of the flow: the RMS per latent, averaged over latents. With `--metric frechet`
+the remaining schedules are rated by the Fréchet distance of their images. Latents and images always
+come from the ONNX files, run in this process. Writes presets for `python -m export --presets`.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import numpy as np
 from bench.capacity.block_times import BlockTimes
 from bench.observe import hardware, write_json
 from flowturbo import LocalPipeline
+from flowturbo.command import run_command
 from flowturbo.contract import Role
 from flowturbo.errors import FlowTurboError
 from flowturbo.pipeline import class_label
@@ -39,54 +40,74 @@ from tuning.choice import Rated
 from tuning.scores import Distances, Score, solve
 from tuning.search import finalists, search
 
-CAP = 3  # times the time of the paper's fast schedule, where no latency is asked for
-MIN_LATENTS = 5 * BLOCKS  # latents: a fifth of them makes the first stage
-_ROUNDS = 5  # in which the front's schedules are timed in turns
+CAP = 3  # times the paper's fast schedule: the time limit if no latency is given
+MIN_LATENTS = 5 * BLOCKS  # the first stage uses a fifth of the latents
+_ROUNDS = 5  # of timing; the front's schedules take turns
 
 
 def main(argv: Sequence[str]) -> int:
-    """Returns the exit status: 2, and one line on stderr, for what the user can put right."""
+    """Returns the exit status: 2, and one line on stderr, for errors that the user can fix."""
     args = _parser().parse_args(argv)
-    try:
-        print(_tune(args))
-    except (FlowTurboError, OSError, ValueError) as error:
-        print(f"tune: {error}", file=sys.stderr)
-        return 2
-    return 0
+    errors = (FlowTurboError, OSError, ValueError)
+    return run_command("tune", lambda: print(_tune(args)), errors)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tuning", description=__doc__)
     add = parser.add_argument
     target = parser.add_mutually_exclusive_group(required=True)
-    target.add_argument("--latency-ms", type=float, help="the most that a request may take")
-    target.add_argument("--quality", type=float, help="the figure to reach, lower is better")
+    target.add_argument("--latency-ms", type=float, help="maximum time per request")
+    target.add_argument("--quality", type=float, help="figure to reach (lower is better)")
     add("--repository", type=Path, default=Path("model_repository"))
-    add("--images", type=int, default=1, help="of the request that is timed (default: 1)")
+    add("--images", type=int, default=1, help="images per timed request (default: 1)")
     add("--guidance-scale", type=float, help="default: the service's")
     add("--times", type=Path, help="block times, or a report of bench.gpu_check")
-    add("--engine", help="which one of the report")
-    add("--precision", help="which one of the report")
+    add("--engine", help="engine to read from the report")
+    add("--precision", help="precision to read from the report")
     add("--metric", choices=("distance", "frechet"), default="distance")
     add(
         "--latents",
         type=int,
         default=60,
-        help=f"for the distance, {MIN_LATENTS} or more (default: 60)",
+        help=f"latents for the distance, {MIN_LATENTS} or more (default: 60)",
     )
-    add("--predictor", type=Path, help="checkpoint to solve exactly (default: the deployed one)")
-    add("--judged", type=int, default=1000, help="images for a Fréchet distance (default: 1000)")
-    add("--finalists", type=int, default=12, help="judged by it, or all on the front (default: 12)")
-    add("--weights", type=Path, default=Path("weights/glyphs"), help="the judge's folder")
+    add(
+        "--predictor",
+        type=Path,
+        help="checkpoint for the exact solution (default: the deployed one)",
+    )
+    add("--judged", type=int, default=1000, help="images per Fréchet distance (default: 1000)")
+    add(
+        "--finalists",
+        type=int,
+        default=12,
+        help="schedules rated by it, at least the whole front (default: 12)",
+    )
+    add(
+        "--weights",
+        type=Path,
+        default=Path("weights/glyphs"),
+        help="folder of the glyphs' classifier",
+    )
     add("--inception", type=Path, help="pt_inception-2015-12-05-6726825d.pth")
-    add("--reference", type=Path, help="real images: .npz as ADM's, or a folder")
-    add("--cache", type=Path, default=Path("runs/tune"), help="exact solutions and images")
-    add("--out", type=Path, default=Path("output/presets.json"), help="and a .png beside it")
+    add("--reference", type=Path, help="real images: an .npz in ADM's layout, or a folder")
+    add(
+        "--cache",
+        type=Path,
+        default=Path("runs/tune"),
+        help="folder for exact solutions and images",
+    )
+    add(
+        "--out",
+        type=Path,
+        default=Path("output/presets.json"),
+        help="presets; a .png is written beside them",
+    )
     return parser
 
 
 def _tune(args: argparse.Namespace) -> str:
-    """Searches and writes; what to tell the user."""
+    """Searches and writes the presets; returns the report for the user."""
     if args.latents < MIN_LATENTS:
         raise ValueError(f"--latents must be at least {MIN_LATENTS}, got {args.latents}")
     if args.judged < MIN_LATENTS:
@@ -104,7 +125,7 @@ def _tune(args: argparse.Namespace) -> str:
     paper = built_in(has_refiner=pipeline.pipeline.has(Role.REFINER))[DEFAULT]
     cap_ms = CAP * cost.ms(paper) if args.latency_ms is None else args.latency_ms
     judge = None
-    if args.metric == "frechet":  # refused before the search
+    if args.metric == "frechet":  # fail fast, before the search
         check_decoder(args.repository, pipeline.pipeline)
         classes = class_label(pipeline.pipeline).num_classes
         judge = Evaluator.open(args.weights, args.inception, args.reference, classes)
@@ -128,7 +149,7 @@ def _tune(args: argparse.Namespace) -> str:
         **_circumstances(args.repository, pipeline, cost),
     }
     write_json(stated, args.out)
-    labels = f"ms, a lone request, images: {args.images}", metric
+    labels = f"ms per request, images: {args.images}", metric
     report.draw(tried, found, labels, args.out.with_suffix(".png"))
     clocked = None
     if not elsewhere:
@@ -140,10 +161,10 @@ def _tune(args: argparse.Namespace) -> str:
 
 
 def runs_elsewhere(repository: Path, pipeline: LocalPipeline) -> str | None:
-    """Where the service runs the blocks of `repository`, if it is not as `pipeline` does here."""
+    """Where the service runs the blocks, if `pipeline` here runs them differently."""
     if pipeline.pipeline.predictor.engine == "tensorrt":
         return "in TensorRT"
-    # PyTorch here runs no CUDA graphs.
+    # PyTorch in this process runs no CUDA graphs.
     differs = pipeline.pipeline.runtime == "torch" or not pipeline.on_gpu
     return "on a GPU" if pipeline.pipeline.on_gpu and differs else None
 
@@ -157,11 +178,11 @@ def _times(
             raise ValueError(f"{args.times} has no times of {min(missing)}")
         return times
     if args.engine or args.precision:
-        raise ValueError("--engine and --precision choose from a report, which --times is to name")
+        raise ValueError("--engine and --precision select from a report: give it with --times")
     if elsewhere:
         raise ValueError(
             f"{args.repository} runs {elsewhere}, whose times this process cannot measure: give "
-            "--times, the report that bench.gpu_check writes there"
+            "a report of bench.gpu_check from there with --times"
         )
     return measured(args.repository, args.images, guidance)
 
@@ -174,15 +195,16 @@ def _search(
     paper: Schedule,
     cap_ms: float,
 ) -> tuple[list[list[Rated]], str]:
-    """The stages of the search up to `cap_ms`, `paper` always in it; and its metric.
+    """The stages of the search up to `cap_ms`, which always include `paper`; and the metric.
 
-    Raises ValueError where nothing is as fast.
+    Raises ValueError if no schedule is fast enough.
     """
     every = {s: cost.ms(s) for s in candidates(has_refiner=pipeline.pipeline.has(Role.REFINER))}
     fastest = min(every, key=lambda schedule: every[schedule])
     if every[fastest] > cap_ms:
         raise ValueError(
-            f"no schedule takes {cap_ms:g} ms or less, {fastest} takes {every[fastest]:.1f}"
+            f"no schedule takes {cap_ms:g} ms or less; the fastest, {fastest}, takes "
+            f"{every[fastest]:.1f} ms"
         )
     within = {schedule: ms for schedule, ms in every.items() if ms <= cap_ms}
     whose, solved = solve(
@@ -201,7 +223,7 @@ def _judged(
     paper: Schedule,
     guidance: Guidance,
 ) -> list[Rated]:
-    """The finalists of `tried`, and `paper`, by the Fréchet distance of their images."""
+    """The finalists of `tried`, and `paper`, rated by the Fréchet distance of their images."""
     found = []
     for each in finalists(tried, args.finalists, [paper]):
         spec = SamplingSpec(str(each.schedule), guidance.scale, variant=engine.settings.variant)
@@ -218,7 +240,7 @@ def _judged(
 def in_process_ms(
     pipeline: LocalPipeline, schedules: Sequence[Schedule], guidance: Guidance, images: int
 ) -> list[float]:
-    """Median milliseconds of a request to `pipeline` with each schedule, which take turns."""
+    """Median milliseconds per request to `pipeline`, by schedule; schedules take turns."""
     seeds = np.arange(images)
     labels = seeds % class_label(pipeline.pipeline).num_classes
     taken: list[list[float]] = []

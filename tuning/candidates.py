@@ -1,4 +1,4 @@
-"""Schedules worth a look, and what each takes, from the measured times of the blocks."""
+"""Candidate schedules, and the time of each from the measured times of the blocks."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _SHIFTS = (1.0, 2.0, 3.0)  # of the time grid
 
 @dataclass(frozen=True)
 class Cost:
-    """What one request that is alone takes.
+    """The time of a single request.
 
-    `block_ms` is one execution of each model at the request's rows, `overhead_ms` each call's.
+    `block_ms` is one execution of each model at the request's rows; `overhead_ms` is per call.
     """
 
     block_ms: dict[str, float]
@@ -33,35 +33,36 @@ class Cost:
 
     @classmethod
     def of(cls, times: BlockTimes, images: int, guidance: Guidance) -> Cost:
-        """Of `images` images, which are one batch; raises ValueError for more than is measured."""
+        """For `images` images in one batch; raises ValueError for more rows than measured."""
         rows = images * guidance.rows
         of_rows = {model: images if model == Role.DECODER else rows for model in times.times_ms}
         block_ms = {model: times.table(model, n)[n] for model, n in of_rows.items()}
         return cls(block_ms, times.overhead_ms)
 
     def ms(self, schedule: Schedule) -> float:
-        """Milliseconds of a request, all its images together."""
+        """Milliseconds per request, all its images together."""
         models = roles_called(compile_program(schedule))
         models += [Role.DECODER] * (Role.DECODER in self.block_ms)
         return sum(self.block_ms[model] + self.overhead_ms for model in models)
 
 
 def check_images(images: int, guidance: Guidance, pipeline: Pipeline, settings: Settings) -> None:
-    """Raises ValueError unless `images` are one request, and one batch."""
+    """Raises ValueError unless `images` fit in one request and one batch."""
     most = min(settings.max_images, pipeline.max_rows // guidance.rows)
     if not 1 <= images <= most:
         raise ValueError(f"--images must be 1 to {most} here, got {images}")
 
 
 def measured(repository: Path, images: int, guidance: Guidance) -> BlockTimes:
-    """What Cost needs of `repository`, measured here."""
+    """The block times that Cost needs, measured here."""
     return BlockTimes(measure(repository, sizes=(images, images * guidance.rows)))
 
 
 def candidates(*, has_refiner: bool) -> list[Schedule]:
-    """H a P b R c in the paper's order, A in place of H and P, Z in place of R, and H, P, A alone.
+    """All candidates up to MAX_EVALUATIONS, each on every grid of _SHIFTS.
 
-    All on every grid of _SHIFTS, and up to MAX_EVALUATIONS.
+    They have the paper's order, HaPbRc. A may replace H and P; Z may replace R. H, P and A also
+    stand alone.
     """
     heads = [f"H{a}P{b}" for a in _HEUN for b in _PSEUDO] + [f"A{n}" for n in range(4, 13)]
     texts = [head + tail for head in heads for tail in (*_KEPT, *_REFINED * has_refiner)]

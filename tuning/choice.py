@@ -1,4 +1,4 @@
-"""From rated schedules to the few that are worth having, and to presets."""
+"""Chooses the front and the presets from rated schedules."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from flowturbo.solver.schedule import Schedule
 from tuning.scores import Score
 
 DEFINITIONS = {
-    "fast": "the fastest whose figure is no higher than that of the paper's, or else `best`",
-    "balanced": "between the two, the farthest below the line through them, both axes logarithmic",
+    "fast": "the fastest whose figure is no higher than the paper's, else `best`",
+    "balanced": "between the two, the farthest below the line through them on logarithmic axes",
     "best": "the fastest within the cap that is not surely worse than another",
 }
 
 
 @dataclass(frozen=True)
 class Rated:
-    """A schedule, the milliseconds of a request, and its figure of merit."""
+    """A schedule, its milliseconds per request, and its figure of merit."""
 
     schedule: Schedule
     ms: float
     score: Score
 
     def stated(self) -> dict[str, Any]:
-        """Ready for JSON."""
+        """As JSON values."""
         return {
             "schedule": str(self.schedule),
             "ms": round(self.ms, 3),
@@ -37,7 +37,7 @@ class Rated:
 
 @dataclass(frozen=True)
 class Choice:
-    """The front from the fastest to the best, the presets on it, and what fits the target."""
+    """The front from the fastest to the best, its presets, and the choice for the target."""
 
     front: Sequence[Rated]
     presets: Mapping[str, Rated]
@@ -45,7 +45,7 @@ class Choice:
     recommended: Rated | None
 
     def stated(self) -> dict[str, Any]:
-        """Ready for JSON."""
+        """As JSON values."""
         return {
             "presets": {name: each.stated() for name, each in self.presets.items()},
             "definitions": DEFINITIONS,
@@ -56,9 +56,9 @@ class Choice:
 
 
 def choose(tried: Sequence[Rated], paper: Schedule, cap_ms: float, quality: float | None) -> Choice:
-    """From `tried`, at least one of them within `cap_ms`, and `paper` among them.
+    """Chooses from `tried`, which must include `paper` and a schedule within `cap_ms`.
 
-    What is recommended is the best within the cap, or the fastest that reaches `quality`.
+    Recommends the best schedule within the cap, or the fastest that reaches `quality`.
     """
     of_front = front(each for each in tried if each.ms <= cap_ms)
     of_paper = next(each for each in tried if each.schedule == paper)
@@ -72,7 +72,7 @@ def choose(tried: Sequence[Rated], paper: Schedule, cap_ms: float, quality: floa
 
 
 def front(rated: Iterable[Rated]) -> list[Rated]:
-    """Those with no other as fast and as good, from the fastest to the best."""
+    """The Pareto front of time and figure, from the fastest to the best."""
     found: list[Rated] = []
     for each in sorted(rated, key=lambda r: (r.ms, r.score.value)):
         if not found or each.score.value < found[-1].score.value:
@@ -81,7 +81,7 @@ def front(rated: Iterable[Rated]) -> list[Rated]:
 
 
 def best_of(of_front: Sequence[Rated]) -> Rated:
-    """DEFINITIONS["best"]."""
+    """The preset `best` of DEFINITIONS."""
     return next(
         each
         for each in of_front
@@ -90,7 +90,7 @@ def best_of(of_front: Sequence[Rated]) -> Rated:
 
 
 def fastest_as_good(of_front: Sequence[Rated], figure: float) -> Rated | None:
-    """The fastest whose figure is `figure` at most, if there is one."""
+    """The fastest whose figure is at most `figure`; None if there is none."""
     return next((each for each in of_front if each.score.value <= figure), None)
 
 
@@ -104,7 +104,7 @@ def presets(of_front: Sequence[Rated], of_paper: float) -> dict[str, Rated]:
 
 
 def knee(of_front: Sequence[Rated]) -> Rated:
-    """The one farthest below the line from the first to the last, both axes logarithmic."""
+    """The one farthest below the line from the first to the last, on logarithmic axes."""
     points = [(math.log(each.ms), math.log(each.score.value)) for each in of_front]
     (x0, y0), (x1, y1) = points[0], points[-1]
     slope = (y1 - y0) / (x1 - x0) if x1 > x0 else 0.0

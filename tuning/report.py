@@ -1,4 +1,4 @@
-"""What a search found: a table, a figure, and a file of presets."""
+"""The result of a search as a table and as a figure."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from tuning.choice import Choice, Rated
 
 
 def table(found: Choice, in_process_ms: Sequence[float] | None) -> str:
-    """The front, a schedule a line; `surely` where it is better than the line before, 95%.
+    """The front, one schedule per line; `surely` means better than the line before at 95%.
 
-    `in_process_ms` are the front's requests as clocked, None where they were not.
+    `in_process_ms` are the measured times of the front's requests; None if not measured.
     """
     title, clocked = "", [""] * len(found.front)
     if in_process_ms is not None:
@@ -24,7 +24,7 @@ def table(found: Choice, in_process_ms: Sequence[float] | None) -> str:
         lines.append(f"{_words(each, clocked[k])}  {better:<8} {names}".rstrip())
     fits = found.recommended
     lines.append(f"{_words(found.paper, ' ' * len(title))}  (the paper's)")
-    lines.append(f"recommended: {fits.schedule if fits else 'nothing here reaches the target'}")
+    lines.append(f"recommended: {fits.schedule if fits else 'no schedule reaches the target'}")
     return "\n".join(lines)
 
 
@@ -39,9 +39,9 @@ def draw(
     labels: tuple[str, str],
     path: Path,
 ) -> None:
-    """Writes a PNG: those of the last stage, the front as a line, and the presets by name.
+    """Writes a PNG: schedules of the last stage, the front as a line, and named presets.
 
-    `labels` are those of the two axes.
+    `labels` are the labels of the two axes.
     """
     import matplotlib
 
@@ -49,7 +49,7 @@ def draw(
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
-    axis.plot(*_points(tried), ".", color="0.7", label="others on as many seeds")
+    axis.plot(*_points(tried), ".", color="0.7", label="others, same number of seeds")
     axis.errorbar(
         *_points(found.front),
         yerr=[r.score.interval for r in found.front],

@@ -1,4 +1,4 @@
-"""How far a schedule's latents are from those of the exact solution, and how sure that is."""
+"""The distance of a schedule's latents to the exact solution, and its confidence interval."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ from research.quality.engine import BATCH, Exact, distances
 from research.quality.evaluate import exact_latents, kept, models_digest
 from research.quality.metrics import half_width, mean_without
 
-HEUN_STEPS = 64  # of what stands in for the exact solution where there is no checkpoint
+HEUN_STEPS = 64  # of the replacement for the exact solution, without a checkpoint
 
 
 @dataclass(frozen=True)
 class Score:
-    """A figure of merit, lower is better, and the same without each of BLOCKS blocks of seeds."""
+    """A figure (lower is better), and its values without each of BLOCKS blocks of seeds."""
 
     value: float
     without: tuple[float, ...]
 
     @classmethod
     def of(cls, distances: Array) -> Score:
-        """The mean of those of each seed's latent, [n >= BLOCKS]."""
+        """The mean of `distances`, one per seed, [n >= BLOCKS]."""
         return cls(float(distances.mean()), mean_without(distances))
 
     @property
     def interval(self) -> float:
-        """Half the 95% interval over seeds (research.quality.metrics)."""
+        """Half the width of the 95% interval over seeds (research.quality.metrics)."""
         return half_width(self.without)
 
     def surely_above(self, other: Score) -> bool:
-        """Whether it would be so with other seeds: of the same seeds' differences, 95%."""
+        """Whether it is above `other` at 95% confidence, from paired differences per seed."""
         difference = np.subtract(self.without, other.without)
         return self.value - other.value > half_width(difference)
 
 
 class Distances:
-    """Distances of schedules to `solved` [n, C, h, w], the ends of the flow of seeds 0 to n.
+    """Distances of schedules to `solved` [n, C, h, w], the exact latents of seeds 0 to n - 1.
 
-    A latent is made once, however often its schedule is scored.
+    Each latent is made once, even if its schedule is scored several times.
     """
 
     def __init__(self, pipeline: LocalPipeline, guidance: Guidance, solved: Array) -> None:
@@ -59,7 +59,7 @@ class Distances:
         self._known: dict[Schedule, Array] = {}
 
     def score(self, schedule: Schedule, count: int) -> Score:
-        """Over the first `count` seeds."""
+        """The score over the first `count` seeds."""
         known = self._known.get(schedule, np.zeros(0))
         if len(known) < count:
             made = latents(self._pipeline, schedule, self._guidance, range(len(known), count))
@@ -72,7 +72,7 @@ class Distances:
 def latents(
     pipeline: LocalPipeline, schedule: Schedule, guidance: Guidance, seeds: Iterable[int]
 ) -> Array:
-    """Latents [n, C, h, w] of `seeds`, of which seed i has class i mod classes."""
+    """Latents [n, C, h, w] of `seeds`; seed i has class i mod num_classes."""
     every = np.fromiter(seeds, np.int64)
     parts = np.array_split(every, -(-len(every) // BATCH))
     return np.concatenate([_latents(pipeline, schedule, guidance, part) for part in parts])
@@ -88,7 +88,7 @@ def _latents(
         GUIDANCE_SCALE: np.array([guidance.scale], dtype=np.float32),
     }
     request = parse_request(tensors, [LATENT], pipeline.pipeline, pipeline.settings)
-    # Not program_for, which warns of long refiner steps: whether they harm is measured here.
+    # Not program_for: it warns of long refiner steps, whose effect is measured here.
     program = compile_program(schedule, variant=Variant(pipeline.settings.variant))
     return pipeline.run(request, program)[LATENT]
 
@@ -101,10 +101,11 @@ def solve(
     count: int,
     cache: Path,
 ) -> tuple[str, Array]:
-    """The ends of the flow of seeds 0 to `count`, [count, C, h, w], kept in `cache`, and whose.
+    """The name of a network, and its exact latents of the first `count` seeds [count, C, h, w].
 
-    Of the checkpoint `predictor` in float32; without one, of the deployed predictor, by as many
-    steps of Heun as leave nothing to gain: then its rounding is no error.
+    The network is the checkpoint `predictor` in float32. Without one it is the deployed predictor
+    with HEUN_STEPS Heun steps: more steps gain nothing. Then its rounding does not count as error.
+    Latents are cached in `cache`.
     """
     cache.mkdir(parents=True, exist_ok=True)
     if predictor is not None:

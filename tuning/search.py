@@ -1,4 +1,4 @@
-"""Successive halving: a few latents for every schedule, more for those that stay."""
+"""Successive halving: a few latents for every schedule, more for those that remain."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from flowturbo.solver.schedule import Schedule
 from tuning.choice import Rated
 from tuning.scores import Score
 
-KEPT = 3  # of so many schedules one stays
-_SHARES = (5, 2, 1)  # of the latents, one in so many in each stage
+KEPT = 3  # a stage keeps one schedule in three
+_SHARES = (5, 2, 1)  # the stages use a fifth, half, and all of the latents
 
 Scorer = Callable[[Schedule, int], Score]  # of a schedule, over the first n seeds
 
@@ -19,10 +19,10 @@ Scorer = Callable[[Schedule, int], Score]  # of a schedule, over the first n see
 def search(
     cost_ms: Mapping[Schedule, float], score: Scorer, count: int, kept: Collection[Schedule]
 ) -> list[list[Rated]]:
-    """The schedules of each stage, rated; those of the last over `count` seeds.
+    """The rated schedules of each stage; the last stage uses `count` seeds.
 
-    A stage keeps a third, by how far each is above the best that is no slower: so that every length
-    of time keeps its own. Those in `kept` always stay.
+    A stage keeps the third that is closest to the Pareto front. So schedules of every duration
+    remain. Those in `kept` always stay.
     """
     stages: list[list[Rated]] = []
     left = list(cost_ms)
@@ -44,9 +44,9 @@ def finalists(rated: Sequence[Rated], count: int, kept: Collection[Schedule]) ->
 
 
 def nearest(rated: Iterable[Rated], count: int) -> list[Rated]:
-    """The `count` that are least above the best no slower one.
+    """The `count` candidates closest to the Pareto front.
 
-    More where more are the best themselves: the front is never cut.
+    More if the front has more: it is never cut.
     """
     excess: list[tuple[float, Rated]] = []
     best = float("inf")

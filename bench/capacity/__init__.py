@@ -1,1 +1,1 @@
-"""How many GPUs a rate needs, on paper; docs/sizing.md has the model."""
+"""Capacity planning: how many GPUs a request rate needs. docs/sizing.md has the model."""

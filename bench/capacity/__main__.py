@@ -1,8 +1,8 @@
-"""How many GPUs a rate needs, on paper: `python -m bench.capacity --slo-p95-ms 500 --rate 2000`.
+"""Computes the GPUs that a rate needs: `python -m bench.capacity --slo-p95-ms 500 --rate 2000`.
 
-Takes the time of each block at each batch size, measured here or read from a file, and simulates
-one replica: an orchestrator that gathers the calls of all requests in flight, on one device.
-docs/sizing.md has the model, its assumptions, and where they break.
+The times of each block at each batch size are measured here or read from a file. The program then
+simulates one replica: an orchestrator that batches the calls of all in-flight requests, on one
+device. docs/sizing.md has the model, its assumptions, and where they break.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from flowturbo.textfile import read_json
 
 
 def main() -> None:
-    """Prints the plan, or the comparison with a measured load curve, or both."""
+    """Prints the plan, the comparison with a measured load curve, or both."""
     parser = _parser()
     args = parser.parse_args()
     if args.slo_p95_ms is None and args.check is None:
@@ -37,28 +37,30 @@ def main() -> None:
         parser.error(str(error))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        # JSON has no infinity, which a percentile is where too many are refused.
+        # JSON has no infinity; a percentile is infinite if too many requests are refused.
         finite = json.loads(json.dumps(report), parse_constant=lambda _: None)
         args.json.write_text(json.dumps(finite, indent=1) + "\n")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.capacity", description=__doc__)
-    parser.add_argument("--slo-p95-ms", type=float, help="95%% of the requests are to take less")
-    parser.add_argument("--rate", type=float, help="images/s that the fleet is to make")
+    parser.add_argument("--slo-p95-ms", type=float, help="latency limit for 95%% of the requests")
+    parser.add_argument("--rate", type=float, help="images/s that the fleet must make")
     parser.add_argument("--schedule", help="default: the service's")
     parser.add_argument("--guidance-scale", type=float, help="default: the service's")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--repository", type=Path, default=Path("model_repository"))
     source.add_argument("--times", type=Path, help="block times, or a report of bench.gpu_check")
-    parser.add_argument("--engine", help="which one of the report")
-    parser.add_argument("--precision", help="which one of the report")
-    parser.add_argument("--overhead-ms", type=float, help="of a call, outside the device")
+    parser.add_argument("--engine", help="engine to read from the report")
+    parser.add_argument("--precision", help="precision to read from the report")
+    parser.add_argument("--overhead-ms", type=float, help="per call, outside the device")
     parser.add_argument("--max-rows", type=int, help="default: the repository's, or all measured")
-    parser.add_argument("--turns", action="store_true", help="with --times: as on a CPU")
-    parser.add_argument("--requests", type=int, default=4000, help="of each simulated load")
-    parser.add_argument("--check", type=Path, help="a load curve, written by bench.load")
-    parser.add_argument("--json", type=Path, help="where to write all of it; the plot lies beside")
+    parser.add_argument(
+        "--turns", action="store_true", help="with --times: models take turns, as on a CPU"
+    )
+    parser.add_argument("--requests", type=int, default=4000, help="per simulated load")
+    parser.add_argument("--check", type=Path, help="compare with this load curve of bench.load")
+    parser.add_argument("--json", type=Path, help="write everything here, and a plot beside it")
     return parser
 
 
@@ -76,7 +78,7 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
         max_inflight=settings.max_inflight,
         turns=args.turns or not (args.times or read_pipeline(args.repository).on_gpu),
     )
-    # As --times takes it: a report is the input of the next.
+    # In the form of --times: a report can be the input of another run.
     report: dict[str, Any] = asdict(times)
     if args.slo_p95_ms is not None:
         schedule = args.schedule or BUILT_IN[DEFAULT]

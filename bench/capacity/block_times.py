@@ -1,4 +1,4 @@
-"""The time of each block at each batch size: read from a file, or measured here."""
+"""The time of each block at each batch size, read from a file or measured here."""
 
 import math
 import statistics
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from flowturbo.contract import Role
+from flowturbo.contract import Role, latent_sizes
 from flowturbo.local import open_models
 from flowturbo.pipeline import Pipeline, read_pipeline
 from flowturbo.textfile import read_json
@@ -23,9 +23,9 @@ OVERHEAD_MS = 0.75  # from one batch to the next, through orchestrator and serve
 
 @dataclass(frozen=True)
 class BlockTimes:
-    """Milliseconds of one execution by role and rows; `overhead_ms` is a call's, off the device.
+    """Milliseconds per execution by role and rows; `overhead_ms` per call, outside the device.
 
-    Raises ValueError for an unknown or missing model and for a time that is none.
+    Raises ValueError for an unknown or missing model, and for an invalid time.
     """
 
     times_ms: Mapping[str, Mapping[int, float]]
@@ -50,7 +50,7 @@ class BlockTimes:
     def read(
         cls, path: Path, engine: str | None = None, precision: str | None = None
     ) -> "BlockTimes":
-        """From a JSON file: {"times_ms": {role: {rows: ms}}}, or what bench.gpu_check writes."""
+        """Reads a JSON file: {"times_ms": {role: {rows: ms}}}, or a report of bench.gpu_check."""
         document = read_json(path)
         if not {"times_ms", "blocks"} & document.keys():
             raise ValueError(f"{path} has neither 'times_ms' nor the 'blocks' of bench.gpu_check")
@@ -68,17 +68,17 @@ class BlockTimes:
 
     @property
     def max_rows(self) -> int:
-        """The most rows that every model is measured at."""
+        """The largest row count up to which all models are measured."""
         return min(max(of_rows) for of_rows in self.times_ms.values())
 
     def table(self, model: str, max_rows: int) -> tuple[float, ...]:
-        """Milliseconds at 0, 1, ... `max_rows` rows, linear between those that were measured.
+        """Milliseconds at 0, 1, ... `max_rows` rows, linear between measured row counts.
 
-        Fewer rows than the fewest measured cost as much as those.
+        Below the smallest measured row count the time is constant.
         """
         measured = sorted(self.times_ms.get(model, {}).items())
         if not measured or measured[-1][0] < max_rows:
-            most = f"only up to {measured[-1][0]} rows" if measured else "not"
+            most = f"only up to {measured[-1][0]} rows" if measured else "at no row count"
             raise ValueError(f"{model} is measured {most}, {max_rows} rows are needed")
         rows, ms = zip(*measured, strict=True)
         return tuple(map(float, np.interp(range(max_rows + 1), rows, ms)))
@@ -87,12 +87,12 @@ class BlockTimes:
 def _of_blocks(
     blocks: list[dict[str, Any]], engine: str | None, precision: str | None
 ) -> dict[str, dict[int, float]]:
-    """The times of one engine in one precision, which need no name where there is one only."""
+    """The times of one engine and precision; either may be None if one pair matches."""
     forms = sorted({(b["engine"], b["precision"]) for b in blocks})
     chosen = [f for f in forms if engine in (None, f[0]) and precision in (None, f[1])]
     if len(chosen) != 1:
         raise ValueError(
-            f"--engine {engine} --precision {precision} fits {len(chosen)} of the report's "
+            f"--engine {engine} --precision {precision} matches {len(chosen)} of the report's "
             f"{', '.join(map(' '.join, forms))}: name one"
         )
     times: dict[str, dict[int, float]] = defaultdict(dict)
@@ -107,9 +107,9 @@ def measure(
     sizes: tuple[int, ...] = ROWS,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, dict[int, float]]:
-    """Median milliseconds of `repository`'s models by rows, the models in turn, in this process.
+    """Median milliseconds of `repository`'s models by rows, measured in turn in this process.
 
-    Of `sizes`, those that the models take. `clock` is in seconds.
+    Row counts are those `sizes` that the models allow. `clock` returns seconds.
     """
     pipeline = read_pipeline(repository)
     models = open_models(repository, pipeline)
@@ -123,12 +123,12 @@ def measure(
                 taken[role.value, rows].append((clock() - started) * 1e3)
     medians: dict[str, dict[int, float]] = defaultdict(dict)
     for name, rows in sorted(taken):
-        medians[name][rows] = statistics.median(taken[name, rows][1:])  # the first warms up
+        medians[name][rows] = statistics.median(taken[name, rows][1:])  # the first call warms up
     return dict(medians)
 
 
 def _inputs(role: Role, rows: int, pipeline: Pipeline) -> dict[str, np.ndarray]:
-    sizes: dict[int | str, int] = dict(zip("Chw", pipeline.latent_shape, strict=True))
+    sizes = latent_sizes(pipeline.latent_shape)
     numbers = np.random.default_rng(rows)  # in [0, 1): labels and pair offsets become 0
     return {
         spec.name: numbers.random((rows, *(sizes[d] if d in sizes else int(d) for d in spec.dims)))

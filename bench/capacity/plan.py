@@ -1,4 +1,4 @@
-"""How much load one device carries, how many devices a rate needs, and a plan's check."""
+"""The load that one device carries, the devices that a rate needs, and the plan's check."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -14,10 +14,11 @@ BISECTIONS = 9
 
 @dataclass(frozen=True)
 class FleetPlan:
-    """The largest load at which 95% of the requests are answered within `slo_p95_ms`, and others.
+    """The load of one GPU within `slo_p95_ms`, and the fleet for a rate.
 
-    `saturation_*` is the best batch and what it makes, `full_*` the fullest. `gpus` carry `rate`
-    images/s; `fleets` are that number and more of them, at the same rate.
+    `limit` is the largest load at which 95% of the requests are answered within `slo_p95_ms`;
+    `points` are other loads. `saturation_*` describes the best batch, `full_*` the fullest batch.
+    `gpus` GPUs carry `rate` images/s. `fleets` has that number and larger ones, at the same rate.
     """
 
     slo_p95_ms: float
@@ -36,13 +37,13 @@ class FleetPlan:
 def largest_load(replica: Replica, slo_p95_ms: float, requests: int = 4000) -> Point:
     """The largest Poisson load, at most saturation, whose p95 is within the SLO; by bisection.
 
-    Raises ValueError where there is none.
+    Raises ValueError if there is none.
     """
     lone = replica.lone_ms()
     if not slo_p95_ms > lone:
         raise ValueError(
-            f"the SLO of {slo_p95_ms:g} ms is not above the {lone:.1f} ms of a request alone: "
-            "no number of GPUs meets it; allow more time or take a shorter schedule"
+            f"the SLO of {slo_p95_ms:g} ms is not above the {lone:.1f} ms of a single request: "
+            "more GPUs cannot help; allow more time or use a shorter schedule"
         )
     low, high = 0.0, replica.saturation()[0]
     point = found = open_loop(replica, high, requests)
@@ -54,7 +55,7 @@ def largest_load(replica: Replica, slo_p95_ms: float, requests: int = 4000) -> P
             high = point.load
     if found.p95_ms > slo_p95_ms:
         raise ValueError(
-            f"the SLO of {slo_p95_ms:g} ms is too near the {lone:.1f} ms of a request alone: "
+            f"the SLO of {slo_p95_ms:g} ms is too close to the {lone:.1f} ms of a single request: "
             f"p95 is {point.p95_ms:.1f} ms at {point.load:.3g} images/s"
         )
     return found
@@ -108,9 +109,9 @@ class Checked:
 
 
 def check(report: Mapping[str, Any], replica_of: Callable[[str], Replica]) -> list[Checked]:
-    """Every closed- and open-loop point that bench.load measured without an error, predicted.
+    """Predicts every closed- and open-loop point that bench.load measured without an error.
 
-    `replica_of` makes the replica of a schedule. Raises ValueError where there is no point.
+    `replica_of` makes the replica of a schedule. Raises ValueError if there is no point.
     """
     found = []
     for point in (p for p in report.get("closed_loop", ()) if not p.get("error")):

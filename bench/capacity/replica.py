@@ -1,4 +1,4 @@
-"""One replica: the calls of an image, and what follows from their times in closed form."""
+"""One replica: the calls per image, and latency and throughput in closed form."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,10 +13,11 @@ from flowturbo.solver.schedule import Schedule
 
 @dataclass(frozen=True)
 class Replica:
-    """One device behind one orchestrator, and the calls (model, rows) that an image makes of it.
+    """One device behind one orchestrator, and the `calls` (model, rows) per image.
 
-    `times_ms` are a model's execution times at 0 to `max_rows` rows, `overhead_ms` passes before
-    each; `max_inflight` is the setting; with `turns` one model runs at a time, as on a CPU.
+    `times_ms` are execution times per model at 0 to `max_rows` rows. `overhead_ms` passes before
+    each execution. `max_inflight` is the service's setting. With `turns` one model runs at a time,
+    as on a CPU.
     """
 
     calls: tuple[tuple[str, int], ...]
@@ -39,7 +40,7 @@ class Replica:
         guidance_scale: float = 1.5,
         **settings: Any,
     ) -> "Replica":
-        """For images of `schedule`; with the decoder where its times are known."""
+        """For images of `schedule`; includes the decoder if its times are known."""
         rows = 1 if guidance_scale == 1.0 else 2
         program = compile_program(Schedule.parse(schedule))
         calls = [(model, rows) for model in roles_called(program)]
@@ -51,18 +52,18 @@ class Replica:
         return cls(tuple(calls), tables, times.overhead_ms, max_rows, **settings)
 
     def lone_ms(self) -> float:
-        """Latency of a request that meets no other: the sum of its calls."""
+        """Latency of a single request: the sum of its calls."""
         return sum(self.times_ms[model][rows] + self.overhead_ms for model, rows in self.calls)
 
     def image_ms(self, images: int) -> float:
-        """Device time of each of `images` images that go through their calls together."""
+        """Device time per image, if `images` images share all batches."""
         return sum(self.times_ms[model][rows * images] for model, rows in self.calls) / images
 
     def full(self) -> int:
-        """How many images fit in one batch of every call."""
+        """The number of images that fit in one batch of every call."""
         return min(self.max_rows // max(rows for _, rows in self.calls), self.max_inflight)
 
     def saturation(self) -> tuple[float, int]:
-        """The most images/s that the device can make, and how many together make that much."""
+        """The maximum images/s of the device, and the images per batch that reach it."""
         best = min(range(1, self.full() + 1), key=self.image_ms)
         return 1e3 / self.image_ms(best), best

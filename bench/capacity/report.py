@@ -1,4 +1,4 @@
-"""A plan and its check for a reader: tables and a plot."""
+"""Prints and plots a plan and its check."""
 
 import math
 import statistics
@@ -23,32 +23,32 @@ def _row(point: Point) -> str:
 
 
 def _best(found: FleetPlan) -> str:
-    best = f"{found.saturation_per_s:.2f} images/s, {found.saturation_images} at a time"
+    best = f"{found.saturation_per_s:.2f} images/s, {found.saturation_images} per batch"
     if found.saturation_images == found.full_images:
         return best
     return f"{best} (full batches, {found.full_images}: {found.full_per_s:.2f})"
 
 
 def print_plan(found: FleetPlan, schedule: str) -> None:
-    """Prints the load curve of one GPU and, where a rate was asked, the fleets."""
-    print(f"{schedule}: a request alone takes {found.lone_ms:.1f} ms; saturated, {_best(found)}")
+    """Prints the load curve of one GPU and, if a rate was given, the fleets."""
+    print(f"{schedule}: a single request takes {found.lone_ms:.1f} ms; saturation: {_best(found)}")
     print(f"\n{_HEAD}")
     for point in sorted((*found.points, found.limit), key=lambda p: p.load):
         print(_row(point) + ("  <- largest within the SLO" if point is found.limit else ""))
-    print(f"\np95 <= {found.slo_p95_ms:g} ms up to {found.limit.load:.2f} images/s a GPU")
+    print(f"\np95 <= {found.slo_p95_ms:g} ms up to {found.limit.load:.2f} images/s per GPU")
     if found.gpus is None:
         return
-    print(f"{found.rate:g} images/s: {found.gpus} GPUs, {found.gpus + 1} so that one may fail\n")
+    print(f"{found.rate:g} images/s: {found.gpus} GPUs, {found.gpus + 1} to survive one failure\n")
     print(f"  GPUs  {_HEAD}")
     for gpus, point in found.fleets:
         print(f"{gpus:6}  {_row(point)}")
     first, last = (_image_ms(point) for _, point in (found.fleets[0], found.fleets[-1]))
-    print(f"\n4 times the GPUs make an image cost {last / first:.2f} times the device time: they")
-    print("answer sooner, out of emptier batches; see docs/sizing.md on few full replicas.")
+    print(f"\n4 times the GPUs: {last / first:.2f} times the device time per image. Latency falls,")
+    print("but batches are emptier; docs/sizing.md explains why few full replicas are better.")
 
 
 def print_check(checked: list[Checked]) -> None:
-    """Prints each point as measured and as predicted, and the medians of the errors."""
+    """Prints measured and predicted figures per point, and the median errors."""
     print("\nschedule  load               images/s: measured  predicted   error"
           "   p95 ms: measured  predicted   error")  # fmt: skip
     for c in checked:
@@ -62,7 +62,7 @@ def print_check(checked: list[Checked]) -> None:
 
 
 def plot(found: FleetPlan, schedule: str, path: Path) -> None:
-    """Draws the percentiles over the load into the image file `path`."""
+    """Plots latency percentiles against load to the image file `path`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -71,7 +71,7 @@ def plot(found: FleetPlan, schedule: str, path: Path) -> None:
     points = sorted((*found.points, found.limit), key=lambda p: p.load)
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     for name in ("p95_ms", "p50_ms"):
-        # Nothing to draw where so many are refused that there is no such percentile.
+        # A percentile is infinite if too many requests are refused: leave it out.
         drawn = [(p.load, y) for p in points if math.isfinite(y := getattr(p, name))]
         axes.plot(*zip(*drawn, strict=True), marker="o", label=name.removesuffix("_ms"))
     axes.axhline(found.slo_p95_ms, color="red", linestyle="--", label="SLO")

@@ -1,4 +1,4 @@
-"""A replica under load, simulated event by event; docs/sizing.md has the model."""
+"""Event simulation of a replica under load; docs/sizing.md has the model."""
 
 import heapq
 import math
@@ -13,15 +13,15 @@ import numpy as np
 from bench.capacity.replica import Replica
 from flowturbo.contract import Role
 
-WARM_UP = 0.1  # share of the requests that is not counted
+WARM_UP = 0.1  # share of the requests that are not counted
 
 
 @dataclass(frozen=True)
 class Point:
-    """One simulated load. `load` is images/s offered, or clients where each waits for its answer.
+    """One simulated load. `load` is offered images/s, or the clients of a closed loop.
 
-    `rows` is the mean of the predictor's executions, `busy` the device's share of time; percentiles
-    count a refused request as one that never ends.
+    `rows` is the mean per predictor execution, `busy` the share of time in which the device is
+    busy. Percentiles count a refused request as one that never ends.
     """
 
     load: float
@@ -43,19 +43,19 @@ class _Request:
 @dataclass(slots=True)
 class _Execution:
     batch: list[_Request]
-    left_ms: float  # of the device alone
+    left_ms: float  # if it has the device for itself
 
 
 @dataclass
 class _Simulation:
-    """A replica, moved from event to event; times are milliseconds."""
+    """The state of a replica between two events; times are in milliseconds."""
 
     replica: Replica
     on_done: Callable[[], None] = lambda: None
     now: float = 0.0
     inflight: int = 0
     busy_ms: float = 0.0
-    refused: list[float] = field(default_factory=list)  # when they arrived
+    refused: list[float] = field(default_factory=list)  # arrival times
     answered: list[tuple[float, float]] = field(default_factory=list)  # (arrival, end)
     batches: list[tuple[str, float, int]] = field(default_factory=list)  # (model, start, rows)
 
@@ -64,16 +64,16 @@ class _Simulation:
         self._count = 0
         self._running: dict[str, _Execution] = {}
         self._queues: dict[str, deque[_Request]] = {m: deque() for m in self.replica.times_ms}
-        self._taken: set[str] = set()  # models whose next batch is on its way or running
+        self._taken: set[str] = set()  # models whose batch is being sent or running
         self._rows = dict(self.replica.calls)
 
     def at(self, when: float, event: Callable[[], None]) -> None:
-        """Has `event` happen at the time `when`."""
+        """Schedules `event` for the time `when`."""
         self._count += 1
         heapq.heappush(self._events, (when, self._count, event))
 
     def run(self, until: Callable[[], bool] = lambda: False) -> None:
-        """Until `until` holds or nothing is left to happen."""
+        """Runs until `until` returns true or no event is left."""
         while (self._events or self._running) and not until():
             end = self.now + len(self._running) * min(
                 (e.left_ms for e in self._running.values()), default=math.inf
@@ -92,7 +92,7 @@ class _Simulation:
                     self._start(model)
 
     def arrive(self) -> None:
-        """A request comes, and is refused if too many are here."""
+        """A request arrives; it is refused if `max_inflight` requests are in flight."""
         if self.inflight >= self.replica.max_inflight:
             self.refused.append(self.now)
             return
@@ -100,7 +100,7 @@ class _Simulation:
         self._next_call(_Request(self.now))
 
     def _advance(self, when: float) -> None:
-        """Executions share the device: each of k runs at 1/k of its speed."""
+        """Moves the time to `when`. k executions share the device, each at 1/k of its speed."""
         passed = when - self.now
         self.now = when
         if self._running:
@@ -112,12 +112,12 @@ class _Simulation:
         self._queues[self.replica.calls[request.done][0]].append(request)
 
     def _take_turn(self) -> None:
-        """One model at a time, the one for which most calls wait; of several, the later one."""
-        if not self._taken:  # that a call is passed over too often hardly happens with one schedule
+        """Starts the model with most waiting calls, if none runs; on a tie, the later model."""
+        if not self._taken:  # without fairness: starvation hardly occurs with one schedule
             self._start(max(reversed(self._queues), key=lambda model: len(self._queues[model])))
 
     def _start(self, model: str) -> None:
-        """Takes what fits of the calls that wait; the device has it after the call's overhead."""
+        """Batches the waiting calls that fit; the device starts after the call's overhead."""
         queue, fit = self._queues[model], self.replica.max_rows // self._rows[model]
         if not queue or model in self._taken:
             return
@@ -142,7 +142,7 @@ class _Simulation:
             self.on_done()
 
     def point(self, load: float, start: float, end: float) -> Point:
-        """What happened from `start` to `end`: answers by their end, latencies by the arrival."""
+        """Figures from `start` to `end`: throughput by end, latencies by arrival."""
         waits = [done - came for came, done in self.answered if start <= came <= end]
         lost = sum(start <= came <= end for came in self.refused)
         sizes = [rows for m, at, rows in self.batches if m == Role.PREDICTOR and start <= at <= end]
@@ -161,7 +161,7 @@ class _Simulation:
 
 
 def open_loop(replica: Replica, rate: float, requests: int = 4000, seed: int = 0) -> Point:
-    """Requests of one image that arrive at random (Poisson), `rate` a second."""
+    """Requests of one image with Poisson arrivals, `rate` per second."""
     gaps = np.random.default_rng(seed).exponential(1e3 / rate, requests)
     arrivals = np.cumsum(gaps)
     simulation = _Simulation(replica)
@@ -172,7 +172,7 @@ def open_loop(replica: Replica, rate: float, requests: int = 4000, seed: int = 0
 
 
 def closed_loop(replica: Replica, clients: int, requests: int = 4000, seed: int = 0) -> Point:
-    """`clients` that each ask for the next image when they have the last, begun at random."""
+    """`clients` clients that send when they have their answer, with random starts."""
     if not 1 <= clients <= replica.max_inflight:
         raise ValueError(
             f"{clients} clients in a closed loop, allowed are 1 to {replica.max_inflight} "

@@ -1,4 +1,4 @@
-"""Where a server is, and whether a proxy stands between: gRPC takes one from the environment."""
+"""Whether a server is on this machine, and which proxy of the environment gRPC uses."""
 
 import ipaddress
 import os
@@ -7,7 +7,7 @@ import socket
 from collections.abc import Mapping
 from urllib.parse import unquote
 
-# In the order in which gRPC looks for them; it knows no others.
+# In the order in which gRPC reads them; it reads no others.
 _PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
 _SCHEME = re.compile(r"^(dns|ipv4|ipv6|xds):(//[^/]*/|/{0,2})", re.IGNORECASE)
 _NAMES = ("localhost", "localhost4", "localhost6", "ip6-localhost", "ip6-loopback")
@@ -27,10 +27,10 @@ def _hosts(url: str) -> list[str]:
 
 
 def _host(address: str) -> str:
-    """Without the port, and without the brackets of an IPv6 address."""
+    """The host without its port and without the brackets of an IPv6 address."""
     if address.startswith("["):
         return address[1:].partition("]")[0]
-    # Several colons without brackets are an IPv6 address alone.
+    # Several colons without brackets: an IPv6 address without a port.
     return address if address.count(":") > 1 else re.sub(_PORT, "", address)
 
 
@@ -45,7 +45,7 @@ def _is_loopback(host: str) -> bool:
     if address is None:
         return False
     mapped = getattr(address, "ipv4_mapped", None)
-    # Nobody else can be reached by the unspecified address, 0.0.0.0 or ::, either.
+    # The unspecified address, 0.0.0.0 or ::, also reaches only this machine.
     return any(a.is_loopback or a.is_unspecified for a in (address, mapped or address))
 
 
@@ -57,7 +57,7 @@ def _leads_to_loopback(name: str) -> bool:
 
 
 def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """A host that is a number; None for a name."""
+    """The IP address that `host` is; None for a name."""
     try:
         return ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
@@ -69,9 +69,9 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 def proxy_hint(url: str, environment: Mapping[str, str] = os.environ) -> str:
-    """What to say of the proxy that calls to `url` go through, "" where there is none.
+    """Return a hint on the proxy that calls to `url` go through, "" without a proxy.
 
-    To gRPC a variable that is set counts, even where it is empty.
+    For gRPC a variable counts if it is set, even if it is empty.
     """
     name = next((name for name in _PROXIES if name in environment), None)
     if name is None or not environment[name] or is_local(url):
@@ -80,13 +80,13 @@ def proxy_hint(url: str, environment: Mapping[str, str] = os.environ) -> str:
     host = _hosts(url)[0]
     if any(_is_exempt(host, part.strip()) for part in exempt.split(",") if part.strip()):
         return ""
-    # Without the name and the password that it may have.
+    # Without the user name and the password.
     shown = re.sub(r"^(\w+://)?([^/]*@)?", "", environment[name]).rstrip("/")
-    return f"; calls go through the proxy {shown} ({name}): no_proxy={host} leaves it out"
+    return f"; calls go through the proxy {shown} ({name}); bypass it with no_proxy={host}"
 
 
 def _is_exempt(host: str, entry: str) -> bool:
-    """Whether an entry of no_proxy is for `host`: the end of a name, or a network."""
+    """Whether an entry of no_proxy matches `host`: the end of a name, or a network."""
     if host.lower().endswith(entry.lower()):
         return True
     address = _address(host)

@@ -32,13 +32,13 @@ from .tensors import Labels, Seeds
 
 
 def _being_cancelled() -> bool:
-    """Whether somebody cancels the current task itself; unknown, and so no, before Python 3.11."""
+    """Whether the current task itself is being cancelled; always False before Python 3.11."""
     task = asyncio.current_task()
     return bool(task and hasattr(task, "cancelling") and task.cancelling())
 
 
 class AsyncFlowTurboClient:
-    """A connection to a FlowTurbo server; each event loop that uses it has a channel of its own.
+    """A connection to a FlowTurbo server; each event loop that uses it has its own channel.
 
     Cancelling a task that awaits `generate` cancels the request on the server too.
     """
@@ -170,11 +170,11 @@ class AsyncFlowTurboClient:
         return self._settings.translated(timeout_s)
 
     def _triton(self) -> Any:
-        # Made at a loop's first call: a gRPC aio channel belongs to the loop that runs then.
+        # Made at a loop's first call: a gRPC aio channel belongs to the running loop.
         loop = asyncio.get_running_loop()
         with self._lock:
             for ended in [each for each in self._channels if each.is_closed()]:
-                del self._channels[ended]  # a channel holds its loop: neither would go by itself
+                del self._channels[ended]  # a channel refers to its loop: both would stay in memory
             if loop not in self._channels:
                 channel = tritonclient.grpc.aio.InferenceServerClient(**self._settings.channel())
                 self._channels[loop] = channel

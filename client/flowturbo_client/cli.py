@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="generate|pipelines|health")
     _generate_parser(commands.add_parser("generate", help="write images and a labelled grid"))
-    pipelines = commands.add_parser("pipelines", help="show what the server serves")
+    pipelines = commands.add_parser("pipelines", help="show the pipelines of the server")
     _server_options(pipelines, default_timeout_s=5.0)
     pipelines.set_defaults(run=_pipelines)
     health = commands.add_parser("health", help="show the server's state; exit 0 when ready")
@@ -47,18 +47,16 @@ def _generate_parser(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--labels", nargs="+", metavar="NAME", help="class names, one image each")
     what.add_argument("--ids", nargs="+", type=int, metavar="ID", help="class ids, one image each")
-    what.add_argument(
-        "--characters", type=_text, help="one image per character, whose class name it is"
-    )
+    what.add_argument("--characters", type=_text, help="one image per character, its class name")
     parser.add_argument(
-        "--pipeline", metavar="NAME", help="one that the server serves (default: the server's)"
+        "--pipeline", metavar="NAME", help="a pipeline of the server (default: the server's)"
     )
     parser.add_argument(
         "--schedule",
         nargs="+",
         action="extend",
         metavar="H1P5R3",
-        help="one or more, or presets such as fast; the grid has a row for each "
+        help="schedules, or presets such as fast; the grid has one row per schedule "
         "(default: the server's)",
     )
     parser.add_argument(
@@ -73,12 +71,12 @@ def _generate_parser(parser: argparse.ArgumentParser) -> None:
         type=_positive,
         default=8,
         metavar="N",
-        help="images a request, at most (default: %(default)s)",
+        help="maximum images per request (default: %(default)s)",
     )
     parser.add_argument(
         "--warmup",
         action="store_true",
-        help="send one request a schedule first, whose latency does not count",
+        help="first send one request per schedule; its latency does not count",
     )
     _server_options(parser, default_timeout_s=60.0)
     parser.set_defaults(run=_generate)
@@ -97,7 +95,7 @@ def _server_options(parser: argparse.ArgumentParser, default_timeout_s: float) -
         type=float,
         default=default_timeout_s,
         metavar="SECONDS",
-        help="a request (default: %(default)s)",
+        help="per request (default: %(default)s)",
     )
     parser.add_argument("--tls", action="store_true", help="encrypt, trusting the system's CAs")
     parser.add_argument("--ca", type=Path, metavar="FILE", help="encrypt, trusting these PEM CAs")

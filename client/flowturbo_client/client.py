@@ -64,15 +64,15 @@ class FlowTurboClient:
         outputs: Sequence[str] = ("image",),
         timeout_s: float | None = None,
     ) -> Generation:
-        """Generate one image per label; what is None takes the server's default.
+        """Generate one image per label; None means the server's default.
 
-        `labels`: class ids or class names, one or n of them. `pipeline`: the name of one that the
-        server serves. `times`: the time grid, one time more than the schedule has steps.
-        `seeds`: as many as labels, >= 0; if None the server chooses and reports them.
+        `labels`: class ids or class names, one or n of them. `pipeline`: the name of a pipeline of
+        the server. `times`: the time grid, one time more than the schedule has steps.
+        `seeds`: one per label, >= 0; if None the server chooses and reports them.
         `initial_noise`: float [n, C, h, w], instead of seeds.
-        `output_format`: raw, or png, jpeg or webp to have files in `Generation.encoded`
-        (png_base64, jpeg_base64 or webp_base64: as text).
-        `outputs`: of "image" and "latent". Raises FlowTurboError's subclasses.
+        `output_format`: raw; or png, jpeg or webp for files in `Generation.encoded`; or
+        png_base64, jpeg_base64 or webp_base64 for the files as text.
+        `outputs`: "image", "latent" or both. Raises subclasses of FlowTurboError.
         """
         request = build_request(
             labels,
@@ -96,13 +96,16 @@ class FlowTurboClient:
             time.sleep(delay_s)
 
     def pipelines(self, *, timeout_s: float = 5.0) -> list[dict[str, Any]]:
-        """Ask what the server serves: one description per pipeline."""
+        """Ask for the server's pipelines: one description per pipeline."""
         arguments = pipelines_request().arguments(self._settings.model, check_timeout_s(timeout_s))
         with self._call(timeout_s):
             return parse_pipelines(self._triton.infer(**arguments))
 
     def health(self, *, timeout_s: float = 5.0) -> Health:
-        """Ask about server and model, `timeout_s` a question; ConnectionFailedError if away."""
+        """Ask for the server's and the model's state, `timeout_s` per call.
+
+        Raises ConnectionFailedError if the server cannot be reached.
+        """
         triton, model, asked = self._triton, self._settings.model, {"client_timeout": timeout_s}
         with self._call(check_timeout_s(timeout_s)):
             live = triton.is_server_live(**asked)
@@ -117,7 +120,7 @@ class FlowTurboClient:
             )
 
     def is_ready(self, *, timeout_s: float = 5.0) -> bool:
-        """Whether the server is live and the model ready; False too if it cannot be reached."""
+        """Whether the server is live and the model ready; False if it cannot be reached."""
         asked = {"client_timeout": check_timeout_s(timeout_s)}
         try:
             with self._call(timeout_s):

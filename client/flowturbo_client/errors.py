@@ -1,4 +1,4 @@
-"""Everything the client raises: one small tree under `FlowTurboError`."""
+"""All errors that the client raises; `FlowTurboError` is their base."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,8 +7,9 @@ from tritonclient.utils import InferenceServerException
 
 from .address import proxy_hint
 
-# What the server says when a model's process has ended, or memory; the transport never does.
-_STUB_GONE = "is not healthy"  # what Triton itself says of a process that has ended
+# Server messages when a model's process has ended or memory is full. The transport has no such
+# messages.
+_STUB_GONE = "is not healthy"  # Triton's own message for a process that has ended
 _GONE = ("has to be restarted", "out of memory", "no memory for this request")
 
 
@@ -17,7 +18,7 @@ class FlowTurboError(Exception):
 
 
 class InvalidRequestError(FlowTurboError, ValueError):
-    """The request can never succeed as it is: refused here or by the server."""
+    """The request is invalid; the client or the server refused it."""
 
 
 class ServerBusyError(FlowTurboError):
@@ -87,11 +88,11 @@ def _unavailable(message: str, url: str) -> FlowTurboError:
 
 @contextmanager
 def translated(*, url: str, model: str, timeout_s: float) -> Iterator[None]:
-    """Turn tritonclient's one exception into this tree, chained to its cause."""
+    """Turn tritonclient's exception into an error of this module, chained to its cause."""
     try:
         yield
     except InferenceServerException as error:
-        # "StatusCode.UNAVAILABLE", or None where tritonclient itself objected.
+        # "StatusCode.UNAVAILABLE", or None if tritonclient itself raised it.
         status = (error.status() or "tritonclient").removeprefix("StatusCode.")
         message = error.message() or "no message"
         raise from_status(status, message, url=url, model=model, timeout_s=timeout_s) from error

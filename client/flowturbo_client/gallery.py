@@ -1,4 +1,4 @@
-"""Rows of images, one row a schedule, and the files they are written to."""
+"""Rows of images, one row per schedule, and the files that they are written to."""
 
 import re
 import zlib
@@ -27,9 +27,9 @@ class Row:
     seeds: tuple[int, ...]
     class_names: tuple[str, ...]
     latency_ms: float
-    """Per image: the sum over the row's requests, by its number of images."""
+    """Per image: the sum over the row's requests, divided by its number of images."""
     guidance_scale: float | None = None
-    """The one asked for; None is the server's."""
+    """The requested scale; None means the server's default."""
 
     @property
     def caption(self) -> str:
@@ -48,9 +48,9 @@ def generate_row(
     guidance_scale: float | None = None,
     **options: Any,
 ) -> Row:
-    """Generate one image a label in requests of at most `batch`, one after another.
+    """Generate one image per label in requests of at most `batch`, one after another.
 
-    Image i has seed `base_seed` + i; with None the server chooses. `options` go to
+    Image i has seed `base_seed` + i; if it is None the server chooses. `options` go to
     `FlowTurboClient.generate`.
     """
     done = []
@@ -78,9 +78,9 @@ def _images(generation: Generation) -> NDArray[np.uint8]:
 
 
 def write_row(row: Row, folder: Path) -> list[Path]:
-    """Write one PNG an image and return their paths.
+    """Write one PNG per image and return the paths.
 
-    They are named after class, seed and schedule, and the guidance scale that was asked for.
+    The names have class, seed and schedule, and the guidance scale if one was requested.
     """
     paths = []
     for image, seed, name in zip(row.images, row.seeds, row.class_names, strict=True):
@@ -93,7 +93,7 @@ def write_row(row: Row, folder: Path) -> list[Path]:
 
 
 def write_grid(rows: Sequence[Row], folder: Path) -> Path:
-    """Write `grid.png`: a row a schedule, a column a label; return its path."""
+    """Write `grid.png`: one row per schedule, one column per label; return its path."""
     path = folder / "grid.png"
     captions = [row.caption for row in rows]
     labelled_grid([row.images for row in rows], captions, rows[0].class_names).save(path)
@@ -104,7 +104,7 @@ def _file_part(text: str) -> str:
     """Return `text` as part of a file name: letters, digits, `-` and `.`, not too long."""
     if re.fullmatch(r"[\w.]+( [\w.]+)*", text) and len(text.encode()) <= _MAX_BYTES:
         return text.replace(" ", "-")
-    # Names are bytes to a file system, and a cut may fall within a character.
+    # File systems limit names in bytes, so a cut may fall within a character.
     part = re.sub(r"[^\w.-]+", "-", text).encode()[:_MAX_BYTES].decode(errors="ignore")
-    # A digest, because two texts may differ only in what was replaced or cut.
+    # The digest distinguishes texts that differ only in what was replaced or cut.
     return f"{part}-{zlib.crc32(text.encode()):08x}"

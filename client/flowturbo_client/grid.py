@@ -22,9 +22,9 @@ def labelled_grid(
 ) -> Image.Image:
     """Return an RGB picture of `rows` x columns, captions left and above.
 
-    Images are uint8 [H, W, 3]; small ones are enlarged by one whole factor, pixels kept square,
-    so that the largest spans at least 96 px. Row captions may have several lines; a column
-    caption wider than its column is shortened. Raises ValueError where counts or shapes disagree.
+    Images are uint8 [H, W, 3]. One integer factor enlarges small images until the largest spans
+    at least 96 px; pixels stay square. Row captions may have several lines. A column caption
+    wider than its column is shortened. Raises ValueError if counts or shapes disagree.
     """
     _check(rows, row_captions, column_captions)
     layout = _Layout.of(rows, row_captions)
@@ -65,7 +65,7 @@ class _Layout:
             font=font,
             factor=factor,
             cell_w=factor * max(widths),
-            # A row is as high as its caption needs, however flat its images.
+            # A row is at least as high as its caption.
             cell_h=max([factor * max(heights), *(round(box[3]) for box in boxes)]),
             left=2 * _GAP_PX + max(round(box[2]) for box in boxes),
             top=_FONT_PX + 2 * _GAP_PX,

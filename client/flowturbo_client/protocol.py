@@ -19,8 +19,7 @@ from . import tensors
 from .errors import InvalidRequestError, ServerError
 
 OUTPUTS = ("image", "latent")
-# The server reports its own deadline better than gRPC can (which step it had reached), so the
-# transport waits a little longer than the server does.
+# The server's own deadline error says more than gRPC's, so the transport waits a little longer.
 _REPORT_MARGIN_S = 0.5
 
 
@@ -31,18 +30,18 @@ class Generation:
     images: NDArray[np.uint8] | None
     """[n, H, W, 3], or None if not requested raw."""
     encoded: tuple[bytes, ...] | None
-    """n image files in the requested `output_format` (of the formats that end in _base64: their
-    text), or None."""
+    """n image files in the requested `output_format`, or None; formats that end in _base64 give
+    text."""
     latents: NDArray[np.float32] | None
     """[n, C, h, w], or None if not requested."""
     seeds: NDArray[np.int64]
-    """[n]; also those that the server chose."""
+    """[n]; includes seeds that the server chose."""
     class_names: tuple[str, ...]
     """n names."""
     settings: dict[str, Any]
-    """What the server used, defaults resolved: pipeline, schedule, guidance_scale, ..."""
+    """What the server used, including defaults: pipeline, schedule, guidance_scale, ..."""
     latency_s: float
-    """From sending the attempt that was answered to having its answer."""
+    """From sending the answered attempt to receiving its answer."""
 
     def pil(self) -> list[Image.Image]:
         """Return the n images as PIL images; InvalidRequestError if none were requested."""
@@ -50,7 +49,7 @@ class Generation:
             return [Image.fromarray(image) for image in self.images]
         if self.encoded is not None:
             return [_decoded(data) for data in self.encoded]
-        raise InvalidRequestError('no images here: ask for them with outputs=("image",)')
+        raise InvalidRequestError('there are no images: request them with outputs=("image",)')
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class Request:
             "model_name": model,
             "inputs": list(self.inputs),
             "outputs": [InferRequestedOutput(name) for name in self.output_names],
-            "timeout": max(1, round(remaining_s * 1e6)),  # microseconds; 0 would mean none
+            "timeout": max(1, round(remaining_s * 1e6)),  # microseconds; 0 would mean no timeout
             "client_timeout": remaining_s + _REPORT_MARGIN_S,
         }
 
@@ -104,7 +103,7 @@ def build_request(
     output_format: str | None = None,
     outputs: Sequence[str] = ("image",),
 ) -> Request:
-    """Check what needs no server and build the request; None leaves the server's default.
+    """Check what needs no server and build the request; None means the server's default.
 
     Raises InvalidRequestError.
     """
@@ -130,12 +129,12 @@ def build_request(
 
 
 def pipelines_request() -> Request:
-    """The request for what the server serves; it needs no input."""
+    """Return the request for the server's pipelines; it has no input."""
     return Request(0, (), ("pipelines",))
 
 
 def parse_pipelines(result: InferResult) -> list[dict[str, Any]]:
-    """One description per pipeline; ServerError if the answer breaks the contract."""
+    """Return one description per pipeline; ServerError if the answer breaks the contract."""
     try:
         found: list[dict[str, Any]] = _json(_array(result, "pipelines", 0), list, "a list")
     except (ValueError, TypeError, struct.error) as error:
@@ -190,7 +189,7 @@ def _json(array: Any, kind: type, what: str) -> Any:
 
 
 def _decoded(data: bytes) -> Image.Image:
-    with suppress(binascii.Error):  # a file has other characters than base64's
+    with suppress(binascii.Error):  # not base64: already a file
         data = base64.b64decode(data, validate=True)
     with Image.open(io.BytesIO(data)) as image:
         return image.convert("RGB")

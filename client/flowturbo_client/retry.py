@@ -6,11 +6,10 @@ from collections.abc import Callable
 
 from .errors import ConnectionFailedError, FlowTurboError, ServerBusyError
 
-# Images are a pure function of the request once its seeds are fixed, so a second attempt cannot
-# do harm, only cost work. With seeds left to the server, an attempt whose answer was lost was
-# never seen by anyone, and another draw is as good. Work is not repeated where the first attempt
-# surely ran: after a deadline, a cancellation or a failure of the server, and a bad request
-# stays bad. So these two are retried, and nothing else.
+# With fixed seeds, images are a pure function of the request: a second attempt only costs work.
+# Without seeds, nobody has seen the images of a lost answer, and other seeds are as good. Work is
+# not repeated if the first attempt surely ran: after a deadline, a cancellation or a failure of
+# the server. An invalid request stays invalid. So only these two errors are retried.
 _RETRIED = (ServerBusyError, ConnectionFailedError)
 
 _FIRST_DELAY_S = 0.1
@@ -41,7 +40,7 @@ class RetryPlan:
     def delay_s(self, error: FlowTurboError) -> float:
         """Return the seconds to wait before the next attempt.
 
-        Raises `error` itself if it must not be retried, or no attempts or time are left.
+        Raises `error` itself if it must not be retried, or if no attempts or time are left.
         The delay is exponential with full jitter, so that refused clients do not return together.
         """
         if not isinstance(error, _RETRIED) or self._retries_left == 0:

@@ -1,4 +1,4 @@
-"""What a client is told once, and what it reports about its server."""
+"""The settings of a client, and the health of its server."""
 
 import math
 from contextlib import AbstractContextManager
@@ -12,9 +12,9 @@ from .errors import FlowTurboError, InvalidRequestError, translated
 
 _MAX_TIMEOUT_S = 1e9
 _SCHEMES = ("dns", "ipv4", "ipv6", "unix", "unix-abstract", "vsock", "xds")  # gRPC's own
-# Given channel arguments replace all of tritonclient's, hence the message sizes (-1: unbounded).
-# gRPC fails every call at once while it waits to reconnect, by default for a second and growing:
-# longer than the pause before a retry, which would then never touch the network.
+# These arguments replace all of tritonclient's, hence the message sizes (-1: unbounded).
+# While gRPC waits to reconnect, every call fails at once. By default it waits a second, then
+# longer. That exceeds the pause before a retry, so a retry would never reach the network.
 _CHANNEL_ARGS = (
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
@@ -25,7 +25,7 @@ _CHANNEL_ARGS = (
 
 @dataclass(frozen=True)
 class Health:
-    """State of the server and of the model, as of one question."""
+    """State of the server and of the model at one moment."""
 
     url: str
     server_version: str
@@ -43,7 +43,7 @@ class Health:
 
 @dataclass(frozen=True)
 class Settings:
-    """Address and limits shared by the sync and the async client; checked when made."""
+    """Address and limits of the sync and the async client; checked at creation."""
 
     url: str
     model: str
@@ -52,7 +52,7 @@ class Settings:
     credentials: grpc.ChannelCredentials | None
 
     def __post_init__(self) -> None:
-        """Refuse values that no call could use."""
+        """Raise InvalidRequestError for values that no call could use."""
         if not isinstance(self.url, str) or not self.url:
             raise InvalidRequestError(f"url must be host:port, got {self.url!r}")
         scheme, separator, _ = self.url.partition("://")

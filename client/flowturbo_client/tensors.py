@@ -1,4 +1,4 @@
-"""Python values to the model's input tensors, with the checks that need no server."""
+"""Convert Python values to input tensors, with the checks that need no server."""
 
 from collections.abc import Sequence
 from numbers import Real
@@ -49,11 +49,11 @@ def text_tensor(name: str, items: Sequence[str]) -> InferInput:
 
 
 def float_tensor(name: str, values: Sequence[float]) -> InferInput:
-    """Return FP32 [len(values)]; their range is the server's to judge."""
+    """Return FP32 [len(values)]; the server checks their range."""
     for value in values:
         if not isinstance(value, Real) or isinstance(value, bool):
             raise InvalidRequestError(f"{name} must be a number, got {value!r}")
-    with np.errstate(over="ignore"):  # becomes inf, which the server refuses by name
+    with np.errstate(over="ignore"):  # becomes inf, which the server refuses
         return _tensor(name, np.array([float(value) for value in values], dtype=np.float32))
 
 

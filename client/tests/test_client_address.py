@@ -63,7 +63,7 @@ def test_a_proxy_in_the_way_is_named(proxy):
             client.generate("A", 1)
     said = str(caught.value)
     assert "calls go through the proxy 127.0.0.1:" in said
-    assert "(http_proxy): no_proxy=images.example.test leaves it out" in said
+    assert "(http_proxy); bypass it with no_proxy=images.example.test" in said
     assert "secret" not in said
     assert proxy and proxy[0].startswith(b"CONNECT images.example.test:8001")
 

@@ -1,1 +1,1 @@
-"""Torch networks: the SiT predictor, the one-block refiner, checkpoint and VAE loading."""
+"""PyTorch networks: the SiT predictor, the one-block refiner, checkpoint and VAE loading."""

@@ -8,16 +8,16 @@ from flowturbo.nets.vae import Decoder, to_levels
 from flowturbo.solver.calls import PredictorScalars, RefinerScalars
 from flowturbo.solver.guidance import guide
 
-Members = tuple[Tensor, Tensor]  # of each row's pair, the conditional and the unconditional row
+Members = tuple[Tensor, Tensor]  # the conditional and the unconditional row of each row's pair
 
 
 class StepBlock(nn.Module):
-    """A network with guidance, for rows that each have their own coefficients.
+    """A network with guidance, for rows with one set of coefficients each.
 
     Inputs as in `flowturbo.contract`: x and velocity [B, C, h, w], label [B, 1], scalars [B, 5],
     pair [B, 1]. The equations and the columns of `scalars` are those of `flowturbo.solver.calls`.
-    Guidance acts on the first `guidance_channels` channels; the others keep the row's own output,
-    as in SiT. The network computes in the type of its parameters, all else in float32.
+    Guidance acts on the first `guidance_channels` channels. The other channels keep the row's own
+    output, as in SiT. The network computes in the type of its parameters, the rest in float32.
     """
 
     def __init__(self, network: SiT, guidance_channels: int) -> None:
@@ -29,19 +29,19 @@ class StepBlock(nn.Module):
         self, read: Tensor, t: Tensor, label: Tensor, members: Members, scale: Tensor
     ) -> Tensor:
         """The network's guided output at times `t`, with guidance scales `scale` [B, 1, 1, 1]."""
-        # A label out of range, or a padding row's, must not fail the rows that share its batch.
+        # A label out of range, for example in a padding row, must not fail the whole batch.
         known = label[:, 0].clamp(0, self.network.config.label_rows - 1)
         output = self.network(read, t.flatten(), known).float()
         conditional, unconditional = members
         guided, rest = output[:, : self.guidance_channels], output[:, self.guidance_channels :]
         c, u = guided[conditional], guided[unconditional]
-        guided = guide(c, u, scale)  # for a row without a partner its own output
+        guided = guide(c, u, scale)  # a row without a partner keeps its own output
         whole = self.guidance_channels == self.network.config.latent_channels
         return guided if whole else torch.cat([guided, rest], 1)
 
 
 class PredictorBlock(StepBlock):
-    """One evaluation of the predictor and the solver's update."""
+    """One evaluation of the predictor, and the solver's update."""
 
     def forward(
         self, x: Tensor, velocity: Tensor, label: Tensor, scalars: Tensor, pair: Tensor
@@ -81,7 +81,7 @@ class DecoderBlock(nn.Module):
 
     def forward(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         pixels = self.decoder.pixels(latent)
-        # A sum keeps NaN and infinity, where a maximum need not, and images lose both.
+        # A mean always keeps NaN and infinity; a maximum may lose them, and images lose both.
         return to_levels(pixels), pixels.abs().mean((1, 2, 3))[:, None]
 
 
@@ -91,16 +91,16 @@ def columns(scalars: Tensor) -> tuple[Tensor, ...]:
 
 
 def shared(x: Tensor, members: Members) -> Tensor:
-    """`x` [B, ...] with each unconditional row its partner's: both evaluate the same state."""
+    """`x` [B, ...] with unconditional rows replaced by their partners: both have the same state."""
     conditional, _ = members
     return x[conditional]
 
 
 def partners(pair: Tensor) -> Members:
-    """Row indices [B] of each row's conditional and unconditional member.
+    """Row indices [B] of the conditional and the unconditional row of each row's pair.
 
     `pair` [B] is the offset of a row's partner: 1 in a conditional row, -1 in an unconditional one,
-    0 in a row alone. Indices are clamped, so that a batch's padding rows cannot reach outside it.
+    0 in a row without a partner. Indices are clamped, so that they stay inside a padded batch.
     """
     row = torch.arange(pair.shape[0], device=pair.device)
     partner = torch.minimum((row + pair).clamp(min=0), row[-1:])

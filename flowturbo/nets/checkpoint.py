@@ -1,4 +1,4 @@
-"""Checkpoints to SiT networks: the architecture is read off the tensor shapes."""
+"""Loads SiT networks from checkpoints: the tensor shapes give the architecture."""
 
 import logging
 import math
@@ -15,15 +15,15 @@ from torch.nn import functional as F
 from flowturbo.nets.sit import SiT, SiTConfig
 from flowturbo.nets.weights import Checkpoint, CheckpointError, load_checkpoint, load_exactly
 
-# Width to heads of the public configurations: S, B, L, XL.
+# Width to number of heads in the public configurations: S, B, L, XL.
 KNOWN_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 _PATCHES = "x_embedder.proj.weight"
 _LABEL_TABLE = "y_embedder.embedding_table.weight"
-_TRAINING_ONLY = "projectors."  # REPA's (arXiv 2410.06940), which no sampler reads
-# Training arguments that say what a network predicts, and the values that are served.
+_TRAINING_ONLY = "projectors."  # tensors of REPA (arXiv 2410.06940) that no sampler reads
+# Training arguments that say what a network predicts, and the allowed values.
 _CONVENTIONS = {"path_type": ("linear",), "prediction": ("velocity", "v")}
 _LEFT_OUT = ("class_dropout_prob", "cfg_prob")  # the share of labels that training left out
-_CLEAR = 0.3  # a cosine that tells the direction of time
+_CLEAR = 0.3  # a cosine beyond this shows the direction of time
 _NEAR_NOISE = 0.95
 _NEARER = 0.02
 _LAST_DIFFUSION_STEP = 999.0  # of DiT's 1000
@@ -40,11 +40,11 @@ def infer_config(
 ) -> SiTConfig:
     """The architecture of `checkpoint`, a refiner if it `reads_velocity`, else a predictor.
 
-    Heads leave no trace in the shapes: they are given, or come from the file's metadata, or are
-    `known_heads` of the width. The number of classes comes from the file's own statement, else from
-    `num_classes`. Where neither says it, the last row of the label table is the null class, as in
-    the public checkpoints; not where the file says that training left no label out. Raises
-    CheckpointError.
+    Shapes do not show the number of heads. It is `num_heads`, else the file's metadata, else
+    `known_heads` of the width. The number of classes is the file's own statement, else
+    `num_classes`. If neither is there, the last row of the label table is the null class, as in the
+    public checkpoints. There is no null class if the file says that training left no label out.
+    Raises CheckpointError.
     """
     patch = _shape(checkpoint, _PATCHES, 4)
     tokens = _shape(checkpoint, "pos_embed", 3)[1]
@@ -77,26 +77,26 @@ def infer_config(
 
 
 def _classes(checkpoint: Checkpoint, given: int | None) -> tuple[int, bool]:
-    """The number of classes, and whether the label table has a row more: the null class."""
+    """The number of classes, and whether the label table has one more row: the null class."""
     rows = _shape(checkpoint, _LABEL_TABLE, 2)[0]
     stated = checkpoint.integers("num_classes")
     fitting = _fitting(stated, rows)
     if given and fitting and given not in fitting:
         raise CheckpointError(
-            f"{checkpoint.path} states {fitting[0]} classes, --num-classes says {given}: leave it "
-            "out"
+            f"{checkpoint.path} states {fitting[0]} classes, --num-classes says {given}: omit "
+            "--num-classes"
         )
     if not given and len(fitting) > 1:
         raise CheckpointError(
             f"{checkpoint.path} has a label table of {rows} rows and states both {fitting[0]} and "
-            f"{fitting[1]} classes: say which with --num-classes"
+            f"{fitting[1]} classes: choose one with --num-classes"
         )
     source = "--num-classes says" if given else "the file states"
     classes = given or [*fitting, *stated, _unstated_classes(checkpoint, rows)][0]
     if not classes:
         raise CheckpointError(
-            f"{checkpoint.path} has a label table of 1 row and does not say how many classes that "
-            "is: give --num-classes 1"
+            f"{checkpoint.path} has a label table of 1 row and does not state the number of "
+            "classes: give --num-classes 1"
         )
     if rows not in (classes, classes + 1):
         raise CheckpointError(
@@ -105,7 +105,8 @@ def _classes(checkpoint: Checkpoint, given: int | None) -> tuple[int, bool]:
         )
     if given and stated and not fitting:
         _logger.warning(
-            "%s states %d classes, which does not fit its label table of %d rows: %d as asked for",
+            "%s states %d classes, which does not fit its label table of %d rows: using the given "
+            "%d classes",
             checkpoint.path,
             stated[0],
             rows,
@@ -135,7 +136,7 @@ def _above_0(value: Any) -> bool:
 def _latent_channels(
     checkpoint: Checkpoint, in_channels: int, out_channels: int, reads_velocity: bool
 ) -> int:
-    """C: all that a predictor reads, half of what a refiner reads; it writes C or 2C."""
+    """C: a predictor reads C channels, a refiner reads 2C; both write C or 2C."""
     latent = in_channels // 2 if reads_velocity else in_channels
     if out_channels not in (latent, 2 * latent) or reads_velocity and in_channels % 2:
         role, fits = (
@@ -184,11 +185,10 @@ def load_predictor(
     num_classes: int | None = None,
     reverse_time: bool = False,
 ) -> SiT:
-    """The predictor in `path`; of a `.pt` that holds both, the averaged weights, as SiT takes them.
+    """The predictor in `path`. A `.pt` with both kinds of weights gives the averaged ones, as SiT.
 
-    `reverse_time` is for networks that answer noise - data with noise at t = 1 (REPA's). What a
-    network answers is compared with what its convention promises (`check_convention`). Raises
-    CheckpointError.
+    `reverse_time` is for networks that predict noise - data with noise at t = 1 (REPA's).
+    `check_convention` compares the network's output with its convention. Raises CheckpointError.
     """
     checkpoint = _without_prefix(load_checkpoint(path, weights, usual="ema"))
     _check_arguments(checkpoint)
@@ -204,10 +204,10 @@ def load_predictor(
 def load_refiner(
     path: Path, predictor: SiTConfig, weights: str | None = None, num_heads: int | None = None
 ) -> SiT:
-    """The refiner in `path`; of a `.pt` that holds both, the last weights, as FlowTurbo takes them.
+    """The refiner in `path`. A `.pt` with both kinds of weights gives the last, as FlowTurbo.
 
-    One as wide as the `predictor` has its heads, if nothing else is said. Raises CheckpointError
-    also for another latent size or other classes than the predictor's.
+    A refiner of the predictor's width has the predictor's heads by default. Raises CheckpointError,
+    also if its latent size or classes differ from the predictor's.
     """
     checkpoint = _without_prefix(load_checkpoint(path, weights, usual="model"))
     classes, rows = predictor.num_classes, _shape(checkpoint, _LABEL_TABLE, 2)[0]
@@ -223,19 +223,19 @@ def load_refiner(
     for key in ("latent_channels", "latent_size", "num_classes"):
         got, want = getattr(network.config, key), getattr(predictor, key)
         if got != want:
-            raise CheckpointError(f"the refiner has {key} {got}, the predictor {want}")
+            raise CheckpointError(f"the refiner has {key} {got}, the predictor has {want}")
     if predictor.null_class and not network.config.null_class:
         raise CheckpointError(
-            f"{path} has no row for the null class, the predictor has one: with guidance both are "
-            "evaluated without a class, so the refiner needs one too"
+            f"{path} has no row for the null class, but the predictor has one: guidance evaluates "
+            "both without a class, so the refiner needs one too"
         )
     return network
 
 
 def _without_prefix(checkpoint: Checkpoint) -> Checkpoint:
-    """With the names that the network has, where all of them have the same one in front.
+    """`checkpoint` without a prefix that all its tensor names share.
 
-    Raises CheckpointError for tensors of other networks beside such names.
+    Raises CheckpointError if other tensors are beside those with the prefix.
     """
     names = checkpoint.tensors
     prefixes = [name.removesuffix(_PATCHES) for name in names if name.endswith(f".{_PATCHES}")]
@@ -244,9 +244,9 @@ def _without_prefix(checkpoint: Checkpoint) -> Checkpoint:
     if others := [name for name in names if not name.startswith(prefixes[0])]:
         several = ", ".join(repr(prefix) for prefix in prefixes)
         raise CheckpointError(
-            f"{checkpoint.path} has a network under {several} and others beside it, such as "
-            f"{others[0]!r}: save the tensors of one network, without {prefixes[0]!r} in front of "
-            "their names, to a file of their own"
+            f"{checkpoint.path} has a network under {several} and other tensors beside it, such as "
+            f"{others[0]!r}: save only the tensors of the network, without the prefix "
+            f"{prefixes[0]!r}, to a new file"
         )
     tensors = {name.removeprefix(prefixes[0]): tensor for name, tensor in names.items()}
     return replace(checkpoint, tensors=tensors)
@@ -260,9 +260,10 @@ def build_network(
     num_classes: int | None = None,
     known_heads: Mapping[int, int] = KNOWN_HEADS,
 ) -> SiT:
-    """The network of `checkpoint` in float32, for evaluation (arguments as `infer_config`).
+    """The network of `checkpoint` in float32, for evaluation (arguments as in `infer_config`).
 
-    Raises CheckpointError naming the first tensor that is missing, unknown or of another shape.
+    Raises CheckpointError, which names the first tensor that is missing, unknown or of another
+    shape.
     """
     config = infer_config(
         checkpoint,
@@ -271,7 +272,7 @@ def build_network(
         num_classes=num_classes,
         known_heads=known_heads,
     )
-    # The time embedder's frequencies are a buffer outside the state dict: made, not loaded.
+    # The time embedder's frequencies are a buffer outside the state dict: computed, not loaded.
     network = SiT(config)
     tensors = checkpoint.tensors
     load_exactly(
@@ -283,63 +284,63 @@ def build_network(
 
 
 def _check_arguments(checkpoint: Checkpoint) -> None:
-    """Raises CheckpointError for a network that predicts no velocity of a linear path."""
+    """Raises CheckpointError if the network does not predict the velocity of a linear path."""
     for model in checkpoint.stated("model"):
         if str(model).lower().startswith("dit"):
             raise CheckpointError(
                 f"{checkpoint.path} was trained as {model}: a DiT predicts the noise of a "
-                "diffusion process, a network that predicts the velocity of a flow is needed"
+                "diffusion process, but a network that predicts the velocity of a flow is needed"
             )
     for name, allowed in _CONVENTIONS.items():
         for stated in checkpoint.stated(name):
             if str(stated).lower() not in allowed:
                 raise CheckpointError(
-                    f"{checkpoint.path} was trained with {name} {stated!r}, which is not served: "
-                    f"allowed is {' or '.join(allowed)}"
+                    f"{checkpoint.path} was trained with {name} {stated!r}, which is not "
+                    f"supported: allowed is {' or '.join(allowed)}"
                 )
 
 
 @torch.no_grad()
 def check_convention(network: SiT, path: Path) -> None:
-    """Compares what the predictor answers for noise with what a velocity must be there.
+    """Checks the predictor's output for noise against that of a velocity.
 
-    At t = 0 the state x is noise and v(x, 0) = data - noise, so that the cosine between v and -x is
-    near 1. One below -0.3 means that time runs the other way; one in between is logged; a network
-    that answers 0 throughout, as one that was never trained, gives no verdict. Raises
-    CheckpointError for time that runs the other way, and for a network that answers the noise
-    itself: a DiT at t = 999, others at t = 0.
+    At t = 0 the state x is noise and v(x, 0) = data - noise, so the cosine between v and -x is near
+    1. A cosine below -0.3 means that time runs the other way. A cosine in between is logged. An
+    untrained network, which outputs 0 everywhere, gives no verdict. Raises CheckpointError if time
+    runs the other way. Raises it too if the network predicts the noise itself: a DiT at t = 999,
+    others at t = 0.
     """
     config, count = network.config, 4
-    shape = (config.latent_channels, config.latent_size, config.latent_size)
+    shape = config.latent_shape
     x = torch.randn((count, *shape), generator=torch.Generator().manual_seed(0))
     label = torch.arange(count) % config.num_classes
 
     def cosine(t: float, direction: Tensor) -> float:
         answer = network(x, torch.full((count,), t), label).flatten(1).double()
         if not answer.isfinite().all():
-            raise CheckpointError(f"{path} answers noise with values that are not finite")
+            raise CheckpointError(f"{path}: the output for noise has values that are not finite")
         return float(F.cosine_similarity(answer, direction.flatten(1)).mean())
 
     def as_in_training(t: float) -> float:
         return cosine(1 - t, -x) if config.reverse_time else cosine(t, x)
 
     noise = as_in_training(_LAST_DIFFUSION_STEP)
-    # Velocity networks extrapolate to 0.86 there at most, and are no nearer to it than at t = 1.
+    # Velocity networks reach a cosine of at most 0.86 there, and no higher one than at t = 1.
     if noise > _NEAR_NOISE and noise > as_in_training(1.0) + _NEARER:
         raise CheckpointError(
-            f"{path} answers the noise itself at t = 999, as a DiT does, which predicts the noise "
-            "of a diffusion process: a network that predicts the velocity of a flow is needed"
+            f"{path} predicts the noise itself at t = 999, as a DiT does (the noise of a diffusion "
+            "process): a network that predicts the velocity of a flow is needed"
         )
     found = cosine(0.0, -x)
     at_0 = as_in_training(0.0)
-    # REPA's networks answer noise - data, and that is nearest to the noise at their t = 1.
+    # REPA's networks predict noise - data, which is nearest to the noise at their t = 1.
     if at_0 > max(_CLEAR, as_in_training(1.0) + _NEARER):
         raise CheckpointError(
-            f"{path} answers the noise itself at t = 0 (cosine {at_0:.3f}), as a network trained "
+            f"{path} predicts the noise itself at t = 0 (cosine {at_0:.3f}), as a network trained "
             "with --prediction noise does: one that predicts the velocity of a flow is needed"
         )
     if found < -_CLEAR:
-        remedy = "leave --reverse-time out" if config.reverse_time else "give --reverse-time"
+        remedy = "omit --reverse-time" if config.reverse_time else "give --reverse-time"
         raise CheckpointError(
             f"{path}: time runs the other way: the cosine between v(noise, t=0) and -noise is "
             f"{found:.3f}, near 1 is expected; {remedy}"

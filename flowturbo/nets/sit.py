@@ -1,7 +1,7 @@
 """SiT (Ma et al., arXiv 2401.08740), the architecture of both the predictor and the refiner.
 
 Parameter names and shapes are those of the public checkpoints (`SiT-XL-2-256x256.pt`, the published
-FlowTurbo refiner), so their state dicts load as they are.
+FlowTurbo refiner), so their state dicts load unchanged.
 """
 
 import math
@@ -14,18 +14,18 @@ from torch.nn import functional as F
 
 FREQUENCY_CHANNELS = 256  # sinusoidal features of t
 NORM_EPS = 1e-6
-GUIDED_CHANNELS = 3  # of 4, in the public code and figures
+GUIDED_CHANNELS = 3  # of 4 latent channels, as in the public code and figures
 
 
 @dataclass(frozen=True)
 class SiTConfig:
     """Shape of one SiT network.
 
-    `in_channels` counts what the network reads: C for a predictor, 2C for a refiner, which reads
-    [x, v]. `latent_channels` is C; of `out_channels` outputs the first C are the velocity (public
-    checkpoints also carry an unused variance in the others). With `null_class` the label table has
-    one row more than there are classes, for guidance. With `reverse_time` the weights answer
-    noise - data with noise at t = 1 (REPA, arXiv 2410.06940); the network turns both round.
+    `latent_channels` is C. `in_channels` is C for a predictor and 2C for a refiner, which reads
+    [x, v]. The first C of the `out_channels` outputs are the velocity; in public checkpoints the
+    others are an unused variance. With `null_class` the label table has one row more than there are
+    classes, for guidance. With `reverse_time` the weights predict noise - data with noise at t = 1
+    (REPA, arXiv 2410.06940); the network then reverses time and sign.
     """
 
     latent_size: int
@@ -46,12 +46,17 @@ class SiTConfig:
         return self.num_classes + self.null_class
 
     @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of a latent."""
+        return self.latent_channels, self.latent_size, self.latent_size
+
+    @property
     def tokens_per_side(self) -> int:
         return self.latent_size // self.patch_size
 
 
 def refiner_config(predictor: SiTConfig) -> SiTConfig:
-    """One block of the predictor's width that reads [x, v], as the published refiner."""
+    """One block of the predictor's width that reads [x, v], like the published refiner."""
     return replace(
         predictor, depth=1, in_channels=2 * predictor.latent_channels, reverse_time=False
     )
@@ -92,7 +97,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Row of the label table, [B], to [B, width]."""
+    """Rows of the label table, [B], to [B, width]."""
 
     def __init__(self, rows: int, width: int) -> None:
         super().__init__()
@@ -175,10 +180,10 @@ class FinalLayer(nn.Module):
 class SiT(nn.Module):
     """Velocity network: v(x, t, label).
 
-    A predictor reads x [B, C, h, w]; a refiner reads [x, v] [B, 2C, h, w] and returns the change of
-    the velocity (FlowTurbo, Eq. 6). Time t is in [0, 1] with noise at 0, [B]; label is [B] int64,
-    `num_classes` for the null class.
-    It computes, and answers, in the type of its parameters, whatever that of x.
+    A predictor reads x [B, C, h, w]. A refiner reads [x, v] [B, 2C, h, w] and returns the change of
+    the velocity (FlowTurbo, Eq. 6). Time t [B] is in [0, 1] with noise at 0. label is [B] int64;
+    `num_classes` is the null class. The network computes and returns the type of its parameters,
+    whatever the type of x.
     """
 
     def __init__(self, config: SiTConfig) -> None:
@@ -212,7 +217,7 @@ class SiT(nn.Module):
         return x.reshape(-1, out, side * patch, side * patch)
 
     def initialize(self) -> None:
-        """Weights for training from nothing: adaLN-Zero, so that every block starts as identity."""
+        """Random weights to start training: adaLN-Zero makes every block an identity at first."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -238,5 +243,5 @@ def position_embedding(width: int, side: int) -> np.ndarray:
         angles = position.reshape(-1, 1) * frequencies
         return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
-    # The public code puts the column's half first.
+    # The column half comes first, as in the public code.
     return np.concatenate([encode(columns), encode(rows)], axis=1).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Exported programs in PyTorch: on a CPU as they are, on a GPU compiled and as CUDA graphs."""
+"""Runs exported programs in PyTorch: plain on a CPU, compiled and as CUDA graphs on a GPU."""
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,15 +13,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from flowturbo.rows import Tensors
 from flowturbo.runtimes import usable_cores
 
-_WARM_UPS = 3  # evaluations before a graph is captured: kernels are chosen, memory is taken
+_WARM_UPS = 3  # evaluations before a graph capture: they choose kernels and allocate memory
 
 
 class TorchModel:
-    """A composed model that `torch.export.save` wrote, loaded.
+    """A composed model, loaded from a file of `torch.export.save`.
 
-    With `graph_rows`, which needs a GPU, the network is compiled, and a CUDA graph is captured for
-    each of these sizes. A batch runs in the smallest graph that holds it, or without one where none
-    does.
+    `graph_rows` needs a GPU: the network is compiled, and one CUDA graph is captured per size in
+    it. A batch runs in the smallest graph that fits it, or without a graph if none does.
     """
 
     def __init__(
@@ -37,14 +36,14 @@ class TorchModel:
         self._inputs = list(program.graph_signature.user_inputs)
         if self.on_gpu:
             torch.cuda.set_device(device)
-            # As ONNX Runtime is told: float32 is to be float32.
+            # No TF32: fp32 means full float32, as in ONNX Runtime here.
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
             program = move_to_device_pass(program, device)
         else:
             torch.set_num_threads(threads or usable_cores())
         self._module: Any = program.module(check_guards=False)
-        # The numbers of rows that tracing took for granted are no limits of the network: diffusers
-        # copies the activations of 64 images and more, which changes no value.
+        # Drop the row limits that tracing assumed: they are not limits of the network. They come
+        # from diffusers, which copies activations of 64 images or more and changes no value.
         self._module._forward_pre_hooks.clear()
         self._graphs: dict[int, _Graph] = {}
         if graph_rows:
@@ -65,11 +64,11 @@ class TorchModel:
         return tuple(output[:rows].cpu().numpy() for output in outputs)
 
     def _attention(self) -> AbstractContextManager[None]:
-        # On few cores plain attention is the fastest there is.
+        # On few cores plain attention is the fastest.
         return nullcontext() if self.on_gpu else sdpa_kernel(SDPBackend.MATH)
 
     def _capture(self, program: torch.export.ExportedProgram, graph_rows: Sequence[int]) -> None:
-        """Graphs of all sizes, the largest first: they share its buffers and its memory."""
+        """Captures graphs of all sizes, the largest first: all share its buffers and memory."""
         most = max(graph_rows)
         nodes = {node.name: node.meta["val"] for node in program.graph.nodes if "val" in node.meta}
         buffers = [
@@ -83,10 +82,10 @@ class TorchModel:
 
 
 def _any_rows(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """`tensors` marked, so that what is compiled for one batch size serves all of them.
+    """Marks the rows of `tensors` as dynamic, so that one compilation serves all batch sizes.
 
-    `torch.compile(dynamic=True)` would take latent sides and channels for variable as well, and
-    compile anew where the rows happen to be as many.
+    `torch.compile(dynamic=True)` would also treat latent sides and channels as variable. It would
+    compile again when the number of rows happens to equal one of them.
     """
     marked = list(tensors)
     for tensor in marked:
@@ -95,7 +94,7 @@ def _any_rows(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
 
 
 class _Graph:
-    """One batch size as a CUDA graph: it reads `inputs`, and writes the same outputs each time."""
+    """A CUDA graph of one batch size: it reads `inputs` and always writes the same buffers."""
 
     def __init__(self, module: Any, inputs: list[torch.Tensor], pool: Any) -> None:
         self._inputs = inputs
@@ -111,7 +110,7 @@ class _Graph:
                 self._outputs = module(*inputs)
 
     def replay(self, given: Sequence[torch.Tensor]) -> Any:
-        """The outputs for `given`, whose rows may be fewer: the others are zero, without pairs."""
+        """The outputs for `given`. Missing rows are padded with zeros, which have no partner."""
         with torch.inference_mode():
             for held, tensor in zip(self._inputs, given, strict=True):
                 held[: len(tensor)].copy_(tensor)

@@ -24,10 +24,10 @@ _CLASS = "AutoencoderKL"
 _STEM = "diffusion_pytorch_model"
 _FORMS = ("safetensors", "bin")
 _IMAGE_CHANNELS = 3
-# Layers of the attention as diffusers named them before 0.12, and today.
+# Names of attention layers before diffusers 0.12, and their present names.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _OLD_NAME = re.compile(r"(.*\.mid_block\.attentions\.\d+)\.(query|key|value|proj_attn)\.(.*)")
-_BLOCKS = {  # those of an autoencoder, of which others have the same tensors
+_BLOCKS = {  # allowed kinds; other kinds can have the same tensors
     "down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
     "up_block_types": ("UpDecoderBlock2D", "AttnUpDecoderBlock2D"),
 }
@@ -37,15 +37,16 @@ _LDM = ("first_stage_model.", "encoder.down.", "decoder.up.")
 def load_vae(folder: str | Path) -> AutoencoderKL:
     """The VAE in `folder` (config.json and weights), float32, exactly as its files say.
 
-    Weights are `diffusion_pytorch_model.safetensors` (or `.bin`), in shards with an index, or of
-    one variant such as `fp16`. Raises CheckpointError naming the field or tensor that does not fit.
+    Weights are `diffusion_pytorch_model.safetensors` or `.bin`. They may be in shards with an
+    index, or of one variant such as `fp16`. Raises CheckpointError, which names the field or tensor
+    that does not fit.
     """
     folder = Path(folder)
     config = _read_config(folder)
     path, tensors = _read_weights(folder)
     try:
         vae = AutoencoderKL.from_config(config)
-    except Exception as error:  # whatever its constructor makes of the values
+    except Exception as error:  # bad values can raise anything in the constructor
         raise CheckpointError(f"{folder / CONFIG} describes no {_CLASS}: {error}") from error
     _check_config(folder / CONFIG, vae)
     _check_blocks(folder / CONFIG, vae)
@@ -55,7 +56,7 @@ def load_vae(folder: str | Path) -> AutoencoderKL:
         if not any(name.startswith(_LDM) for name in tensors):
             raise
         raise CheckpointError(
-            f"{error}. The names are of an LDM checkpoint: convert it with diffusers "
+            f"{error}. These are the names of an LDM checkpoint: convert it with diffusers "
             "(AutoencoderKL.from_single_file, save_pretrained)"
         ) from error
     frozen: AutoencoderKL = vae.float().eval().requires_grad_(False)
@@ -76,18 +77,18 @@ def _read_config(folder: Path) -> dict[str, Any]:
     for name in unknown:
         if config[name] is not None:
             raise CheckpointError(
-                f"{path}: {name} is {config[name]!r}, which this {_CLASS} does not know and would "
-                "leave out"
+                f"{path}: {name} is {config[name]!r}, but this {_CLASS} does not know that field "
+                "and would ignore it"
             )
     size = config.get("sample_size", 1)
     sides = size if isinstance(size, list) else [size, size]
     if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
-        raise CheckpointError(f"{path}: sample_size must be pixels, or two sides, got {size!r}")
+        raise CheckpointError(f"{path}: sample_size must be pixels, one or two sides, got {size!r}")
     return {name: value for name, value in config.items() if name not in unknown}
 
 
 def _check_config(path: Path, vae: AutoencoderKL) -> None:
-    """Raises CheckpointError for values that the formulas of the latents' scale do not cover."""
+    """Raises CheckpointError for values that the formulas of `latent_scale` do not cover."""
     config = vae.config
     for name in ("in_channels", "out_channels"):
         if (found := getattr(config, name)) != _IMAGE_CHANNELS:
@@ -105,7 +106,7 @@ def _check_config(path: Path, vae: AutoencoderKL) -> None:
     given = [name for name, value in lists.items() if value is not None]
     if len(given) == 1:
         raise CheckpointError(
-            f"{path} has {given[0]} alone: latents_mean and latents_std go together"
+            f"{path} has only {given[0]}: latents_mean and latents_std are needed together"
         )
     for name in given:
         values, count = lists[name], config.latent_channels
@@ -116,7 +117,8 @@ def _check_config(path: Path, vae: AutoencoderKL) -> None:
             raise CheckpointError(f"{path}: {name} must be {count} numbers{above}, got {values!r}")
     if given and numbers["shift_factor"]:
         raise CheckpointError(
-            f"{path} has latents_mean and shift_factor {numbers['shift_factor']}: one of the two"
+            f"{path} has both latents_mean and shift_factor {numbers['shift_factor']}: only one is "
+            "allowed"
         )
 
 
@@ -138,7 +140,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
-    """The file that has the weights, or the index of its shards, and the tensors by name."""
+    """The file with the weights, or the index of their shards, and the tensors by name."""
     path = _weights_file(folder)
     if path.suffix != ".json":
         return path, _read_file(path)
@@ -166,7 +168,7 @@ def _weights_file(folder: Path) -> Path:
     for name in plain:
         if (folder / name).is_file():
             return folder / name
-    # A variant: fp16 as diffusers names it, in one file or in shards.
+    # A variant, such as diffusers' fp16, in one file or in shards.
     names = sorted(path.name for path in folder.iterdir())
     for form in _FORMS:
         pattern = rf"{_STEM}\.(\w+\.{form}|{form}\.index\.\w+\.json)"
@@ -192,23 +194,23 @@ def _todays_names(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def sample_size(vae: AutoencoderKL) -> int | None:
-    """The side of the square images that the VAE was trained on, in pixels; None for others."""
+    """The side in pixels of the VAE's square training images; None if they were not square."""
     stated = vae.config.sample_size
     high, wide = stated if isinstance(stated, list | tuple) else (stated, stated)
     return int(wide) if high == wide else None
 
 
 def latent_factor(vae: AutoencoderKL) -> int:
-    """How many pixels wide a latent's pixel is."""
+    """How many image pixels one latent pixel is wide."""
     factor: int = 2 ** (len(vae.config.block_out_channels) - 1)
     return factor
 
 
 def latent_scale(vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation, [1, C, 1, 1] float32, of what the VAE encodes.
+    """Mean and standard deviation, [1, C, 1, 1] float32, of the VAE's own latents z.
 
-    The flow model's latent is (z - mean) / std, and z is latent * std + mean, as diffusers'
-    pipelines compute with latents_mean, latents_std, shift_factor and scaling_factor.
+    The flow model's latent is (z - mean) / std, so z is latent * std + mean. Pipelines of diffusers
+    compute the same from latents_mean, latents_std, shift_factor and scaling_factor.
     """
     config = vae.config
     count = config.latent_channels
@@ -221,7 +223,7 @@ def latent_scale(vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
 class Decoder(nn.Module):
     """Latents [B, C, h, w] float32 in the flow model's scale to images [B, H, W, 3] uint8.
 
-    The VAE computes in the type of its parameters, the rounding to levels in float32.
+    The VAE computes in the type of its parameters. The rounding to levels is in float32.
     """
 
     mean: Tensor
@@ -238,7 +240,7 @@ class Decoder(nn.Module):
         return to_levels(self.pixels(latent))
 
     def pixels(self, latent: Tensor) -> Tensor:
-        """Images [B, 3, H, W] float32, of which [-1, 1] is shown."""
+        """Images [B, 3, H, W] float32; visible levels are in [-1, 1]."""
         z = (latent * self.std + self.mean).to(self.vae.decoder.conv_in.weight.dtype)
         if self.vae.post_quant_conv is not None:
             z = self.vae.post_quant_conv(z)

@@ -1,8 +1,8 @@
-"""Weight files: what they hold is read as the file says, or refused by name.
+"""Weight files: the content is read exactly, or refused by name.
 
-Reading a `.pt` file runs no code and imports no class. An object that is neither a tensor nor a
-plain value is stood in for: it is refused in the place of weights, and does no harm beside them.
-Training arguments are kept, because they say what the weights mean.
+Reading a `.pt` file runs no code and imports no class. A stand-in replaces each object that is
+neither a tensor nor a plain value. A stand-in in the place of weights is refused; elsewhere it is
+harmless. Training arguments are kept, because they say what the weights mean.
 """
 
 import argparse
@@ -24,38 +24,38 @@ from torch import Tensor, nn
 from flowturbo.errors import FlowTurboError
 
 WEIGHTS_KEYS = ("model", "ema")
-# Under which the last weights stand, the first that there is; averaged ones have "ema" in the name.
+# Keys of the last weights: the first one in the file counts. Keys of averages have "ema" in them.
 _LAST = ("model", "model_state_dict", "state_dict", "net", "network", "module")
 _AVERAGE = re.compile(r"(^|_)ema\d*(_|$)")
 ARGUMENTS_KEYS = (
     *("args", "config", "cfg", "hparams", "hyper_parameters", "options", "params"),
     *("model_args", "model_config", "model_kwargs", "opt_args", "train_args", "training_args"),
 )
-# Parts of names that wrappers add: DDP, torch.compile, activation checkpoints, FSDP.
+# Parts of tensor names that wrappers add: DDP, torch.compile, activation checkpoints, FSDP.
 _WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\."
 )
-_UPDATES = "n_averaged"  # how many updates torch's AveragedModel has had: no weight
-# Where arguments speak of the network itself.
+_UPDATES = "n_averaged"  # the update counter of torch's AveragedModel, not a weight
+# Prefixes of arguments of the network itself.
 _OF_THE_NETWORK = ("", "model", "network", "net", "transport")
-# Networks that have arguments of the same names.
+# Other networks, whose arguments have the same names.
 _OF_OTHERS = (
     *("encoder", "decoder", "teacher", "vae", "probe", "first_stage", "classifier"),
     *("discriminator", "critic"),
     *("repa", "dino", "clip", "projector"),
 )
-# Other names of arguments.
+# Groups of alternative names of arguments.
 _ALIASES = {
     **dict.fromkeys(("n_classes", "nb_classes", "num_class", "class_num"), "num_classes"),
     **dict.fromkeys(("n_heads", "n_head", "num_attention_heads"), "num_heads"),
     **dict.fromkeys(("label_drop_prob", "label_dropout", "label_dropout_prob"), "cfg_prob"),
     **dict.fromkeys(("arch", "model_name"), "model"),
 }
-_UNSTATED = re.compile(r"None|\?\?\?|.*\$\{.*|")  # omegaconf's missing values, and what it computes
-# The first instructions of pickle protocols 4 and 5, and those for bytes of protocol 3.
+_UNSTATED = re.compile(r"None|\?\?\?|.*\$\{.*|")  # missing and computed values of omegaconf
+# The first opcodes of pickle protocols 4 and 5, and the opcodes for bytes of protocol 3.
 _LATER_PROTOCOL = re.compile(r"Unsupported operand (149|150|66|67)\b|Detected pickle protocol")
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
-# What people have in place of weights, by its first bytes.
+# Common files that are not weights, by their first bytes.
 _NO_WEIGHTS = {
     b"version https://git-lfs": "is a Git LFS pointer, not the file: run `git lfs pull`",
     b"<": "is a web page, not weights: download the file itself",
@@ -63,15 +63,15 @@ _NO_WEIGHTS = {
 
 
 class CheckpointError(FlowTurboError):
-    """A checkpoint cannot be read, or does not fit the architecture."""
+    """A checkpoint cannot be read, or it does not fit the architecture."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A file's tensors by name, and what it says of itself.
+    """The tensors of a file by name, and what the file says about them.
 
-    `arguments` are the training arguments of a `.pt` file and the text metadata of a safetensors
-    file: plain values by dotted name, without the key that they stand under in the file.
+    `arguments` are the training arguments of a `.pt` file, or the text metadata of a safetensors
+    file. They are plain values by dotted name, without their top-level key in the file.
     """
 
     path: Path
@@ -82,8 +82,8 @@ class Checkpoint:
     def stated(self, name: str) -> list[Any]:
         """The different values that the file states for an argument, in order.
 
-        They are those at the top or under the network's own name; only where these state nothing,
-        others count, but never those of an encoder or a teacher.
+        Arguments at the top level or under the network's own name come first. Only if there are
+        none, other arguments count, but never those of an encoder or a teacher.
         """
         own, others = [], []
         for path, value in self.arguments:
@@ -96,9 +96,9 @@ class Checkpoint:
         return list(dict.fromkeys(own or others))
 
     def integers(self, name: str) -> list[int]:
-        """The different whole numbers above 0 that the file states.
+        """The different whole numbers above 0 that the file states for an argument.
 
-        Raises CheckpointError where it states only what is none.
+        Raises CheckpointError if it states only other values.
         """
         found, others = [], []
         for stated in self.stated(name):
@@ -122,8 +122,8 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Reads a `.pt` or `.safetensors` file.
 
-    `weights` says which weights of a `.pt` with several, "model" or "ema"; without it they are the
-    `usual` ones, if it has them. Raises CheckpointError.
+    `weights`, "model" or "ema", chooses between the weights of a `.pt` with both. The default is
+    `usual`, if the file has these. Raises CheckpointError.
     """
     path = Path(path)
     if weights not in (None, *WEIGHTS_KEYS):
@@ -141,7 +141,7 @@ def load_checkpoint(
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A file's tensors by name, and its text metadata; raises CheckpointError."""
+    """The tensors of a file by name, and its text metadata. Raises CheckpointError."""
     from safetensors import SafetensorError, safe_open
 
     _check_file(path)
@@ -171,7 +171,7 @@ def _check_file(path: Path) -> None:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """By what is in it: the length of a header, and an object of JSON."""
+    """Decides by suffix and content: a header length, then a JSON object."""
     with path.open("rb") as file:
         start = file.read(9)
     length = int.from_bytes(start[:8], "little")
@@ -184,7 +184,7 @@ def _is_safetensors(path: Path) -> bool:
 
 def _load_pt(path: Path) -> Any:
     _check_file(path)
-    # Files from before torch 1.6 are no zip files, and cannot be mapped.
+    # Files from before torch 1.6 are not zip files and cannot be memory-mapped.
     mmap = zipfile.is_zipfile(path) and path.suffix != ".safetensors"
     plain = [argparse.Namespace, *_numpy_scalars()]
     stand_ins: dict[str, Callable[..., Any]] = {}
@@ -192,19 +192,19 @@ def _load_pt(path: Path) -> Any:
         allowed: list[Any] = [*plain, *((made, name) for name, made in stand_ins.items())]
         try:
             with torch.serialization.safe_globals(allowed), path.open("rb") as file:
-                # By name a file is mapped, and taken for what its suffix says.
+                # torch.load maps only a path, and it trusts the suffix of a path.
                 source = path if mmap else file
                 return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
-        except Exception as error:  # the unpickler raises whatever the bytes make it do
+        except Exception as error:  # broken bytes can raise anything in the unpickler
             if not _add_stand_in(stand_ins, str(error)):
                 reason = _why(error)
-                raise CheckpointError(f"{path} cannot be read without running it: {reason}") from (
-                    error
-                )
+                raise CheckpointError(
+                    f"{path} cannot be read without running its code: {reason}"
+                ) from error
 
 
 class _StandIn:
-    """Takes the place of an object that is no weight; `of` names its class."""
+    """Takes the place of an object that is not a weight; `of` names the object's class."""
 
     of = ""
 
@@ -215,20 +215,20 @@ class _StandIn:
         pass
 
     def __setstate__(self, state: Any) -> None:
-        # Of a class with slots it is a pair, and the second part has their values.
+        # For a class with slots the state is a pair; the second part has the slots' values.
         for part in state if isinstance(state, tuple) else (state,):
             if isinstance(part, Mapping):
                 vars(self).update({str(name): value for name, value in part.items()})
 
 
 def _add_stand_in(stand_ins: dict[str, Callable[..., Any]], error: str) -> bool:
-    """Adds what would have helped against an unpickler's `error`; whether there is such a thing."""
+    """Adds the stand-in that avoids an unpickler's `error`. Returns whether there is a new one."""
     if found := re.search(r"GLOBAL (\S+) was not an allowed", error):
         name = found[1] if "." in found[1] else f"builtins.{found[1]}"
-        # Named as the class it stands for: so the unpickler's errors name that.
+        # The stand-in has the name of the class, so that the unpickler's errors show it.
         made: Callable[..., Any] = type(name, (_StandIn,), {"of": name, "__module__": "builtins"})
     elif found := re.search(r"Can only (\w+) .*got <class '(.+?)'>", error):
-        # One of a dictionary's or a list's kin: the unpickler fills these kinds themselves.
+        # A subclass of dict or list: the unpickler can fill only the plain types.
         name = found[2]
         made = _AsList if found[1] in ("append", "extend") else _AsMapping
         if stand_ins.get(name) is made:
@@ -240,7 +240,7 @@ def _add_stand_in(stand_ins: dict[str, Callable[..., Any]], error: str) -> bool:
     return stand_ins.setdefault(name, made) is made
 
 
-# Classes, because the unpickler makes some objects by a class's __new__ and some by a call.
+# Classes, because the unpickler makes some objects with __new__ and others with a call.
 class _AsMapping:
     def __new__(cls, *_arguments: Any) -> OrderedDict[Any, Any]:  # type: ignore[misc]
         return OrderedDict()
@@ -252,7 +252,7 @@ class _AsList:
 
 
 def _numpy_scalars() -> list[Any]:
-    """What a pickled numpy scalar is made of, under the names of numpy 1 and 2."""
+    """The globals in a pickled numpy scalar, under the names of numpy 1 and 2."""
     scalar = np.float64(0).__reduce__()[0]
     kinds = {type(np.dtype(code)) for code in "?bhilqBHILQefdgFDGSUmMVO"}
     modules = ("numpy.core.multiarray", "numpy._core.multiarray")
@@ -260,7 +260,7 @@ def _numpy_scalars() -> list[Any]:
 
 
 def _why(error: Exception) -> str:
-    """The reason of an unpickler's error, in a line."""
+    """The reason of an unpickler's error, in one line."""
     text = str(error)
     if found := re.search(r"GLOBAL (\S+)", text):
         return f"it has an object of the class {found[1]}, which is refused"
@@ -299,13 +299,13 @@ def _average(path: Path, content: Mapping[Any, Any], names: list[str]) -> Mappin
 
 
 def _holds_tensors(value: Any) -> bool:
-    """Whether a container, or an object that could not be made, has a tensor anywhere in it."""
+    """Whether a container or a stand-in has a tensor anywhere in it."""
     todo, seen = [value], set()
     while todo:
         item = todo.pop()
         if isinstance(item, Tensor):
             return item is not value
-        if id(item) not in seen:  # some hold what holds them
+        if id(item) not in seen:  # containers can be cyclic
             seen.add(id(item))
             held = vars(item) if isinstance(item, _StandIn) else item
             if isinstance(held, Mapping):
@@ -323,8 +323,8 @@ def _state_dict(path: Path, content: Any) -> Mapping[str, Tensor]:
         if not (isinstance(key, str) and isinstance(value, Tensor)):
             found = ", ".join(map(str, list(content)[:5]))
             raise CheckpointError(
-                f"{path} is not a state dict: {key!r} is {_kind(value)}, not a tensor. It has "
-                f"{found}; tensors by name are needed, or model or ema, which have them"
+                f"{path} is not a state dict: {key!r} is {_kind(value)}, not a tensor. The file "
+                f"has {found}; named tensors are needed, at the top level or under model or ema"
             )
     return content
 
@@ -334,7 +334,7 @@ def _kind(value: Any) -> str:
 
 
 def without_wrappers(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names as the network has them; raises CheckpointError where two become one."""
+    """Removes the name parts of wrappers. Raises CheckpointError if two names become equal."""
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         plain = re.sub(_WRAPPERS, "", name)
@@ -346,7 +346,7 @@ def without_wrappers(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Ten
 
 
 def _arguments(content: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
-    """The training arguments in a file's `content`: dotted names and plain values."""
+    """Yields the training arguments in a file's `content`: dotted names and plain values."""
     for name, value in content.items():
         if name in ARGUMENTS_KEYS and (leaves := dict(_leaves(_read_object(value)))):
             for path, leaf in leaves.items():
@@ -359,7 +359,7 @@ def _arguments(content: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _read_object(value: Any) -> Any:
-    """What a text of JSON says; anything else as it is."""
+    """The value of a JSON text; any other value unchanged."""
     if isinstance(value, str):
         with contextlib.suppress(ValueError, RecursionError):
             return json.loads(value)
@@ -371,15 +371,15 @@ def _leaves(value: Any, path: str = "", above: tuple[int, ...] = ()) -> Iterator
     for name, item in _members(value).items():
         at = f"{path}.{name}" if path else str(name)
         yield at, _plain(item)
-        if id(item) not in above:  # some hold what holds them
+        if id(item) not in above:  # containers can be cyclic
             yield from _leaves(item, at, above)
 
 
 def _members(value: Any) -> Mapping[Any, Any]:
-    """What a container of arguments holds by name."""
+    """The named entries of a container of arguments."""
     if isinstance(value, _StandIn):
         held = vars(value)
-        # omegaconf's containers keep their nodes in _content, ml_collections' theirs in _fields.
+        # omegaconf keeps its nodes in _content, ml_collections in _fields.
         public = {name: item for name, item in held.items() if not name.startswith("_")}
         inner = (held[name] for name in ("_content", "_fields", "__dict__") if name in held)
         value = next(inner, public)
@@ -389,9 +389,9 @@ def _members(value: Any) -> Mapping[Any, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A number or a text as such; None for anything else."""
+    """A number or text as a plain value; None for anything else."""
     if isinstance(value, _StandIn):
-        value = vars(value).get("_val")  # what omegaconf's nodes hold
+        value = vars(value).get("_val")  # the value of an omegaconf node
     if isinstance(value, np.generic) or type(value) is Tensor and value.numel() == 1:
         value = value.item()
     return value if isinstance(value, bool | int | float | str) else None
@@ -404,11 +404,10 @@ def _is_stated(value: Any) -> bool:
 
 
 def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Loads `tensors` of the file `path` into `module`, in float32: all of them, and no others.
+    """Loads `tensors` of the file `path` into `module` in float32: all of them, and no others.
 
-    What the module holds afterwards is compared with the file. Raises CheckpointError naming the
-    first tensor that is missing, unknown, of another shape, of a type that is no weight's, or not
-    finite.
+    Compares the loaded module with the file. Raises CheckpointError, which names the first tensor
+    that is missing, unknown, of another shape, of a type that weights do not have, or not finite.
     """
     expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     for key, shape in expected.items():
@@ -430,11 +429,11 @@ def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -
     module.load_state_dict({key: value.float() for key, value in tensors.items()})
     for key, value in module.state_dict().items():
         if not torch.equal(value, tensors[key].float()):
-            raise CheckpointError(f"{path}: {key} is not in the network as the file has it")
+            raise CheckpointError(f"{path}: {key} differs between the network and the file")
 
 
 def _no_weight(value: Tensor) -> str | None:
-    """What a tensor is that holds no values of its own to read; None if it is a plain one."""
+    """The kind of a tensor that has no readable values of its own; None for a plain tensor."""
     if type(value) not in (Tensor, nn.Parameter):
         return type(value).__name__
     if value.is_meta:

@@ -1,7 +1,7 @@
-"""Whether the TensorRT engines of pipelines fit the server and its GPUs.
+"""Checks whether the TensorRT engines of pipelines fit the server and its GPUs.
 
-TensorRT refuses an engine of another version or GPU too, but only once the server is up, and
-without saying what to do about it.
+TensorRT itself refuses an engine of another version or GPU only when the server starts. It does not
+say what to do about it.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ _TENSORRT = ("libnvinfer.so.12", "libnvinfer.so.11", "libnvinfer.so.10", "libnvi
 
 
 def check_gpus(pipelines: Iterable[Pipeline], version: str | None) -> list[str]:
-    """Notes on the engines of `pipelines`, where they run on the GPUs here.
+    """Checks `pipelines` that run on GPUs. Returns notes on their engines.
 
-    Raises SetupError where there is no usable GPU, or for a model without an engine that fits, with
-    the command that makes one. `version` is the server's TensorRT, None where it cannot be told.
+    `version` is the server's TensorRT version, None if unknown. Raises SetupError if there is no
+    usable GPU. Raises it for a model without a fitting engine, with the command that builds one.
     """
     on_gpu = [pipeline for pipeline in pipelines if pipeline.on_gpu]
     if not on_gpu:
         return []
     try:
-        # Which driver PyTorch needs depends on its build, and it says so itself.
+        # The driver that PyTorch needs depends on its build; PyTorch itself reports an old driver.
         only_torch = all(pipeline.predictor.runtime == "torch" for pipeline in on_gpu)
         gpus = usable_gpus(least=0 if only_torch else CUDA_MAJOR)
     except GpuError as error:
         raise SetupError(
-            f"pipeline {on_gpu[0].name} was exported for a GPU, and {error}. Serve on a machine "
+            f"pipeline {on_gpu[0].name} was exported for a GPU, but {error}. Serve on a machine "
             "with a GPU, or export for a CPU (--engine python, or --provider cpu)"
         ) from error
     return [note for pipeline in on_gpu for note in check_engines(pipeline, version, gpus)]
@@ -42,7 +42,7 @@ def check_gpus(pipelines: Iterable[Pipeline], version: str | None) -> list[str]:
 def check_engines(pipeline: Pipeline, version: str | None, gpus: Sequence[Gpu]) -> list[str]:
     """Notes on engines that were built on another GPU.
 
-    Raises SetupError for a model without an engine that fits.
+    Raises SetupError for a model without a fitting engine.
     """
     notes: list[str] = []
     for role, record in pipeline.models.items():
@@ -53,19 +53,19 @@ def check_engines(pipeline: Pipeline, version: str | None, gpus: Sequence[Gpu]) 
             raise SetupError(
                 "".join(f"{problem}\n" for problem in problems)
                 + "Build it here, in this release's export image (docker compose --profile export "
-                f"run --rm export, and the arguments of): {pipeline.command}"
+                f"run --rm export, with the arguments of): {pipeline.command}"
             )
         notes += _other_gpus(model, record.engines, gpus)
     return notes
 
 
 def _other_gpus(model: str, engines: Mapping[str, Any], gpus: Sequence[Gpu]) -> Iterator[str]:
-    """An engine runs on every GPU of its capability, but its kernels were timed on one."""
+    """Notes on other GPUs: an engine runs there, but its kernels were chosen on one GPU."""
     for capability, name in sorted({(gpu.capability, gpu.name) for gpu in gpus}):
         if (built := engines[capability].get("gpu")) != name:
             yield (
-                f"{model}'s engine for compute capability {capability} was built on {built}, here "
-                f"is {name}: it runs. An export here would build one for {name} in its place"
+                f"{model}'s engine for compute capability {capability} was built on {built} and "
+                f"also runs on {name} here. To replace it by an engine for {name}, export here"
             )
 
 
@@ -85,12 +85,12 @@ def _problems(
 
 
 def _same_release(one: str, other: str) -> bool:
-    # The library tells three of the four parts that the package has.
+    # The library reports three of the four parts of the package's version.
     return one.split(".")[:3] == other.split(".")[:3]
 
 
 def tensorrt_version() -> str | None:
-    """The version of the TensorRT library here, such as "10.14.1"; None without one."""
+    """The version of the installed TensorRT library, such as "10.14.1"; None without one."""
     for name in _TENSORRT:
         with contextlib.suppress(OSError, AttributeError):
             number = ctypes.CDLL(name).getInferLibVersion()

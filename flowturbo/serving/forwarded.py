@@ -1,11 +1,12 @@
-"""Request parameters that are not the caller's: forwarded headers, and the order of outputs.
+"""Request parameters that do not come from the caller: forwarded headers, and the output order.
 
-With `--http-header-forward-pattern` or `--grpc-header-forward-pattern` the server hands headers
-(for tracing, say, or authentication) to models as request parameters. Nothing but their names tells
-them from others. So the flags are read off the server's own command line.
+With `--http-header-forward-pattern` or `--grpc-header-forward-pattern` the server passes headers
+(for example for tracing or authentication) to models as request parameters. Only their names
+distinguish them from the caller's parameters. So the patterns are read from the server's command
+line.
 
-The server keeps the outputs that are asked for as a set. Where server_guard.c stands before it, a
-number for each says in which order they were named.
+The server keeps the requested outputs as a set, without their order. server_guard.c, if it is
+loaded, adds a parameter per output with its position.
 """
 
 import itertools
@@ -18,32 +19,32 @@ from typing import Any
 
 from flowturbo.errors import RequestError
 
-# The server's flags, and the shortest words that it takes for them.
+# The server's flags, and the shortest abbreviations that it accepts.
 _FLAGS = {
     "--http-header-forward-pattern": "--http-h",
     "--grpc-header-forward-pattern": "--grpc-he",
 }
 _SERVER = "tritonserver"
-_ASKED = "flowturbo_output_"  # and the output's name: server_guard.c
+_ASKED = "flowturbo_output_"  # followed by the output's name: see server_guard.c
 _logger = logging.getLogger(__name__)
 
 
 class Forwarded:
-    """Whether a parameter is a header that the server forwards."""
+    """Knows which request parameters are headers that the server forwards."""
 
     def __init__(self, patterns: Sequence[str]) -> None:
         self._patterns = [_compiled(pattern) for pattern in patterns]
 
     @classmethod
     def by_server(cls, process: int, proc: Path = Path("/proc")) -> "Forwarded":
-        """As the server above the process of this id says; nothing where there is none."""
+        """With the patterns of the server above the process of this id; none without a server."""
         return cls(find_patterns(_server_arguments(process, proc)))
 
     def check(self, parameters: Callable[[], str]) -> dict[str, Any]:
-        """The parameters of a request; raises RequestError for one that is its caller's own.
+        """The parameters of a request. Raises RequestError for one that the caller set.
 
-        `parameters` gives them as a JSON object, "" if there are none. Headers may have values that
-        are no text.
+        `parameters` returns them as a JSON object, or "" if there are none. Header values may be
+        invalid UTF-8.
         """
         try:
             text = parameters()
@@ -61,19 +62,19 @@ class Forwarded:
         return name in self or name.startswith(_ASKED) and isinstance(value, int)
 
     def __contains__(self, name: str) -> bool:
-        # The server's own search (RE2's PartialMatch) finds a pattern anywhere in a name.
+        # search(), because the server (RE2's PartialMatch) finds a pattern anywhere in a name.
         return any(pattern.search(name) for pattern in self._patterns)
 
 
 def as_asked(names: Iterable[str], parameters: Mapping[str, Any]) -> list[str]:
-    """The outputs `names` in the order asked for, where the `parameters` tell it, else as given."""
+    """The outputs `names` in the requested order if the `parameters` have it, else as given."""
     return sorted(names, key=lambda name: parameters.get(f"{_ASKED}{name}", 0))
 
 
 def find_patterns(arguments: Sequence[str]) -> list[str]:
     """The patterns in a server's command line, given as `--flag=pattern` or `--flag pattern`.
 
-    An empty one is a pattern too, which every header has.
+    An empty pattern counts too: it matches every header.
     """
     found = []
     for word, following in itertools.zip_longest(arguments, arguments[1:]):
@@ -85,21 +86,21 @@ def find_patterns(arguments: Sequence[str]) -> list[str]:
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
-    # The server's syntax (RE2) has a little that Python's lacks, or reads as something else.
+    # A few constructs of the server's syntax (RE2) are missing or different in Python.
     try:
         if "[:" in pattern:
-            raise re.error("a class of characters by name")
+            raise re.error("a named character class")
         return re.compile(pattern)
     except re.error as error:
         _logger.warning(
-            "header pattern %r cannot be read (%s): any parameter passes", pattern, error
+            "header pattern %r cannot be parsed (%s): accepting every parameter", pattern, error
         )
         return re.compile("")
 
 
 def _server_arguments(process: int, proc: Path) -> list[str]:
-    """The command line of the nearest process above `process` that is a server."""
-    while process > 0:  # the server is process 1 of a container that starts with it
+    """The command line of the nearest server among `process` and its ancestors."""
+    while process > 0:  # includes process 1, which may be the server in a container
         try:
             words = (proc / str(process) / "cmdline").read_bytes().split(b"\0")
             # "pid (name) state parent ...": proc(5)
@@ -107,6 +108,6 @@ def _server_arguments(process: int, proc: Path) -> list[str]:
         except (OSError, IndexError):
             return []
         if Path(words[0].decode(errors="replace")).name == _SERVER:
-            return [word.decode(errors="replace") for word in words[:-1]]  # each ends with a 0
+            return [word.decode(errors="replace") for word in words[:-1]]  # each word ends with a 0
         process = int(parent)
     return []

@@ -1,4 +1,4 @@
-"""Find the `tritonserver` to run, and prepare the one in the pip wheel. Standard library only."""
+"""Finds the `tritonserver` to run, and prepares the one in the pip wheel. Standard library only."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class ServerError(Exception):
 
 
 class SetupError(ServerError):
-    """Something must be put right before a server can start: nothing was started."""
+    """The user must fix something before a server can start. Nothing was started."""
 
 
 @dataclass(frozen=True)
 class Installation:
-    """A server that can be started; `backends` is None where the server has its own.
+    """A server that can be started.
 
-    `notes` say what should be known about it.
+    `backends` is the backend folder, None if the server has its own. `notes` are for the user.
     """
 
     binary: Path
@@ -43,9 +43,9 @@ class Installation:
 
 
 def find_server(explicit: Path | None = None) -> Installation:
-    """The server to run: `explicit`, else the one on PATH, else the nvidia-pytriton wheel's.
+    """The server to run: `explicit`, else the one on PATH, else that of the nvidia-pytriton wheel.
 
-    Raises SetupError if there is none, or if the wheel's cannot run under this Python.
+    Raises SetupError if there is none, or if the wheel's server does not support this Python.
     """
     wheel = _wheel_folder()
     found = shutil.which(str(explicit or "tritonserver"))
@@ -63,7 +63,7 @@ def find_server(explicit: Path | None = None) -> Installation:
 
 
 def _wheel_folder() -> Path | None:
-    # find_spec does not import: pytriton's own imports are slow and not needed here.
+    # find_spec instead of an import, because pytriton's own imports are slow.
     spec = importlib.util.find_spec("pytriton")
     for location in (spec.submodule_search_locations or []) if spec else []:
         folder = Path(location) / "tritonserver"
@@ -74,8 +74,8 @@ def _wheel_folder() -> Path | None:
 
 def _prepare_wheel(wheel: Path) -> Installation:
     backends = _prepare_backends(wheel)
-    # Python's own library folder goes along: the stub links libpython. Python's `bin` goes first on
-    # PATH: the stub takes the environment (site-packages, .pth files) of the first `python3` there.
+    # Python's library folder is added because the stub links libpython. Python's `bin` is first on
+    # PATH because the stub uses the environment (site-packages, .pth files) of the first `python3`.
     libraries = [wheel.parent.parent / "nvidia_pytriton.libs", sysconfig.get_config_var("LIBDIR")]
     environment = {
         "LD_LIBRARY_PATH": _path_list(*libraries, os.environ.get("LD_LIBRARY_PATH")),
@@ -88,27 +88,27 @@ def _prepare_wheel(wheel: Path) -> Installation:
         environment["LD_PRELOAD"] = _path_list(guard, os.environ.get("LD_PRELOAD"))
     except (OSError, subprocess.SubprocessError) as error:
         notes.append(
-            "the guard of this server (release 24.10) could not be compiled. A request for "
-            "classification of a BYTES output, or one of a huge shape over HTTP, ends the server, "
-            f"and outputs come in the contract's order alone: {error}"
+            "the guard of this server (release 24.10) could not be compiled. Without it, a request "
+            "for classification of a BYTES output, or a huge shape over HTTP, ends the server, and "
+            f"outputs always come in the contract's order: {error}"
         )
     return Installation(wheel / "bin/tritonserver", backends, environment, tuple(notes))
 
 
 def _build_guard(cache: Path) -> Path:
-    """The compiled server_guard.c, kept in `cache`.
+    """Compiles server_guard.c into `cache`, or finds it there.
 
-    Raises OSError or SubprocessError where it cannot be made.
+    Raises OSError or SubprocessError if that fails.
     """
     source = Path(__file__).with_name("server_guard.c")
     digest = hashlib.sha256(source.read_bytes()).hexdigest()[:12]
     target = cache / f"server_guard-{digest}.so"
     if ":" in str(target):
         raise OSError(f"{target} has a ':' in its path: set XDG_CACHE_HOME to another folder")
-    if not _is_loaded(target):  # not there, damaged, or another system's
+    if not _is_loaded(target):  # missing, damaged, or built on another system
         compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
         if compiler is None:
-            raise FileNotFoundError("no C compiler is here (cc; Debian's package gcc)")
+            raise FileNotFoundError("no C compiler was found (cc; Debian's package gcc)")
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix="building-") as scratch:
             made = Path(scratch) / target.name
@@ -121,7 +121,7 @@ def _build_guard(cache: Path) -> Path:
 
 
 def _is_loaded(library: Path) -> bool:
-    """Whether the dynamic linker preloads `library`; one that it cannot read it passes over."""
+    """Whether the dynamic linker preloads `library`; it silently ignores what it cannot load."""
     probe = subprocess.run(
         [sys.executable, "-S", "-I", "-c", "print(open('/proc/self/maps').read())"],
         env={**os.environ, "LD_PRELOAD": str(library)},
@@ -137,7 +137,7 @@ def _path_list(*parts: Path | str | None) -> str:
 
 
 def _prepare_backends(wheel: Path) -> Path:
-    """The wheel's Python backend with the stub of this Python, copied once into the cache."""
+    """Copies the wheel's Python backend, with the stub for this Python, once into the cache."""
     stubs = wheel / "python_backend_stubs"
     stub = stubs / _PYTHON / _STUB
     if not stub.is_file():
@@ -162,7 +162,7 @@ def _prepare_backends(wheel: Path) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept; raises SetupError where there is no home."""
+    """The folder for files that can be made again. Raises SetupError if there is no home folder."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flowturbo"
     except RuntimeError as error:
@@ -181,18 +181,18 @@ def _build_backends(cache: Path, target: Path, sources: Sequence[Path]) -> None:
         (new / "python").mkdir(parents=True)
         for source in sources:
             shutil.copy(source, new / "python")
-        if target.exists():  # damaged: a complete one is not rebuilt
+        if target.exists():  # it is damaged, because complete ones are not rebuilt
             shutil.rmtree(target)
         try:
             new.rename(target)
-        except OSError:  # somebody else was faster
+        except OSError:  # another process was faster
             if not _is_complete(target / "python", sources):
                 raise
 
 
 def _check_stub(stub: Path, environment: dict[str, str]) -> None:
-    # Without arguments the stub says so and exits 1; 127 means that a library was not found. The
-    # server would report that only as a stub which never becomes healthy.
+    # Without arguments the stub exits with 1. Code 127 means that a library was not found. The
+    # server itself would only report a stub that never becomes healthy.
     result = subprocess.run(
         [stub], env=os.environ | environment, capture_output=True, text=True, timeout=60
     )
@@ -205,7 +205,7 @@ def _check_stub(stub: Path, environment: dict[str, str]) -> None:
 
 
 def check_path(what: str, path: Path, remedy: str) -> None:
-    """Raises SetupError for a path that the Python backend cannot take."""
-    # The Python backend starts its stub through a shell without quoting paths, and then hangs.
+    """Raises SetupError for a path that the Python backend does not support."""
+    # The Python backend starts its stub through a shell, does not quote paths, and then hangs.
     if match := _SHELL_SPECIAL.search(str(path)):
         raise SetupError(f"{what} {path} has a {match[0]!r} in its path: {remedy}")

@@ -19,10 +19,10 @@ from flowturbo.solver.calls import Variant
 
 
 class TritonPythonModel:
-    """The planner of one schedule of one pipeline: those that its settings name as the defaults."""
+    """The planner of one schedule of one pipeline, which its settings name as the defaults."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Compiles the program; its wiring is the ensemble's."""
+        """Compiles the program; the ensemble has the wiring of its calls."""
         self._settings = read_settings(args)
         self._pipeline = read_pipeline(repository_of(args), self._settings.default_pipeline)
         schedule = self._pipeline.find_schedule(self._settings.default_schedule)
@@ -30,7 +30,7 @@ class TritonPythonModel:
         self._forwarded = Forwarded.by_server(os.getpid())
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Answers each request on its own: a bad one disturbs no other."""
+        """Answers each request separately, so that a bad one does not affect the others."""
         return [self._answer(request) for request in requests]
 
     def _answer(self, request: Any) -> Any:

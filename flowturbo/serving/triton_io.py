@@ -1,4 +1,4 @@
-"""What the Python-backend models share: settings, input tensors and errors, as Triton has them."""
+"""Triton's settings, input tensors and errors: shared code of the Python-backend models."""
 
 import json
 import traceback
@@ -16,12 +16,12 @@ from flowturbo.settings import Settings
 
 
 def repository_of(args: dict[str, str]) -> Path:
-    """The model repository that the model of `initialize`'s `args` stands in."""
+    """The model repository of the model with these `initialize` arguments."""
     return Path(args["model_repository"]).parent
 
 
 def read_settings(args: dict[str, str]) -> Settings:
-    """The `parameters` in the model's configuration; raises RepositoryError."""
+    """The settings in the `parameters` of the model's configuration. Raises RepositoryError."""
     parameters = json.loads(args["model_config"])["parameters"]
     return Settings.from_parameters(
         {name: value["string_value"] for name, value in parameters.items()}
@@ -29,7 +29,7 @@ def read_settings(args: dict[str, str]) -> Settings:
 
 
 def read_tensors(request: Any) -> dict[str, np.ndarray]:
-    """Copies of the inputs, by name: Triton's memory is not kept once `execute` has returned."""
+    """Copies of the inputs, by name. Triton may reuse its memory after `execute` has returned."""
     return {tensor.name(): _array(tensor) for tensor in request.inputs()}
 
 
@@ -42,7 +42,7 @@ def _array(tensor: Any) -> np.ndarray:
 
 
 def error_response(model: str, error: BaseException) -> Any:
-    """The answer that carries `error`, logged if it is the server's own."""
+    """The response with `error`. It is logged if the server is at fault."""
     told = as_told(error)
     outcome = outcome_of(told)
     if told is not error:
@@ -55,9 +55,9 @@ def error_response(model: str, error: BaseException) -> Any:
 
 
 def call_model(model: str, tensors: Tensors, names: Sequence[str]) -> tuple[np.ndarray, ...]:
-    """One blocking call of another model, its outputs in the order of `names`.
+    """One blocking call of another model. Returns the outputs in the order of `names`.
 
-    Raises FlowTurboError where it answers with an error, UnavailableError where it is gone.
+    Raises FlowTurboError if the model responds with an error, UnavailableError if it is gone.
     """
     response = pb_utils.InferenceRequest(
         model_name=model,

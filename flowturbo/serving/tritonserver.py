@@ -1,4 +1,4 @@
-"""Start, watch and stop a `tritonserver` process. Standard library only."""
+"""Starts, watches and stops a `tritonserver` process. Standard library only."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ from flowturbo.serving.installation import (
 )
 
 _SHARED_MEMORY = Path("/dev/shm")
-_STUB_NAME = "triton_python_b"  # as the kernel has it: 15 characters
-_INSTANCE = r"([a-z0-9][\w-]*)_\d+_\d+"  # of a model, as the server names its processes
+_STUB_NAME = "triton_python_b"  # process name in the kernel: its first 15 characters
+_INSTANCE = r"([a-z0-9][\w-]*)_\d+_\d+"  # name of a model instance in a process's command line
 _POLL_S = 0.05
-_ANSWERS_S = 600  # for one call of every model; a large one on a few cores takes a minute
-_ASK_S = 10  # for one request, so that a stop is noticed meanwhile
-_TRY_AGAIN = (499, 503, 504)  # cancelled at its deadline, and no place for it
+_ANSWERS_S = 600  # for one call of every model; a large model on few cores takes a minute
+_ASK_S = 10  # for one request; short, so that a stop is noticed
+_TRY_AGAIN = (499, 503, 504)  # the deadline passed, or the server is full
 _LOG_TAIL_LINES = 40
-# Asks the kernel to end it with its parent, then becomes the server. A program of its own: what
-# runs between fork and exec in this process may meet other threads' locks, as gRPC's has. The
-# stack is that of the server's threads: release 24.10 reads JSON by recursion, and lists the chunks
-# of a body on it.
+# This program asks the kernel to end it with its parent, and then becomes the server. It is a
+# separate program because code between fork and exec can deadlock on locks of other threads
+# (gRPC's did). It also enlarges the stack of the server's threads. Release 24.10 parses JSON by
+# recursion, and keeps the list of a body's chunks on the stack.
 _PR_SET_PDEATHSIG = 1
-_STACK = 64 << 20  # bytes of address space a thread
-_CANNOT_RUN = 126  # a shell's exit code for that
+_STACK = 64 << 20  # bytes of address space per thread
+_CANNOT_RUN = 126  # a shell's exit code for a command that cannot be run
 _END_WITH_PARENT = f"""
 import ctypes, os, resource, sys
 _, most = resource.getrlimit(resource.RLIMIT_STACK)
@@ -62,7 +62,7 @@ _WITH_PARENT = [sys.executable, "-I", "-S", "-c", _END_WITH_PARENT]
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """What to serve, where. A port of 0 means any free one; `extra_args` win over the rest."""
+    """What to serve, and where. Port 0 means any free port; `extra_args` override the rest."""
 
     repository: Path
     tritonserver: Path | None = None
@@ -79,7 +79,7 @@ class ServerOptions:
 
 @dataclass(frozen=True)
 class ServerAddress:
-    """Where a server listens, each as `host:port`, which is what tritonclient takes."""
+    """The addresses of a server as `host:port`, as tritonclient takes them."""
 
     grpc: str
     http: str
@@ -87,9 +87,9 @@ class ServerAddress:
 
 
 def _claim_ports(options: ServerOptions) -> ServerAddress:
-    """Check that the ports are free, and pick those given as 0. Raises SetupError."""
+    """Checks that the ports are free, and picks a port for each 0. Raises SetupError."""
     try:
-        # The server's HTTP front end wants an address rather than a name.
+        # The server's HTTP front end needs an address instead of a name.
         host = socket.gethostbyname(options.host)
     except OSError as error:
         raise SetupError(
@@ -100,7 +100,7 @@ def _claim_ports(options: ServerOptions) -> ServerAddress:
         "http": options.http_port,
         "metrics": options.metrics_port,
     }
-    with contextlib.ExitStack() as held:  # all at once, so that no two of them are the same
+    with contextlib.ExitStack() as held:  # all ports at once, so that no two are equal
         for name, port in sorted(wanted.items(), key=lambda item: item[1] == 0):
             listener = held.enter_context(socket.socket())
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -144,15 +144,15 @@ def _arguments(
 
 
 class TritonServer:
-    """A running server, its stubs and its shared memory; `stop` leaves nothing of them.
+    """A running server with its stub processes and shared memory; `stop` removes all of these.
 
-    The server also ends with the thread that created this object: keep that thread alive.
+    The server also ends when the thread that created this object ends: keep that thread alive.
     """
 
     def __init__(
         self, options: ServerOptions, installation: Installation, log: int | IO[bytes]
     ) -> None:
-        """Start the process; its output goes to `log`. Raises SetupError."""
+        """Starts the process; its output goes to `log`. Raises SetupError."""
         remedy = "Triton's Python backend cannot load models from there; move or link it"
         check_path("the model repository", options.repository.absolute(), remedy)
         self.address = _claim_ports(options)
@@ -163,8 +163,8 @@ class TritonServer:
         self._process = subprocess.Popen(
             [*_WITH_PARENT, installation.binary, *arguments],
             env=os.environ | installation.environment,
-            # The stub (for Python 3.11) ignores PYTHONPATH but searches its working directory:
-            # this is how they find `flowturbo` in a checkout that is not installed.
+            # The stub (for Python 3.11) ignores PYTHONPATH, but it searches its working directory.
+            # So models find `flowturbo` in a checkout that is not installed.
             cwd=Path(__file__).parents[2],
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -180,14 +180,14 @@ class TritonServer:
     def wait_ready(
         self, timeout_s: float | None = None, give_up: Callable[[], bool] = lambda: False
     ) -> bool:
-        """True once all models are ready and answer what they did at the export.
+        """Waits until all models are ready and give the outputs of the export; then returns True.
 
-        False if `give_up()` said so. Raises ServerError.
+        Returns False if `give_up()` returned True. Raises ServerError.
         """
         deadline_s = time.monotonic() + (timeout_s if timeout_s is not None else float("inf"))
         while not give_up():
             if self.exit_code == _CANNOT_RUN:
-                raise SetupError("tritonserver cannot be run, as said above")
+                raise SetupError("tritonserver cannot be run: see the message above")
             if self.exit_code is not None:
                 raise ServerError(f"tritonserver {self.ending} before it was ready")
             if self._is_ready():
@@ -206,15 +206,15 @@ class TritonServer:
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
 
     def model_processes(self) -> dict[int, str]:
-        """The Python backend's processes that live, one for each model instance, and its model.
+        """The live processes of the Python backend, one per model instance, and their models.
 
-        The server neither notices nor replaces one that dies (24.10), and its requests hang.
+        If one dies, the server (24.10) neither notices nor replaces it, and its requests hang.
         """
         everyone = (int(path.name) for path in Path("/proc").glob("[0-9]*"))
         return {pid: _model_of(pid) for pid in self.living(everyone)}
 
     def living(self, pids: Iterable[int]) -> set[int]:
-        """Those of `pids` that are this server's Python backend processes, and live."""
+        """The processes in `pids` that are alive and belong to this server's Python backend."""
         return {pid for pid in pids if _is_live(pid, self._process.pid, _STUB_NAME)}
 
     def _is_ready(self) -> bool:
@@ -225,10 +225,10 @@ class TritonServer:
         return True
 
     def _check_answers(self, deadline_s: float, give_up: Callable[[], bool]) -> bool:
-        """Whether the models compute what was exported; False if `give_up()` said so.
+        """Checks the models' outputs with a first request; False if `give_up()` returned True.
 
-        Asks again where other callers have taken every place, or its time was over: the check goes
-        on meanwhile. Raises ServerError if an answer is off.
+        Repeats the request if the server is full or the deadline passed: the check in the server
+        continues meanwhile. Raises ServerError if an output is wrong.
         """
         if not installed(self._repository):
             return True
@@ -259,14 +259,14 @@ class TritonServer:
             answer.read()
 
     def stop(self, hurry: Callable[[], bool] = lambda: False) -> bool:
-        """Let requests in flight finish, then end everything; whether nothing had to be forced.
+        """Lets in-flight requests finish, then ends everything. Returns whether it ended by itself.
 
-        Waits at most the exit timeout, or until `hurry()`. To be called once.
+        Waits at most the exit timeout, or until `hurry()`. Call it once only.
         """
-        # SIGTERM rather than SIGINT: the server treats them alike, but a process started in a
-        # shell's background inherits SIGINT ignored and would not hear it before it is ready.
+        # SIGTERM, not SIGINT. The server treats them alike, but a process in a shell's background
+        # ignores SIGINT from the start, until the server is ready.
         self._process.terminate()
-        deadline_s = time.monotonic() + self._exit_timeout_s + 5  # the server counts for itself
+        deadline_s = time.monotonic() + self._exit_timeout_s + 5  # the server has its own timer
         while self.exit_code is None and time.monotonic() < deadline_s and not hurry():
             time.sleep(_POLL_S)
         unforced = self.exit_code in (0, -signal.SIGTERM)
@@ -279,7 +279,10 @@ class TritonServer:
 
 
 def _first_request(pipeline: Pipeline) -> dict[str, Any]:
-    """As JSON: the orchestrator compares its models before it; it asks nothing of them itself."""
+    """The first request, as JSON. It asks for the seed only, so it calls no model itself.
+
+    The orchestrator checks all its models before it answers.
+    """
     types = {"int64": "INT64", "float32": "FP32", "object": "BYTES"}
     inputs = [
         {
@@ -301,7 +304,7 @@ def _reason(error: urllib.error.HTTPError) -> str:
 
 
 def _model_of(pid: int) -> str:
-    """The model whose instance the stub of this id runs."""
+    """The model whose instance runs in the stub process `pid`."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:
@@ -330,10 +333,11 @@ def running_server(
     log_path: Path | None = None,
     timeout_s: float = 120,
 ) -> Iterator[ServerAddress]:
-    """Serve `repository` on loopback while the block runs; ports of 0 are picked.
+    """Serves `repository` on loopback during the with block. Port 0 means any free port.
 
-    The server's log goes to `log_path`, else to a temporary file. Raises SetupError if it cannot
-    start, and ServerError with the end of the log if it is not ready within `timeout_s`.
+    The server's log goes to `log_path`, else to a temporary file. Raises SetupError if the server
+    cannot start. Raises ServerError, with the end of the log, if it is not ready within
+    `timeout_s`.
     """
     options = ServerOptions(
         repository=Path(repository),

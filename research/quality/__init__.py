@@ -1,1 +1,1 @@
-"""How good images are, by any sampler, beside real ones: `python -m research.quality`."""
+"""Image quality of any sampler, against real images: `python -m research.quality`."""

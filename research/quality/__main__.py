@@ -1,8 +1,8 @@
-"""How good images are: `python -m research.quality`.
+"""Measures image quality: `python -m research.quality`.
 
-They are made in this process by the exported blocks that the server runs, or by a server, and
-compared with real ones by a network that looks at both: for glyphs a classifier, else Inception.
-A Fréchet distance depends on the number of images: compare at equal numbers only.
+The images are made in this process by the exported blocks that the server runs, or by a server. A
+network compares them with real images: a classifier for glyphs, else Inception. A Fréchet distance
+depends on the number of images: compare at equal numbers only.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import flowturbo_client
 from flowturbo_client import FlowTurboClient
 
 from bench.observe import write_json
+from flowturbo.command import run_command
 from flowturbo.contract import Role
 from flowturbo.errors import FlowTurboError, RequestError
 from flowturbo.pipeline import Pipeline, class_label, read_pipeline
@@ -44,9 +45,9 @@ from research.quality.evaluate import (
 )
 from research.quality.images import ImageFolder, Speed
 
-PREDICTOR = "predictor.safetensors"  # of the weights folder, beside the classifier
+PREDICTOR = "predictor.safetensors"  # in the weights folder, beside the classifier
 Row = dict[str, Any]
-_ALSO = (  # what it is called, its key and its interval's, and how it is written
+_ALSO = (  # label, key, key of the interval, and format
     ("spatial", "spatial_frechet_distance", "spatial_frechet_interval", ".3f"),
     ("Inception Score", "inception_score", "inception_score_interval", ".2f"),
     ("precision", "knn_precision", "knn_precision_interval", ".3f"),
@@ -58,7 +59,7 @@ _ALSO = (  # what it is called, its key and its interval's, and how it is writte
 
 @dataclass(frozen=True)
 class Task:
-    """The specs of one repository, all of them found right before the first image is made."""
+    """The specs of one repository; all are checked before the first image is made."""
 
     repository: Path
     pipeline: Pipeline
@@ -67,7 +68,7 @@ class Task:
 
     @classmethod
     def of(cls, repository: Path, args: argparse.Namespace) -> "Task":
-        """What `args` ask of `repository`; raises FlowTurboError, saying what it cannot do."""
+        """The task of `args` on `repository`; raises FlowTurboError if it is impossible."""
         pipeline, settings = read_pipeline(repository), Settings.load(repository)
         check_decoder(repository, pipeline)
         paper = built_in(has_refiner=pipeline.has(Role.REFINER))[DEFAULT]
@@ -81,7 +82,7 @@ class Task:
         specs = tuple(SamplingSpec(sampler, scale, interval, variant) for sampler in samplers)
         for spec in specs:
             if args.server and spec.schedule is None:
-                raise RequestError(f"a server runs schedules, not {spec.sampler}")
+                raise RequestError(f"a server runs schedules only, not {spec.sampler}")
         exact = None
         if args.exact:
             predictor = args.predictor or args.weights / PREDICTOR
@@ -90,25 +91,21 @@ class Task:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints and writes the quality of each spec in each repository, as each is done.
+    """Measures each spec in each repository; prints and writes each result at once.
 
-    Returns the exit status: 2, and one line on stderr, for what the user can put right.
+    Returns the exit status: 2, and one line on stderr, for errors that the user can fix.
     """
     parser = _parser()
     args = parser.parse_args(argv)
     if args.server and (args.variant or args.exact):
-        parser.error("--variant and --exact are of this process: leave them out with --server")
+        parser.error("--variant and --exact are for this process: leave them out with --server")
     if args.npz and not args.out:
-        parser.error("--npz is written to the folder --out")
+        parser.error("--npz needs --out, the folder that it writes to")
     for name, least in (("images", 2), ("exact", 0), ("in_flight", 1)):
         if (value := getattr(args, name)) < least:
             parser.error(f"--{name.replace('_', '-')} must be {least} or more, got {value}")
-    try:
-        _measure(args)
-    except (FlowTurboError, flowturbo_client.FlowTurboError, OSError, ValueError) as error:
-        print(f"quality: {error}", file=sys.stderr)
-        return 2
-    return 0
+    errors = (FlowTurboError, flowturbo_client.FlowTurboError, OSError, ValueError)
+    return run_command("quality", lambda: _measure(args), errors)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -118,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--schedule",
         nargs="+",
-        help="schedules, presets, or baselines such as unipc:8, dpm:8 and dopri5, in bf16 "
+        help="schedules, presets, or baselines such as unipc:8, dpm:8 and dopri5; in bf16 use "
         "dopri5:1e-2 (research/quality/samplers.py); default: H8, H1P5R3 and the service's own",
     )
     parser.add_argument("--guidance-scale", type=float, help="default: the service's")
@@ -126,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
         "--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH")
     )
     parser.add_argument(
-        "--variant", help="of refiner steps in this process; default: the service's"
+        "--variant", help="form of refiner steps in this process; default: the service's"
     )
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument(
@@ -139,28 +136,32 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--predictor",
         type=Path,
-        help=f"checkpoint to solve exactly (default: --weights/{PREDICTOR})",
+        help=f"checkpoint for the exact solution (default: --weights/{PREDICTOR})",
     )
     parser.add_argument("--inception", type=Path, help="pt_inception-2015-12-05-6726825d.pth")
     parser.add_argument(
         "--reference",
         type=Path,
-        help="real images: .npz as ADM's, or a folder (turned as their EXIF data say)",
+        help="real images: an .npz in ADM's layout, or a folder (EXIF orientation is applied)",
     )
     parser.add_argument(
         "--server",
         metavar="HOST:PORT",
-        help="makes the images instead, over gRPC; it must serve the --repository",
+        help="server that makes the images instead, over gRPC; it must serve --repository",
     )
-    parser.add_argument("--in-flight", type=int, default=IN_FLIGHT, help="requests to the server")
+    parser.add_argument(
+        "--in-flight", type=int, default=IN_FLIGHT, help="concurrent requests to the server"
+    )
     parser.add_argument(
         "--out",
         type=Path,
-        help="keeps the images here, and goes on with those of the same spec and networks, "
-        "whatever version of this code made them",
+        help="keep the images here, and reuse images of the same spec and networks, even if "
+        "another version of this code made them",
     )
-    parser.add_argument("--npz", action="store_true", help="also as ADM's evaluator reads them")
-    parser.add_argument("--json", type=Path, help="where to write the figures as well")
+    parser.add_argument(
+        "--npz", action="store_true", help="also write the images for ADM's evaluator"
+    )
+    parser.add_argument("--json", type=Path, help="also write the figures here")
     return parser
 
 
@@ -221,7 +222,7 @@ def _fill(
     spec: SamplingSpec,
     args: argparse.Namespace,
 ) -> tuple[Speed, tuple[int, int] | None]:
-    """Makes the images; also says how often each network was evaluated for one, where known."""
+    """Makes the images; also returns the evaluations of each network per image, if known."""
     if engine:
         make = Local(engine, spec)
         return folder.fill(args.images, make), make.evaluations
@@ -229,12 +230,12 @@ def _fill(
         asked = served(client, spec)
         batch = min(SERVED_BATCH, Settings.load(task.repository).max_images)
         made = folder.fill(args.images, asked, batch=batch, in_flight=args.in_flight)
-    assert spec.schedule is not None  # a server runs nothing else
+    assert spec.schedule is not None  # a server runs schedules only
     return made, schedule_evaluations(spec.schedule)
 
 
 def in_words(row: Row) -> str:
-    """One spec's figures on one line, those that it has."""
+    """The available figures of one spec on one line."""
     recognised = _figure(row, "recognised", "recognised_interval", ".1%")
     frechet = _figure(row, "frechet_distance", "frechet_interval", ".3f")
     text = f"{row['schedule']:<9} {row['precision']:<10} {recognised:>12}  {frechet:>16}"

@@ -1,4 +1,4 @@
-"""The exported models of a repository, run by any sampler."""
+"""Runs the exported models of a repository with any sampler."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from research.quality.samplers import Counted, Velocity
 
 Make = Callable[[Array, Array], Array]  # labels [n] and seeds [n] to images [n, H, W, 3] uint8
 
-BATCH = 25  # images made at once; the models take 32 guided ones
-EXACT_TOLERANCE = 1e-4  # of a step: the latents are right to 0.001, a tenth of what solvers reach
+BATCH = 25  # images made at once; the models allow 32 guided images
+EXACT_TOLERANCE = 1e-4  # per step: latents are accurate to 0.001, a tenth of the solvers' distances
 
 
 @dataclass(frozen=True)
 class SamplingSpec:
     """How images are made: `sampler` is a schedule (H1P5R3) or a baseline (samplers.py).
 
-    `interval` is that of guidance, `variant` how a refiner step is computed. Raises RequestError
-    for what cannot be read.
+    `interval` is the guidance interval, `variant` the form of refiner steps. Raises RequestError
+    for values that cannot be read.
     """
 
     sampler: str
@@ -64,7 +64,7 @@ class SamplingSpec:
         return Guidance(self.guidance_scale, self.interval)
 
     def __str__(self) -> str:
-        """All of it in words that can name a file."""
+        """The whole spec as part of a file name."""
         text = f"{self.sampler.replace(':', '-')}_g{self.guidance_scale:g}"
         if self.interval != (0.0, 1.0):
             text += f"_from{self.interval[0]:g}to{self.interval[1]:g}"
@@ -72,9 +72,9 @@ class SamplingSpec:
 
 
 def find_sampler(text: str, pipeline: Pipeline) -> str:
-    """What a spec takes for `text`: a baseline, a schedule, or a preset's name for its schedule.
+    """The sampler that `text` names: a baseline, a schedule, or the schedule of a preset.
 
-    Raises RequestError for what cannot be read, or needs a refiner that `pipeline` lacks.
+    Raises RequestError if `text` cannot be read, or needs a refiner that `pipeline` lacks.
     """
     if samplers.is_baseline(text):
         samplers.parse(text)
@@ -86,14 +86,14 @@ def find_sampler(text: str, pipeline: Pipeline) -> str:
 
 
 def check_decoder(repository: Path, pipeline: Pipeline) -> None:
-    """Raises RepositoryError unless `pipeline`, of `repository`, makes images."""
+    """Raises RepositoryError if `pipeline`, of `repository`, makes latents only."""
     if not pipeline.has(Role.DECODER):
         raise RepositoryError(f"{repository} makes latents only: export it with --vae")
 
 
 @dataclass(frozen=True)
 class Made:
-    """`latent` [n, C, h, w], `image` [n, H, W, 3] uint8, and each network's evaluations."""
+    """`latent` [n, C, h, w], `image` [n, H, W, 3] uint8, and the evaluations per network."""
 
     latent: Array
     image: Array
@@ -102,9 +102,9 @@ class Made:
 
 
 class Engine(LocalPipeline):
-    """A repository, run in this process by schedules and by baselines alike.
+    """Runs a repository in this process, with schedules and with baselines.
 
-    How many images a request may ask for is the service's business: here BATCH are made at once.
+    The service's limit of images per request does not apply: BATCH images are made at once.
     """
 
     def __init__(self, model_repository: str | Path) -> None:
@@ -113,7 +113,7 @@ class Engine(LocalPipeline):
         self.settings = replace(self.settings, max_images=most)
 
     def make(self, spec: SamplingSpec, labels: Array, seeds: Array) -> Made:
-        """Images of the classes `labels` [n] from `seeds` [n], by a repository with a decoder."""
+        """Images of the classes `labels` [n] from `seeds` [n]; needs a decoder."""
         schedule = spec.schedule
         if schedule is None:
             return self._baseline(spec, labels, seeds)
@@ -147,7 +147,7 @@ def schedule_evaluations(schedule: Schedule) -> tuple[int, int]:
 
 
 def velocity(infer: Infer, pipeline: Pipeline, labels: Array, guidance: Guidance) -> Velocity:
-    """The guided velocity of images of the classes `labels` [n], by calls that move nothing."""
+    """The guided velocity of images of the classes `labels` [n], by calls that do not move `x`."""
 
     block = run_sync(image_block(awaited(infer), pipeline, labels, guidance))
 
@@ -160,10 +160,10 @@ def velocity(infer: Infer, pipeline: Pipeline, labels: Array, guidance: Guidance
 
 
 class Exact:
-    """The flow itself: the predictor of a checkpoint in float32, integrated to EXACT_TOLERANCE.
+    """The exact flow: the predictor of a checkpoint in float32, integrated to EXACT_TOLERANCE.
 
-    Guidance acts on the first `guided_channels`; `weights` and `num_heads` are as the export takes
-    them. `digest` tells it from the flows of others. Raises CheckpointError.
+    Guidance acts on the first `guided_channels`. `weights` and `num_heads` are as in the export.
+    `digest` identifies the flow. Raises CheckpointError.
     """
 
     def __init__(
@@ -193,20 +193,20 @@ class Exact:
         )
         config = self._network.config
         self.num_classes = config.num_classes
-        self.latent_shape = (config.latent_channels, config.latent_size, config.latent_size)
+        self.latent_shape = config.latent_shape
 
     @classmethod
     def of_repository(cls, checkpoint: Path, repository: Path) -> Exact:
-        """`checkpoint`, read and guided as `repository` was exported.
+        """`checkpoint`, read and guided as in the export of `repository`.
 
-        Raises CheckpointError for another file than the repository was exported from.
+        Raises CheckpointError if the repository was exported from another file.
         """
         made_from = read_pipeline(repository).fingerprint
         options = made_from["options"]
         if sha256(checkpoint) != made_from["sha256"][Role.PREDICTOR]:
             raise CheckpointError(
-                f"{checkpoint} is not the file that {repository} was exported from: give the one "
-                "that was exported with --predictor"
+                f"{checkpoint} is not the file that {repository} was exported from: give the "
+                "file that the export had as --predictor"
             )
         return cls(
             checkpoint,
@@ -242,10 +242,10 @@ class Exact:
 
 
 def distances(one: Array, other: Array) -> Array:
-    """Root mean square of the difference of each latent of `one` from `other`'s, [n].
+    """RMS difference of each latent of `one` from that of `other`, [n].
 
-    Their mean is what is reported: some noises lie where the flow parts, any solver's error sends
-    them elsewhere, and a root mean square over all images would speak of these few alone.
+    Reports give their mean, not an RMS over all images. Some noises lie where the flow branches:
+    any solver's error sends them to another branch. These few would dominate an RMS.
     """
     apart = np.square(one.astype(np.float64) - other)
     return np.sqrt(apart.mean(tuple(range(1, apart.ndim))))

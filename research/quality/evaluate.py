@@ -1,4 +1,4 @@
-"""The quality of one spec's images, generated and judged."""
+"""Generates the images of one spec and measures their quality."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ from training.classifier import Features
 from training.frechet import Reference
 from training.glyphs import CLASS_NAMES
 
-# Options of the export that came later, where they change nothing: older digests stay the same.
+# Later export options at values that change nothing. Without them older digests stay valid.
 _UNSET = [("num_classes", None), ("reverse_time", False)]
-SERVED_BATCH, IN_FLIGHT = 8, 8  # images a request, and requests at a time
+SERVED_BATCH, IN_FLIGHT = 8, 8  # images per request, requests at a time
 _TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """What looks at images, and what it saw in real ones."""
+    """The judge of images, and its statistics of real images."""
 
     judge: Judge
     reference: Reference
@@ -56,14 +56,14 @@ class Evaluator:
     def open(
         cls, weights: Path, inception: Path | None, reference: Path | None, *num_classes: int
     ) -> Evaluator:
-        """The glyphs' classifier and features in `weights`, unless the others are given.
+        """The glyphs' classifier and features in `weights`, unless the other two are given.
 
-        For models of `num_classes` classes. Raises ValueError for Inception without a reference,
-        without Inception for models of other classes than the glyphs', and for a reference of
-        features that the judge has not.
+        `num_classes` are the numbers of classes of the models. Raises ValueError if `inception` is
+        given without `reference`. Raises it if `inception` is missing and a model has other classes
+        than the glyphs. Raises it if the reference has other features than the judge.
         """
         if inception is not None and reference is None:
-            raise ValueError(f"{inception} needs a reference of its own: --reference")
+            raise ValueError(f"{inception} needs its own reference: give --reference")
         other = set(num_classes) - {len(CLASS_NAMES)}
         if inception is None and other:
             raise ValueError(
@@ -78,25 +78,26 @@ class Evaluator:
 
     @property
     def digest(self) -> str:
-        """Twelve digits that tell what was seen in the real images from other features."""
+        """Twelve hexadecimal digits that identify the reference."""
         return hashlib.sha256(self.reference.pooled.mean.tobytes()).hexdigest()[:12]
 
     def figures(self, folder: ImageFolder, count: int) -> Figures:
-        """Of the first `count` images of `folder`."""
+        """The figures of the first `count` images of `folder`."""
         seen = Features.join(self.judge(images) for images in folder.batches(count))
         labels = folder.labels(np.arange(count)) if self.judge.knows_labels else None
         return figures(seen, self.reference, labels)
 
 
 def models_digest(repository: Path) -> str:
-    """Twelve digits that change with any network of `repository`, or with how it is computed.
+    """Twelve hexadecimal digits for the networks of `repository` and how they are computed.
 
-    Not with what another export of the same leaves in an ONNX file, such as paths.
+    Another export of the same networks has the same digits, even if its ONNX files differ, such as
+    in paths.
     """
     pipeline, stated = read_pipeline(repository), []
     made_from = pipeline.fingerprint
     options = {name: of for name, of in made_from["options"].items() if (name, of) not in _UNSET}
-    # Named as before pipelines had names: figures that were kept then stay valid.
+    # Keys as before pipelines had names, so that stored figures stay valid.
     digests = {model_name("", Role(role))[1:]: of for role, of in made_from["sha256"].items()}
     for role in Role:
         record = pipeline.models.get(role)
@@ -107,15 +108,15 @@ def models_digest(repository: Path) -> str:
 
 
 def described(spec: SamplingSpec, repository: Path, source: str) -> dict[str, Any]:
-    """What an image folder keeps of how its images came about."""
+    """What an image folder records about how its images were made."""
     return {"spec": str(spec), "models": models_digest(repository), "source": source}
 
 
 class Local:
     """Makes images in this process.
 
-    `evaluations` are those of predictor and refiner for an image, of dopri5 in the last batch;
-    None for a baseline that has made none yet.
+    `evaluations` are those of predictor and refiner per image. For dopri5 they are those of the
+    last batch. For a baseline they are None before the first batch.
     """
 
     def __init__(self, engine: Engine, spec: SamplingSpec) -> None:
@@ -131,7 +132,7 @@ class Local:
 
 
 def served(client: FlowTurboClient, spec: SamplingSpec) -> Make:
-    """Makes images by a server, which runs schedules alone, in the variant of its settings."""
+    """Makes images with a server, which runs schedules only, in the variant of its settings."""
 
     def make(labels: Array, seeds: Array) -> Array:
         answer = client.generate(
@@ -142,14 +143,14 @@ def served(client: FlowTurboClient, spec: SamplingSpec) -> Make:
             guidance_interval=spec.interval,
             timeout_s=_TIMEOUT_S,
         )
-        assert answer.images is not None  # they are what is asked for by default
+        assert answer.images is not None  # requested by default
         return answer.images
 
     return make
 
 
 def exact_latents(exact: Exact, guidance: Guidance, count: int, folder: Path) -> Array:
-    """Latents [count, C, h, w] at the end of the flow of seeds 0 to `count`, kept in `folder`."""
+    """Exact latents [count, C, h, w] of the first `count` seeds, cached in `folder`."""
     low, high = guidance.interval
     name = f"exact_{exact.digest}_within{EXACT_TOLERANCE:g}_g{guidance.scale:g}_{low:g}_{high:g}"
     path = folder / f"{name}_{count}.npy"
@@ -163,7 +164,7 @@ def exact_latents(exact: Exact, guidance: Guidance, count: int, folder: Path) ->
 
 
 def kept(path: Path, make: Callable[[], Array]) -> Array:
-    """The array in the file `path` (.npy), made and written if it is not there yet."""
+    """The array in the file `path` (.npy), made and written if it is absent."""
     if not path.exists():
         partial = beside(path)
         with partial.open("wb") as file:
@@ -172,12 +173,12 @@ def kept(path: Path, make: Callable[[], Array]) -> Array:
     try:
         array: Array = np.load(path)
     except (EOFError, ValueError) as error:
-        raise ValueError(f"{path} is no array, remove it: {error}") from error
+        raise ValueError(f"{path} is not an array, remove it: {error}") from error
     return array
 
 
 def exact_distance(engine: Engine, spec: SamplingSpec, solved: Array) -> float:
-    """Mean distance of `spec`'s latents of seeds 0 to len(solved) from those `solved`."""
+    """Mean distance of `spec`'s latents from `solved`, over seeds 0 to len(solved) - 1."""
     made = []
     for start in range(0, len(solved), BATCH):
         seeds = np.arange(start, min(start + BATCH, len(solved)))

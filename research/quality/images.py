@@ -1,6 +1,6 @@
-"""Images of a spec in a folder, a PNG each: image i has class i mod classes, and seed i.
+"""A folder with the images of one spec as PNG: image i has seed i and class i mod num_classes.
 
-What is there is not made again, so a run can be stopped, resumed and extended.
+Existing images are not made again, so a run can be stopped, resumed and extended.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ _SPEC, _SPEED = "spec.json", "speed.json"
 
 @dataclass(frozen=True)
 class Speed:
-    """How many images were made, and in which time; pictures that were there do not count."""
+    """The number of images made, and the time that it took; existing images do not count."""
 
     images: int
     seconds: float
 
     @property
     def ms_per_image(self) -> float | None:
-        """Milliseconds by the image, writing the file included; None where none was made."""
+        """Milliseconds per image, including writing the file; None if none was made."""
         return 1e3 * self.seconds / self.images if self.images else None
 
 
 def beside(path: Path) -> Path:
-    """Where this process alone may write what is then moved to `path`, whole."""
+    """A path that only this process writes, for an atomic write: rename it to `path`."""
     return path.with_name(f"{path.name}.{os.getpid()}.partial")
 
 
 class ImageFolder:
-    """The folder `path` of images made as `spec`, any JSON object, says.
+    """The folder `path` of images made with `spec`, any JSON object.
 
-    Raises ValueError when the folder's images are of another spec.
+    Raises ValueError if the folder has images of another spec.
     """
 
     def __init__(self, path: Path, spec: Mapping[str, Any], num_classes: int) -> None:
@@ -60,13 +60,13 @@ class ImageFolder:
         if written.read_text() != stated:
             there, wanted = (" ".join(text.split()) for text in (written.read_text(), stated))
             raise ValueError(
-                f"{path} has images of {there or 'nothing known'}, not of {wanted}: remove it, or "
-                "take another folder"
+                f"{path} has images of {there or 'an unknown spec'}, not of {wanted}: remove it, "
+                "or use another folder"
             )
 
     @property
     def speed(self) -> Speed:
-        """Of all images that `fill` ever made here, in this run or before."""
+        """The speed over all images that `fill` made here, in this run and in earlier ones."""
         path = self.path / _SPEED
         return Speed(**read_json(path)) if path.exists() else Speed(0, 0.0)
 
@@ -75,12 +75,12 @@ class ImageFolder:
         return seeds % self.num_classes
 
     def missing(self, count: int) -> np.ndarray:
-        """Seeds below `count` without an image, rising."""
+        """Seeds below `count` without an image, in ascending order."""
         there = {entry.name for entry in os.scandir(self.path)}
         return np.array([k for k in range(count) if self._file(k).name not in there], np.int64)
 
     def write(self, seeds: np.ndarray, images: np.ndarray) -> None:
-        """Keeps `images` [n, H, W, 3] uint8 of `seeds` [n]; a file is whole or is not there."""
+        """Writes `images` [n, H, W, 3] uint8 of `seeds` [n], each file atomically."""
         for seed, image in zip(seeds, images, strict=True):
             partial = beside(self._file(int(seed)))
             Image.fromarray(image).save(partial, "png")
@@ -95,7 +95,7 @@ class ImageFolder:
         if self._shape is None:
             self._shape = image.shape
         if image.shape != self._shape:
-            raise ValueError(f"{path} must be {self._shape} as the others are, it is {image.shape}")
+            raise ValueError(f"{path} must be {self._shape} like the others, it is {image.shape}")
         return image
 
     def batches(self, count: int, size: int = 500) -> Iterator[np.ndarray]:
@@ -104,9 +104,10 @@ class ImageFolder:
             yield self.read(range(start, min(start + size, count)))
 
     def fill(self, count: int, make: Make, *, batch: int = BATCH, in_flight: int = 1) -> Speed:
-        """Makes what is missing of `count` images, `in_flight` batches at a time: how fast.
+        """Makes the missing ones of `count` images, `in_flight` batches at a time.
 
-        Raises what `make` raises; what was made until then is kept, and counts in `speed`.
+        Returns the speed. Raises what `make` raises. The images made until then are kept and count
+        in `speed`.
         """
         missing = self.missing(count)
         parts = [missing[k : k + batch] for k in range(0, len(missing), batch)]
@@ -120,7 +121,7 @@ class ImageFolder:
             for _ in tqdm(pool.map(work, parts), self.path.name, len(parts), disable=not parts):
                 pass
         finally:
-            pool.shutdown(cancel_futures=True)  # a failure, or Ctrl-C, does not wait for the rest
+            pool.shutdown(cancel_futures=True)  # on a failure or Ctrl-C, do not wait for the rest
             made = len(missing) - len(self.missing(count))
             done = Speed(made, time.perf_counter() - started_s)
             self._add(done)
@@ -129,8 +130,8 @@ class ImageFolder:
     def to_npz(self, path: Path, count: int) -> None:
         """Writes the first `count` images as ADM's sampling script does, for its evaluator.
 
-        `arr_0` is uint8 [N, H, W, 3], `arr_1` int64 [N] the classes. One batch is in memory at a
-        time; the file is whole or is not there.
+        `arr_0` is uint8 [N, H, W, 3]; `arr_1` has the classes, int64 [N]. One batch is in memory
+        at a time. The write is atomic.
         """
         partial = beside(path)
         with zipfile.ZipFile(partial, "w") as file:

@@ -1,4 +1,4 @@
-"""Networks that look at images: the glyphs' classifier, or Inception from a weights file."""
+"""Feature networks of images: the glyphs' classifier, or Inception from a weights file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _FIDELITY = "torch_fidelity"
 
 
 class Judge(Protocol):
-    """Looks at images [N, H, W, 3] uint8. `knows_labels`: its classes are those of the request."""
+    """Extracts features. `knows_labels` tells whether its classes are those of the request."""
 
     knows_labels: bool
 
@@ -47,7 +47,7 @@ class Classifier:
         self._model.load_state_dict(load_file(weights / "classifier.safetensors"))
 
     def __call__(self, images: np.ndarray) -> Features:
-        """What it sees in `images` [N, 64, 64, 3] uint8; raises ValueError for others."""
+        """Features of `images` [N, 64, 64, 3] uint8; raises ValueError for other sizes."""
         if images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3):
             size, seen = f"{IMAGE_SIZE} x {IMAGE_SIZE}", " x ".join(map(str, images.shape[1:3]))
             raise ValueError(
@@ -58,30 +58,30 @@ class Classifier:
 
 
 class Inception:
-    """Inception-v3 as FID takes it, with TensorFlow's resizing, from torch-fidelity.
+    """Inception-v3 for FID, with TensorFlow's resizing, from torch-fidelity.
 
     `weights` is `pt_inception-2015-12-05-6726825d.pth`, the TensorFlow graph's weights. Spatial
-    features are 7 channels of `mixed_6/conv`, 17 x 17, and class probabilities leave the bias out,
-    both as in ADM's evaluator. Raises FlowTurboError without torch-fidelity or for other weights.
+    features are 7 channels of `mixed_6/conv`, 17 x 17. Class probabilities leave the bias out. Both
+    are as in ADM's evaluator. Raises FlowTurboError without torch-fidelity or for other weights.
     """
 
-    knows_labels = False  # its 1008 classes are numbered otherwise than ImageNet's
+    knows_labels = False  # its 1008 classes have other numbers than ImageNet's
 
     def __init__(self, weights: Path) -> None:
         extractor = _fidelity().FeatureExtractorInceptionV3
         try:
             torch.load(
                 weights, weights_only=True
-            )  # plain tensors: the extractor unpickles anything
+            )  # refuse other pickles, which the extractor would load
             self._model = extractor("inception", ["2048", "logits_unbiased"], str(weights))
-        except Exception as error:  # the unpickler raises whatever the bytes make it do
+        except Exception as error:  # unpickling may raise any exception
             raise FlowTurboError(f"{weights} does not load as Inception-v3: {error}") from error
         self._model.to(device())
         self._spatial: list[Tensor] = []
         self._model.Mixed_6d.branch1x1.register_forward_hook(self._keep)
 
     def __call__(self, images: np.ndarray) -> Features:
-        """What it sees in `images` [N, H, W, 3] uint8: 2048 pooled, 2023 spatial, 1008 classes."""
+        """Features of `images` [N, H, W, 3] uint8: 2048 pooled, 2023 spatial, 1008 classes."""
         starts = range(0, len(images), _BATCH)
         return Features.join(self._look(images[start : start + _BATCH]) for start in starts)
 
@@ -101,8 +101,9 @@ class Inception:
 def _fidelity() -> Any:
     """The module of torch-fidelity that has Inception.
 
-    Its package imports torchvision for other extractors, of which there is no build beside this
-    torch; a bare package in its place lets the one module, which needs none, be imported.
+    Its package imports torchvision for other extractors, and torchvision has no build for this
+    torch. This module does not need torchvision: an empty package in place of torch-fidelity allows
+    its import.
     """
     if _FIDELITY not in sys.modules:
         spec = importlib.util.find_spec(_FIDELITY)
@@ -115,23 +116,23 @@ def _fidelity() -> Any:
 
 
 def load_reference(path: Path, judge: Judge) -> Reference:
-    """Real images as `judge` sees them: a folder, images [N, H, W, 3] in an .npz, or statistics.
+    """Features of real images: a folder, images [N, H, W, 3] in an .npz, or statistics in an .npz.
 
-    An .npz has ADM's layout: mu and sigma (mu_s and sigma_s), else arr_0; with both, precision and
-    recall come from the images. Raises ValueError for any other file, for a folder of fewer than 2
-    pictures, and for pictures of different sizes.
+    An .npz has ADM's layout: mu and sigma (mu_s and sigma_s), else arr_0. If it has both, precision
+    and recall come from the images. Raises ValueError for any other file, for a folder of fewer
+    than 2 pictures, and for pictures of different sizes.
     """
     if path.is_dir():
         return _reference_of(Features.join(map(judge, _pictures(path))))
     if not zipfile.is_zipfile(path):
-        path.stat()  # a missing file says so itself
+        path.stat()  # raises the usual error if the file is missing
         raise ValueError(f"{path} is neither a folder of images nor an .npz")
     try:
         with np.load(path) as file:
             images = file.get("arr_0")
             known = Reference.load(path) if images is None or "mu" in file else None
     except (zipfile.BadZipFile, EOFError, KeyError) as error:
-        raise ValueError(f"{path} is not a whole .npz of a reference: {error}") from error
+        raise ValueError(f"{path} is not a complete .npz of a reference: {error}") from error
     if images is None:
         assert known
         return known
@@ -146,7 +147,7 @@ def load_reference(path: Path, judge: Judge) -> Reference:
 
 
 def check_reference(path: Path, reference: Reference, judge: Judge) -> None:
-    """Raises ValueError unless `reference`, of `path`, is of as many features as `judge` sees."""
+    """Raises ValueError unless `reference`, from `path`, has as many features as `judge`."""
     seen = judge(np.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8))
     for name, known, found in (
         ("mu", reference.pooled, seen.pooled),
@@ -154,7 +155,7 @@ def check_reference(path: Path, reference: Reference, judge: Judge) -> None:
     ):
         if known and len(known.mean) != found.shape[1]:
             raise ValueError(
-                f"{path} has {name} of {len(known.mean)} features, this judge sees {found.shape[1]}"
+                f"{path} has {name} of {len(known.mean)} features, this judge has {found.shape[1]}"
             )
 
 
@@ -163,9 +164,9 @@ def _reference_of(seen: Features) -> Reference:
 
 
 def _pictures(folder: Path) -> Iterator[np.ndarray]:
-    """All pictures below `folder`, [n, H, W, 3] uint8 of at most _READ at a time.
+    """All pictures below `folder`, [n, H, W, 3] uint8, at most _READ at a time.
 
-    They are found and read as training does (training.images); files that are none are told.
+    Finds and reads them as training does (training.images). Prints files that are not images.
     """
     skipped = Skipped()
     paths = find_images(folder, skipped)

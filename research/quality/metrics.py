@@ -1,9 +1,9 @@
-"""Figures of merit of generated images, from what a network sees in them.
+"""Figures of merit of generated images, from a network's features of them.
 
 Fréchet distances fall with the number of images N, about as 1/N: compare them at equal N only. The
-interval given is that of the jackknife over disjoint blocks of seeds, which leaves a block out at a
-time and so keeps N, and the bias with it, all but unchanged: it says how far the figure would move
-with other seeds, not how far it is from that of infinitely many images.
+intervals are from the jackknife over disjoint blocks of seeds. It leaves out one block at a time,
+so N and the bias hardly change. An interval says how far the figure would move with other seeds. It
+does not say how far the figure is from its limit for infinitely many images.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ import torch
 from training.classifier import Features
 from training.frechet import Reference, Statistics, frechet_distance
 
-Figure = Callable[[np.ndarray], float]  # of a row [N, ...] for each image
-Without = tuple[float, ...]  # a figure without each of BLOCKS blocks of seeds; () of fewer images
+Figure = Callable[[np.ndarray], float]  # of rows [N, ...], one per image
+Without = tuple[float, ...]  # a figure without each of BLOCKS blocks of seeds; () for fewer images
 
 BLOCKS = 10
 _T_95 = 2.262  # Student's t of BLOCKS - 1 degrees of freedom, two-sided 95%
-_SPLIT = 5000  # images over which ADM's evaluator takes one Inception Score
+_SPLIT = 5000  # images per Inception Score in ADM's evaluator
 _NEIGHBOUR = 3  # Kynkäänniemi et al., arXiv 1904.06991
-_ROWS = 1000  # of a distance matrix at a time
+_ROWS = 1000  # of a distance matrix in memory at a time
 _Interval = tuple[float | None, float | None]  # a figure, and half the width of its interval
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one set of images; None is what the reference or the judge cannot say.
+    """The figures of one set of images; None if the reference or the judge cannot give them.
 
-    `recognised` is the share in which the judge reads the class asked for.
+    `recognised` is the share of images in which the judge reads the requested class.
     `frechet_distance_without_block` has the Fréchet distance without each of BLOCKS blocks of
-    seeds. Each interval is half the width of the 95% one from such values. Recall has none: every
-    block left out would need the neighbours of all others again.
+    seeds. Each interval is half the width of a 95% interval from such values. Recall has no
+    interval: each left-out block would need a new neighbour search over all other images.
     """
 
     images: int
@@ -54,7 +54,7 @@ class Figures:
 
 
 def figures(seen: Features, reference: Reference, labels: np.ndarray | None) -> Figures:
-    """All figures of the images seen; `labels` [N] are the classes asked for, None if unknown."""
+    """All figures of `seen`; `labels` [N] are the requested classes, None if unknown."""
     recognised: _Interval = (None, None)
     spatial: _Interval = (None, None)
     precision: _Interval = (None, None)
@@ -100,9 +100,10 @@ def _interval(without: Without) -> float | None:
 
 
 def without_block(rows: np.ndarray, figure: Figure) -> Without:
-    """`figure` of `rows` [N, ...] without each of BLOCKS runs of them; () if N is less.
+    """`figure` of `rows` [N, ...] without each of BLOCKS blocks of them; () if N < BLOCKS.
 
-    Rows are in the order of their seeds and classes take turns, so blocks are alike in classes.
+    A block has consecutive rows. Rows are in the order of their seeds and classes take turns, so
+    blocks have similar classes.
     """
     if len(rows) < BLOCKS:
         return ()
@@ -111,12 +112,12 @@ def without_block(rows: np.ndarray, figure: Figure) -> Without:
 
 
 def mean_without(values: np.ndarray) -> Without:
-    """The mean of `values` [N] without each of BLOCKS runs of them; () if N is less."""
+    """The mean of `values` [N] without each of BLOCKS blocks of them; () if N < BLOCKS."""
     return without_block(values, _mean)
 
 
 def half_width(without: Without | np.ndarray) -> float:
-    """Half the 95% interval of a figure, from its BLOCKS values without a block each."""
+    """Half the width of a figure's 95% interval, from its values without each block."""
     spread = np.asarray(without) - np.mean(without)
     return float(_T_95 * np.sqrt((BLOCKS - 1) / BLOCKS * (spread**2).sum()))
 
@@ -124,7 +125,7 @@ def half_width(without: Without | np.ndarray) -> float:
 def inception_score(probability: np.ndarray) -> float:
     """exp of the mean divergence of `probability` [N, K] from its mean (arXiv 1606.03498).
 
-    The mean over runs of 5,000 images, as ADM's evaluator gives it.
+    Averaged over groups of 5,000 images, as in ADM's evaluator.
     """
     p = probability.astype(np.float64).clip(1e-16)
     parts = [p[start : start + _SPLIT] for start in range(0, len(p), _SPLIT)]
@@ -135,12 +136,13 @@ def inception_score(probability: np.ndarray) -> float:
 def near(points: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Which of `points` [N, D] are near `others` [M, D], bool [N].
 
-    Near is within the distance of one of the others to its third nearest neighbour among them: the
-    share of found images near real ones is their precision, of real ones near found ones recall.
+    Each of the others has a radius: the distance to its third nearest neighbour among them. A point
+    is near if it lies within one of the radii. Precision is the share of generated images near real
+    ones. Recall is the share of real images near generated ones.
     """
     ours, theirs = (torch.from_numpy(rows.astype(np.float32)) for rows in (points, others))
-    nearest = min(_NEIGHBOUR + 1, len(theirs))  # the nearest of all is the point itself
-    # A part of the M x M distances at a time: of 50,000 images they are 10 GB.
+    nearest = min(_NEIGHBOUR + 1, len(theirs))  # the nearest one is the point itself
+    # In parts: the M x M distances of 50,000 images need 10 GB.
     radii = torch.cat(
         [torch.cdist(rows, theirs).kthvalue(nearest).values for rows in theirs.split(_ROWS)]
     )

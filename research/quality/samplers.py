@@ -1,13 +1,13 @@
-"""What FlowTurbo is compared with: samplers over an injected velocity function.
+"""Baselines for comparison: samplers over a given velocity function.
 
 `velocity(x, t)` is dx/dt at time t, with x [n, C, h, w] float32 and t from noise at 0 to data at 1.
-They are written on a command line as
+A command line names a baseline as
 
     unipc:8    UniPC of order 2 with its corrector (arXiv 2302.04867), 8 evaluations
     dpm:8      DPM-Solver++(2M) (arXiv 2211.01095), 8 evaluations
     dopri5     Dormand-Prince 5(4) at SiT's tolerances; `dopri5:1e-2` sets the relative one
 
-All but dopri5 may end with the shift of their time grid, as a schedule may: unipc:8@2. Solvers
+Names other than dopri5 may end with the shift of the time grid, like a schedule: unipc:8@2. Solvers
 whose steps are coefficients of a step block are letters of a schedule (flowturbo.solver.schedule).
 """
 
@@ -28,16 +28,16 @@ Velocity = Callable[[Array, float], Array]
 Sampler = Callable[[Velocity, Array], Array]  # noise at t = 0 to data at t = 1
 
 SIT_RTOL, SIT_ATOL = 1e-3, 1e-6  # of SiT's own dopri5, as in the paper's Table 1
-MAX_EVALUATIONS = 2000  # of dopri5: in float32 it takes a hundred or two at any useful tolerance
+MAX_EVALUATIONS = 2000  # of dopri5, which needs 100 to 200 in float32 at any useful tolerance
 _FIRST_SIGMA = 1 - 1e-6  # at sigma 1 the solvers' log signal-to-noise ratio is infinite
 HELP = (
-    "a baseline is unipc:STEPS, dpm:STEPS, dopri5 or dopri5:RTOL; all but dopri5 may end with a "
-    "shift, as unipc:8@2"
+    "a baseline is unipc:STEPS, dpm:STEPS, dopri5 or dopri5:RTOL; unipc and dpm may end with a "
+    "shift, such as unipc:8@2"
 )
 
 
 def parse(text: str) -> Sampler:
-    """The baseline written `text`; raises RequestError with what is allowed."""
+    """The baseline that `text` names; raises RequestError with the allowed forms."""
     plain, shift = read_shift(text)
     name, _, argument = plain.partition(":")
     try:
@@ -51,13 +51,13 @@ def parse(text: str) -> Sampler:
 
 
 def is_baseline(text: str) -> bool:
-    """Whether `text` can only be meant as a baseline, be it well written or not."""
+    """Whether `text` begins with a baseline's name; the rest may be invalid."""
     name = text.partition("@")[0].partition(":")[0]
     return name == "dopri5" or name in _SCHEDULERS
 
 
 class Counted:
-    """A velocity that counts how often it is evaluated."""
+    """A velocity that counts its evaluations."""
 
     def __init__(self, velocity: Velocity) -> None:
         self._velocity = velocity
@@ -70,11 +70,11 @@ class Counted:
 
 
 def dopri5(rtol: float = SIT_RTOL, atol: float = SIT_ATOL) -> Sampler:
-    """Adaptive steps; the images of a batch share them, and the error is its root mean square.
+    """Adaptive steps, shared by the images of a batch; the error is the RMS over the batch.
 
-    Where networks compute in fewer digits it takes their rounding for error, and its steps shorten
-    in vain. Raises ValueError for a tolerance that is not above 0; the sampler raises RequestError
-    where it needs more than MAX_EVALUATIONS.
+    In low precision it takes the rounding of the networks for error and shortens its steps in vain.
+    Raises ValueError for a tolerance that is not above 0. The sampler raises RequestError if it
+    needs more than MAX_EVALUATIONS.
     """
     if not rtol > 0 or not atol > 0:
         raise ValueError(f"tolerances must be above 0, got {rtol:g} and {atol:g}")
@@ -86,7 +86,7 @@ def dopri5(rtol: float = SIT_RTOL, atol: float = SIT_ATOL) -> Sampler:
             if counted.evaluations == MAX_EVALUATIONS:
                 raise RequestError(
                     f"dopri5 at rtol {rtol:g} is at t = {t:.3f} after {MAX_EVALUATIONS} "
-                    "evaluations, the most allowed: give it a larger one, dopri5:1e-2 for bf16"
+                    "evaluations, the maximum: use a larger rtol, such as dopri5:1e-2 for bf16"
                 )
             return counted(x.reshape(noise.shape).astype(noise.dtype), t).ravel()
 
@@ -117,7 +117,7 @@ def _scheduled(name: str, steps: int, shift: float) -> Sampler:
     def sample(velocity: Velocity, noise: Array) -> Array:
         scheduler = _SCHEDULERS[name]()
         scheduler.set_timesteps(steps)
-        # Its own grid ends, or starts, a thousandth off; times are read from here alone.
+        # Its own grid is off by 0.001 at one end. It reads times only from `sigmas`.
         grid = time_grid(steps, shift)
         scheduler.sigmas = (1 - torch.tensor(grid)).float().clamp(max=_FIRST_SIGMA)
         scheduler.set_begin_index(0)

@@ -1,1 +1,1 @@
-"""Quality against time, with the paper's ablations: `python -m research.study`."""
+"""Image quality against time, and the paper's ablations: `python -m research.study`."""

@@ -1,11 +1,11 @@
-"""Quality against time: `python -m research.study`.
+"""Measures image quality against time: `python -m research.study`.
 
-Measures every point of research/study/points.py: images are made, looked at, timed in turns with
-H8, and compared with the exact solution of the flow. Each point is written to a JSON file as it is
-done, and not done again; images already made are kept. A file of other models or settings is
-refused, points of another refiner than the file's are measured anew. The points of the curves come
-first and have more images than those of the other sections.
-Ends with a report, which `--report-only` writes from the file alone.
+Measures every point of research/study/points.py. A point is timed in turns with H8. Its latents are
+compared with the exact solution of the flow, its images with real ones. Each point is written to
+the JSON file at once and is not measured again; existing images are kept. Fails if the JSON file
+has other models or settings. Measures a point again if its refiner has changed.
+At the end it writes a report. `--report-only` writes the report from the JSON file, without any
+measurement.
 """
 
 import argparse
@@ -33,19 +33,19 @@ from research.study.points import MAIN, Point, Size, sections_of, unique
 from research.study.refiners import FOLDER, REFINERS
 
 STABILITY_IMAGES = 36
-# In an image's evaluations of the predictor, for an estimate of time only: what dopri5 and an exact
-# solution (in float32) take, and an evaluation of the refiner.
+# Costs per image in predictor evaluations, to estimate the time only: of dopri5, of an exact
+# solution in float32, and of one refiner evaluation.
 _ADAPTIVE_EVALUATIONS, _EXACT_EVALUATIONS, _REFINER_COST = 100.0, 200.0, 0.2
 
-_FORM = ("engine", "runtime", "precision")  # of a model that is the same
+_FORM = ("engine", "runtime", "precision")  # equal in all repositories of a study
 
 Study = dict[str, Any]
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measures what is missing and writes the report.
+    """Measures the missing points and writes the report.
 
-    Returns the exit status: 2, and one line on stderr, for what the user can put right.
+    Returns the exit status: 2, with one line on stderr, for an error that the user can correct.
     """
     args = _parser().parse_args(argv)
     try:
@@ -69,33 +69,41 @@ def _parser() -> argparse.ArgumentParser:
         "--refiners",
         type=Path,
         default=FOLDER,
-        help="repositories of the same predictor with other refiners (research.study.refiners)",
+        help="repositories with the same predictor and other refiners (research.study.refiners)",
     )
     parser.add_argument("--weights", type=Path, default=Path("weights/glyphs"))
     parser.add_argument(
-        "--predictor", type=Path, help="its checkpoint; default: that in the weights' folder"
+        "--predictor", type=Path, help="the predictor's checkpoint; default: the one in --weights"
     )
     parser.add_argument(
         "--guidance-scale",
         type=float,
         default=1.0,
-        help="where nothing else is said (default: 1, no guidance)",
+        help="guidance scale of most points (default: 1, no guidance)",
     )
     parser.add_argument(
         "--guided-scale",
         type=float,
-        help="where guidance itself is looked at (default: the service's)",
+        help="guidance scale of the sections about guidance (default: the service's)",
     )
     parser.add_argument("--inception", type=Path, help="pt_inception-2015-12-05-6726825d.pth")
-    parser.add_argument("--reference", type=Path, help="real images: .npz as ADM's, or a folder")
-    parser.add_argument("--images", type=int, default=Size.curves, help="a point of the curves")
-    parser.add_argument("--other-images", type=int, default=Size.others, help="another point")
-    parser.add_argument("--rounds", type=int, default=6, help=f"of {BATCH} images each, timed")
-    parser.add_argument("--only", default="", metavar="REGEX", help="points whose name matches")
-    parser.add_argument("--work", type=Path, default=Path("runs/study"), help="images")
+    parser.add_argument("--reference", type=Path, help="real images: ADM's .npz, or a folder")
+    parser.add_argument(
+        "--images", type=int, default=Size.curves, help="images per point of the curves"
+    )
+    parser.add_argument(
+        "--other-images", type=int, default=Size.others, help="images per other point"
+    )
+    parser.add_argument("--rounds", type=int, default=6, help=f"timed batches of {BATCH} images")
+    parser.add_argument(
+        "--only", default="", metavar="REGEX", help="measure points whose name matches"
+    )
+    parser.add_argument("--work", type=Path, default=Path("runs/study"), help="keeps images")
     parser.add_argument("--json", type=Path, default=Path("output/study.json"))
-    parser.add_argument("--report", type=Path, default=Path("output/quality.md"))
-    parser.add_argument("--report-only", action="store_true", help="measures nothing")
+    parser.add_argument("--report", type=Path, default=Path("output/study.md"))
+    parser.add_argument(
+        "--report-only", action="store_true", help="write the report from --json, measure nothing"
+    )
     return parser
 
 
@@ -120,7 +128,7 @@ def _measure(study: Study, args: argparse.Namespace) -> None:
     _check_same(study, settings, args.json)
     refiners = [name for name in bench.repositories if name != MAIN]
     study |= settings
-    study.setdefault("date", datetime.date.today().isoformat())  # of the last point, where one is
+    study.setdefault("date", datetime.date.today().isoformat())  # later: of the last point
     study["refiners"] = list(dict.fromkeys([*study.get("refiners", []), *refiners]))
     points = [point for point in unique(sections_of(study)) if _can_run(point, bench)]
     wanted = [point for point in points if re.search(args.only, str(point))]
@@ -145,7 +153,7 @@ def _measure(study: Study, args: argparse.Namespace) -> None:
 
 
 def _can_run(point: Point, bench: Bench) -> bool:
-    """Whether there is a repository for it, with a refiner if it has refiner steps."""
+    """Whether the point's repository is here, with a refiner if the schedule has refiner steps."""
     engine, schedule = bench.engines.get(point.repository), point.spec.schedule
     if engine is None or schedule is None:
         return engine is not None
@@ -153,13 +161,14 @@ def _can_run(point: Point, bench: Bench) -> bool:
 
 
 def _check_same(study: Study, settings: Study, path: Path) -> None:
-    """Raises ValueError if points of `study` were measured with other settings: in one report they
-    would pass for each other.
+    """Raises ValueError if points of `study` were measured with other settings.
+
+    One report must not mix the two.
     """
     for name, value in settings.items():
         if study.get(name, value) != value:
             raise ValueError(
-                f"{path} is of {name} {study[name]}, this would be of {value}: "
+                f"{path} was measured with {name} {study[name]}, not {value}: "
                 "give another --json and --report"
             )
 
@@ -192,7 +201,7 @@ def _bench(args: argparse.Namespace) -> Bench:
 
 
 def _check_predictor(one: Path, other: Path) -> None:
-    """Raises ValueError unless two repositories differ in their refiners alone."""
+    """Raises ValueError unless the two repositories differ only in their refiners."""
     pipelines = [read_pipeline(path) for path in (one, other)]
     for role in (Role.PREDICTOR, Role.DECODER):
         stated = [
@@ -201,7 +210,7 @@ def _check_predictor(one: Path, other: Path) -> None:
             for each in pipelines
         ]
         if stated[0] != stated[1]:
-            raise ValueError(f"{one} has another {role} than {other}: {stated[0]}, {stated[1]}")
+            raise ValueError(f"{one} and {other} have different {role}s: {stated[0]}, {stated[1]}")
 
 
 def _done(study: Study, point: Point, bench: Bench) -> bool:
@@ -210,9 +219,9 @@ def _done(study: Study, point: Point, bench: Bench) -> bool:
 
 
 def _evaluations(points: Sequence[Point], bench: Bench) -> float:
-    """How many evaluations of the predictor at one row an image the points take, all together.
+    """Estimates the evaluations of `points`, in predictor evaluations of one row.
 
-    Turns with H8 and exact solutions are included, images that are there already are not left out.
+    Includes the turns of H8 and the exact solutions. Ignores that images may exist already.
     """
     timed = bench.rounds * BATCH
     beside = schedule_evaluations(Schedule.parse(BASELINE))[0]

@@ -1,29 +1,54 @@
-"""The fastest of each kind that is as good as a Heun schedule."""
+"""Families of samplers, and the fastest sampler of each that is as good as a Heun schedule."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from research.quality.engine import SamplingSpec
 from research.quality.metrics import half_width
-from research.study.figures import family, time_share
+from research.study.measure import BASELINE
+from research.study.points import MAIN, Point
 
-Found = dict[str, Any]  # one point's figures
+Found = dict[str, Any]  # the figures of one point
 
 HEUN = ("H4", "H8", "H12")
 FRECHET, EXACT = "frechet_distance", "from_exact"
 _COUNTS = {FRECHET: "images", EXACT: "exact_images"}
-AS_GOOD = 0.01  # a figure so much above Heun's, as a share of it, counts as no higher
+AS_GOOD = 0.01  # a sampler is as good as Heun if its figure is at most this share above Heun's
+
+# Families by the form of a sampler's name. The first match counts.
+_FAMILIES = (
+    ("UniPC, shifted", r"unipc.*@.*"),
+    ("UniPC", r"unipc.*"),
+    ("DPM-Solver++, shifted", r"dpm.*@.*"),
+    ("DPM-Solver++", r"dpm.*"),
+    ("Heun", r"H\d+"),
+    ("Heun, shifted", r"H\d+@.*"),
+    ("Euler", r"E\d+"),
+    ("Adams-Bashforth 2", r"A\d+"),
+    ("Adams-Bashforth 2, shifted", r"A\d+@.*"),
+    ("pseudo corrector", r"(H1)?P\d+"),
+    ("FlowTurbo", r"H\d+(P\d+)?R\d+"),
+    ("FlowTurbo, shifted", r"H\d+(P\d+)?R\d+@.*"),
+    ("FlowTurbo with T for R", r"H\d+(P\d+)?T\d+"),
+    ("FlowTurbo with T for R, shifted", r"H\d+(P\d+)?T\d+@.*"),
+    ("FlowTurbo with Z for R", r"H\d+(P\d+)?Z\d+"),
+    ("FlowTurbo with Z for R, shifted", r"H\d+(P\d+)?Z\d+@.*"),
+)
+FAMILIES = tuple(name for name, _ in _FAMILIES)
 
 
 @dataclass(frozen=True)
 class Rival:
-    """The fastest of a kind as good as Heun: its share of Heun's time, and how it differs.
+    """The fastest sampler of a family that is as good as a Heun schedule.
 
-    `difference` is its figure less Heun's, `interval` half the 95% interval of that.
+    `share` is its time relative to Heun's. `difference` is its figure minus Heun's; `interval` is
+    half the 95% interval of that difference.
     """
 
     sampler: str
@@ -32,27 +57,48 @@ class Rival:
     interval: float
 
 
-def rivals(points: Iterable[Found], heun: Found, figure: str) -> dict[str, Rival]:
-    """By family, among `points` of the same guidance; those with none as good are left out.
+def family(sampler: str) -> str | None:
+    """The name of `sampler`'s family, None for a schedule of another form."""
+    return next((name for name, form in _FAMILIES if re.fullmatch(form, sampler)), None)
 
-    `figure` is FRECHET or EXACT. Times are each point's in turns with the same schedule, so that
-    both had the same machine.
+
+def time_share(found: Found) -> float:
+    """Time per image relative to H8.
+
+    Every point is timed in turns with H8, because the speed of the machine drifts.
+    """
+    # The measured ratio of H8 to itself is pure noise.
+    share: float = 1.0 if found["sampler"] == BASELINE else found["ratio"]["median"]
+    return share
+
+
+def baseline(study: Mapping[str, Any], found: Found) -> Found | None:
+    """H8's figures at `found`'s guidance scale and number of images; None if not measured."""
+    spec = SamplingSpec(BASELINE, found["guidance_scale"])
+    known: Found | None = study["points"].get(str(Point(spec, found["images"], MAIN)))
+    return known
+
+
+def rivals(points: Iterable[Found], heun: Found, figure: str) -> dict[str, Rival]:
+    """The rival of each family among `points`, which have Heun's guidance.
+
+    A family without a sampler as good as Heun is left out. `figure` is FRECHET or EXACT.
     """
     found: dict[str, Rival] = {}
     for each in points:
-        kind, apart = family(each["sampler"]), difference(each, heun, figure)
-        if each is heun or kind is None or apart is None or apart[0] > AS_GOOD * heun[figure]:
+        name, apart = family(each["sampler"]), difference(each, heun, figure)
+        if each is heun or name is None or apart is None or apart[0] > AS_GOOD * heun[figure]:
             continue
-        name, share = kind[0], time_share(each) / time_share(heun)
+        share = time_share(each) / time_share(heun)
         if name not in found or share < found[name].share:
             found[name] = Rival(each["sampler"], share, *apart)
     return found
 
 
 def difference(one: Found, other: Found, figure: str) -> tuple[float, float] | None:
-    """`one`'s figure less `other`'s, and half its 95% interval, paired by seeds.
+    """`one`'s figure minus `other`'s, and half the 95% interval of it, paired by seeds.
 
-    None where they are not of the same seeds.
+    None if the two have different seeds.
     """
     count = _COUNTS[figure]
     without = [np.array(each[f"{figure}_without_block"]) for each in (one, other)]

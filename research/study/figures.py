@@ -1,114 +1,113 @@
-"""The study's figures, from its JSON."""
+"""The pictures of the study, drawn from its JSON."""
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from flowturbo.presets import BUILT_IN
 from flowturbo.solver.schedule import read_shift
-from research.study.measure import BASELINE
+from research.study.equal import EXACT, FRECHET, baseline, difference, family, time_share
 from research.study.points import CURVES, GRIDS, GUIDANCE, REFINER_STEPS, measured, sections_of
 
 Study = dict[str, Any]
 Found = dict[str, Any]
 
-# A family's name by the form of its samplers; the first that fits is taken.
-_FAMILIES = (
-    ("UniPC, shifted", r"unipc.*@.*", "s:"),
-    ("UniPC", r"unipc.*", "s-"),
-    ("DPM-Solver++, shifted", r"dpm.*@.*", "D:"),
-    ("DPM-Solver++", r"dpm.*", "D-"),
-    ("Heun", r"H\d+", "o-"),
-    ("Heun, shifted", r"H\d+@.*", "o:"),
-    ("Euler", r"E\d+", "v-"),
-    ("Adams-Bashforth 2", r"A\d+", "^-"),
-    ("Adams-Bashforth 2, shifted", r"A\d+@.*", "^:"),
-    ("pseudo corrector", r"(H1)?P\d+", "<-"),
-    ("FlowTurbo", r"H\d+(P\d+)?R\d+", "*"),
-    ("FlowTurbo, shifted", r"H\d+(P\d+)?R\d+@.*", "P"),
-    ("FlowTurbo, T for R", r"H\d+(P\d+)?T\d+", "X"),
-    ("FlowTurbo, T for R, shifted", r"H\d+(P\d+)?T\d+@.*", "x"),
-    ("FlowTurbo, Z for R", r"H\d+(P\d+)?Z\d+", "H"),
-    ("FlowTurbo, Z for R, shifted", r"H\d+(P\d+)?Z\d+@.*", "h"),
+# Series of the curves: how the names of their families start, a label, and the look. Lines join
+# schedules of one kind of step; other schedules have no order.
+_SERIES: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("Heun", "Heun", {"fmt": "o-", "color": "C0"}),
+    ("Adams", "Adams-Bashforth 2", {"fmt": "^--", "color": "C1"}),
+    ("UniPC", "UniPC", {"fmt": "s-.", "color": "C4"}),
+    ("DPM", "DPM-Solver++", {"fmt": "D:", "color": "C5"}),
+    ("FlowTurbo with", "FlowTurbo with Z or T for R", {"fmt": "h", "color": "C2", "ms": 8}),
+    ("FlowTurbo", "FlowTurbo", {"fmt": "*", "color": "black", "ms": 11}),
 )
-_OURS = "FlowTurbo"
-FAMILIES = tuple(name for name, _, _ in _FAMILIES)
+_LABELS = {FRECHET: "Fréchet distance minus H8's", EXACT: "distance to the exact solution"}
+_TOP = 0.01  # of Fréchet distance minus H8's in the curves: a few bad schedules would hide the rest
+_GAIN = 0.1  # a named schedule has a figure lower by this share than any faster schedule
+_STYLES = ("o-", "s--", "^-.", "D:", "*-")  # tell series apart without colour
+# Where a name may stand beside its point: offset in points, and alignment.
+_PLACES = (
+    ((7, 5), "left"),
+    ((7, -11), "left"),
+    ((-7, 5), "right"),
+    ((-7, -11), "right"),
+    ((0, 14), "center"),
+)
+
+_BARS = "Bars: 95% intervals; differences from H8 are paired by seeds."
+CAPTIONS = {
+    "curves": "Quality against time, on the uniform time grid and on shifted grids. Names: the "
+    f"built-in presets, and schedules that are better than all faster ones. {_BARS} Schedules "
+    f"more than {_TOP:g} above H8 are outside the upper panels.",
+    "stability": "Relative change of the velocity over 1/32 of the time. Lines: medians over the "
+    "images. Bands: 10% to 90%.",
+    "ablations": "Top: number of refiner steps after H1P5. Bottom: guidance scale, and shift of "
+    f"the time grid. {_BARS}",
+}
 
 
-def draw(study: Study, json_path: Path) -> list[Path]:
-    """Writes every figure that the points are there for beside the JSON; returns their paths."""
+def draw(study: Study, json_path: Path) -> dict[Path, str]:
+    """Draws every picture that there are points for, beside the JSON.
+
+    Returns the paths with their captions.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    written = []
+    written = {}
     for name, size, panels, fill in (
-        ("curves", (13, 9), (2, 2), _curves),
+        ("curves", (13, 10), (2, 2), _curves),
         ("stability", (7, 4.2), (1, 1), _stability),
-        ("ablations", (14, 4.2), (1, 3), _ablations),
+        ("ablations", (12, 8), (2, 2), _ablations),
     ):
         figure, axes = pyplot.subplots(*panels, figsize=size, layout="constrained", squeeze=False)
         if fill(study, axes):
-            written.append(json_path.with_name(f"{json_path.stem}_{name}.png"))
-            figure.savefig(written[-1], dpi=120)
+            path = json_path.with_name(f"{json_path.stem}_{name}.png")
+            figure.savefig(path, dpi=120)
+            written[path] = CAPTIONS[name]
         pyplot.close(figure)
     return written
 
 
-def family(sampler: str) -> tuple[str, str] | None:
-    """The name and matplotlib format of `sampler`'s family, None for other mixtures."""
-    for name, form, style in _FAMILIES:
-        if re.fullmatch(form, sampler):
-            return name, style
-    return None
-
-
 def _curves(study: Study, axes: Any) -> bool:
-    """Fréchet distance and distance to the exact solution, against time and evaluations."""
-    groups = _groups(study)
-    if not groups:
-        return False
-    for row, (value, label) in enumerate(
-        (("frechet_distance", "Fréchet distance"), ("from_exact", "distance to the exact solution"))
-    ):
-        for column, (cost, unit) in enumerate(
-            (
-                (time_share, "time an image, of H8's beside it"),
-                (_evaluations, "predictor evaluations"),
-            )
-        ):
-            axis = axes[row][column]
-            for (name, style), found in groups.items():
-                ordered = sorted(found, key=cost)
-                x, y = [cost(each) for each in ordered], [each[value] for each in ordered]
-                # FlowTurbo's points must not be hidden.
-                front = name.startswith(_OURS)
-                look = {"ms": 12, "color": "black", "zorder": 3} if front else {"ms": 7}
-                axis.plot(x, y, style, label=name, **look)
-            _name_best(axis, groups, cost, value)
-            axis.set(xlabel=unit, ylabel=label, xscale="log", yscale="log")
-            for scale in (axis.xaxis, axis.yaxis):
-                scale.set_major_formatter("{x:g}")
-                scale.set_minor_formatter("{x:g}")
-            axis.tick_params(which="minor", labelsize=7)
-            axis.grid(alpha=0.3, which="both")
-    axes[0][0].legend(fontsize=8)
-    return True
-
-
-def _groups(study: Study) -> dict[tuple[str, str], list[Found]]:
-    """The points of the curves, by family."""
-    groups: dict[tuple[str, str], list[Found]] = {}
+    """Both figures of merit against time, on the uniform time grid and on shifted grids."""
+    grids: tuple[list[Found], list[Found]] = ([], [])
     for found in _points(study, CURVES):
-        kind = family(found["sampler"])
-        if kind is not None:
-            groups.setdefault(kind, []).append(found)
-    return groups
+        if _series(found) is not None:
+            grids["@" in found["sampler"]].append(found)
+    for (row, figure), column in product(enumerate(_LABELS), range(2)):
+        axis = axes[row][column]
+        for series, (_, label, look) in enumerate(_SERIES):
+            own = [each for each in grids[column] if _series(each) == series]
+            shifts = sorted({_shift(each) for each in own})
+            for shift in shifts:  # a line each, one label
+                of_shift = [each for each in own if _shift(each) == shift]
+                named = label if shift == shifts[0] else None
+                _errorbar(axis, study, of_shift, time_share, figure, label=named, **look)
+        axis.set(title=f"{('uniform', 'shifted')[column]} time grid", xscale="log")
+        axis.set(xlabel="time per image relative to H8", ylabel=_LABELS[figure])
+        axis.grid(alpha=0.3, which="both")
+        if figure == EXACT:
+            axis.set_yscale("log")
+            _plain_numbers(axis.yaxis)
+        _plain_numbers(axis.xaxis)
+    for row in axes:
+        row[1].sharex(row[0])
+        row[1].sharey(row[0])
+        for axis in row:
+            axis.autoscale()
+    axes[0][0].set_ylim(top=min(_TOP, axes[0][0].get_ylim()[1]))
+    _legend_below(axes)
+    axes[0][0].figure.draw_without_rendering()  # so that positions on the canvas are known
+    for (row, figure), column in product(enumerate(_LABELS), range(2)):
+        _name_front(axes[row][column], study, grids[column], figure)
+    return any(grids)
 
 
 def _points(study: Study, title: str) -> list[Found]:
@@ -117,38 +116,92 @@ def _points(study: Study, title: str) -> list[Found]:
     return [found for _, found in measured(study, section)]
 
 
-def time_share(found: Found) -> float:
-    """The time an image, of H8's beside it: the machine's speed drifts from point to point."""
-    # H8 in turns with itself tells of noise alone.
-    share: float = 1.0 if found["sampler"] == BASELINE else found["ratio"]["median"]
-    return share
+def _series(found: Found) -> int | None:
+    """The position in _SERIES; None for a family that is in the tables only."""
+    name = family(found["sampler"]) or ""
+    starts = (start for start, _, _ in _SERIES)
+    return next((k for k, start in enumerate(starts) if name.startswith(start)), None)
 
 
-def _evaluations(found: Found) -> int:
-    count: int = found["predictor"]
-    return count
+def _shift(found: Found) -> float:
+    return read_shift(found["sampler"])[1]
 
 
-def _name_best(
+def _value(study: Study, found: Found, figure: str) -> tuple[float, float] | None:
+    """What the pictures show of a point: its height, and half its 95% interval.
+
+    The Fréchet distance is shown as the difference from H8's; without H8 there is none.
+    """
+    if figure == EXACT:
+        return found[EXACT], found["from_exact_interval"] or 0.0
+    other = baseline(study, found)
+    return difference(found, other, FRECHET) if other else None
+
+
+def _errorbar(
     axis: Any,
-    groups: dict[tuple[str, str], list[Found]],
-    cost: Callable[[Found], float],
-    value: str,
+    study: Study,
+    found: Iterable[Found],
+    x: Callable[[Found], float],
+    figure: str,
+    **look: Any,
 ) -> None:
-    """Names FlowTurbo's points that no cheaper one of it equals, and the paper's."""
-    ours = [each for (name, _), found in groups.items() if name.startswith(_OURS) for each in found]
-    least = math.inf
-    for each in sorted(ours, key=lambda each: (cost(each), each[value])):
-        if each[value] < least or each["sampler"] in BUILT_IN.values():
-            place = cost(each), each[value]
-            axis.annotate(each["sampler"], place, (4, 6), textcoords="offset points", fontsize=7)
-        least = min(least, each[value])
+    values = [(x(each), _value(study, each, figure)) for each in found]
+    places = sorted((at, *value) for at, value in values if value)
+    if places:
+        axis.errorbar(*zip(*places, strict=True), capsize=2, elinewidth=0.8, **look)
+
+
+def _name_front(axis: Any, study: Study, found: list[Found], figure: str) -> None:
+    """Names the built-in presets, and schedules that are better than all faster ones by _GAIN.
+
+    A name that would cover a point or another name is left out.
+    """
+    values = [(each, time_share(each), _value(study, each, figure)) for each in found]
+    shown = [(each, x, *value) for each, x, value in values if value]
+    covered = [(x, y + part * half) for _, x, y, half in shown for part in (-1, -0.5, 0, 0.5, 1)]
+    points = axis.transData.transform(covered or [(1, 1)])
+    taken: list[Any] = []
+    best = float("inf")
+    for each, x, y, _ in sorted(shown, key=lambda row: row[1:]):
+        if each[figure] > (1 - _GAIN) * best and each["sampler"] not in BUILT_IN.values():
+            continue
+        best = min(best, each[figure])
+        for offset, side in _PLACES:
+            text = axis.annotate(
+                each["sampler"], (x, y), offset, textcoords="offset points", ha=side, fontsize=8
+            )
+            box = text.get_window_extent()
+            inside = axis.bbox.contains(box.x0, box.y0) and axis.bbox.contains(box.x1, box.y1)
+            free = not box.padded(4).count_contains(points) and not box.count_overlaps(taken)
+            if inside and free:
+                taken.append(box)
+                break
+            text.remove()
+
+
+def _plain_numbers(axis: Any) -> None:
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("{x:g}")
+    axis.set_tick_params(which="both", labelsize=8)
+
+
+def _legend_below(axes: Any) -> None:
+    """One legend for all panels."""
+    named: dict[str, Any] = {}
+    for axis in axes.flat:
+        handles, labels = axis.get_legend_handles_labels()
+        named = dict(zip(labels, handles, strict=True)) | named
+    order = [label for _, label, _ in _SERIES if label in named]
+    axes[0][0].figure.legend(
+        [named[label] for label in order], order, loc="outside lower center", ncols=len(order) or 1
+    )
 
 
 def _stability(study: Study, axes: Any) -> bool:
     axis = axes[0][0]
-    for scale, s in study["stability"].items():
-        axis.plot(s["t"], s["median"], label=f"guidance {scale}")
+    for (scale, s), line in zip(study["stability"].items(), ("-", "--", "-."), strict=False):
+        axis.plot(s["t"], s["median"], line, label=f"guidance {scale}")
         axis.fill_between(s["t"], s["low"], s["high"], alpha=0.2)
     axis.set(
         xlabel="t (noise at 0, data at 1)", ylabel="|v(t + 1/32) − v(t)| / |v(t)|", yscale="log"
@@ -161,35 +214,36 @@ def _stability(study: Study, axes: Any) -> bool:
 def _ablations(study: Study, axes: Any) -> bool:
     """The number of refiner steps, the guidance scale, and the time grid."""
     steps, scales, grids = (_points(study, s) for s in (REFINER_STEPS, GUIDANCE, GRIDS))
+    (few, exact), (guided, shifted) = axes
 
     def refiner_steps(each: Found) -> float:
-        return each["refiner"] / 2  # a step evaluates twice
+        return each["refiner"] / 2  # one step evaluates twice
 
-    _with_intervals(axes[0][0], steps, refiner_steps, "H1P5R…")
-    axes[0][0].set(xlabel="refiner steps after H1P5", ylabel="Fréchet distance")
-    for sampler in dict.fromkeys(each["sampler"] for each in scales):
-        of_one = [each for each in scales if each["sampler"] == sampler]
-        _with_intervals(axes[0][1], of_one, lambda each: each["guidance_scale"], sampler)
-    axes[0][1].set(xlabel="guidance scale", ylabel="Fréchet distance")
-    by_steps: dict[str, list[tuple[float, float]]] = {}
-    for each in grids:
-        sampler, shift = read_shift(each["sampler"])
-        by_steps.setdefault(sampler, []).append((shift, each["from_exact"]))
-    for sampler, places in by_steps.items():
-        axes[0][2].plot(*zip(*sorted(places), strict=True), "o-", label=sampler)
-    axes[0][2].set(
-        xlabel="shift of the time grid", ylabel="distance to the exact solution", yscale="log"
-    )
-    for axis in axes[0]:
-        axis.grid(alpha=0.3)
-        if axis.has_data():
+    _errorbar(few, study, steps, refiner_steps, FRECHET, fmt="o-")
+    few.set(xlabel="refiner steps after H1P5", ylabel=_LABELS[FRECHET])
+    _errorbar(exact, study, steps, refiner_steps, EXACT, fmt="o-")
+    exact.set(xlabel="refiner steps after H1P5", ylabel=_LABELS[EXACT])
+
+    samplers = dict.fromkeys(each["sampler"] for each in scales if each["sampler"] != "H8")
+    for k, (sampler, style) in enumerate(zip(samplers, _STYLES, strict=False)):
+        own = [each for each in scales if each["sampler"] == sampler]
+
+        def scale(each: Found, k: int = k) -> float:
+            share: float = each["guidance_scale"] + 0.02 * (k - 1.5)  # bars must not overlap
+            return share
+
+        _errorbar(guided, study, own, scale, FRECHET, fmt=style, label=sampler)
+    guided.axhline(0, color="grey", lw=0.8)
+    guided.set(xlabel="guidance scale", ylabel=_LABELS[FRECHET])
+
+    without_shift = dict.fromkeys(read_shift(each["sampler"])[0] for each in grids)
+    for sampler, style in zip(without_shift, _STYLES, strict=False):
+        own = [each for each in grids if read_shift(each["sampler"])[0] == sampler]
+        _errorbar(shifted, study, own, _shift, EXACT, fmt=style, label=sampler)
+    shifted.set(xlabel="shift of the time grid (1: uniform)", ylabel=_LABELS[EXACT], yscale="log")
+    _plain_numbers(shifted.yaxis)
+    for axis in axes.flat:
+        axis.grid(alpha=0.3, which="both")
+        if axis.get_legend_handles_labels()[0]:
             axis.legend()
     return bool(steps or scales or grids)
-
-
-def _with_intervals(axis: Any, found: list[Found], x: Callable[[Found], float], name: str) -> None:
-    if found:
-        places = [x(each) for each in found]
-        heights = [each["frechet_distance"] for each in found]
-        widths = [each["frechet_interval"] or 0.0 for each in found]
-        axis.errorbar(places, heights, widths, fmt="o-", capsize=3, label=name)

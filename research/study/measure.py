@@ -1,4 +1,4 @@
-"""One point of the study: its time beside H8's, its distance to the exact solution, its quality."""
+"""Measures one point: time relative to H8, distance to the exact solution, image quality."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ Figures = dict[str, Any]
 
 @dataclass(frozen=True)
 class Bench:
-    """What points are measured with. `rounds` batches of BATCH images are timed and compared with
-    the exact solution; `work` keeps images and exact solutions.
+    """Measures points with the engines of all repositories.
+
+    It times `rounds` batches of BATCH images and compares them with the exact solution. The folder
+    `work` keeps images and exact solutions.
     """
 
     engines: Mapping[str, Engine]
@@ -41,7 +43,7 @@ class Bench:
     rounds: int
 
     def point(self, point: Point) -> Figures:
-        """All figures of `point`, ready for JSON."""
+        """Measures all figures of `point`, as JSON values."""
         spec, engine = point.spec, self.engines[point.repository]
         said = described(spec, self.repositories[point.repository], "process")
         name = f"{point.repository}_{spec}_{said['models']}"
@@ -54,16 +56,16 @@ class Bench:
         return stated | figures | asdict(self.eyes.figures(folder, point.images))
 
     def seconds_an_evaluation(self) -> float:
-        """Of one row of the predictor, with a share of the decoder: for an estimate."""
+        """Estimates the time per predictor evaluation of one row, decoder included."""
         engine, seeds = self.engines[MAIN], np.arange(BATCH)
         labels = seeds % class_label(engine.pipeline).num_classes
         spec = SamplingSpec(BASELINE, 1.0)
-        engine.make(spec, labels, seeds)  # the first is slower
+        engine.make(spec, labels, seeds)  # the first call is slower
         seconds, made = _timed(engine, spec, labels, seeds)
         return seconds / BATCH / made.predictor
 
     def _beside_baseline(self, engine: Engine, point: Point, folder: ImageFolder) -> Figures:
-        """Takes turns with the baseline at the same scale, first one first, then the other."""
+        """Times `point` and the baseline at the same guidance scale in turns, in changing order."""
         spec, images = point.spec, point.images
         baseline, main = SamplingSpec(BASELINE, spec.guidance_scale), self.engines[MAIN]
         times: list[tuple[float, float]] = []
@@ -100,7 +102,7 @@ def _timed(engine: Engine, spec: SamplingSpec, labels: Array, seeds: Array) -> t
 
 
 def summary(times: list[tuple[float, float]]) -> Figures:
-    """Of rounds with the ms an image of a point and, at the same time, of the baseline."""
+    """Summarises rounds: each has the ms per image of a point and of the baseline."""
     own, baseline = zip(*times, strict=True)
     ratios = [one / other for one, other in times]
     return {
@@ -114,14 +116,14 @@ def summary(times: list[tuple[float, float]]) -> Figures:
 def stability(exact: Exact, guidance: Guidance, images: int) -> Figures:
     """|v(t + h) - v(t)| / |v(t)| along the flow, h = 1 / STABILITY_STEPS, over `images` images.
 
-    v is the guided velocity and the norm is over an image's latent; the way is by Adams-Bashforth 2
-    from a Heun step, which evaluates the velocity at its own points alone.
+    v is the guided velocity; the norm is over the latent of one image. The solver is
+    Adams-Bashforth 2 after one Heun step, because it evaluates v at the points of the grid only.
     """
     seeds, h = np.arange(images), np.float32(1 / STABILITY_STEPS)
     velocity = exact.velocity(seeds % exact.num_classes, guidance)
     x = noise(seeds, exact.latent_shape)
     v = velocity(x, 0.0)
-    before = 2 * v - velocity(x + h * v, float(h))  # makes the first step Heun's
+    before = 2 * v - velocity(x + h * v, float(h))  # the first step becomes Heun's
     rows = []
     for k in range(1, STABILITY_STEPS):
         x = x + h * (1.5 * v - 0.5 * before)

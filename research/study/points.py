@@ -1,4 +1,4 @@
-"""What the study measures: the one list of its points."""
+"""The list of everything that the study measures."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from flowturbo.solver.calls import Variant
 from research.quality.engine import SamplingSpec
 from research.study.refiners import REFINERS
 
-MAIN = "main"  # the name of the first repository, whose refiner all sections but the last use
+MAIN = "main"  # the repository of all sections; only the last section has others as well
 CURVES, REFINER_STEPS = "Solvers", "Number of refiner steps"
 GRIDS, GUIDANCE = "Time grid", "Guidance scale"
 
 
 @dataclass(frozen=True)
 class Size:
-    """How many images a point of the curves has, and one of the other sections."""
+    """Images per point of the section CURVES, and per point of any other section."""
 
     curves: int = 10_000
     others: int = 2_000
@@ -25,7 +25,10 @@ class Size:
 
 @dataclass(frozen=True)
 class Point:
-    """One spec in one repository and a number of images, by its name."""
+    """One sampling spec, run on one repository for a number of images.
+
+    Its text is its key in the JSON.
+    """
 
     spec: SamplingSpec
     images: int
@@ -37,7 +40,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Section:
-    """Points that belong in one table; `text` says what to look for in it."""
+    """The points of one table; `text` introduces the table."""
 
     title: str
     text: str
@@ -47,9 +50,9 @@ class Section:
 def sections(
     scale: float, guided: float, size: Size, refiners: Sequence[str] = ()
 ) -> tuple[Section, ...]:
-    """The study at guidance `scale`, and at scale `guided` where guidance itself is looked at.
+    """All sections at guidance `scale`; those about guidance also use the scale `guided`.
 
-    `refiners` names those of research/study/refiners.py that there are.
+    `refiners` names the refiners of research/study/refiners.py that are trained.
     """
 
     def of(samplers: str, scale: float = scale, **spec: object) -> tuple[Point, ...]:
@@ -61,42 +64,44 @@ def sections(
     found = [
         Section(
             CURVES,
-            "Solvers that evaluate the predictor alone, then FlowTurbo. Behind an @ stands the "
-            "shift of the time grid, where it is not uniform.",
+            "FlowTurbo schedules and solvers without a refiner, at the largest number of images. "
+            "A number after @ is the shift of the time grid; without it the grid is uniform.",
             tuple(Point(SamplingSpec(sampler, scale), size.curves) for sampler in _SOLVERS.split()),
         ),
         Section(
             GRIDS,
-            "Shifts above 1 take shorter steps near the noise and longer ones near the data.",
+            "A shift above 1 takes shorter steps near the noise and longer steps near the data.",
             of(" ".join(f"{s}{shift}" for s in _ON_GRIDS.split() for shift in _SHIFTS)),
         ),
         Section(
             "In place of the refiner",
-            "T extrapolates the velocity along a line, Z keeps it as it is, both without any "
-            "evaluation. The others of each group leave these steps out and take longer ones, or "
-            "spend their time on evaluations of the predictor.",
+            "Z reuses the last velocity; T extrapolates it. Neither calls a network. In each group "
+            "one schedule has no such steps, so its other steps are longer. Another has one more "
+            "step of the predictor instead.",
             of(_RIVALS),
         ),
         Section(
             "Refiner steps after Adams-Bashforth",
-            "On the uniform grid they also shorten the steps before them, as a shift does.",
+            "On the uniform grid R and Z steps at the end also shorten the steps before them. "
+            "A shift does the same without them.",
             of("A6 A6R2 A6Z2 A7 A7R1 A8 A6@2 A6R2@2 A6Z2@2 A7@2 A7R1@2 A8@2"),
         ),
         Section("Components", "The schedules of the paper's ablation.", of(_COMPONENTS)),
         Section(
             "Order of blocks",
-            "Refiner steps come last in the paper, and suffer most elsewhere.",
+            "The paper puts refiner steps last. These schedules put them elsewhere.",
             of("H5P7R3 P5H7R3 P5R7H3 H5R7P3 H1P1R1H1P1R1H1P1R1 H3P3R3"),
         ),
         Section(
             REFINER_STEPS,
-            "More of them on the same grid from noise to data: every step is shorter.",
+            "Each additional step makes all steps of the uniform grid shorter.",
             of("H1P5 H1P5R1 H1P5R2 H1P5R3 H1P5R4 H1P5R5 H1P5R6"),
         ),
         Section(
             "What a refiner step reads",
-            "In its second evaluation: the velocity from before the step (`reference`, as the "
-            "public code does) or the refined one (`paper`, Eq. 7).",
+            "The second evaluation of the refiner reads a velocity. By default this is the one "
+            "from before the step, as in the public code (`reference`). The variant `paper` reads "
+            "the refined velocity, as in Eq. 7.",
             tuple(
                 point
                 for sampler in ("H1P5R3", "H2P4R2", "H5P7R3")
@@ -106,14 +111,14 @@ def sections(
         ),
         Section(
             "Nearly exact",
-            "Many steps, and a solver that chooses its own.",
-            # SiT's own tolerance of dopri5, 1e-3, takes the rounding of bfloat16 for error, at
-            # twice the evaluations.
+            "Heun with many steps, and dopri5, which chooses its own steps.",
+            # At SiT's tolerance of 1e-3, dopri5 takes the rounding of bfloat16 for an error and
+            # needs twice the evaluations.
             of("H8 H16 H32 dopri5:1e-2"),
         ),
         Section(
             GUIDANCE,
-            "The same schedules at other scales.",
+            "The same schedules at several guidance scales.",
             tuple(
                 point
                 for other in sorted({1.0, 1.5, guided, scale})
@@ -122,8 +127,8 @@ def sections(
         ),
         Section(
             "Guidance interval",
-            "Guidance acts between two times only; an evaluation outside costs half. The exact "
-            "solution is that of the flow so guided.",
+            "Guidance acts between two times only. An evaluation outside costs half as much. The "
+            "exact solution has guidance in the same interval.",
             tuple(
                 point
                 for interval in ((0.0, 1.0), (0.0, 0.8), (0.1, 0.8), (0.2, 1.0))
@@ -151,8 +156,8 @@ def sections(
 
 
 _REFINERS_TEXT = """\
-The same predictor with other refiners. `main` is the glyphs' own (weights/glyphs/README.md), the
-others are trained by `python -m research.study.refiners`, with these options of
+The same predictor with other refiners. Rows without a name use the refiner of the repository
+itself. `python -m research.study.refiners` trains the others, with these options of
 `python -m training.refiner`:
 
 """
@@ -172,21 +177,21 @@ _COMPONENTS = "H8 H7R1 H6R2 H5R3 H7R2 H5P2R2 H3P4R2 H3P3R2 H2P8R2 H2P4R2 H1P6R2 
 
 def _options(refiner: str) -> str:
     options = REFINERS.get(refiner)
-    return f"`{options}`" if options else "no more, it is of an earlier list"
+    return f"`{options}`" if options else "from an earlier list of refiners"
 
 
 def sections_of(study: Mapping[str, Any]) -> tuple[Section, ...]:
-    """Those that the file `study` is of."""
+    """The sections of the study whose JSON is `study`."""
     size = Size(**study["size"])
     return sections(study["guidance_scale"], study["guided_scale"], size, study["refiners"])
 
 
 def measured(study: Mapping[str, Any], section: Section) -> list[tuple[Point, dict[str, Any]]]:
-    """The points of `section` that `study` has figures of, with them."""
+    """The measured points of `section`, each with its figures."""
     found = study["points"]
     return [(point, found[str(point)]) for point in section.points if str(point) in found]
 
 
 def unique(of: Iterable[Section]) -> tuple[Point, ...]:
-    """Every point of the sections once, in their order."""
+    """Every point of the sections, without repeats, in order."""
     return tuple(dict.fromkeys(point for section in of for point in section.points))

@@ -1,9 +1,8 @@
-"""The refiners of the study's last section: `python -m research.study.refiners`.
+"""Trains the refiners of the study's last section: `python -m research.study.refiners`.
 
-Trains each of REFINERS for the glyphs' predictor, on the data that the predictor was trained on.
-Exports each with the rest of the pipeline to a repository of its own, where
-`python -m research.study` finds it. What is there is not done again; training goes on where it was
-stopped.
+Trains every refiner of REFINERS for the glyphs predictor, on the predictor's training data. Exports
+each refiner with the rest of the pipeline to its own repository, where `python -m research.study`
+finds it. Skips finished refiners and resumes interrupted training.
 """
 
 import argparse
@@ -13,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from flowturbo.command import run_command
 from flowturbo.errors import FlowTurboError
 from flowturbo.nets.weights import sha256
 from flowturbo.pipeline import read_pipeline
@@ -24,7 +24,7 @@ _ALL = "--batch 64 --decay cosine --warmup 50 --ema-decay 0.995"
 _SHORT = f"{_ALL} --learning-rate 1e-3 --steps 1000 --seed 4"
 _ON = f"{_ALL} --learning-rate 5e-4 --start refiner.safetensors"
 
-# Options of `python -m training.refiner`; --start is a file in the folder of the glyphs' weights.
+# Options of `python -m training.refiner`. --start is relative to the folder of the glyphs weights.
 REFINERS = {
     "paper": _SHORT,
     "reference": f"{_SHORT} --objective reference",
@@ -38,23 +38,21 @@ REFINERS = {
 
 
 def main(argv: Sequence[str]) -> int:
-    """Trains and exports what is missing.
+    """Trains and exports the missing refiners.
 
-    Returns the exit status: 2, and one line on stderr, for what the user can put right.
+    Returns the exit status: 2, with one line on stderr, for an error that the user can correct.
     """
     parser = argparse.ArgumentParser(prog="python -m research.study.refiners", description=__doc__)
     parser.add_argument("--weights", type=Path, default=Path("weights/glyphs"))
     parser.add_argument("--repository", type=Path, default=Path("model_repository"))
-    parser.add_argument("--data", type=Path, help="latents; default: the glyphs', encoded here")
-    parser.add_argument("--runs", type=Path, default=Path("runs/glyphs"), help="data")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="repositories and states")
+    parser.add_argument(
+        "--data", type=Path, help="training latents; default: encode those of glyphs"
+    )
+    parser.add_argument("--runs", type=Path, default=Path("runs/glyphs"), help="glyphs data")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="repositories and training states")
     args = parser.parse_args(argv)
-    try:
-        _train(args)
-    except (FlowTurboError, OSError, subprocess.CalledProcessError) as error:
-        print(f"refiners: {error}", file=sys.stderr)
-        return 2
-    return 0
+    errors = (FlowTurboError, OSError, subprocess.CalledProcessError)
+    return run_command("refiners", lambda: _train(args), errors)
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -63,13 +61,13 @@ def _train(args: argparse.Namespace) -> None:
     data = args.data or glyph_latents(weights / "vae", args.runs)
     shards = Shards(data)
     for name, options in REFINERS.items():
-        # By what it comes from: one of other options, weights or latents is another.
+        # The digest names the refiner's sources: other options, weights or latents, another file.
         refiner = out / f"{name}_{_digest(options, weights, shards.digest)}.safetensors"
         if not refiner.exists():
             training = ["--predictor", weights / "predictor.safetensors", "--data", data]
             training += ["--runs", refiner.with_suffix(".run"), "--out", refiner]
             _run("training.refiner", *training, "--sample-every=0", *_options(options, weights))
-        # As the pipeline that it is compared with, whatever would be the fastest now.
+        # The same precision and runtime as the main pipeline, so that times can be compared.
         form = ["--precision", pipeline.precision, "--runtime", pipeline.runtime]
         parts = ["--predictor", weights / "predictor.safetensors", "--refiner", refiner]
         parts += ["--vae", weights / "vae", "--class-names", weights / "classes.txt"]

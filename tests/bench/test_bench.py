@@ -63,14 +63,16 @@ def test_gpu_check_stops_in_time(tmp_path: Path) -> None:
     run("bench.gpu_check", "--size", "small", *options, "--minutes", 0, "--out", out)
     report = json.loads(out.read_text())
     assert report["blocks"] == []
-    assert report["left_out"] == [f"PyTorch {p}: --minutes 0 are over" for p in ("bf16", "fp32")]
+    assert report["left_out"] == [
+        f"PyTorch {p}: time limit of 0 min reached" for p in ("bf16", "fp32")
+    ]
 
 
 def test_gpu_serve_check(tmp_path: Path) -> None:
     out = tmp_path / "report.json"
     options = ("--folder", tmp_path / "work", "--seconds", "0.5", "--out", out)
     printed = output_of("bench.gpu_serve_check", "--size", "small", *options)
-    assert "32 clients, 1 images a request" in printed
+    assert "32 clients, 1 images per request" in printed
     report = json.loads(out.read_text())
     loads = [(load["images"], load["clients"]) for load in report["loads"]]
     assert loads == [(1, 1), (8, 1), (1, 8), (1, 32)]

@@ -181,7 +181,7 @@ def test_check() -> None:
 
 def test_bad_input() -> None:
     replica = Replica.of(TIMES)
-    with pytest.raises(ValueError, match=r"SLO of 60 ms .* the 62\.1 ms of a request alone"):
+    with pytest.raises(ValueError, match=r"SLO of 60 ms .* the 62\.1 ms of a single request"):
         largest_load(replica, 60.0)
     with pytest.raises(ValueError, match="rate must be above 0 images/s, got -1"):
         plan(replica, 500.0, -1.0)

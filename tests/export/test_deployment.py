@@ -275,10 +275,13 @@ def test_gpus_are_found() -> None:
 @pytest.mark.parametrize(
     ("driver", "said"),
     [
-        (Driver(12040, 0, [("H100", 9, 0)]), "too old: it runs CUDA 12.4, and CUDA 13 is needed"),
+        (
+            Driver(12040, 0, [("H100", 9, 0)]),
+            "too old: it supports CUDA 12.4, but CUDA 13 is needed",
+        ),
         (Driver(13000, 100, []), "no GPU is visible"),
         (Driver(13000, 0, []), "no GPU is visible"),
-        (Driver(13000, 804, []), "its own driver is too old"),
+        (Driver(13000, 804, []), "its driver is too old"),
         (Driver(13000, 803, []), "restart the host"),
         (Driver(13000, 999, []), r"an error of the driver \(cuInit: 999\)"),
     ],
@@ -292,7 +295,7 @@ def test_why_no_gpu_can_be_used(driver: Driver, said: str) -> None:
 def test_what_was_exported_for_a_gpu_needs_one() -> None:
     on_gpu = with_engines({})
     on_cpu = replace(on_gpu, name="other", models={Role.PREDICTOR: ModelRecord()})
-    said = "pipeline sit was exported for a GPU, and no NVIDIA driver is here"
+    said = "pipeline sit was exported for a GPU, but no NVIDIA driver was found"
     with pytest.raises(SetupError, match=said):
         check_gpus([on_cpu, on_gpu], None)
     assert check_gpus([on_cpu], None) == []
@@ -363,7 +366,7 @@ def test_verify_fails_loudly(golden_repository: Path, tmp_path: Path) -> None:
     for change, said in [
         (("--guidance-channels", "4"), "exported with --guidance-channels 3, here it is 4"),
         (("--reverse-time",), "exported with --reverse-time not given, here it is given"),
-        (("--vae", GLYPHS / "vae"), "pipeline sit has no decoder: leave --vae out"),
+        (("--vae", GLYPHS / "vae"), "pipeline sit has no decoder: omit --vae"),
         (("--schedule", "X1"), "unknown step 'X'"),
     ]:
         done = run_export(*common, *change)

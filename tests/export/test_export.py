@@ -114,7 +114,7 @@ def test_command_errors_leave_the_repository_alone(golden_repository: Path) -> N
         ),
         (
             ("--predictor", GOLDEN / "predictor.pt", "--num-heads", "2", "--class-names", __file__),
-            "names, the predictor 10 classes",
+            "names, the predictor has 10 classes",
         ),
     ]:
         done = run_export(*arguments, "--repository", golden_repository)
@@ -488,7 +488,7 @@ def test_a_pipeline_is_removed(repository: Path) -> None:
 def test_a_bad_name_is_refused(tmp_path: Path, name: str) -> None:
     done = run_export(*PREDICTOR_ALONE, "--name", name, "--repository", tmp_path / "models")
     assert done.returncode == 2
-    assert "a pipeline's name is small letters, digits, - and _" in done.stderr
+    assert "a pipeline's name has at most 40 small letters, digits, - and _" in done.stderr
     assert f"got {name!r}" in done.stderr
     assert not list(tmp_path.iterdir())
 

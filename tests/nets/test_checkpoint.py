@@ -231,7 +231,7 @@ def test_training_arguments_do_not_stop_a_load(tmp_path: Path, beside: dict[str,
     [
         (Settings(a=1), r"holds a test_checkpoint\.Settings, not named tensors"),
         ({"pos_embed": Settings()}, r"'pos_embed' is a test_checkpoint\.Settings, not a tensor"),
-        ({"ours": {"pos_embed": torch.zeros(1)}, "step": 3}, "It has ours, step; tensors by name"),
+        ({"ours": {"pos_embed": torch.zeros(1)}, "step": 3}, "has ours, step; named tensors"),
         ({}, "is not a state dict: it is empty"),
     ],
 )
@@ -352,7 +352,7 @@ def test_classes_in_nested_arguments_and_metadata(tmp_path: Path) -> None:
     assert not load_predictor(path).config.null_class
     unclear = {"data": {"num_classes": 5}, "training": {"num_classes": 4}}
     path = saved(tmp_path / "c.pt", without_null_class(5), config=unclear)
-    with pytest.raises(CheckpointError, match="states both 5 and 4 classes: say which"):
+    with pytest.raises(CheckpointError, match="states both 5 and 4 classes: choose one"):
         load_predictor(path)
     assert load_predictor(path, num_classes=4).config.null_class
     # The network's own is the one that counts, and other networks' are not its own.
@@ -413,7 +413,7 @@ def test_names_with_one_prefix(tmp_path: Path) -> None:
     assert torch.equal(load_predictor(tmp_path / "c.ckpt").pos_embed, network.pos_embed)
     content["vae.scale"] = torch.ones(1)
     torch.save({"state_dict": content, "epoch": 3}, tmp_path / "c.ckpt")
-    with pytest.raises(CheckpointError, match=r"under 'model.net.' and others .* 'vae.scale'"):
+    with pytest.raises(CheckpointError, match=r"under 'model.net.' and other .* 'vae.scale'"):
         load_predictor(tmp_path / "c.ckpt")
 
 
@@ -520,9 +520,9 @@ def test_a_refiner_has_the_predictors_classes(tmp_path: Path) -> None:
     assert load_refiner(refiner(), guided).config.null_class
     assert not load_refiner(refiner(null_class=False), unguided).config.null_class
     assert load_refiner(refiner(), unguided).config.num_classes == 5
-    with pytest.raises(CheckpointError, match="no row for the null class, the predictor has one"):
+    with pytest.raises(CheckpointError, match="no row for the null class, but the predictor has"):
         load_refiner(refiner(null_class=False), guided)
-    with pytest.raises(CheckpointError, match="num_classes 8, the predictor 5"):
+    with pytest.raises(CheckpointError, match="num_classes 8, the predictor has 5"):
         load_refiner(refiner(num_classes=8), guided)
 
 
@@ -559,7 +559,7 @@ def test_time_that_runs_backwards_is_refused_or_turned(tmp_path: Path, glyphs: S
     x, label = torch.randn(3, 4, 16, 16), torch.tensor([0, 7, 36])
     t = torch.tensor([0.0, 0.3, 1.0])
     assert torch.allclose(turned(x, t, label), glyphs(x, t, label), atol=1e-4)
-    with pytest.raises(CheckpointError, match="leave --reverse-time out"):
+    with pytest.raises(CheckpointError, match="omit --reverse-time"):
         load_predictor(GLYPHS / "predictor.safetensors", reverse_time=True)
 
 
@@ -570,7 +570,7 @@ def test_a_network_that_answers_the_noise_is_refused(
     """Near the noise where all is noise, and not where all is data as REPA's."""
     network = twin(glyphs, at=0.0, sign=-1.0)
     network.config = replace(network.config, reverse_time=reverse_time)
-    with pytest.raises(CheckpointError, match=r"answers the noise itself at t = 0 \(cosine 0\.9"):
+    with pytest.raises(CheckpointError, match=r"predicts the noise itself at t = 0 \(cosine 0\.9"):
         check_convention(network, tmp_path / "c.pt")
 
 
@@ -606,7 +606,7 @@ def test_other_paths_and_predictions_are_refused(
     if said is None:
         load_predictor(path)
         return
-    with pytest.raises(CheckpointError, match=f"{said}, which is not served"):
+    with pytest.raises(CheckpointError, match=f"{said}, which is not supported"):
         load_predictor(path)
 
 

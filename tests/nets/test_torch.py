@@ -94,7 +94,7 @@ def test_a_server_whose_answer_is_off_refuses_to_start(repository: Path, tmp_pat
     with pytest.raises(ServerError, match=said), running_server(tampered):
         pass
     (tampered / REFINER / "figures.npz").unlink()
-    with pytest.raises(ServerError, match="no figures to hold glyphs_velocity_refiner to"):
+    with pytest.raises(ServerError, match="no reference figures for glyphs_velocity_refiner"):
         with running_server(tampered):
             pass
 

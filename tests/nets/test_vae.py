@@ -63,7 +63,7 @@ def without(*starts: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
         (lambda t: {**t, "loss.logvar": torch.zeros(1)}, "unknown tensor 'loss.logvar'"),
         (
             lambda t: {k.replace("up_blocks", "up"): v for k, v in t.items()},
-            r"no tensor 'decoder.up_blocks.*names are of an LDM checkpoint",
+            r"no tensor 'decoder.up_blocks.*names of an LDM checkpoint",
         ),
         (
             lambda t: {f"first_stage_model.{k}": v for k, v in t.items()},
@@ -102,9 +102,9 @@ def test_tensors_that_do_not_fit_are_named(make: Make, change: Any, said: str) -
         ({"latents_mean": MEAN, "latents_std": [0, 1, 1, 1]}, "latents_std must be 4 numbers"),
         (
             {"latents_mean": MEAN, "latents_std": STD, "shift_factor": 0.1},
-            "has latents_mean and shift_factor 0.1",
+            "has both latents_mean and shift_factor 0.1",
         ),
-        ({"sample_size": None}, "sample_size must be pixels, or two sides, got None"),
+        ({"sample_size": None}, "sample_size must be pixels, one or two sides, got None"),
         ({"act_fn": "no such"}, "describes no AutoencoderKL"),
     ],
 )

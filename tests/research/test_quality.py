@@ -464,10 +464,10 @@ def test_files_of_a_run_that_are_damaged_are_named(tmp_path: Path) -> None:
     with pytest.raises(TextFileError, match="speed.json is not JSON"):
         _ = folder.speed
     (folder.path / "spec.json").write_text("")
-    with pytest.raises(ValueError, match="has images of nothing known, not of .*: remove it"):
+    with pytest.raises(ValueError, match="has images of an unknown spec, not of .*: remove it"):
         ImageFolder(folder.path, {}, num_classes=3)
     (tmp_path / "exact.npy").touch()
-    with pytest.raises(ValueError, match="exact.npy is no array, remove it"):
+    with pytest.raises(ValueError, match="exact.npy is not an array, remove it"):
         kept(tmp_path / "exact.npy", lambda: np.zeros(1))
 
 

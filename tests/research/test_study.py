@@ -1,4 +1,4 @@
-"""The study: its list, its figures on the real model, resuming, and the report."""
+"""The study: its points, its figures on the real model, resuming, and the report."""
 
 import json
 import shutil
@@ -17,12 +17,13 @@ from flowturbo.solver.sampler import Array
 from research.quality.engine import Exact
 from research.study import __main__ as study
 from research.study import measure
-from research.study.equal import EXACT, FRECHET, difference, rivals
-from research.study.figures import family
+from research.study.equal import EXACT, FRECHET, difference, family, rivals, time_share
 from research.study.measure import stability, summary
 from research.study.points import CURVES, Size, sections, unique
 from research.study.refiners import REFINERS
 from training import refiner
+
+BENCHMARKS = ROOT / "docs" / "benchmarks"
 
 
 def test_every_point_of_the_paper_is_there_once() -> None:
@@ -37,7 +38,7 @@ def test_every_point_of_the_paper_is_there_once() -> None:
     assert {point.repository for point in listed[-1].points} == {"main", "wide"}
 
 
-def test_every_refiner_of_the_study_can_be_trained() -> None:
+def test_the_options_of_every_refiner_are_valid() -> None:
     for options in REFINERS.values():
         refiner._parser().parse_args(["--predictor=p", "--data=d", "--out=o", *options.split()])
 
@@ -49,7 +50,7 @@ def test_times_are_compared_within_a_round() -> None:
 
 
 def point(sampler: str, share: float, offset: float) -> measure.Figures:
-    """Seeds are as hard for one sampler as for another."""
+    """The figures of a sampler; blocks of seeds have the same effect on every sampler."""
     blocks = np.random.default_rng(0).random(10)
     return {
         "sampler": sampler,
@@ -64,7 +65,7 @@ def point(sampler: str, share: float, offset: float) -> measure.Figures:
 
 
 def test_differences_are_paired_by_seeds() -> None:
-    """Two samplers whose figures move together differ by the same everywhere: no uncertainty."""
+    """If the figures of two samplers move together, their difference has no uncertainty."""
     one, other = point("H8", 1.0, 0.0), point("H4", 0.5, 0.25)
     for figure in (FRECHET, EXACT):
         assert difference(other, one, figure) == pytest.approx((0.25, 0))
@@ -73,7 +74,7 @@ def test_differences_are_paired_by_seeds() -> None:
         assert difference(other, one, figure) is None
 
 
-def test_the_fastest_as_good() -> None:
+def test_the_fastest_of_each_family_that_is_as_good_as_heun() -> None:
     heun = point("H8", 1.0, 0.0)
     others = [
         point("A6@3", 0.4, 0.02),  # not as good
@@ -93,8 +94,8 @@ def test_the_fastest_as_good() -> None:
     assert found["FlowTurbo"].difference == pytest.approx(-0.1)
 
 
-def test_the_baseline_is_its_own_time() -> None:
-    """Its ratio to itself, taken in turns, is noise that no share is to have."""
+def test_the_baseline_takes_exactly_its_own_time() -> None:
+    """The measured ratio of the baseline to itself is noise, and must not enter any share."""
     heun, other = point("H8", 1.05, 0.0), point("H1P5R3", 0.5, 0.0)
     assert rivals([heun, other], heun, FRECHET)["FlowTurbo"].share == 0.5
     other = point("H12", 2.0, 0.0)
@@ -102,7 +103,7 @@ def test_the_baseline_is_its_own_time() -> None:
 
 
 def test_stability_of_a_known_flow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """v = x grows as exp(t): its relative change over h is exp(h) - 1 at all times."""
+    """v = x grows as exp(t): the relative change over h is exp(h) - 1 at all times."""
     exact = Exact(GLYPHS / "predictor.safetensors")
 
     def velocity(labels: Array, guidance: Guidance):  # type: ignore[no-untyped-def]
@@ -117,16 +118,16 @@ def test_stability_of_a_known_flow(monkeypatch: pytest.MonkeyPatch) -> None:
 def arguments(glyphs_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list:
     monkeypatch.setattr(study, "STABILITY_IMAGES", 2)
     for module in (study, measure):
-        monkeypatch.setattr(module, "BATCH", 6)  # images that are timed and solved exactly
+        monkeypatch.setattr(module, "BATCH", 6)  # images timed and compared with the exact solution
     words = ["--repository", glyphs_repository, "--weights", GLYPHS, "--images", 24]
     words += ["--other-images", 20, "--rounds", 1, "--work", tmp_path / "work"]
     words += ["--refiners", tmp_path / "none"]
-    words += ["--json", tmp_path / "study.json", "--report", tmp_path / "quality.md"]
+    words += ["--json", tmp_path / "study.json", "--report", tmp_path / "study.md"]
     return [*map(str, words)]
 
 
 def test_a_small_study(arguments: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "study_findings.md").write_text("## What was found\n\nLittle.\n")
+    (tmp_path / "study_findings.md").write_text("## Findings\n\nLittle.\n")
     for only, said in (
         ("/H8_g1 ", "2 points to measure, 0 done"),
         ("/(H8|H1P5R3|unipc-6@2|H5P7T3|H1P5R2)_g1 ", "5 points to measure, 2 done"),
@@ -138,9 +139,9 @@ def test_a_small_study(arguments: list, tmp_path: Path, capsys: pytest.CaptureFi
     assert (ours["predictor"], ours["refiner"], ours["images"]) == (7, 6, 24)
     assert points["main/unipc-6@2_g1 24"]["predictor"] == 6
     assert all(0.01 < point["from_exact"] < 1 for point in points.values())
-    text = (tmp_path / "quality.md").read_text()
-    assert text.count("`H5P7T3`") == 1  # its section has it, of fewer images
-    assert "## What was found\n\nLittle.\n\n## At Heun's Fréchet distance" in text
+    text = (tmp_path / "study.md").read_text()
+    assert text.count("`H5P7T3`") == 1  # in its section, with fewer images
+    assert "## Findings\n\nLittle.\n\n## At Heun's Fréchet distance" in text
     assert "## Solvers" in text
     assert "## Order of blocks" not in text
     assert "Not measured yet: " in text
@@ -151,28 +152,58 @@ def test_a_small_study(arguments: list, tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_the_committed_report_is_of_the_committed_figures(tmp_path: Path) -> None:
-    benchmarks = ROOT / "docs" / "benchmarks"
     for name in ("study.json", "study_findings.md"):
-        shutil.copy(benchmarks / name, tmp_path)
-    report = tmp_path / "quality.md"
+        shutil.copy(BENCHMARKS / name, tmp_path)
+    report = tmp_path / "study.md"
     words = ["--report-only", "--json", str(tmp_path / "study.json"), "--report", str(report)]
     assert study.main(words) == 0
-    said = report.read_text().replace("](study_", "](benchmarks/study_")
-    committed = (ROOT / "docs" / "quality.md").read_text()
-    assert said == committed, "make docs/quality.md anew: python -m research.study --report-only …"
+    committed = (BENCHMARKS / "study.md").read_text()
+    assert report.read_text() == committed, "write it again: python -m research.study --report-only"
+
+
+def table_rows(path: Path) -> list[tuple[str, ...]]:
+    lines = [line for line in path.read_text().splitlines() if line.startswith("| `")]
+    return [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines]
+
+
+def test_the_figures_of_the_quality_page_are_those_of_the_log() -> None:
+    """In rows of one schedule. Cells of words and empty cells are not compared."""
+    log = [set(row) for row in table_rows(BENCHMARKS / "study.md")]
+    rows = [row for row in table_rows(ROOT / "docs/quality.md") if " − `" not in row[0]]
+    assert len(rows) > 10
+    for name, *cells in rows:
+        figures = {cell for cell in cells if "." in cell}
+        assert figures
+        assert any({name} | figures <= row for row in log), name
+
+
+def test_the_differences_on_the_quality_page_are_those_of_the_json() -> None:
+    """In rows of two schedules: relative time, and differences paired by seeds."""
+    points = json.loads((BENCHMARKS / "study.json").read_text())["points"]
+    rows = [row for row in table_rows(ROOT / "docs/quality.md") if " − `" in row[0]]
+    assert len(rows) > 10
+    for names, *cells in rows:
+        keys = [name.strip("`").replace(":", "-") for name in names.split(" − ")]
+        pairs = [[points.get(f"main/{key}_g1 {n}") for key in keys] for n in (10_000, 2_000)]
+        one, other = next(pair for pair in pairs if all(pair))
+        figures = [difference(one, other, figure) for figure in (FRECHET, EXACT)]
+        assert cells == [
+            f"{time_share(one) / time_share(other):.2f}",
+            *(f"{apart:+.4f} ± {interval:.4f}" for apart, interval in figures),
+        ], names
 
 
 @pytest.mark.parametrize("changed", ["--rounds=2", "--guidance-scale=2", "--other-images=19"])
-def test_what_a_study_is_of_stays(
+def test_the_settings_of_a_study_cannot_change(
     arguments: list, capsys: pytest.CaptureFixture[str], changed: str
 ) -> None:
-    """Even with no point in it: the velocity's stability is."""
+    """Nor without points: the stability of the velocity is measured at once."""
     assert study.main([*arguments, "--only", "nothing"]) == 0
     assert study.main([*arguments, "--only", "nothing", changed]) == 2
     assert "give another --json" in capsys.readouterr().err
 
 
-def test_a_study_makes_images(
+def test_a_study_needs_a_decoder(
     arguments: list, golden_repository: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments[1] = str(golden_repository)
@@ -180,30 +211,30 @@ def test_a_study_makes_images(
     assert "makes latents only: export it with --vae" in capsys.readouterr().err
 
 
-def test_a_report_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_report_needs_a_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "study.json"
     for words, said in (("--report-only", "study.json"), ("--rounds=0", "--rounds must be 1")):
         assert study.main([words, "--json", str(file)]) == 2
         assert said in capsys.readouterr().err
     file.write_text('{"points": {}}')
     assert study.main(["--report-only", "--json", str(file)]) == 2
-    assert "study.json is not a study's" in capsys.readouterr().err
+    assert "study.json has no study" in capsys.readouterr().err
 
 
 def test_points_of_other_settings_are_not_mixed(
     arguments: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nor is a report of another size written over the one that is there."""
+    """The existing file stays as it is."""
     known = {"points": {"main/H8_g1 24": {}}, "hardware": {"cpu": "another", "cores": 2}}
     (tmp_path / "study.json").write_text(json.dumps(known))
     assert study.main([*arguments, "--only", "/H8_g1 "]) == 2
     said = capsys.readouterr().err
-    assert "study.json is of hardware {'cpu': 'another', 'cores': 2}, this would be of" in said
+    assert "study.json was measured with hardware {'cpu': 'another', 'cores': 2}, not" in said
     assert "give another --json" in said
     assert json.loads((tmp_path / "study.json").read_text()) == known
 
 
-def test_other_refiners_are_of_the_same_predictor(
+def test_other_refiners_need_the_same_predictor_and_decoder(
     arguments: list, glyphs_repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other, pipeline = tmp_path / "refiners" / "deep", read_pipeline(glyphs_repository)
@@ -213,8 +244,8 @@ def test_other_refiners_are_of_the_same_predictor(
     fingerprint = {**pipeline.fingerprint, "sha256": digests}
     write_record(other, replace(pipeline, fingerprint=fingerprint))
     assert study.main(arguments) == 2
-    assert f"{other} has another predictor than" in capsys.readouterr().err
+    assert "have different predictors" in capsys.readouterr().err
     models = {role: each for role, each in pipeline.models.items() if role is not Role.DECODER}
     write_record(other, with_models(pipeline, models))
     assert study.main(arguments) == 2
-    assert f"{other} has another decoder than" in capsys.readouterr().err
+    assert "have different decoders" in capsys.readouterr().err

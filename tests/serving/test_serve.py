@@ -291,7 +291,9 @@ def test_a_binary_that_is_none_must_be_put_right(tmp_path: Path) -> None:
     done = run_cli("--repository", repository, "--tritonserver", binary, *ports)
     assert done.returncode == 2
     assert f"cannot run {binary}: " in done.stderr
-    assert done.stderr.splitlines()[-1] == "error: tritonserver cannot be run, as said above"
+    assert (
+        done.stderr.splitlines()[-1] == "error: tritonserver cannot be run: see the message above"
+    )
 
 
 def test_a_model_that_fails_to_load_is_an_error(tmp_path: Path) -> None:
@@ -450,7 +452,7 @@ def test_a_model_for_another_backend_is_refused(repository: Path) -> None:
     with pytest.raises(SetupError, match="other_velocity_predictor .*only the Python backend"):
         check_backends(repository, [PIPELINE, other], wheel)
     models = {Role.PREDICTOR: ModelRecord(runtime="nowhere")}
-    with pytest.raises(SetupError, match="with nowhere, which is not here: pip install nowhere"):
+    with pytest.raises(SetupError, match="nowhere, which is not installed: pip install nowhere"):
         check_backends(repository, [replace(PIPELINE, models=models)], wheel)
 
 
@@ -550,7 +552,7 @@ def test_without_a_compiler_the_danger_is_noted(
     found = find_server()
     assert "LD_PRELOAD" not in found.environment
     (note,) = found.notes
-    assert "classification of a BYTES output" in note and "no C compiler is here" in note
+    assert "classification of a BYTES output" in note and "no C compiler was found" in note
     (tmp_path / "cc").write_text("#!/bin/sh\nexit 3\n")
     (tmp_path / "cc").chmod(0o755)
     (note,) = find_server().notes

@@ -221,4 +221,4 @@ def test_steps_beyond_the_refiners_training_are_logged(caplog: pytest.LogCapture
     program_for(Schedule.parse("H1P5R3"), Variant.PAPER)
     assert not caplog.messages
     program_for(Schedule.parse("H1R3"), Variant.PAPER)
-    assert "H1R3 refines in steps of 0.250" in caplog.messages[0]
+    assert "H1R3 has refiner steps of 0.250" in caplog.messages[0]

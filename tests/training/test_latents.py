@@ -167,9 +167,9 @@ def test_encoding_does_not_go_on_with_other_settings(
     [
         ("settings.json", b"{", "settings.json is not JSON"),
         ("settings.json", b"[]", "settings.json must be an object, got []"),
-        ("shard-00000.safetensors", b"cut", "shard-00000.safetensors is no shard from here"),
-        ("shard-00000.safetensors", save({"label": torch.zeros(3)}), "is no shard from here"),
-        ("shard-00000.safetensors", save({"mean": torch.zeros(3)}), "is no shard from here"),
+        ("shard-00000.safetensors", b"cut", "shard-00000.safetensors is not a shard of"),
+        ("shard-00000.safetensors", save({"label": torch.zeros(3)}), "is not a shard of"),
+        ("shard-00000.safetensors", save({"mean": torch.zeros(3)}), "is not a shard of"),
     ],
     ids=("no JSON", "no object", "cut", "no count", "no label"),
 )
@@ -320,7 +320,7 @@ def test_files_of_others_are_left_alone(
     assert run(images, out) == 0
     for name, said in [
         ("shard-weights.safetensors", "is not in index.json: remove it"),
-        ("shard-00007.safetensors", "is no shard from here, remove it"),
+        ("shard-00007.safetensors", "is not a shard of training.latents, remove it"),
     ]:
         foreign = out / name
         save_file({"weight": torch.zeros(3)}, foreign)
@@ -338,7 +338,7 @@ def test_latents_are_not_written_into_the_images(
     images: Path, capsys: pytest.CaptureFixture[str], out: str
 ) -> None:
     assert run(images, images / out) == 2
-    assert "lies in the data" in capsys.readouterr().err
+    assert "is inside the data folder" in capsys.readouterr().err
 
 
 def test_an_image_folder_with_files_of_these_names(images: Path) -> None:
@@ -542,7 +542,7 @@ def test_a_shard_of_means_among_others(shards: Path, shard: int) -> None:
     ("data", "size", "said"),
     [
         ("shards", 32, "latents must be (4, 32, 32) for this predictor, got (4, 16, 16)"),
-        ("images", 16, "images need --vae"),
+        ("images", 16, "to encode images, give --vae"),
         ("nowhere", 16, "nowhere is not a folder"),
     ],
 )
@@ -591,7 +591,7 @@ def test_a_refiner_from_images(
     assert unused["empty_classes"] == ["cow"]
     assert unused["left_out"] == []
     assert train([*words, "--skip-bad", "--runs", str(images / "runs")]) == 2
-    assert "--runs" in (said := capsys.readouterr().err) and "lies in the data" in said
+    assert "--runs" in (said := capsys.readouterr().err) and "is inside the data folder" in said
     (images / "ant" / "0.png").touch()  # another file may lie there now
     assert train([*words, "--skip-bad"]) == 2
     assert (

@@ -408,7 +408,7 @@ def test_tiles() -> None:
         (("--ema-decay", "1"), "ema_decay must be from 0 to below 1, got 1.0"),
         (("--out", "refiner.pt"), "--out must be a file that ends in .safetensors, got refiner.pt"),
         (("--out", "{folder}"), "--out must be a file that ends in .safetensors"),
-        (("--width", "96"), "--width 96 needs --heads, only 384"),
+        (("--width", "96"), "--width 96 needs --heads: heads are known only for 384"),
         (("--width", "30", "--heads", "4"), "--heads, got width 30, heads 4"),
         (("--sample-schedule", "R3"), "no velocity cached"),
         (("--sample-schedule", "X4"), "unknown step 'X'"),
@@ -473,7 +473,7 @@ def test_a_folder_in_use_is_refused(
     """As by the processes of a launcher that was killed."""
     with exclusive(tmp_path):
         assert main(arguments(data, tmp_path, "--steps", "1")) == 2
-    assert f"{tmp_path} is in use: another run" in capsys.readouterr().err
+    assert f"{tmp_path} is in use by another run" in capsys.readouterr().err
     assert main(arguments(data, tmp_path, "--steps", "1")) == 0
 
 
@@ -587,7 +587,7 @@ def test_a_start_that_does_not_fit_is_refused(
 ) -> None:
     more = ("--start", str(GOLDEN / "refiner.pt"), "--heads", "2")
     assert main(arguments(data, tmp_path, *more)) == 2
-    assert "the refiner has latent_size 8, the predictor 4" in capsys.readouterr().err
+    assert "the refiner has latent_size 8, the predictor has 4" in capsys.readouterr().err
 
 
 def test_a_run_is_not_taken_for_another(
@@ -600,4 +600,4 @@ def test_a_run_is_not_taken_for_another(
         assert main(arguments(data, tmp_path, *more)) == 2
         assert "was trained with" in capsys.readouterr().err
     assert main(arguments(data, tmp_path / "other", *start, "--depth", "2")) == 2
-    assert "leave --depth and --width out" in capsys.readouterr().err
+    assert "omit --depth and --width" in capsys.readouterr().err

@@ -187,7 +187,9 @@ def test_command(
     assert set(read_presets(out, has_refiner=True)) == {"fast", "balanced", "best"}
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert main([*common, "--latency-ms", "5"]) == 2
-    assert "no schedule takes 5 ms or less, H1 takes 11.5" in capsys.readouterr().err
+    assert (
+        "no schedule takes 5 ms or less; the fastest, H1, takes 11.5 ms" in capsys.readouterr().err
+    )
     assert main([*common[:4], "--latency-ms", "30", "--latents", "9"]) == 2
     assert "--latents must be at least 50, got 9" in capsys.readouterr().err
     assert main([*common, "--latency-ms", "0"]) == 2

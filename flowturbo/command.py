@@ -1,0 +1,34 @@
+"""Shared code of the commands: numbers as options, and errors on one line."""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+
+def run_command(
+    name: str, work: Callable[[], object], errors: tuple[type[BaseException], ...]
+) -> int:
+    """Returns the exit status of `work`: 0, or 2 after one of `errors`, printed on one line.
+
+    `errors` are errors that the user can fix. Other errors are bugs and end with a traceback.
+    """
+    try:
+        work()
+    except errors as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def natural(text: str) -> int:
+    """An argparse type: a whole number from 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number from 1."""
+    if not natural(text):
+        raise argparse.ArgumentTypeError("must be at least 1, got 0")
+    return int(text)
