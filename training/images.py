@@ -155,7 +155,7 @@ def read_image(path: Path, *, as_stored: bool = False) -> Image.Image:
             _scale_transparency(file)
             tags = dict(file.tag_v2) if isinstance(file, TiffImageFile) else {}
             # pop() keeps Pillow from rotating some formats itself when it reads the pixels.
-            # exif_transpose() is not used: it rewrites all EXIF data and fails at odd ones.
+            # ImageOps.exif_transpose() is not used: it rewrites all EXIF data and can fail.
             turn = _UPRIGHT.get(file.getexif().pop(_ORIENTATION, 1))
             image = file.copy()
             if turn is not None and not as_stored:

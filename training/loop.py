@@ -213,7 +213,7 @@ class _Run:
         if len(set(steps)) > 1:
             raise PlanError(
                 f"{self.folder} must be a folder that all processes share (--runs): they found "
-                f"states of the steps {', '.join(map(str, steps))}"
+                f"states of steps {', '.join(map(str, steps))}"
             )
 
     def record(self, loss: float) -> None:

@@ -99,8 +99,8 @@ def shared(x: Tensor, members: Members) -> Tensor:
 def partners(pair: Tensor) -> Members:
     """Row indices [B] of the conditional and the unconditional row of each row's pair.
 
-    `pair` [B] is the offset of a row's partner: 1 in a conditional row, -1 in an unconditional one,
-    0 in a row without a partner. Indices are clamped, so that they stay inside a padded batch.
+    `pair` [B] is the offset to a row's partner: 1 in a conditional row, -1 in an unconditional one,
+    0 without a partner. Indices are clamped, so that they stay inside a padded batch.
     """
     row = torch.arange(pair.shape[0], device=pair.device)
     partner = torch.minimum((row + pair).clamp(min=0), row[-1:])

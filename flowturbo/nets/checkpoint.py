@@ -304,7 +304,7 @@ def _check_arguments(checkpoint: Checkpoint) -> None:
 def check_convention(network: SiT, path: Path) -> None:
     """Checks the predictor's output for noise against that of a velocity.
 
-    At t = 0 the state x is noise and v(x, 0) = data - noise, so the cosine between v and -x is near
+    At t = 0 the state x is noise. With v(x, 0) = data - noise the cosine between v and -x is near
     1. A cosine below -0.3 means that time runs the other way. A cosine in between is logged. An
     untrained network, which outputs 0 everywhere, gives no verdict. Raises CheckpointError if time
     runs the other way. Raises it too if the network predicts the noise itself: a DiT at t = 999,
