@@ -16,7 +16,7 @@ from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from flowturbo import contract
-from flowturbo.errors import FlowTurboError
+from flowturbo.errors import FlowTurboError, RepositoryError
 from flowturbo.nets.weights import sha256
 from flowturbo.pipeline import (
     RECORDS,
@@ -173,16 +173,35 @@ def write_record(repository: Path, pipeline: Pipeline) -> None:
 
 
 def remove(repository: Path, name: str) -> list[str]:
-    """Removes the pipeline `name`, its record first. Returns the removed folders.
+    """Removes the pipeline `name`, its record first; returns the folders that were removed.
 
-    Raises RepositoryError if it is not installed.
+    It also removes a pipeline whose record cannot be read. Raises RepositoryError if there is none.
     """
-    pipeline = read_pipeline(repository, name)
-    record_path(repository, name).unlink()
-    gone = [folder for folder in pipeline.folders if (repository / folder).is_dir()]
+    record = record_path(repository, name)
+    if not record.is_file():
+        read_pipeline(repository, name)  # raises, with the installed ones
+    gone = folders_of(repository, name)
+    record.unlink()
     for folder in gone:
         shutil.rmtree(repository / folder)
     return gone
+
+
+def folders_of(repository: Path, name: str) -> list[str]:
+    """The Triton models of the pipeline `name` in `repository`, also where its record is damaged.
+
+    Triton loads every folder, so none may be left behind. Without a readable record they are known
+    by their names: `<name>_...`, but not those of another pipeline whose name begins like that.
+    """
+    try:
+        owned = read_pipeline(repository, name).folders
+    except RepositoryError:
+        if not record_path(repository, name).is_file():
+            return []
+        longer = tuple(f"{n}_" for n in installed(repository) if n.startswith(f"{name}_"))
+        found = sorted(path.name for path in repository.glob(f"{name}_*") if path.is_dir())
+        owned = [folder for folder in found if not folder.startswith(longer)]
+    return [folder for folder in owned if (repository / folder).is_dir()]
 
 
 def add_orchestrator(repository: Path) -> None:

@@ -1,6 +1,7 @@
 """Exports the checkpoints of one pipeline, and verifies and installs all its models together."""
 
 import json
+import shlex
 import unicodedata
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
@@ -94,7 +95,7 @@ def export_pipeline(options: Options) -> None:
     if same and same.fingerprint != fingerprint:
         same = None
     if same and _is_current(options, same, builders, settings, schedules):
-        wanted = _stated(same, options, defaults, presets)
+        wanted = _stated(same, options, defaults, presets, schedules)
         if wanted != same:
             install.write_record(repository, wanted)
         if replace(wanted, command=same.command) != same:
@@ -116,9 +117,10 @@ def export_pipeline(options: Options) -> None:
                 install.replace_text(staged / pipeline.model(role) / "config.pbtxt", text)
             pipeline = with_ensembles(pipeline, settings, schedules)
             write_ensembles(staged, pipeline, settings, schedules)
-            pipeline = _stated(pipeline, options, defaults, presets)
+            pipeline = _stated(pipeline, options, defaults, presets, schedules)
             install.add_orchestrator(repository)
-            install.install(staged, repository, pipeline, former.folders if former else [])
+            former_folders = install.folders_of(repository, options.name)
+            install.install(staged, repository, pipeline, former_folders)
         shown = ", ".join(map(str, schedules)) or "none"
         print(f"export: installed {options.name} in {repository}, ensembles: {shown}")
     if install.choose_default(repository, options.name):
@@ -181,10 +183,23 @@ def _defaults(options: Options, former: Pipeline | None, presets: Mapping[str, s
 
 
 def _stated(
-    pipeline: Pipeline, options: Options, defaults: Defaults, presets: Mapping[str, str]
+    pipeline: Pipeline,
+    options: Options,
+    defaults: Defaults,
+    presets: Mapping[str, str],
+    schedules: tuple[Schedule, ...],
 ) -> Pipeline:
-    """`pipeline` with these defaults and presets, and the command line of this export."""
-    return replace(pipeline, defaults=defaults, own_presets=dict(presets), command=options.command)
+    """`pipeline` with these defaults and presets, and the command that makes it."""
+    # What the pipeline keeps although the command did not name it.
+    kept: list[str] = []
+    if options.ensemble is None and schedules:
+        kept += ["--ensemble", *map(str, schedules)]
+    if options.guidance_scale is None and defaults.guidance_scale is not None:
+        kept += ["--guidance-scale", f"{defaults.guidance_scale:g}"]
+    if options.default_schedule is None and defaults.schedule:
+        kept += ["--default-schedule", defaults.schedule]
+    command = shlex.join([*shlex.split(options.command), *kept])
+    return replace(pipeline, defaults=defaults, own_presets=dict(presets), command=command)
 
 
 def _fingerprint(options: Options) -> dict[str, Any]:
@@ -480,7 +495,11 @@ def list_pipelines(repository: Path) -> Iterator[str]:
         return
     default = Settings.load(repository).default_pipeline
     for name in names:
-        pipeline = read_pipeline(repository, name)
+        try:
+            pipeline = read_pipeline(repository, name)
+        except RepositoryError as error:
+            yield f"{name}: {error}"
+            continue
         first = pipeline.predictor
         size = pipeline.image_size
         what = f"{size[1]}x{size[0]} images" if size else "latents"

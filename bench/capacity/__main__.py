@@ -46,8 +46,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.capacity", description=__doc__)
     parser.add_argument("--slo-p95-ms", type=float, help="latency limit for 95%% of the requests")
     parser.add_argument("--rate", type=float, help="images/s that the fleet must make")
-    parser.add_argument("--schedule", help="default: the service's")
-    parser.add_argument("--guidance-scale", type=float, help="default: the service's")
+    parser.add_argument(
+        "--schedule", help="default: the repository's, or with --times the paper's H1P5R3"
+    )
+    parser.add_argument(
+        "--guidance-scale",
+        type=float,
+        help="default: the repository's, or with --times the paper's H1P5R3",
+    )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--repository", type=Path, default=Path("model_repository"))
     source.add_argument("--times", type=Path, help="block times, or a report of bench.gpu_check")
@@ -67,9 +73,11 @@ def _parser() -> argparse.ArgumentParser:
 def _report(args: argparse.Namespace) -> dict[str, Any]:
     settings = Settings() if args.times else Settings.load(args.repository)
     times = _times(args)
-    guidance = settings.default_guidance_scale
+    guidance, schedule = settings.default_guidance_scale, BUILT_IN[DEFAULT]
     if not args.times:
-        guidance = read_pipeline(args.repository).default_guidance_scale(settings)
+        pipeline = read_pipeline(args.repository)
+        guidance = pipeline.default_guidance_scale(settings)
+        schedule = str(pipeline.default_schedule(settings))
     replica_of = partial(
         Replica.of,
         times,
@@ -81,7 +89,7 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
     # In the form of --times: a report can be the input of another run.
     report: dict[str, Any] = asdict(times)
     if args.slo_p95_ms is not None:
-        schedule = args.schedule or BUILT_IN[DEFAULT]
+        schedule = args.schedule or schedule
         found = plan(replica_of(schedule), args.slo_p95_ms, args.rate, args.requests)
         report |= {"schedule": schedule, "plan": asdict(found)}
         print_plan(found, schedule)

@@ -307,24 +307,57 @@ def test_a_record_that_is_none_is_refused(repository: Path, text: str, said: str
         LocalPipeline(repository)
 
 
-def test_commands_refuse_a_record_of_another_version(repository: Path) -> None:
-    """In one line, with the command that exports again; that command makes the record anew."""
+def test_a_record_of_another_version(repository: Path) -> None:
+    """`verify` refuses it in one line, `list` shows the reason, an export makes it anew."""
+    add_twin(repository, "other")
     edit_record(repository, {"version": VERSION + 1})
     before = content(repository)
-    for command in (
-        ("list",),
-        ("remove", "sit"),
-        ("verify", *PREDICTOR_ALONE, "--refiner", GOLDEN / "refiner.pt"),
-    ):
-        done = run_export(*command, "--repository", repository)
-        assert done.returncode == 2
-        assert re.search(f"is a record of version {VERSION + 1}, .*{AGAIN}", done.stderr)
-        assert done.stderr.count("\n") == 1
+    said = f"is a record of version {VERSION + 1}, .*{AGAIN}"
+    done = run_export(
+        *("verify", *PREDICTOR_ALONE, "--refiner", GOLDEN / "refiner.pt"),
+        *("--repository", repository),
+    )
+    assert done.returncode == 2
+    assert re.search(said, done.stderr) and done.stderr.count("\n") == 1
+    listed = run_export("list", "--repository", repository)
+    assert listed.returncode == 0
+    assert re.search(f"^sit: .*{said}", listed.stdout, re.MULTILINE)
+    assert re.search("^other: class_label, latents", listed.stdout, re.MULTILINE)
     assert content(repository) == before
     done = run_export(*GOLDEN_EXPORT, "--repository", repository)
     assert done.returncode == 0, done.stderr
     assert "installed sit" in done.stdout
     assert installed_pipeline(repository, "sit")
+
+
+def test_a_damaged_record_leaves_no_models_behind(repository: Path) -> None:
+    """Triton loads every folder: those of the old ensemble, too, which the new models lack."""
+    done = run_export(*GOLDEN_EXPORT, "--ensemble", "H1R1", "--repository", repository)
+    assert done.returncode == 0, done.stderr
+    add_twin(repository, "sit_b")
+    twin = {path for path in content(repository) if "sit_b" in path}
+    edit_record(repository, {"version": VERSION + 1})
+    done = run_export(*PREDICTOR_ALONE, *FLOAT32, "--repository", repository)
+    assert done.returncode == 0, done.stderr
+    folders = {path.name for path in repository.iterdir() if path.name.startswith("sit")}
+    kept = {path.name for path in repository.glob("sit_b_*")}
+    assert folders - kept == {"sit_velocity_predictor"}
+    assert twin <= content(repository).keys()
+    edit_record(repository, {"version": VERSION + 1})
+    removed = run_export("remove", "sit", "--repository", repository)
+    assert removed.returncode == 0, removed.stderr
+    assert "removed sit" in removed.stdout
+    assert {path.name for path in repository.glob("sit*")} == kept
+
+
+def test_the_recorded_command_has_what_the_pipeline_keeps(repository: Path) -> None:
+    options = ("--ensemble", "H2", "--guidance-scale", "2.5", "--default-schedule", "H3")
+    for given in (options, ()):
+        done = run_export(*GOLDEN_EXPORT, *given, "--repository", repository)
+        assert done.returncode == 0, done.stderr
+        command = read_pipeline(repository, "sit").command
+        assert all(command.count(word) >= 1 for word in options)
+        assert command.count("--ensemble") == command.count("--guidance-scale") == 1
 
 
 def test_predictor_alone(tmp_path: Path) -> None:
