@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--guidance-scale",
         type=float,
-        help="default: the repository's, or with --times the paper's H1P5R3",
+        help="default: the repository's, or 1.5 with --times",
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--repository", type=Path, default=Path("model_repository"))
