@@ -96,7 +96,9 @@ def test_images_to_latents(images: Path, tmp_path: Path, vae: AutoencoderKL) -> 
         torch.testing.assert_close(mean, expected[0], atol=1e-4, rtol=1e-4)
         unscaled = vae.decode(mean[None] / vae.config.scaling_factor).sample
         image = ((unscaled * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-        assert torch.equal(Decoder(vae)(mean[None])[0], image[0].permute(1, 2, 0))
+        # One level where a value is rounded at .5: sums depend on the number of threads.
+        made = Decoder(vae)(mean[None])[0].int()
+        assert (made - image[0].permute(1, 2, 0).int()).abs().max() <= 1
     assert torch.equal(read.std > 0, torch.ones_like(read.mean, dtype=torch.bool))
 
 
