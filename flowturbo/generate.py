@@ -32,6 +32,7 @@ from flowturbo.solver.schedule import Schedule
 Infer = Callable[[Role, Tensors], tuple[Array, ...]]
 AwaitedInfer = Callable[[Role, Tensors], Coroutine[Any, Any, tuple[Array, ...]]]
 
+_ROLES = {network: Role(network) for network in Network}
 LARGEST_TRAINED_STEP = 0.12  # the paper's range is (0, 0.12]
 _logger = logging.getLogger(__name__)
 
@@ -97,7 +98,8 @@ def complete(
         answer[ENCODED_IMAGE] = encode_images(answer[IMAGE], request.output_format)
     if SETTINGS in request.outputs:
         answer[SETTINGS] = as_json(request.settings(pipeline, settings))
-    answer |= pipeline.condition.answer(request.condition)
+    if any(spec.name in request.outputs for spec in pipeline.condition.request_outputs):
+        answer |= pipeline.condition.answer(request.condition)
     return {name: answer[name] for name in request.outputs}
 
 
@@ -120,7 +122,7 @@ async def image_block(
     """The sampler's block for images with `condition`, a value of the pipeline's condition."""
 
     async def evaluate(network: Network, tensors: Tensors) -> tuple[Array, Array]:
-        x_next, velocity_next = await infer(Role(network), tensors)
+        x_next, velocity_next = await infer(_ROLES[network], tensors)
         return x_next, velocity_next
 
     return guided_block(
@@ -133,7 +135,7 @@ async def image_block(
 
 def roles_called(program: Program) -> list[Role]:
     """The role of the model in each block call, in order."""
-    return [Role(call.network) for call in program.calls]
+    return [_ROLES[call.network] for call in program.calls]
 
 
 @lru_cache(maxsize=256)

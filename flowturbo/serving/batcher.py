@@ -40,7 +40,7 @@ class _Call:
     @property
     def key(self) -> Key:
         """Calls of one key can be joined to one batch."""
-        return self.model, *((name, value.shape[1:]) for name, value in self.tensors.items())
+        return self.model, *[value.shape[1:] for value in self.tensors.values()]
 
     def __await__(self) -> Generator["_Call", Outputs, Outputs]:
         return (yield self)
@@ -79,8 +79,11 @@ class _Device:
 
         The oldest call's, once that has been skipped too often.
         """
-        order = {model: place for place, model in enumerate(self.max_rows)}
-        longest = max(self.queues, key=lambda key: (len(self.queues[key]), order[key[0]]))
+        if len(self.queues) == 1:
+            self.skipped = 0
+            return next(iter(self.queues))
+        order = [*self.max_rows]
+        longest = max(self.queues, key=lambda key: (len(self.queues[key]), order.index(key[0])))
         oldest = min(self.queues, key=lambda key: self.queues[key][0].number)
         if oldest != longest and self.skipped < MAX_SKIPPED:
             self.skipped += 1

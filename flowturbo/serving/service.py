@@ -144,6 +144,10 @@ class Service:
             for pipeline in pipelines.values()
             for role in pipeline.models
         }
+        self._outputs = {
+            model: [spec.name for spec in pipeline.tensors(role)[1]]
+            for model, (pipeline, role) in self._models.items()
+        }
         self._batcher = Batcher(
             self._call_block,
             {model: pipeline.max_rows for model, (pipeline, _) in self._models.items()},
@@ -273,9 +277,11 @@ class Service:
         return dict(zip(wanted, made, strict=True))
 
     def _infer_for(self, job: Job, pipeline: Pipeline) -> AwaitedInfer:
+        models = {role: pipeline.model(role) for role in pipeline.models}
+
         async def infer(role: Role, tensors: Tensors) -> tuple[np.ndarray, ...]:
             job.check(self._workers)
-            model = pipeline.model(role)
+            model = models[role]
             outputs = await self._batcher.infer(model, tensors)
             job.executed[model] += len(outputs[0])
             return outputs
@@ -284,8 +290,7 @@ class Service:
 
     def _call_block(self, model: str, tensors: Tensors) -> tuple[np.ndarray, ...]:
         """One blocking evaluation of a composed model, its outputs in the contract's order."""
-        pipeline, role = self._models[model]
-        return self._call(model, tensors, [spec.name for spec in pipeline.tensors(role)[1]])
+        return self._call(model, tensors, self._outputs[model])
 
     def _finish(
         self, job: Job, ticket: int, request: GenerationRequest, made: Tensors | BaseException
