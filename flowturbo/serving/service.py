@@ -20,7 +20,13 @@ import numpy as np
 from flowturbo.conditions import REQUEST_OUTPUTS
 from flowturbo.contract import IMAGE, LATENT, PIPELINES, Role
 from flowturbo.ensemble import ensemble_for, ensemble_inputs
-from flowturbo.errors import BusyError, CancelledError, DeadlineError, UnavailableError
+from flowturbo.errors import (
+    BusyError,
+    CancelledError,
+    DeadlineError,
+    RequestError,
+    UnavailableError,
+)
 from flowturbo.generate import (
     AwaitedInfer,
     as_json,
@@ -178,6 +184,10 @@ class Service:
         try:
             tensors, wanted = read()
             if list(wanted) == [PIPELINES]:
+                if tensors:
+                    raise RequestError(
+                        f"a request for {PIPELINES} alone takes no input, got {', '.join(tensors)}"
+                    )
                 self._answer(job, {PIPELINES: self._described})
                 return
             job.pipeline = named_pipeline(tensors, self._pipelines, self._default)

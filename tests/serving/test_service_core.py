@@ -319,6 +319,8 @@ def test_what_is_served_needs_no_input() -> None:
         bench.service.handle(reply, lambda: ({}, [PIPELINES]))
         found = json.loads(reply.get()[PIPELINES][0])
         both = bench.ask(LATENT, PIPELINES).get()
+        given = bench.ask(PIPELINES).get()
+        assert str(given) == "a request for pipelines alone takes no input, got label, schedule"
     assert [each["name"] for each in found] == ["one", "two"]
     assert found[1]["condition"]["num_classes"] == 7
     assert json.loads(both[PIPELINES][0]) == found and both[LATENT].shape == (1, 4, 4, 4)
