@@ -79,6 +79,7 @@ def needs(name: str, extra: str) -> Iterator[Requirement]:
 IMPORTER = """
 import importlib, json, sys
 from importlib.machinery import PathFinder
+from pathlib import Path
 
 root, blocked, modules = sys.argv[1], set(json.loads(sys.argv[2])), json.loads(sys.argv[3])
 
@@ -98,6 +99,9 @@ for module in modules:
         assert importlib.import_module(module).__file__.startswith(root), module
     except ImportError as error:
         failed[module] = error.name
+# What is imported only when it is needed: `flowturbo.serve` reads the settings.
+from flowturbo.settings import Settings
+Settings.load(Path(sys.argv[4]))
 print(json.dumps(failed))
 """
 
@@ -121,7 +125,8 @@ def test_what_an_image_copies_can_be_imported_there(stage: str, tmp_path: Path) 
         if not there & {canonicalize_name(owner) for owner in owners}
     ]
     assert ("torch" in blocked) == (stage == "server")
-    arguments = [tmp_path, json.dumps(blocked), json.dumps(modules)]
+    repository = ROOT / "model_repository"
+    arguments = [tmp_path, json.dumps(blocked), json.dumps(modules), repository]
     done = subprocess.run(
         [sys.executable, "-c", IMPORTER, *arguments],
         cwd=tmp_path,
