@@ -151,10 +151,7 @@ def install(staged: Path, repository: Path, pipeline: Pipeline, replaced: Iterab
                 (repository / model).rename(old / model)
         for model in finished:
             (staged / model).rename(repository / model)
-        record.parent.mkdir(parents=True, exist_ok=True)
-        partial = record.with_suffix(".partial")
-        partial.write_text(record_text(pipeline))
-        partial.replace(record)
+        write_record(repository, pipeline)
     except BaseException:
         for model in finished:
             if not (staged / model).exists():  # it is already in the repository
@@ -165,8 +162,9 @@ def install(staged: Path, repository: Path, pipeline: Pipeline, replaced: Iterab
 
 
 def write_record(repository: Path, pipeline: Pipeline) -> None:
-    """Replaces the record of an installed pipeline (atomic write)."""
+    """Writes the record of a pipeline, whole or not at all; it replaces an older one."""
     record = record_path(repository, pipeline.name)
+    record.parent.mkdir(parents=True, exist_ok=True)
     partial = record.with_suffix(".partial")
     partial.write_text(record_text(pipeline))
     partial.replace(record)

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -20,17 +20,13 @@ from flowturbo.errors import NotFiniteError
 from flowturbo.latents import encode_images
 from flowturbo.pipeline import Pipeline
 from flowturbo.request import GenerationRequest
-from flowturbo.rows import Tensors, guided_block, to_images, to_rows
+from flowturbo.rows import AwaitedInfer, Infer, Tensors, guided_block, to_images, to_rows
 from flowturbo.settings import Settings
 from flowturbo.solver.calls import Network, Variant
 from flowturbo.solver.guidance import Guidance
 from flowturbo.solver.program import Program, compile_program
 from flowturbo.solver.sampler import Array, AwaitedBlock, run_sync, sample_async
 from flowturbo.solver.schedule import Schedule
-
-# Evaluates a composed model: maps its role and inputs [rows, ...] to outputs in contract order.
-Infer = Callable[[Role, Tensors], tuple[Array, ...]]
-AwaitedInfer = Callable[[Role, Tensors], Coroutine[Any, Any, tuple[Array, ...]]]
 
 _ROLES = {network: Role(network) for network in Network}
 LARGEST_TRAINED_STEP = 0.12  # the paper's range is (0, 0.12]

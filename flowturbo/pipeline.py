@@ -8,7 +8,7 @@ models, sizes, precision and presets.
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -102,10 +102,6 @@ class Pipeline:
     def model(self, role: Role) -> str:
         """The Triton model with this role."""
         return model_name(self.name, role)
-
-    def role_of(self, model: str) -> Role:
-        """The role of a composed model of this pipeline, by its Triton name."""
-        return next(role for role in self.models if self.model(role) == model)
 
     @property
     def folders(self) -> list[str]:
@@ -320,8 +316,3 @@ def record_text(pipeline: Pipeline) -> str:
         "defaults": asdict(pipeline.defaults),
     }
     return json.dumps({"version": VERSION, **stated}, indent=1) + "\n"
-
-
-def with_models(pipeline: Pipeline, models: Mapping[Role, ModelRecord]) -> Pipeline:
-    """`pipeline` with other `models`."""
-    return replace(pipeline, models=dict(models))

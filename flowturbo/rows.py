@@ -3,16 +3,20 @@
 A guided image has two adjacent rows, conditional then unconditional.
 """
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import Any
 
 import numpy as np
 
-from flowturbo.contract import PAIR, SCALARS, VELOCITY, X
+from flowturbo.contract import PAIR, SCALARS, VELOCITY, Role, X
 from flowturbo.solver.calls import BlockCall, Network
 from flowturbo.solver.guidance import Guidance
 from flowturbo.solver.sampler import Array, AwaitedBlock
 
 Tensors = dict[str, Array]
+# Evaluates a composed model: (its role, its inputs [rows, ...]) to its outputs in contract order.
+Infer = Callable[[Role, Tensors], tuple[Array, ...]]
+AwaitedInfer = Callable[[Role, Tensors], Coroutine[Any, Any, tuple[Array, ...]]]
 # Evaluates a step block on its named input tensors (contract.py); returns (x_next, velocity_next).
 RunBlock = Callable[[Network, Tensors], Awaitable[tuple[Array, Array]]]
 

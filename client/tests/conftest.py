@@ -60,8 +60,8 @@ PIPELINES: list[dict[str, Any]] = [
 class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
     """Answers like the model; `script` holds what happens to the next requests instead.
 
-    An entry is (status code, message), a dict of arrays that replace outputs (None omits one),
-    or a function of the gRPC context that runs before the normal answer.
+    An entry is one of three things. (status code, message) is an error. A dict has arrays that
+    replace outputs; None omits one. A function of the gRPC context runs before the normal answer.
     """
 
     def __init__(self) -> None:

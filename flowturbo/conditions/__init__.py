@@ -4,18 +4,15 @@ A condition states which request inputs it takes and which block inputs it makes
 orchestrator, the export and the ensembles know no more than this interface.
 """
 
-from collections.abc import Awaitable, Callable, Mapping, Sized
+from collections.abc import Mapping, Sized
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 
 from flowturbo.conditions.class_label import ClassLabel
-from flowturbo.contract import COMMON_INPUTS, COMMON_OUTPUTS, PIPELINE_INPUT, Role, Specs
+from flowturbo.contract import COMMON_INPUTS, COMMON_OUTPUTS, PIPELINE_INPUT, Specs
 from flowturbo.errors import RepositoryError, RequestError
-
-Tensors = dict[str, np.ndarray]
-# Evaluates a composed model of the pipeline: its role and inputs [rows, ...] to its outputs.
-AwaitedInfer = Callable[[Role, Tensors], Awaitable[tuple[np.ndarray, ...]]]
+from flowturbo.rows import AwaitedInfer, Tensors
 
 
 class Condition(Protocol):

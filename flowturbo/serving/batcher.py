@@ -4,8 +4,8 @@ Each request is a coroutine that waits for calls of models. Triton's dynamic bat
 whenever an engine is free. Requests in a loop then fall into cohorts: some wait while others run,
 and no batch is ever full. Here the thread that ran a batch takes all its requests to their next
 calls, then looks for the next batch. Those requests stay together, and no thread is woken between
-two calls of a request. On a shared device the model with the most waiting calls goes first: a few
-early requests wait for the many behind them, and cohorts merge.
+two calls of a request. On a shared device the model with the most waiting calls goes first.
+So a few early requests wait for the many behind them, and cohorts merge.
 """
 
 import logging
@@ -151,8 +151,8 @@ class Batcher:
     def start(self, request: Request, done: Done) -> None:
         """Runs `request` up to its first call here, then in turn with others.
 
-        `done` is called with its result, or with the exception that ended it, on whatever thread
-        that happens; it must not raise and should not take long.
+        `done` is called with its result, or with the exception that ended it. It runs on the thread
+        that ended the request. It must not raise and should not take long.
         """
         self._advance([(request, done, None)])
 

@@ -28,7 +28,6 @@ from flowturbo.errors import (
     UnavailableError,
 )
 from flowturbo.generate import (
-    AwaitedInfer,
     as_json,
     complete,
     make_images,
@@ -37,7 +36,7 @@ from flowturbo.generate import (
 )
 from flowturbo.pipeline import UNKNOWN, Pipeline, default_name
 from flowturbo.request import GenerationRequest, named_pipeline, parse_request
-from flowturbo.rows import Tensors
+from flowturbo.rows import AwaitedInfer, Tensors
 from flowturbo.serving.batcher import Batcher
 from flowturbo.serving.deadlines import Deadlines
 from flowturbo.serving.outcomes import outcome_of
@@ -145,19 +144,15 @@ class Service:
         self._default = default_name(pipelines, settings)
         # Fail fast: what no request could use is an error now.
         self._described = as_json([each.described(settings) for each in pipelines.values()])
-        self._models = {
-            pipeline.model(role): (pipeline, role)
-            for pipeline in pipelines.values()
-            for role in pipeline.models
-        }
+        composed = [(each, role) for each in pipelines.values() for role in each.models]
         self._outputs = {
-            model: [spec.name for spec in pipeline.tensors(role)[1]]
-            for model, (pipeline, role) in self._models.items()
+            pipeline.model(role): [spec.name for spec in pipeline.tensors(role)[1]]
+            for pipeline, role in composed
         }
         self._batcher = Batcher(
             self._call_block,
-            {model: pipeline.max_rows for model, (pipeline, _) in self._models.items()},
-            shared=[model for model, (of, role) in self._models.items() if not of.on_gpu],
+            {pipeline.model(role): pipeline.max_rows for pipeline, role in composed},
+            shared=[pipeline.model(role) for pipeline, role in composed if not pipeline.on_gpu],
             instances=instances,
         )
         self._deadlines = Deadlines(self._expire)

@@ -6,8 +6,8 @@ One block around the predictor serves every step that evaluates it, with other c
     v_next = guide(predictor(x_in, t))
     x_next = x + w_prev * v + w_next * v_next
 
-A refiner step needs nothing in between its two evaluations and is one call of the block around the
-refiner, which regresses the change of the velocity (h = end - t):
+A refiner step is one call of the block around the refiner: its two evaluations need nothing in
+between. The refiner regresses the change of the velocity. With h = end - t:
 
     d      = guide(refiner([x, v], t)) + v
     d_next = guide(refiner([x + h * d, v or d], end)) + d

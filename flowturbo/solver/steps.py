@@ -71,8 +71,8 @@ def _euler(step: Stand) -> _Calls:
 def _adams_bashforth(step: Stand) -> _Calls:
     """Second order from the cached velocity of an earlier time, variable steps; for comparison.
 
-    With no earlier velocity (at the start, or right after a step that caches the velocity of its
-    end) there is nothing to extrapolate from, and it is an Euler step.
+    Without an earlier velocity it is an Euler step. That is so at the start, and right after a step
+    that caches the velocity of its end.
     """
     if step.cached_at is None or step.cached_at >= step.start:
         return _euler(step)

@@ -12,13 +12,13 @@ import torch
 from flowturbo import LocalPipeline
 from flowturbo.contract import Role
 from flowturbo.errors import RepositoryError, RequestError
-from flowturbo.generate import Infer, awaited, decode, image_block, in_chunks
+from flowturbo.generate import awaited, decode, image_block, in_chunks
 from flowturbo.latents import noise
 from flowturbo.nets.checkpoint import load_predictor
 from flowturbo.nets.sit import GUIDED_CHANNELS
 from flowturbo.nets.weights import CheckpointError, sha256
 from flowturbo.pipeline import Pipeline, read_pipeline
-from flowturbo.rows import Tensors, to_images, to_rows
+from flowturbo.rows import Infer, Tensors, to_images, to_rows
 from flowturbo.solver.calls import Network, PredictorCall, Variant
 from flowturbo.solver.guidance import Guidance, guide
 from flowturbo.solver.program import compile_program

@@ -21,7 +21,7 @@ from flowturbo.contract import Role
 from flowturbo.errors import FlowTurboError, RequestError
 from flowturbo.latents import noise
 from flowturbo.nets.weights import CheckpointError
-from flowturbo.pipeline import read_pipeline, with_models
+from flowturbo.pipeline import read_pipeline
 from flowturbo.serving.tritonserver import ServerAddress
 from flowturbo.settings import Settings
 from flowturbo.solver.guidance import Guidance
@@ -285,7 +285,7 @@ def test_what_a_sampler_may_be(golden_repository: Path) -> None:
         assert named in str(caught.value)
     with pytest.raises(RequestError, match="unipc:0.*steps must be 2 to 1000"):
         find_sampler("unipc:0", pipeline)
-    alone = with_models(pipeline, {Role.PREDICTOR: pipeline.predictor})
+    alone = replace(pipeline, models={Role.PREDICTOR: pipeline.predictor})
     assert find_sampler("fast", alone) == "H1P5"
     with pytest.raises(RequestError, match="H1P5R3 has refiner steps"):
         find_sampler("H1P5R3", alone)
@@ -419,11 +419,11 @@ def test_figures_from_before_pipelines_had_names_stay_valid(
     pipeline = read_pipeline(tmp_path)
     form = {"runtime": "openvino", "precision": "bf16"}  # on the machine that made them
     models = {role: replace(model, **form) for role, model in pipeline.models.items()}
-    write_record(tmp_path, with_models(pipeline, models))
+    write_record(tmp_path, replace(pipeline, models=models))
     committed = json.loads((GLYPHS / "presets.json").read_text())["models"]
     assert models_digest(tmp_path) == committed
     models[Role.PREDICTOR] = replace(models[Role.PREDICTOR], precision="fp32")
-    write_record(tmp_path, with_models(pipeline, models))
+    write_record(tmp_path, replace(pipeline, models=models))
     assert models_digest(tmp_path) != committed
 
 

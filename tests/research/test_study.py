@@ -11,7 +11,7 @@ from support import GLYPHS, ROOT
 
 from export.install import write_record
 from flowturbo.contract import Role
-from flowturbo.pipeline import read_pipeline, with_models
+from flowturbo.pipeline import read_pipeline
 from flowturbo.solver.guidance import Guidance
 from flowturbo.solver.sampler import Array
 from research.quality.engine import Exact
@@ -246,6 +246,6 @@ def test_other_refiners_need_the_same_predictor_and_decoder(
     assert study.main(arguments) == 2
     assert "have different predictors" in capsys.readouterr().err
     models = {role: each for role, each in pipeline.models.items() if role is not Role.DECODER}
-    write_record(other, with_models(pipeline, models))
+    write_record(other, replace(pipeline, models=models))
     assert study.main(arguments) == 2
     assert "have different decoders" in capsys.readouterr().err

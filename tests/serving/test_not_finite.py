@@ -29,7 +29,7 @@ from flowturbo.errors import NotFiniteError, RequestError
 from flowturbo.generate import check_finite
 from flowturbo.nets.blocks import PredictorBlock
 from flowturbo.nets.sit import SiT
-from flowturbo.pipeline import read_pipeline, with_models
+from flowturbo.pipeline import read_pipeline
 from flowturbo.serving.tritonserver import running_server
 from flowturbo.settings import Settings
 from flowturbo.solver.schedule import Schedule
@@ -103,7 +103,7 @@ def add_checked_ensemble(repository: Path) -> None:
 def test_in_process(poisoned: Path) -> None:
     pipeline = LocalPipeline(poisoned)
     networks = {role: pipeline.pipeline.models[role] for role in (Role.PREDICTOR, Role.REFINER)}
-    pipeline.pipeline = with_models(pipeline.pipeline, networks)
+    pipeline.pipeline = replace(pipeline.pipeline, models=networks)
     assert np.isfinite(pipeline.generate([4], [1], "H1").latent).all()
     with pytest.raises(NotFiniteError, match="the latent of image 2 of 3 is not finite.*bf16"):
         pipeline.generate([4, BAD_LABEL, 6], [1, 2, 3], "H1")

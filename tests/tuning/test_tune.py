@@ -13,7 +13,7 @@ from bench.capacity.block_times import BlockTimes
 from export.install import write_record
 from flowturbo import LocalPipeline
 from flowturbo.contract import Role
-from flowturbo.pipeline import read_pipeline, with_models
+from flowturbo.pipeline import read_pipeline
 from flowturbo.presets import read_presets
 from flowturbo.solver.guidance import Guidance
 from flowturbo.solver.schedule import Schedule
@@ -224,7 +224,7 @@ def test_what_runs_elsewhere_is_not_measured_here(
             role: replace(record, engine=engine, on_gpu=True)
             for role, record in pipeline.models.items()
         }
-        write_record(repository, with_models(pipeline, models))
+        write_record(repository, replace(pipeline, models=models))
         assert main(common) == 2
         assert f"runs {where}, whose times this process cannot measure" in capsys.readouterr().err
     # A report of bench.gpu_check: PyTorch takes twice as long.
