@@ -182,16 +182,18 @@ def test_a_request_for_classification_does_not_end_the_server(
     """Triton's own extension: answered for numbers, refused for text."""
     number = {spec.name: spec.dtype is not np.object_ for spec in REQUEST_OUTPUTS}[name]
     extended = {"name": name, "parameters": {"classification": 2}}
-    body = {"inputs": [LABEL_JSON, PNG_TEXT], "outputs": [extended]}
+    other = {"name": "seed" if name != "seed" else "image"}  # pipelines alone takes no input
+    body = {"inputs": [LABEL_JSON, PNG_TEXT], "outputs": [extended, other]}
     status, answer = post(glyphs_server, "infer", body)
     assert (status == 200) == number
     assert number or "class result not available" in answer["error"]
     tensors = {"label": np.array([0]), "output_format": "png_base64"}
+    names = [name, other["name"]]
     if number:
-        caller.infer(ORCHESTRATOR, [name], class_count=2, **tensors)
+        caller.infer(ORCHESTRATOR, names, class_count=2, **tensors)
     else:
         with pytest.raises(InferenceServerException, match="class result not available"):
-            caller.infer(ORCHESTRATOR, [name], class_count=2, **tensors)
+            caller.infer(ORCHESTRATOR, names, class_count=2, **tensors)
     assert caller.infer(ORCHESTRATOR, ["seed"], label=np.array([1]))
 
 
