@@ -24,7 +24,7 @@ from flowturbo.conditions.class_label import LABEL, ClassLabel
 from flowturbo.contract import LATENT, SEED, Role
 from flowturbo.generate import generate, program_for
 from flowturbo.nets.blocks import PredictorBlock, RefinerBlock
-from flowturbo.nets.sit import SiTConfig, refiner_config
+from flowturbo.nets.sit import ByLabel, SiTConfig, refiner_config
 from flowturbo.pipeline import read_pipeline
 from flowturbo.request import parse_request
 from flowturbo.rows import Tensors
@@ -67,8 +67,8 @@ class Run:
         settings, served = Settings.load(repository), read_pipeline(repository)
         shape = config.latent_shape
         blocks = {
-            Role.PREDICTOR: PredictorBlock(random_network(config, 0), 3),
-            Role.REFINER: RefinerBlock(random_network(refiner_config(config), 1), 3),
+            Role.PREDICTOR: PredictorBlock(ByLabel(random_network(config, 0)), 3),
+            Role.REFINER: RefinerBlock(ByLabel(random_network(refiner_config(config), 1)), 3),
         }
         with tempfile.TemporaryDirectory() as scratch:
             self._models = {}

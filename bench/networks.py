@@ -10,7 +10,7 @@ from export.onnx_graph import ExportTarget
 from flowturbo.conditions.class_label import ClassLabel
 from flowturbo.contract import Role
 from flowturbo.nets.blocks import DecoderBlock, PredictorBlock, RefinerBlock
-from flowturbo.nets.sit import SiT, SiTConfig, refiner_config
+from flowturbo.nets.sit import ByLabel, SiT, SiTConfig, refiner_config
 from flowturbo.nets.vae import Decoder
 
 XL = SiTConfig(
@@ -81,8 +81,8 @@ def pipeline_modules(size: Size) -> list[ExportTarget]:
     shape = config.latent_shape
     condition = ClassLabel(config.num_classes)
     made: dict[Role, nn.Module] = {
-        Role.PREDICTOR: PredictorBlock(random_network(config, 0), 3),
-        Role.REFINER: RefinerBlock(random_network(refiner_config(config), 1), 3),
+        Role.PREDICTOR: PredictorBlock(ByLabel(random_network(config, 0)), 3),
+        Role.REFINER: RefinerBlock(ByLabel(random_network(refiner_config(config), 1)), 3),
         Role.DECODER: DecoderBlock(Decoder(random_vae(size.vae_channels, config.latent_channels))),
     }
     return [ExportTarget(role, module, shape, condition) for role, module in made.items()]

@@ -7,6 +7,7 @@ server notices changes only after a restart.
 """
 
 import argparse
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,14 +18,16 @@ from typing import Any
 from export import install
 from export.deployment import AUTO, ENGINES, PROVIDERS, Deployment
 from export.engine import CAPABILITIES
+from export.folder_source import FolderSource
 from export.onnx_graph import PRECISIONS
 from export.pipeline import Options, export_pipeline, list_pipelines
 from export.runtime import candidates
-from export.source import Checkpoints
+from export.source import Checkpoints, Source
 from export.verify import verify_pipeline
 from flowturbo.command import natural, positive, run_command
 from flowturbo.errors import FlowTurboError
 from flowturbo.gpu import gpu_count
+from flowturbo.nets.families.family import FolderOptions
 from flowturbo.nets.weights import WEIGHTS_KEYS
 from flowturbo.pipeline import check_name, read_pipeline
 from flowturbo.presets import may_be_preset
@@ -45,9 +48,10 @@ def main(argv: Sequence[str]) -> int:
 def _run(argv: Sequence[str]) -> None:
     action, rest = argv[:1], argv[1:]
     if action == ["verify"]:
-        values = vars(_verify_parser().parse_args(rest))
+        parser = _verify_parser()
+        values = vars(parser.parse_args(rest))
         pipeline = read_pipeline(values["repository"], values["name"])
-        source = _take(Checkpoints, values)
+        source = _source(parser, values)
         verify_pipeline(source, values["repository"], pipeline, values["schedule"])
     elif action == ["list"]:
         for line in list_pipelines(_list_parser().parse_args(rest).repository):
@@ -77,9 +81,11 @@ def _options(argv: Sequence[str]) -> Options:
         )
     if values["precision"] == "fp8" and values["engine"] == "onnxruntime":
         parser.error("--precision fp8 needs --engine tensorrt (or python, slow on a CPU)")
-    values["source"] = _take(Checkpoints, values)
+    values["source"] = _source(parser, values)
     if values["ensemble"] is not None:
         values["ensemble"] = tuple(values["ensemble"])
+    if values["diffusers"] and values["ensemble"]:
+        parser.error("--ensemble is for pipelines with classes: a prompt needs its text encoder")
     values["deployment"] = _take(Deployment, values)
     if not candidates(values["deployment"]):
         parser.error(
@@ -113,12 +119,60 @@ def _take(cls: Any, values: dict[str, Any]) -> Any:
     return cls(**{field.name: values[field.name] for field in fields(cls)})
 
 
+# Options of one kind of source alone.
+_FOR_CHECKPOINTS = ("vae", "weights", "refiner_weights", "num_heads", "refiner_num_heads")
+_FOR_CHECKPOINTS += ("num_classes", "reverse_time")
+_FOR_FOLDERS = ("without_t5", "text_length", "size", "distilled", "rectified_flow")
+
+
+def _source(parser: argparse.ArgumentParser, values: dict[str, Any]) -> Source:
+    """Where the networks come from: checkpoints of a SiT, or a diffusers folder."""
+    if (values["predictor"] is None) == (values["diffusers"] is None):
+        parser.error("give either --predictor (a SiT checkpoint) or --diffusers (a folder)")
+    given = "predictor" if values["predictor"] else "diffusers"
+    for name in _FOR_FOLDERS if given == "predictor" else _FOR_CHECKPOINTS:
+        if values[name] not in (None, False, []):
+            parser.error(f"--{name.replace('_', '-')} does not go with --{given}")
+    if given == "predictor":
+        return Checkpoints(**{f.name: values[f.name] for f in fields(Checkpoints)})
+    sizes = tuple(dict.fromkeys(values["size"] or ()))
+    options = {f.name: values[f.name] for f in fields(FolderOptions) if f.name != "path"}
+    return FolderSource(FolderOptions(values["diffusers"], **options), sizes)
+
+
+def _size(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT, such as 1024x768, got {text!r}")
+    return int(found[2]), int(found[1])
+
+
 def _source_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     add = parser.add_argument
     add("--name", type=_name, default=DEFAULT_NAME, help="pipeline name (default: %(default)s)")
-    add("--predictor", type=Path, required=True, help="SiT checkpoint, .pt or .safetensors")
-    add("--refiner", type=Path, help="refiner checkpoint; without it, no R steps")
+    add("--predictor", type=Path, help="SiT checkpoint, .pt or .safetensors")
+    add("--diffusers", type=Path, metavar="FOLDER", help="text-to-image pipeline of diffusers")
+    add("--refiner", type=Path, help="refiner checkpoint or folder; without it, no R steps")
+    add("--without-t5", action="store_true", help="leave out SD3's third text encoder (T5)")
+    add(
+        "--text-length",
+        type=natural,
+        help="tokens of a text: of T5 in SD3 (default: 256), of Qwen3 (default: 512)",
+    )
+    add(
+        "--size",
+        type=_size,
+        nargs="+",
+        metavar="WIDTHxHEIGHT",
+        help="image sizes in pixels, first the default (default: the model's)",
+    )
+    add("--distilled", action="store_true", help="a step-distilled model: takes E steps only")
+    add(
+        "--rectified-flow",
+        action="store_true",
+        help="the folder's U-Net predicts a velocity, as InstaFlow's do",
+    )
     add("--vae", type=Path, help="diffusers AutoencoderKL folder; without it, latents only")
     both = "weights to read from a .pt that holds both"
     add("--weights", choices=WEIGHTS_KEYS, help=f"predictor {both} (default: ema)")

@@ -18,6 +18,8 @@ ENGINE_CACHE = "/var/cache/flowturbo"
 _GRAPH_ROWS = (1, 2, 4, 6, 8, 10, 12, 14, 16, 24, 32, 48, 64)
 _TRITON_TYPES = {
     np.float32: model_config_pb2.TYPE_FP32,
+    np.float16: model_config_pb2.TYPE_FP16,
+    np.bool_: model_config_pb2.TYPE_BOOL,
     np.int64: model_config_pb2.TYPE_INT64,
     np.int32: model_config_pb2.TYPE_INT32,
     np.uint8: model_config_pb2.TYPE_UINT8,

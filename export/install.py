@@ -40,7 +40,8 @@ _DEFAULT_PIPELINE = "default_pipeline"
 _RECORD = ".record"
 # Fields of the orchestrator's configuration that its code determines.
 _THIS_VERSIONS = ("name", "backend", "max_batch_size", "input", "output")
-_VERSIONED = ("torch", "onnx", "onnxscript", "diffusers", "onnxruntime", "openvino")
+_VERSIONED = ("torch", "onnx", "onnxscript", "diffusers", "transformers")
+_VERSIONED += ("tokenizers", "onnxruntime", "openvino")
 
 
 def link_installed(repository: Path, models: Iterable[str], staged: Path) -> None:
@@ -83,7 +84,13 @@ def source_digest() -> str:
     digest = hashlib.sha256()
     core = ROOT / "flowturbo"
     # The solver counts because the calibration for fp8 runs a trajectory.
-    folders = (core / "nets", core / "conditions", core / "solver", ROOT / "export")
+    folders = (
+        core / "nets",
+        core / "nets" / "families",
+        core / "conditions",
+        core / "solver",
+        ROOT / "export",
+    )
     files = [core / f"{name}.py" for name in ("contract", "parity", "rows", "runtimes")]
     files += [path for folder in folders for path in folder.glob("*.py")]
     for path in sorted(files):

@@ -3,7 +3,7 @@
 import logging
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from flowturbo.conditions import Condition
-from flowturbo.contract import IMAGE, PAIR, Role, Specs, composed_tensors, latent_sizes
+from flowturbo.contract import (
+    BLOCK_INPUTS,
+    IMAGE,
+    PAIR,
+    Role,
+    Specs,
+    TensorSpec,
+    composed_tensors,
+    latent_sizes,
+)
+from flowturbo.nets.blocks import InFloat32
+from flowturbo.rows import Tensors
 
+_MASKED = -1e4  # a score whose softmax is 0 beside any other, within float16
 OPSET = 22  # the first version with bfloat16 in Conv
 # PyTorch's types. An fp8 model is exported in float16; export/quantize.py then converts it.
 PRECISIONS = {
@@ -26,23 +38,49 @@ PRECISIONS = {
 
 @dataclass(frozen=True)
 class ExportTarget:
-    """A module to export: its role, the shape of its latents (C, h, w), and its condition."""
+    """A module to export: its role, the shape of its latents (C, h, w), and its condition.
+
+    `other_shapes` are those of the other sizes that it serves. `conditioning` has real conditioning
+    tensors [k, ...] for checks; random ones are used without.
+    """
 
     role: Role
     module: nn.Module
     latent_shape: tuple[int, int, int]
     condition: Condition
+    other_shapes: tuple[tuple[int, int, int], ...] = ()
+    conditioning: Tensors | None = None
 
     @property
     def tensors(self) -> tuple[Specs, Specs]:
         """Its inputs and outputs (flowturbo.contract)."""
-        return composed_tensors(self.role, self.condition.block_inputs)
+        condition = self.condition
+        return composed_tensors(self.role, condition.block_inputs, condition.encoder_inputs)
+
+    def dynamic_shapes(self) -> tuple[Any, ...]:
+        """The dimensions that vary, per argument of the module: rows, and h and w with sizes."""
+        free, specs = torch.export.Dim.DYNAMIC, self.tensors[0]
+
+        def of(spec: TensorSpec) -> dict[int, Any]:
+            sides = {k: free for k, dim in enumerate(spec.dims, 1) if dim in ("h", "w")}
+            return {0: free, **(sides if self.other_shapes else {})}
+
+        found = tuple(map(of, specs))
+        if self.role is Role.DECODER:
+            return found
+        # The conditioning, and the ids of texts, are the variadic arguments.
+        named = 0 if self.role is Role.TEXT_ENCODER else len(BLOCK_INPUTS)
+        return (*found[:named], found[named:])
 
     def sizes(self, outputs: Mapping[str, np.ndarray]) -> dict[int | str, int]:
         """The values of the contract's letters: C, h, w, and for a decoder H and W of its image."""
+        if self.role is Role.TEXT_ENCODER:
+            return {}
         sizes = latent_sizes(self.latent_shape)
         if self.role is Role.DECODER:
             sizes |= dict(zip("HW", outputs[IMAGE].shape[1:3], strict=True))
+        if self.other_shapes:
+            sizes |= {letter: -1 for letter in sizes if letter != "C"}
         return sizes
 
     def random_inputs(self, rows: int, seed: int) -> dict[str, Tensor]:
@@ -51,6 +89,10 @@ class ExportTarget:
         Rows are guided pairs; an odd last row has no partner.
         """
         generator = torch.Generator().manual_seed(seed)
+        chance = np.random.default_rng(seed)
+        if self.role is Role.TEXT_ENCODER:
+            texts = self.condition.sample_encoder(rows, chance)
+            return {name: torch.from_numpy(value) for name, value in texts.items()}
         specs, _ = self.tensors
         sizes = latent_sizes(self.latent_shape)
         made: dict[str, Tensor] = {}
@@ -60,10 +102,21 @@ class ExportTarget:
             if spec.dims[0] == "C":
                 made[spec.name] = torch.randn(shape, generator=generator)
         if self.role is not Role.DECODER:
-            conditions = self.condition.sample(rows, np.random.default_rng(seed))
+            conditions = self._conditions(rows, chance)
             made |= {name: torch.from_numpy(value) for name, value in conditions.items()}
             made[PAIR] = _pairs(rows)
         return made
+
+    def _conditions(self, rows: int, chance: np.random.Generator) -> Tensors:
+        if self.conditioning is None:
+            return self.condition.sample(rows, chance)
+        count = len(next(iter(self.conditioning.values())))
+        chosen = chance.integers(count, size=rows)
+        return {name: value[chosen] for name, value in self.conditioning.items()}
+
+    def at(self, latent_shape: tuple[int, int, int]) -> "ExportTarget":
+        """The same module for another size."""
+        return replace(self, latent_shape=latent_shape)
 
 
 def _pairs(rows: int) -> Tensor:
@@ -78,8 +131,15 @@ def to_precision(module: nn.Module, precision: str) -> None:
 
     Buffers keep their type: the time embedder's frequencies need float32.
     """
+    kept = {
+        parameter
+        for each in module.modules()
+        if isinstance(each, InFloat32)
+        for parameter in each.parameters()
+    }
     for parameter in module.parameters():
-        parameter.data = parameter.data.to(PRECISIONS[precision])
+        if parameter not in kept:
+            parameter.data = parameter.data.to(PRECISIONS[precision])
 
 
 def export_onnx(exported: ExportTarget, path: Path) -> None:
@@ -96,7 +156,7 @@ def export_onnx(exported: ExportTarget, path: Path) -> None:
             opset_version=OPSET,
             input_names=list(example),
             output_names=[spec.name for spec in outputs],
-            dynamic_shapes=tuple({0: torch.export.Dim.DYNAMIC} for _ in example),
+            dynamic_shapes=exported.dynamic_shapes(),
             custom_translation_table={
                 torch.ops.aten.scaled_dot_product_attention.default: _attention
             },
@@ -122,9 +182,12 @@ def _attention(
     """
     from onnxscript import opset22 as op  # imported here: PyTorch programs need no ONNX
 
-    assert mask is None and not dropout and not causal and not enable_gqa
+    assert not dropout and not causal and not enable_gqa
     factor = scale or query.shape[-1] ** -0.5
     scores = op.MatMul(op.Mul(query, factor), op.Transpose(key, perm=[0, 1, 3, 2]))
+    if mask is not None:  # boolean: which keys are read
+        far = op.CastLike(op.Constant(value_float=_MASKED), scores)
+        scores = op.Where(mask, scores, far)
     return op.MatMul(op.Softmax(scores, axis=-1), value)
 
 

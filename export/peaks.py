@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,6 +19,7 @@ from export.parity import torch_evaluation, torch_figures
 from flowturbo.conditions.class_label import LABEL
 from flowturbo.contract import PAIR, SCALARS
 from flowturbo.nets.blocks import StepBlock
+from flowturbo.nets.sit import ByLabel
 from flowturbo.parity import Figures
 from flowturbo.rows import Tensors
 
@@ -102,18 +103,28 @@ def extremes(exported: ExportTarget) -> Iterator[Tensors]:
     """Inputs of a step block at the start, middle and end of the flow, for critical labels.
 
     From a small label table they are all labels. From a large one they are the labels with the
-    largest embeddings, and the null class.
+    largest embeddings, and the null class. Other conditions have real texts.
     """
     if not isinstance(exported.module, StepBlock):
         return
-    table = exported.module.network.y_embedder.embedding_table.weight
+    for labels in _critical_labels(exported.module.network):
+        rows = _ROWS if labels is None else len(labels)
+        made = exported.random_inputs(rows, seed=0)
+        made[PAIR] = torch.zeros_like(made[PAIR])
+        if labels is not None:
+            made[LABEL] = labels[:, None]
+        for t in (0.0, 0.5, 1.0):
+            made[SCALARS] = torch.full_like(made[SCALARS], t)
+            yield {name: value.numpy() for name, value in made.items()}
+
+
+def _critical_labels(network: nn.Module) -> list[Tensor | None]:
+    """Batches of labels; one batch of None for a network without labels."""
+    if not isinstance(network, ByLabel):
+        return [None]
+    table = network.network.y_embedder.embedding_table.weight
     labels = torch.arange(len(table))
     if len(table) > _SMALL_TABLE:
         largest = table.norm(dim=1).topk(_ROWS - 1).indices
         labels = torch.cat([largest, labels[-1:]])
-    for part in labels.split(_ROWS):
-        made = exported.random_inputs(len(part), seed=0)
-        made |= {LABEL: part[:, None], PAIR: torch.zeros_like(made[PAIR])}
-        for t in (0.0, 0.5, 1.0):
-            made[SCALARS] = torch.full_like(made[SCALARS], t)
-            yield {name: value.numpy() for name, value in made.items()}
+    return list(labels.split(_ROWS))

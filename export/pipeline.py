@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import tempfile
 import unicodedata
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
@@ -20,7 +21,8 @@ from export.onnx_graph import ExportTarget, count_attentions, to_precision
 from export.parity import torch_figures
 from export.peaks import HALVES, LARGEST, watched_figures
 from export.runtime import Runtime, TrialResult, candidates, choose, export_for, try_runtimes
-from export.source import Checkpoints, modules, source_digests
+from export.source import Loaded, Source, source_digests
+from export.whole import WholeCheck
 from flowturbo.conditions.class_label import ClassLabel
 from flowturbo.contract import ORCHESTRATOR, Role, model_name
 from flowturbo.errors import RepositoryError
@@ -43,7 +45,7 @@ class Options:
     """What to export, its `name`, and where to. `command` is the command line of this export."""
 
     name: str
-    source: Checkpoints
+    source: Source
     deployment: Deployment
     repository: Path
     class_names: Path | None
@@ -70,7 +72,7 @@ class Options:
 
     @property
     def has_refiner(self) -> bool:
-        return self.source.refiner is not None
+        return self.source.has_refiner
 
 
 def export_pipeline(options: Options) -> None:
@@ -189,7 +191,13 @@ def _stated(
     presets: Mapping[str, str],
     schedules: tuple[Schedule, ...],
 ) -> Pipeline:
-    """`pipeline` with these defaults and presets, and the command that makes it."""
+    """`pipeline` with these defaults and presets, and the command that makes it.
+
+    Defaults that nobody chose are those of the model.
+    """
+    own = pipeline.defaults
+    scale = own.guidance_scale if defaults.guidance_scale is None else defaults.guidance_scale
+    defaults = Defaults(defaults.schedule or own.schedule, scale)
     # What the pipeline keeps although the command did not name it.
     kept: list[str] = []
     if options.ensemble is None and schedules:
@@ -279,12 +287,16 @@ def _hidden(name: str) -> Iterator[str]:
 def _write_models(options: Options, fingerprint: dict[str, Any], staged: Path) -> Pipeline:
     """Exports and verifies every model. The returned record has the runtime of each model."""
     written: dict[Role, _Written] = {}
-    for exported in modules(options.source, options.names):
-        condition = exported.condition
-        assert isinstance(condition, ClassLabel)
-        _check_names(options, condition)
-        folder = staged / model_name(options.name, exported.role)
-        written[exported.role] = _write(exported, options, folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        loaded = _load(options, Path(scratch))
+        first = loaded.targets[0]
+        if isinstance(first.condition, ClassLabel):
+            _check_names(options, first.condition)
+        whole = WholeCheck.of(loaded) if loaded.family else None
+        for exported in loaded.targets:
+            folder = staged / model_name(options.name, exported.role)
+            files = loaded.files if exported.role is Role.TEXT_ENCODER else {}
+            written[exported.role] = _write(exported, options, folder, files)
     chosen: dict[Role, Runtime] = {}
     for precision in dict.fromkeys(model.precision for model in written.values()):
         group = {role: m.trials for role, m in written.items() if m.precision == precision}
@@ -307,7 +319,35 @@ def _write_models(options: Options, fingerprint: dict[str, Any], staged: Path) -
                 for runtime, trial in model.trials.items()
             },
         )
-    return Pipeline(options.name, condition, exported.latent_shape, models, fingerprint=fingerprint)
+    pipeline = Pipeline(
+        name=options.name,
+        condition=first.condition,
+        latent_shape=first.latent_shape,
+        models=models,
+        fingerprint=fingerprint,
+        **loaded.fields,
+    )
+    pipeline = replace(pipeline, token_budget=_token_budget(pipeline, options))
+    if whole:
+        whole.hold(pipeline, staged)
+    made = Defaults(loaded.schedule, loaded.guidance_scale)
+    return replace(pipeline, defaults=made)
+
+
+def _load(options: Options, scratch: Path) -> Loaded:
+    """Reads the source, and says what of it is not used."""
+    half = options.deployment.precision not in (AUTO, "fp32")
+    loaded = options.source.load(options.names, half=half, scratch=scratch)
+    if loaded.family and loaded.family.ignored:
+        print(f"export: not needed and not read: {', '.join(loaded.family.ignored)}")
+    return loaded
+
+
+def _token_budget(pipeline: Pipeline, options: Options) -> int:
+    """The tokens of `max_rows` rows of the default size; 0 if there is one size only."""
+    if not pipeline.image_sizes:
+        return 0
+    return options.deployment.max_rows * pipeline.tokens(pipeline.latent_shape)
 
 
 @dataclass(frozen=True)
@@ -319,9 +359,16 @@ class _Written:
     trials: dict[Runtime, TrialResult]
 
 
-def _write(exported: ExportTarget, options: Options, folder: Path) -> _Written:
-    """Exports one model into `folder`; its configuration is written later."""
+def _write(
+    exported: ExportTarget, options: Options, folder: Path, files: Mapping[str, str]
+) -> _Written:
+    """Exports one model into `folder`; its configuration is written later.
+
+    `files` are written beside it.
+    """
     (folder / "1").mkdir(parents=True)
+    for name, text in files.items():
+        (folder / "1" / name).write_text(text)
     deployment, source = options.deployment, options.source.files()[exported.role]
     wanted = _precisions(exported.role, deployment)
     print(f"{folder.name}: PyTorch in float32 ... ", end="", flush=True)
@@ -357,6 +404,9 @@ def _precisions(role: Role, deployment: Deployment) -> list[str]:
     """The precisions to try for a model, in order: the first that verifies is used."""
     if (role, deployment.engine, deployment.precision) == (Role.DECODER, "tensorrt", "bf16"):
         return ["fp16", "bf16"]  # fp16 has three more bits, and its convolutions are as fast
+    if role is Role.TEXT_ENCODER and deployment.precision in HALVES:
+        # T5's values leave the range of float16 (diffusers #8673).
+        return ["bf16" if deployment.engine == "tensorrt" else "fp32"]
     return [deployment.precision]
 
 

@@ -1,10 +1,12 @@
 """Exports PyTorch modules as programs with weights. Only PyTorch can run them."""
 
+import json
 from pathlib import Path
 
 import torch
 
 from export.onnx_graph import ExportTarget
+from flowturbo.nets.torch_runtime import INPUTS
 
 
 def export_program(exported: ExportTarget, path: Path) -> None:
@@ -13,6 +15,6 @@ def export_program(exported: ExportTarget, path: Path) -> None:
     program = torch.export.export(
         exported.module.eval(),
         tuple(example.values()),
-        dynamic_shapes=tuple({0: torch.export.Dim.DYNAMIC} for _ in example),
+        dynamic_shapes=exported.dynamic_shapes(),
     )
-    torch.export.save(program, path)
+    torch.export.save(program, path, extra_files={INPUTS: json.dumps(list(example))})

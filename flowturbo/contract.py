@@ -23,12 +23,14 @@ class Role(StrEnum):
     PREDICTOR = "predictor"
     REFINER = "refiner"
     DECODER = "decoder"
+    TEXT_ENCODER = "text_encoder"
 
 
 _MODELS = {
     Role.PREDICTOR: "velocity_predictor",
     Role.REFINER: "velocity_refiner",
     Role.DECODER: "vae_decoder",
+    Role.TEXT_ENCODER: "text_encoder",
 }
 
 
@@ -57,6 +59,7 @@ TIMES = "times"
 GUIDANCE_SCALE = "guidance_scale"
 GUIDANCE_INTERVAL = "guidance_interval"
 INITIAL_NOISE = "initial_noise"
+SIZE = "size"
 OUTPUT_FORMAT = "output_format"
 COMMON_INPUTS = (
     TensorSpec(SEED, np.int64, (-1,), optional=True),
@@ -65,6 +68,7 @@ COMMON_INPUTS = (
     TensorSpec(GUIDANCE_SCALE, np.float32, (1,), optional=True),
     TensorSpec(GUIDANCE_INTERVAL, np.float32, (2,), optional=True),
     TensorSpec(INITIAL_NOISE, np.float32, (-1, "C", "h", "w"), optional=True),
+    TensorSpec(SIZE, np.int64, (2,), optional=True),  # height, width in pixels
     TensorSpec(OUTPUT_FORMAT, np.object_, (1,), optional=True),
 )
 PIPELINE_INPUT = TensorSpec(PIPELINE, np.object_, (1,), optional=True)
@@ -102,19 +106,27 @@ DECODER_OUTPUTS = (
 )
 
 
-def composed_tensors(role: Role, conditioning: Specs) -> tuple[Specs, Specs]:
-    """Inputs and outputs of a composed model. `conditioning` are the condition's block inputs."""
+BLOCK_INPUTS = (
+    TensorSpec(X, np.float32, ("C", "h", "w")),
+    TensorSpec(VELOCITY, np.float32, ("C", "h", "w")),
+    TensorSpec(SCALARS, np.float32, (SCALAR_COLUMNS,)),
+    # Offset of the row's guidance partner: 1, -1, or 0 for none.
+    TensorSpec(PAIR, np.int32, (1,)),
+)
+
+
+def composed_tensors(
+    role: Role, conditioning: Specs, encoder_inputs: Specs = ()
+) -> tuple[Specs, Specs]:
+    """Inputs and outputs of a composed model.
+
+    `conditioning` are the condition's block inputs. A text encoder makes them of `encoder_inputs`.
+    """
     if role is Role.DECODER:
         return DECODER_INPUTS, DECODER_OUTPUTS
-    inputs = (
-        TensorSpec(X, np.float32, ("C", "h", "w")),
-        TensorSpec(VELOCITY, np.float32, ("C", "h", "w")),
-        *conditioning,
-        TensorSpec(SCALARS, np.float32, (SCALAR_COLUMNS,)),
-        # Offset of the row's guidance partner: 1, -1, or 0 for none.
-        TensorSpec(PAIR, np.int32, (1,)),
-    )
-    return inputs, BLOCK_OUTPUTS
+    if role is Role.TEXT_ENCODER:
+        return encoder_inputs, conditioning
+    return (*BLOCK_INPUTS, *conditioning), BLOCK_OUTPUTS
 
 
 # Tensors of an ensemble, which serves one schedule (ensemble.py), and tensors between its steps.

@@ -104,6 +104,8 @@ def ensemble_for(request: GenerationRequest, pipeline: Pipeline, variant: str) -
     whole = not guidance.enabled or guidance.interval == Guidance().interval
     if request.initial_noise is not None or request.times is not None or not whole:
         return None
+    if pipeline.has(Role.TEXT_ENCODER):
+        return None
     most = pipeline.max_rows if pipeline.on_gpu else min(_MAX_ROWS, pipeline.max_rows)
     if request.rows > most or pipeline.ensemble_variant != variant:
         return None
@@ -135,7 +137,7 @@ def plan(request: GenerationRequest, pipeline: Pipeline, program: Program) -> Te
     Raises RequestError for more rows than one batch holds, because an ensemble cannot split them.
     """
     guidance, condition = request.guidance, pipeline.condition
-    noise = to_rows(request.start(pipeline), guidance)
+    noise = to_rows(request.start(), guidance)
     if len(noise) > pipeline.max_rows:
         raise RequestError(
             f"a request to this model has at most {pipeline.max_rows} rows (2 per guided image), "
@@ -145,8 +147,9 @@ def plan(request: GenerationRequest, pipeline: Pipeline, program: Program) -> Te
         contract.PLAN_NOISE: noise,
         contract.PLAN_PAIR: pair_rows(len(noise), guided=guidance.enabled),
     }
-    null = run_sync(condition.null(_no_model)) if guidance.enabled else {}
-    for name, value in run_sync(condition.encode(request.condition, _no_model)).items():
+    encoded = condition.encode(request.condition, _no_model, guided=guidance.enabled)
+    conditioning, null = run_sync(encoded)
+    for name, value in conditioning.items():
         rows = interleave(value, null[name]) if guidance.enabled else value
         tensors[contract.plan_condition(name)] = rows
     for index, call in enumerate(program.calls):

@@ -27,6 +27,7 @@ from flowturbo.solver.guidance import Guidance
 from flowturbo.solver.program import Program, compile_program
 from flowturbo.solver.sampler import Array, AwaitedBlock, run_sync, sample_async
 from flowturbo.solver.schedule import Schedule
+from flowturbo.tiles import Tiles
 
 _ROLES = {network: Role(network) for network in Network}
 LARGEST_TRAINED_STEP = 0.12  # the paper's range is (0, 0.12]
@@ -58,21 +59,25 @@ async def make_images(
     request: GenerationRequest, pipeline: Pipeline, program: Program, infer: AwaitedInfer
 ) -> Tensors:
     """The latent and the image that `request` needs, by these names."""
-    infer = in_chunks(infer, pipeline.max_rows)
+    infer = in_chunks(infer, pipeline.rows_for(request.latent_shape))
     made: Tensors = {}
     if request.needs_decoder or LATENT in request.outputs:
         made[LATENT] = await _latent(request, pipeline, program, infer)
         check_finite(made[LATENT], "latent")
     if request.needs_decoder:
-        made[IMAGE] = await decode(infer, made[LATENT])
+        made[IMAGE] = await decode(infer, made[LATENT], pipeline.largest_decode)
     return made
 
 
-async def decode(infer: AwaitedInfer, latent: Array) -> Array:
-    """Images [n, H, W, 3] uint8 of `latent` [n, C, h, w]; raises NotFiniteError."""
-    image, magnitude = await infer(Role.DECODER, {LATENT: latent})
-    check_finite(magnitude, "image")
-    return image
+async def decode(infer: AwaitedInfer, latent: Array, largest: int | None = None) -> Array:
+    """Images [n, H, W, 3] uint8 of `latent` [n, C, h, w]; raises NotFiniteError.
+
+    A latent with a side above `largest` is decoded in tiles.
+    """
+    tiles = Tiles.of(latent.shape[2], latent.shape[3], largest)
+    parts, magnitude = await infer(Role.DECODER, {LATENT: tiles.split(latent)})
+    check_finite(magnitude.reshape(len(latent), -1), "image")
+    return tiles.join(parts)
 
 
 def check_finite(values: Array, what: str) -> None:
@@ -108,7 +113,7 @@ async def _latent(
     request: GenerationRequest, pipeline: Pipeline, program: Program, infer: AwaitedInfer
 ) -> Array:
     block = await image_block(infer, pipeline, request.condition, request.guidance)
-    noise = to_rows(request.start(pipeline), request.guidance)
+    noise = to_rows(request.start(), request.guidance)
     return to_images(await sample_async(program, noise, block), request.guidance)
 
 
@@ -121,12 +126,9 @@ async def image_block(
         x_next, velocity_next = await infer(_ROLES[network], tensors)
         return x_next, velocity_next
 
-    return guided_block(
-        evaluate,
-        conditioning=await pipeline.condition.encode(condition, infer),
-        null=await pipeline.condition.null(infer) if guidance.enabled else {},
-        guidance=guidance,
-    )
+    encoded = pipeline.condition.encode(condition, infer, guided=guidance.enabled)
+    conditioning, null = await encoded
+    return guided_block(evaluate, conditioning, null, guidance)
 
 
 def roles_called(program: Program) -> list[Role]:

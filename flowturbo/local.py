@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from flowturbo.conditions.class_label import LABEL
+from flowturbo.conditions.prompt import NEGATIVE_PROMPT, PROMPT, TRUNCATED
 from flowturbo.contract import (
     GUIDANCE_INTERVAL,
     GUIDANCE_SCALE,
@@ -16,6 +17,7 @@ from flowturbo.contract import (
     LATENT,
     SCHEDULE,
     SEED,
+    SIZE,
     TIMES,
     Role,
 )
@@ -32,11 +34,15 @@ from flowturbo.solver.program import Program
 
 @dataclass(frozen=True)
 class LocalResult:
-    """`image` [n, H, W, 3] uint8 (or None), `latent` [n, C, h, w] float32, `seed` [n] int64."""
+    """`image` [n, H, W, 3] uint8 (or None), `latent` [n, C, h, w] float32, `seed` [n] int64.
+
+    `truncated` [n] bool says which texts were cut; it is None for classes.
+    """
 
     image: np.ndarray | None
     latent: np.ndarray
     seed: np.ndarray
+    truncated: np.ndarray | None = None
 
 
 class LocalPipeline:
@@ -69,7 +75,7 @@ class LocalPipeline:
 
     def generate(
         self,
-        label: int | Sequence[int] | np.ndarray,
+        label: int | Sequence[int] | np.ndarray | None = None,
         seed: int | Sequence[int] | np.ndarray | None = None,
         schedule: str | None = None,
         guidance_scale: float | None = None,
@@ -78,14 +84,25 @@ class LocalPipeline:
         initial_noise: np.ndarray | None = None,
         variant: str | None = None,
         times: Sequence[float] | None = None,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        size: tuple[int, int] | None = None,
     ) -> LocalResult:
-        """Images of the classes `label` [n]; None means the service's default.
+        """Images of the classes `label` [n] or of `prompt`; None means the service's default.
 
-        `schedule` may be the name of a preset. `initial_noise` [n, C, h, w] float32 replaces `seed`
-        [n]. `times` is a time grid with one time more than the schedule has steps. Raises
-        RequestError as the server does.
+        One prompt serves all seeds. `size` is (width, height) in pixels. `schedule` may be the name
+        of a preset. `initial_noise` [n, C, h, w] float32 replaces `seed` [n]. `times` is a time
+        grid with one time more than the schedule has steps. Raises RequestError as the server does.
         """
-        tensors: Tensors = {LABEL: _integers(LABEL, label)}
+        tensors: Tensors = {}
+        if label is not None:
+            tensors[LABEL] = _integers(LABEL, label)
+        for name, texts in ((PROMPT, prompt), (NEGATIVE_PROMPT, negative_prompt)):
+            if texts is not None:
+                listed = [texts] if isinstance(texts, str | bytes) else list(texts)
+                tensors[name] = np.array(listed, dtype=object)
+        if size is not None:
+            tensors[SIZE] = _integers(SIZE, size[::-1])
         if seed is not None:
             tensors[SEED] = _integers(SEED, seed)
         if schedule is not None:
@@ -100,9 +117,10 @@ class LocalPipeline:
             if value is not None:
                 tensors[name] = np.asarray(value, dtype=np.float32)
         wanted = [LATENT, SEED] + [IMAGE] * self.pipeline.has(Role.DECODER)
+        wanted += [TRUNCATED] * self.pipeline.has(Role.TEXT_ENCODER)
         request = parse_request(tensors, wanted, self.pipeline, self.settings)
         answer = self.run(request, self._program(request, variant))
-        return LocalResult(answer.get(IMAGE), answer[LATENT], answer[SEED])
+        return LocalResult(answer.get(IMAGE), answer[LATENT], answer[SEED], answer.get(TRUNCATED))
 
     def run(self, request: GenerationRequest, program: Program) -> Tensors:
         """The output tensors of a checked request, by name."""

@@ -6,9 +6,10 @@ models, sizes, precision and presets.
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from flowturbo.contract import ORCHESTRATOR, Role, Specs, composed_tensors, mode
 from flowturbo.errors import RepositoryError, RequestError
 from flowturbo.presets import Presets, built_in, find_schedule, parsed
 from flowturbo.settings import Settings
+from flowturbo.solver.grid import GridRule, time_grid
 from flowturbo.solver.schedule import Schedule
+from flowturbo.solver.steps import STEPS
 from flowturbo.textfile import TextFileError, read_json
 
-VERSION = 1  # of the record format
+VERSION = 2  # of the record format
 RECORDS = Path(ORCHESTRATOR, "1", "pipelines")
 UNKNOWN = "unknown"  # in metrics: the pipeline of requests that were refused too early to know it
 EXPORT_HINT = "python -m export --name NAME --predictor FILE --refiner FILE --vae DIR"
@@ -75,10 +78,14 @@ class Pipeline:
 
     `latent_shape` is (C, h, w). `own_presets` are schedules by name, besides the built-in ones.
     `ensembles` maps each schedule with an ensemble to its Triton model, for refiner steps of
-    `ensemble_variant`. `parts` are the other models that the ensembles need. `default_shift` is
-    the time grid of schedules without @. `history` is the number of earlier velocities that a block
-    reads. `command` exports the pipeline again. `fingerprint` has everything that determined the
-    result of the export.
+    `ensemble_variant`. `parts` are the other models that the ensembles need. `grid` is the time
+    grid of schedules without @. `image_sizes` are the sizes (H, W) that a request may ask for,
+    first the default; it is empty if there is one size only. A latent has one token per square of
+    `patch` x `patch`, and a batch at most `token_budget` tokens (0: any). A latent larger than
+    `largest_decode` on a side is decoded in tiles. `solver_steps` are the letters that schedules
+    may have; None means all. `family` is the name of the model family, empty for SiT. `history` is
+    the number of earlier velocities that a block reads. `command` exports the pipeline again.
+    `fingerprint` has everything that determined the result of the export.
     """
 
     name: str
@@ -90,7 +97,13 @@ class Pipeline:
     ensemble_variant: str = ""
     parts: tuple[str, ...] = ()
     defaults: Defaults = Defaults()
-    default_shift: float = 1.0
+    family: str = ""
+    grid: GridRule = GridRule()
+    image_sizes: tuple[tuple[int, int], ...] = ()
+    patch: int = 1
+    token_budget: int = 0
+    largest_decode: int | None = None
+    solver_steps: str | None = None
     history: int = 1
     command: str = ""
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
@@ -110,7 +123,8 @@ class Pipeline:
 
     def tensors(self, role: Role) -> tuple[Specs, Specs]:
         """Inputs and outputs of the model with this role (flowturbo.contract)."""
-        return composed_tensors(role, self.condition.block_inputs)
+        condition = self.condition
+        return composed_tensors(role, condition.block_inputs, condition.encoder_inputs)
 
     @property
     def sizes(self) -> dict[int | str, int]:
@@ -119,7 +133,12 @@ class Pipeline:
 
     @property
     def image_size(self) -> tuple[int, int] | None:
-        """Height and width of the images in pixels; None if the pipeline makes latents only."""
+        """Height and width of the images in pixels, if the request does not say.
+
+        None if the pipeline makes latents only.
+        """
+        if self.image_sizes:
+            return self.image_sizes[0]
         sizes = self.sizes
         return (sizes["H"], sizes["W"]) if "H" in sizes else None
 
@@ -142,6 +161,12 @@ class Pipeline:
         """The largest batch in rows that every model of the pipeline accepts."""
         return min(model.max_rows for model in self.models.values())
 
+    def rows_for(self, latent_shape: tuple[int, int, int]) -> int:
+        """The largest batch in rows of this shape: larger latents have smaller batches."""
+        if not self.token_budget:
+            return self.max_rows
+        return min(self.max_rows, max(2, self.token_budget // self.tokens(latent_shape)))
+
     @property
     def on_gpu(self) -> bool:
         """Whether the service runs the models on GPUs."""
@@ -150,18 +175,70 @@ class Pipeline:
     @cached_property
     def presets(self) -> Presets:
         """The built-in presets that the pipeline can serve, and its own presets."""
-        own = parsed(self.own_presets, self.default_shift)
-        return {**built_in(has_refiner=self.has(Role.REFINER)), **own}
+        ready_made = {} if self.solver_steps else built_in(has_refiner=self.has(Role.REFINER))
+        return {**ready_made, **parsed(self.own_presets)}
 
     def find_schedule(self, text: str) -> Schedule:
         """The schedule that `text` names or is. Raises RequestError if it cannot be served."""
-        schedule = find_schedule(text, self.presets, self.default_shift)
+        schedule = find_schedule(text, self.presets)
         if schedule.refines and not self.has(Role.REFINER):
             raise RequestError(
                 f"schedule {schedule} has refiner steps, and pipeline {self.name} has no refiner: "
                 "leave R out"
             )
+        return self._allowed(schedule)
+
+    def _allowed(self, schedule: Schedule) -> Schedule:
+        allowed = self.solver_steps
+        if allowed and (other := set(schedule.steps) - set(allowed)):
+            raise RequestError(
+                f"pipeline {self.name} is step-distilled and takes {' and '.join(allowed)} steps "
+                f"only, such as {allowed[0]}4, got {min(other)} in schedule {schedule}"
+            )
+        if schedule.shift == 1 and self.grid == GridRule():  # its own grid by another name
+            return replace(schedule, shift=None)
         return schedule
+
+    def on_own_grid(
+        self, schedule: Schedule, latent_shape: tuple[int, int, int]
+    ) -> tuple[Schedule, tuple[float, ...] | None]:
+        """`schedule` on its time grid: with a shift, or as it is with the times of its grid.
+
+        A schedule with a shift keeps it.
+        """
+        if schedule.shift is not None or self.grid == GridRule():
+            return schedule, None
+        if self.grid.is_fixed:
+            return replace(schedule, shift=self.grid.shift), None
+        steps = len(schedule)
+        return schedule, time_grid(steps, self.grid.shift_for(self.tokens(latent_shape), steps))
+
+    def tokens(self, latent_shape: tuple[int, int, int]) -> int:
+        """The image tokens of a latent (C, h, w)."""
+        _, height, width = latent_shape
+        return height * width // self.patch**2
+
+    def latent_shape_of(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """The shape (C, h, w) of the latent of an image of `size` (H, W), which must be allowed.
+
+        Raises RequestError.
+        """
+        allowed = self.image_sizes or tuple([self.image_size] if self.image_size else [])
+        if size not in allowed:
+            shown = ", ".join(map(shown_size, allowed)) or "none: it answers latents only"
+            nearest = min(allowed, key=lambda each: _distance(each, size), default=None)
+            hint = f"; the nearest is {shown_size(nearest)}" if nearest and len(allowed) > 1 else ""
+            raise RequestError(
+                f"size {shown_size(size)} (width x height) is not one of pipeline {self.name}: "
+                f"{shown}{hint}"
+            )
+        channels, height, width = self.latent_shape
+        assert self.image_size
+        return (
+            channels,
+            height * size[0] // self.image_size[0],
+            width * size[1] // self.image_size[1],
+        )
 
     def default_schedule(self, settings: Settings) -> Schedule:
         """The pipeline's own default, else the setting's, without R steps if there is no refiner.
@@ -172,12 +249,14 @@ class Pipeline:
             if self.defaults.schedule:
                 return self.find_schedule(self.defaults.schedule)
             text = settings.default_schedule
-            schedule = find_schedule(text, self.presets, self.default_shift)
+            schedule = find_schedule(text, self.presets)
+            if not self.has(Role.REFINER):
+                schedule = schedule.without_refiner()
+            return self._allowed(schedule)
         except RequestError as error:
             raise RepositoryError(
                 f"pipeline {self.name}: the default schedule cannot be used: {error}"
             ) from None
-        return schedule if self.has(Role.REFINER) else schedule.without_refiner()
 
     def default_guidance_scale(self, settings: Settings) -> float:
         """The pipeline's own default, else the setting's; 1 if guidance is impossible."""
@@ -192,12 +271,26 @@ class Pipeline:
             "name": self.name,
             "condition": self.condition.described(),
             "size": self.image_size,
+            "sizes": self.image_sizes or ([self.image_size] if self.image_size else []),
+            "family": self.family,
             "latent_shape": self.latent_shape,
             "refiner": self.has(Role.REFINER),
+            "steps": self.solver_steps or "".join(STEPS),
+            "grid": asdict(self.grid),
             "presets": {name: str(schedule) for name, schedule in self.presets.items()},
             "default_schedule": str(self.default_schedule(settings)),
             "default_guidance_scale": self.default_guidance_scale(settings),
         }
+
+
+def shown_size(size: tuple[int, int]) -> str:
+    """A size (height, width) as people write it: WIDTHxHEIGHT."""
+    return f"{size[1]}x{size[0]}"
+
+
+def _distance(one: tuple[int, int], other: tuple[int, int]) -> float:
+    """How far two sizes are apart, in factors of their sides."""
+    return sum(abs(math.log(max(a, 1) / max(b, 1))) for a, b in zip(one, other, strict=True))
 
 
 def class_label(pipeline: Pipeline) -> ClassLabel:
@@ -286,14 +379,19 @@ def _read(path: Path) -> Pipeline:
             raise KeyError(min(odd))
         channels, height, width = stated["latent_shape"]
         models = {Role(role): ModelRecord(**of) for role, of in stated["models"].items()}
+        encoder = path.parents[3] / model_name(path.stem, Role.TEXT_ENCODER) / "1"
+        grid = stated["grid"]
+        linear = tuple(grid["linear"]) if grid["linear"] else None
         found = Pipeline(
             **{
                 **stated,
-                "condition": read_condition(stated["condition"]),
+                "condition": read_condition(stated["condition"], encoder),
                 "latent_shape": (channels, height, width),
                 "models": models,
                 "defaults": Defaults(**stated["defaults"]),
                 "parts": tuple(stated["parts"]),
+                "grid": GridRule(**{**grid, "linear": linear}),
+                "image_sizes": tuple((high, wide) for high, wide in stated["image_sizes"]),
             }
         )
         if found.name != path.stem or Role.PREDICTOR not in models or found.history != 1:
@@ -314,5 +412,6 @@ def record_text(pipeline: Pipeline) -> str:
         "condition": write_condition(pipeline.condition),
         "models": {role.value: asdict(model) for role, model in pipeline.models.items()},
         "defaults": asdict(pipeline.defaults),
+        "grid": asdict(pipeline.grid),
     }
     return json.dumps({"version": VERSION, **stated}, indent=1) + "\n"

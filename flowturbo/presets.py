@@ -39,17 +39,17 @@ def may_be_preset(text: str) -> bool:
     return bool(re.fullmatch(_NAME, text))
 
 
-def parsed(texts: Mapping[str, str], default_shift: float = 1.0) -> Presets:
+def parsed(texts: Mapping[str, str]) -> Presets:
     """Parses schedules by name. Raises RequestError."""
-    return {name: Schedule.parse(text, default_shift) for name, text in texts.items()}
+    return {name: Schedule.parse(text) for name, text in texts.items()}
 
 
-def find_schedule(text: str, presets: Presets, default_shift: float = 1.0) -> Schedule:
+def find_schedule(text: str, presets: Presets) -> Schedule:
     """The schedule of the preset `text`, else `text` parsed as a schedule. Raises RequestError."""
     if preset := presets.get(text):
         return preset
     try:
-        return Schedule.parse(text, default_shift)
+        return Schedule.parse(text)
     except RequestError as error:
         known = ", ".join(presets)
         raise RequestError(f"{error}; the presets here are {known or 'none'}") from None

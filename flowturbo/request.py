@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from flowturbo.conditions import REQUEST_INPUTS, REQUEST_OUTPUTS, refuse_others
+from flowturbo.conditions import REQUEST_INPUTS, REQUEST_OUTPUTS, Condition, refuse_others
 from flowturbo.contract import (
     COMMON_OUTPUTS,
     ENCODED_IMAGE,
@@ -20,6 +20,7 @@ from flowturbo.contract import (
     SCHEDULE,
     SEED,
     SETTINGS,
+    SIZE,
     TIMES,
     Role,
     latent_sizes,
@@ -45,13 +46,17 @@ class GenerationRequest:
     """What one request asks for: n images that share a schedule and a guidance.
 
     `condition` has n entries; the pipeline's condition parsed it. `seeds` is [n] int64. If
-    `initial_noise` [n, C, h, w] float32 is given, it replaces the seeds, which are then 0. `times`
-    is the request's own time grid, or None. `outputs` names the output tensors, in order.
+    `initial_noise` [n, C, h, w] float32 is given, it replaces the seeds, which are then 0.
+    `latent_shape` is (C, h, w), and `size` is (H, W) of the image, None if there is none. `times`
+    is a time grid in place of the schedule's, or None. `outputs`
+    names the output tensors, in order.
     """
 
     condition: Any
     seeds: np.ndarray
     initial_noise: np.ndarray | None
+    latent_shape: tuple[int, int, int]
+    size: tuple[int, int] | None
     schedule: Schedule
     times: tuple[float, ...] | None
     guidance: Guidance
@@ -72,11 +77,11 @@ class GenerationRequest:
     def needs_decoder(self) -> bool:
         return bool(_IMAGES & set(self.outputs))
 
-    def start(self, pipeline: Pipeline) -> np.ndarray:
+    def start(self) -> np.ndarray:
         """The noise to start from, [n, C, h, w] float32."""
         if self.initial_noise is not None:
             return self.initial_noise
-        return noise(self.seeds, pipeline.latent_shape)
+        return noise(self.seeds, self.latent_shape)
 
     def settings(self, pipeline: Pipeline, settings: Settings) -> dict[str, Any]:
         """The output `settings`: the settings that are used, with defaults resolved."""
@@ -86,7 +91,7 @@ class GenerationRequest:
             "times": self.times,
             "guidance_scale": self.guidance.scale,
             "guidance_interval": self.guidance.interval,
-            "size": pipeline.image_size,
+            "size": self.size,
             "variant": settings.variant,
             "output_format": self.output_format,
         }
@@ -109,20 +114,24 @@ def parse_request(
     outputs: Iterable[str],
     pipeline: Pipeline,
     settings: Settings,
+    conditions: Mapping[str, Condition] | None = None,
 ) -> GenerationRequest:
     """Checks the input `tensors` (REQUEST_INPUTS) and the names of the requested `outputs`.
 
     If `outputs` has all outputs, the request named none. It then gets the image (or the encoded
-    image), the seed, the settings and the outputs of the condition. Raises RequestError with the
-    value and what is allowed.
+    image), the seed, the settings and the outputs of the condition. `conditions` are those of all
+    pipelines, to name the one that would take an input. Raises RequestError with the value and what
+    is allowed.
     """
-    sizes = latent_sizes(pipeline.latent_shape)
+    size, latent_shape = _size(tensors, pipeline)
+    sizes = latent_sizes(latent_shape)
     for name, tensor in tensors.items():
         _check_type(name, tensor)
         _check_shape(name, tensor, sizes)
-    refuse_others(pipeline.name, pipeline.condition, tensors)
-    condition = pipeline.condition.parse(tensors, settings.max_images)
-    schedule = _schedule(tensors, pipeline, settings)
+    refuse_others(pipeline.name, tensors, conditions or {pipeline.name: pipeline.condition})
+    guidance = _guidance(tensors, pipeline, settings)
+    condition = pipeline.condition.parse(tensors, settings.max_images, guided=guidance.enabled)
+    schedule, times = pipeline.on_own_grid(_schedule(tensors, pipeline, settings), latent_shape)
     _check_start(tensors, len(condition))
     given_noise = tensors.get(INITIAL_NOISE)
     if SEED in tensors:
@@ -136,9 +145,11 @@ def parse_request(
         condition=condition,
         seeds=seeds,
         initial_noise=given_noise,
+        latent_shape=latent_shape,
+        size=size,
         schedule=schedule,
-        times=_times(tensors, schedule),
-        guidance=_guidance(tensors, pipeline, settings),
+        times=_times(tensors, schedule) or times,
+        guidance=guidance,
         output_format=output_format,
         outputs=_wanted(tuple(dict.fromkeys(outputs)), output_format, pipeline),
     )
@@ -162,6 +173,18 @@ def _check_shape(name: str, tensor: np.ndarray, sizes: Mapping[int | str, int]) 
     if not fits:
         shown = shown_dims(dims)
         raise RequestError(f"{name} must have shape [{shown}], got {list(tensor.shape)}")
+
+
+def _size(
+    tensors: Mapping[str, np.ndarray], pipeline: Pipeline
+) -> tuple[tuple[int, int] | None, tuple[int, int, int]]:
+    """The size (H, W) of the images, None if there are none, and the shape of their latents."""
+    if SIZE not in tensors:
+        return pipeline.image_size, pipeline.latent_shape
+    _check_type(SIZE, tensors[SIZE])
+    _check_shape(SIZE, tensors[SIZE], {})
+    height, width = tensors[SIZE].tolist()
+    return (height, width), pipeline.latent_shape_of((height, width))
 
 
 def _schedule(
@@ -195,8 +218,7 @@ def _guidance(
     guidance = Guidance(scale, interval)
     if guidance.enabled and not pipeline.condition.can_guide:
         raise RequestError(
-            "guidance needs a network that was also trained without classes, but this one has no "
-            f"null class: guidance_scale must be 1, got {scale:g}"
+            f"{pipeline.condition.unguided_because}: guidance_scale must be 1, got {scale:g}"
         )
     return guidance
 

@@ -32,7 +32,7 @@ def to_images(rows: Array, guidance: Guidance) -> Array:
 
 
 def interleave(conditional: Array, unconditional: Array) -> Array:
-    """[n, ...] and [1, ...] to [2n, ...]: conditional, unconditional, conditional, ..."""
+    """[n, ...] and [1 or n, ...] to [2n, ...]: conditional, unconditional, conditional, ..."""
     out = np.repeat(conditional, 2, axis=0)
     out[1::2] = unconditional
     return out
@@ -46,9 +46,9 @@ def guided_block(
 ) -> AwaitedBlock:
     """The sampler's block over `run`, for images with `conditioning` (tensors [n, ...]).
 
-    `null` has the unconditional value of each tensor ([1, ...]); it is empty if guidance is not
-    enabled. The number of rows per image is constant: one, or two with guidance. A call outside the
-    guidance interval sends only the conditional rows and costs half. A refiner step with one
+    `null` has the unconditional value of each tensor ([1 or n, ...]); it is empty if guidance is
+    not enabled. The number of rows per image is constant: one, or two with guidance. A call outside
+    the guidance interval sends only the conditional rows and costs half. A refiner step with one
     evaluation inside the interval sends both, with scale 1 for the other evaluation.
     """
     paired = {name: interleave(value, null[name]) for name, value in conditioning.items() if null}

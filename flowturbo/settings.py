@@ -40,8 +40,9 @@ class Settings:
     `default_pipeline` serves the requests that name none. It may be empty if only one pipeline is
     installed. `default_schedule` (or preset) and `default_guidance_scale` are for pipelines without
     their own defaults. `max_inflight` is the largest number of in-flight requests: more are refused
-    at once. `max_images` is the largest number of images per request. `default_timeout_s` is the
-    deadline of a request that sets none. Raises RepositoryError for a value that is not allowed.
+    at once. `max_images` is the largest number of images per request. `text_cache_mb`
+    megabytes (2^20 bytes) of encoded texts are kept. `default_timeout_s` is the deadline of a
+    request that sets none. Raises RepositoryError for a value that is not allowed.
     """
 
     default_pipeline: str = ""
@@ -50,6 +51,7 @@ class Settings:
     variant: str = Variant.REFERENCE.value
     max_inflight: int = 64
     max_images: int = 64
+    text_cache_mb: int = 256
     default_timeout_s: float = 120.0
 
     def __post_init__(self) -> None:
@@ -60,7 +62,7 @@ class Settings:
             Variant(self.variant)
         except (RequestError, ValueError) as error:
             raise RepositoryError(f"orchestrator config: {error}") from error
-        for name in ("max_inflight", "max_images", "default_timeout_s"):
+        for name in ("max_inflight", "max_images", "text_cache_mb", "default_timeout_s"):
             if not getattr(self, name) > 0:
                 raise RepositoryError(
                     f"orchestrator config: {name} must be above 0, got {getattr(self, name)}"

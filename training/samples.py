@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowturbo.latents import noise
 from flowturbo.nets.blocks import PredictorBlock, RefinerBlock
-from flowturbo.nets.sit import GUIDED_CHANNELS, SiT
+from flowturbo.nets.sit import GUIDED_CHANNELS, ByLabel, SiT
 from flowturbo.nets.vae import Decoder
 from flowturbo.rows import pair_rows, scalar_rows
 from flowturbo.solver.calls import BlockCall, Network
@@ -84,8 +84,8 @@ def sample_latents(
     """
     guidance = Guidance(scale)
     blocks = {
-        Network.PREDICTOR: PredictorBlock(predictor, guided_channels),
-        Network.REFINER: RefinerBlock(refiner, guided_channels),
+        Network.PREDICTOR: PredictorBlock(ByLabel(predictor), guided_channels),
+        Network.REFINER: RefinerBlock(ByLabel(refiner), guided_channels),
     }
     if guidance.enabled:  # rows in pairs, conditional then unconditional
         null = torch.full_like(label, predictor.config.num_classes)
@@ -94,7 +94,7 @@ def sample_latents(
 
     def block(call: BlockCall, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         scalars = torch.from_numpy(scalar_rows(call, len(x), guidance)).to(x.device)
-        x_next, v_next = blocks[call.network](x, v, label[:, None], scalars, pair)
+        x_next, v_next = blocks[call.network](x, v, scalars, pair, label[:, None])
         return x_next, v_next
 
     latents = sample(compile_program(schedule), x, block)

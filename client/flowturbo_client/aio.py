@@ -28,7 +28,7 @@ from .protocol import (
 )
 from .retry import RetryPlan
 from .settings import Health, Settings, check_timeout_s, closed_error
-from .tensors import Labels, Seeds
+from .tensors import Labels, Prompts, Seeds, Size
 
 
 def _being_cancelled() -> bool:
@@ -60,11 +60,14 @@ class AsyncFlowTurboClient:
 
     async def generate(
         self,
-        labels: Labels,
+        labels: Labels | None = None,
         seeds: Seeds | None = None,
         schedule: str | None = None,
         guidance_scale: float | None = None,
         *,
+        prompts: Prompts | None = None,
+        negative_prompts: Prompts | None = None,
+        size: Size | None = None,
         pipeline: str | None = None,
         times: Sequence[float] | None = None,
         guidance_interval: Sequence[float] | None = None,
@@ -79,6 +82,9 @@ class AsyncFlowTurboClient:
             seeds,
             schedule,
             guidance_scale,
+            prompts=prompts,
+            negative_prompts=negative_prompts,
+            size=size,
             pipeline=pipeline,
             times=times,
             guidance_interval=guidance_interval,

@@ -5,12 +5,14 @@ import secrets
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import grpc
 
 from .client import FlowTurboClient
-from .errors import FlowTurboError
+from .errors import FlowTurboError, InvalidRequestError
 from .gallery import Row, generate_row, write_grid, write_row
+from .manifest import Wanted, generate_file, read_prompts
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,6 +50,22 @@ def _generate_parser(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--labels", nargs="+", metavar="NAME", help="class names, one image each")
     what.add_argument("--ids", nargs="+", type=int, metavar="ID", help="class ids, one image each")
     what.add_argument("--characters", type=_text, help="one image per character, its class name")
+    what.add_argument("--prompt", nargs="+", metavar="TEXT", help="texts, one image each")
+    what.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="a text per line: writes pictures and manifest.jsonl, and goes on where it stopped",
+    )
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from")
+    parser.add_argument("--size", metavar="WIDTHxHEIGHT", help="in pixels (default: the server's)")
+    parser.add_argument(
+        "--count",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="images per class or prompt (default: %(default)s)",
+    )
     parser.add_argument(
         "--pipeline", metavar="NAME", help="a pipeline of the server (default: the server's)"
     )
@@ -111,7 +129,10 @@ def _client(args: argparse.Namespace) -> FlowTurboClient:
 
 
 def _generate(client: FlowTurboClient, args: argparse.Namespace) -> int:
-    labels = args.labels or args.ids or list(args.characters)
+    if args.prompts:
+        return _from_file(client, args)
+    named = args.labels or args.ids or args.prompt or list(args.characters)
+    labels = [each for each in named for _ in range(args.count)]
     schedules = list(dict.fromkeys(args.schedule or [None]))
     base_seed = args.seed
     if base_seed is None and len(schedules) > 1:
@@ -134,9 +155,21 @@ def _row(
     schedule: str | None,
     base_seed: int | None,
 ) -> Row:
+    options: dict[str, Any] = {
+        "of_prompts": bool(args.prompt),
+        "guidance_scale": args.guidance_scale,
+        **_options(args),
+    }
     if args.warmup:
-        client.generate(
-            labels[: args.batch], None, schedule, args.guidance_scale, pipeline=args.pipeline
+        batch = labels[: args.batch]
+        generate_row(
+            client,
+            batch,
+            schedule,
+            base_seed=None,
+            batch=args.batch,
+            progress=lambda line: None,
+            **options,
         )
     return generate_row(
         client,
@@ -144,10 +177,39 @@ def _row(
         schedule,
         base_seed=base_seed,
         batch=args.batch,
-        guidance_scale=args.guidance_scale,
-        pipeline=args.pipeline,
-        progress=lambda line: print(line, file=sys.stderr, flush=True),
+        progress=_tell,
+        **options,
     )
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of a generation that are the same in all its requests."""
+    found = {
+        "pipeline": args.pipeline,
+        "negative_prompts": args.negative_prompt,
+        "size": args.size,
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _from_file(client: FlowTurboClient, args: argparse.Namespace) -> int:
+    if args.schedule and len(args.schedule) > 1:
+        raise InvalidRequestError("--prompts takes one schedule")
+    texts = read_prompts(args.prompts)
+    options = {"schedule": (args.schedule or [None])[0], "guidance_scale": args.guidance_scale}
+    wanted = [
+        Wanted(k, text, (args.seed or 0) + k)
+        for k, text in enumerate(text for text in texts for _ in range(args.count))
+    ]
+    made = generate_file(
+        client, wanted, args.output, args.batch, _tell, **options, **_options(args)
+    )
+    print(f"{made} of {len(wanted)} images made, {len(wanted) - made} were there: {args.output}")
+    return 0
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _pipelines(client: FlowTurboClient, args: argparse.Namespace) -> int:
@@ -160,6 +222,9 @@ def _pipelines(client: FlowTurboClient, args: argparse.Namespace) -> int:
             "schedules": f"{presets}; or steps such as {each['default_schedule']}",
             "defaults": f"{each['default_schedule']}, guidance {each['default_guidance_scale']:g}",
         }
+        sizes = each.get("sizes") or []
+        if len(sizes) > 1:
+            table["size"] = ", ".join(f"{wide}x{high}" for high, wide in sizes)
         if names := condition.get("class_names"):
             table["classes"] = ", ".join(names)
         elif "num_classes" in condition:

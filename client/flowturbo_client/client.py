@@ -25,7 +25,7 @@ from .protocol import (
 )
 from .retry import RetryPlan
 from .settings import Health, Settings, check_timeout_s, closed_error
-from .tensors import Labels, Seeds
+from .tensors import Labels, Prompts, Seeds, Size
 
 
 class FlowTurboClient:
@@ -51,11 +51,14 @@ class FlowTurboClient:
 
     def generate(
         self,
-        labels: Labels,
+        labels: Labels | None = None,
         seeds: Seeds | None = None,
         schedule: str | None = None,
         guidance_scale: float | None = None,
         *,
+        prompts: Prompts | None = None,
+        negative_prompts: Prompts | None = None,
+        size: Size | None = None,
         pipeline: str | None = None,
         times: Sequence[float] | None = None,
         guidance_interval: Sequence[float] | None = None,
@@ -64,11 +67,13 @@ class FlowTurboClient:
         outputs: Sequence[str] = ("image",),
         timeout_s: float | None = None,
     ) -> Generation:
-        """Generate one image per label; None means the server's default.
+        """Generate one image per label or prompt; None means the server's default.
 
-        `labels`: class ids or class names, one or n of them. `pipeline`: the name of a pipeline of
-        the server. `times`: the time grid, one time more than the schedule has steps.
-        `seeds`: one per label, >= 0; if None the server chooses and reports them.
+        `labels`: class ids or class names, one or n of them. `prompts`: texts in their place, one
+        for all seeds or one per image. `negative_prompts`: what guidance leads away from, one or n
+        texts. `size`: (width, height) in pixels, or "WIDTHxHEIGHT". `pipeline`: the name of a
+        pipeline of the server. `times`: the time grid, one time more than the schedule has steps.
+        `seeds`: one per image, >= 0; if None the server chooses and reports them.
         `initial_noise`: float [n, C, h, w], instead of seeds.
         `output_format`: raw; or png, jpeg or webp for files in `Generation.encoded`; or
         png_base64, jpeg_base64 or webp_base64 for the files as text.
@@ -79,6 +84,9 @@ class FlowTurboClient:
             seeds,
             schedule,
             guidance_scale,
+            prompts=prompts,
+            negative_prompts=negative_prompts,
+            size=size,
             pipeline=pipeline,
             times=times,
             guidance_interval=guidance_interval,

@@ -26,6 +26,7 @@ class Row:
     images: tuple[NDArray[np.uint8], ...]
     seeds: tuple[int, ...]
     class_names: tuple[str, ...]
+    """Names of classes, or the prompts."""
     latency_ms: float
     """Per image: the sum over the row's requests, divided by its number of images."""
     guidance_scale: float | None = None
@@ -46,18 +47,28 @@ def generate_row(
     batch: int,
     progress: Callable[[str], None],
     guidance_scale: float | None = None,
+    of_prompts: bool = False,
     **options: Any,
 ) -> Row:
     """Generate one image per label in requests of at most `batch`, one after another.
 
-    Image i has seed `base_seed` + i; if it is None the server chooses. `options` go to
-    `FlowTurboClient.generate`.
+    The labels are texts if `of_prompts`. Image i has seed `base_seed` + i; if it is None the server
+    chooses. `options` go to `FlowTurboClient.generate`.
     """
     done = []
     for start in range(0, len(labels), batch):
         part = labels[start : start + batch]
         seeds = None if base_seed is None else [base_seed + start + i for i in range(len(part))]
-        done.append(client.generate(part, seeds, schedule, guidance_scale, **options))
+        asked: dict[str, Any] = {"prompts" if of_prompts else "labels": part}
+        done.append(
+            client.generate(
+                **asked,
+                seeds=seeds,
+                schedule=schedule,
+                guidance_scale=guidance_scale,
+                **options,
+            )
+        )
         progress(
             f"{schedule or 'default schedule'}: {start + len(part)}/{len(labels)} images, "
             f"{1e3 * done[-1].latency_s:.0f} ms"
@@ -66,7 +77,9 @@ def generate_row(
         schedule=schedule,
         images=tuple(image for one in done for image in _images(one)),
         seeds=tuple(int(seed) for one in done for seed in one.seeds),
-        class_names=tuple(name for one in done for name in one.class_names),
+        class_names=tuple(map(str, labels))
+        if of_prompts
+        else tuple(name for one in done for name in one.class_names),
         latency_ms=1e3 * sum(one.latency_s for one in done) / len(labels),
         guidance_scale=guidance_scale,
     )
@@ -84,7 +97,7 @@ def write_row(row: Row, folder: Path) -> list[Path]:
     """
     paths = []
     for image, seed, name in zip(row.images, row.seeds, row.class_names, strict=True):
-        stem = f"{_file_part(name)}_seed{seed}_{_file_part(row.schedule or 'default')}"
+        stem = f"{file_part(name)}_seed{seed}_{file_part(row.schedule or 'default')}"
         if row.guidance_scale is not None:
             stem += f"_g{row.guidance_scale:g}"
         paths.append(folder / f"{stem}.png")
@@ -100,7 +113,7 @@ def write_grid(rows: Sequence[Row], folder: Path) -> Path:
     return path
 
 
-def _file_part(text: str) -> str:
+def file_part(text: str) -> str:
     """Return `text` as part of a file name: letters, digits, `-` and `.`, not too long."""
     if re.fullmatch(r"[\w.]+( [\w.]+)*", text) and len(text.encode()) <= _MAX_BYTES:
         return text.replace(" ", "-")

@@ -37,7 +37,9 @@ class Generation:
     seeds: NDArray[np.int64]
     """[n]; includes seeds that the server chose."""
     class_names: tuple[str, ...]
-    """n names."""
+    """n names, for images of classes; else empty."""
+    truncated: tuple[bool, ...]
+    """n, for images of prompts: whether the text was too long and was cut; else empty."""
     settings: dict[str, Any]
     """What the server used, including defaults: pipeline, schedule, guidance_scale, ..."""
     latency_s: float
@@ -74,7 +76,7 @@ class Request:
         """Read the answer; ServerError if it breaks the contract."""
         try:
             found = {name: _array(result, name, self.n) for name in self.output_names}
-            class_names = tuple(bytes(name).decode() for name in found["class_name"])
+            class_names = tuple(bytes(name).decode() for name in found.get("class_name", ()))
             settings = _json(found["settings"], dict, "an object")
         except (ValueError, TypeError, struct.error) as error:
             raise ServerError(f"the server's answer cannot be read: {error}") from error
@@ -85,17 +87,21 @@ class Request:
             latents=found.get("latent"),
             seeds=found["seed"],
             class_names=class_names,
+            truncated=tuple(bool(cut) for cut in found.get("truncated", ())),
             settings=settings,
             latency_s=latency_s,
         )
 
 
 def build_request(
-    labels: tensors.Labels,
+    labels: tensors.Labels | None = None,
     seeds: tensors.Seeds | None = None,
     schedule: str | None = None,
     guidance_scale: float | None = None,
     *,
+    prompts: tensors.Prompts | None = None,
+    negative_prompts: tensors.Prompts | None = None,
+    size: tensors.Size | None = None,
     pipeline: str | None = None,
     times: Sequence[float] | None = None,
     guidance_interval: Sequence[float] | None = None,
@@ -107,8 +113,22 @@ def build_request(
 
     Raises InvalidRequestError.
     """
-    inputs = [tensors.label_tensor(labels)]
+    if (labels is None) == (prompts is None):
+        found = "neither" if labels is None else "both"
+        raise InvalidRequestError(f"give either labels or prompts, got {found}")
+    if labels is not None:
+        inputs = [tensors.label_tensor(labels)]
+    else:
+        assert prompts is not None
+        inputs = [tensors.prompt_tensor("prompt", prompts)]
     n = int(inputs[0].shape()[0])
+    if prompts is not None and n == 1:  # one text serves all seeds
+        given = seeds if seeds is not None else initial_noise
+        n = 1 if given is None else tensors.count(seeds) if seeds is not None else len(given)
+    if negative_prompts is not None:
+        inputs.append(tensors.prompt_tensor("negative_prompt", negative_prompts))
+    if size is not None:
+        inputs.append(tensors.size_tensor(size))
     if pipeline is not None:
         inputs.append(tensors.text_tensor("pipeline", [pipeline]))
     if seeds is not None:
@@ -125,7 +145,8 @@ def build_request(
         inputs.append(tensors.noise_tensor(initial_noise, n))
     if output_format is not None:
         inputs.append(tensors.text_tensor("output_format", [output_format]))
-    return Request(n, tuple(inputs), _output_names(outputs, output_format))
+    named = "class_name" if prompts is None else "truncated"
+    return Request(n, tuple(inputs), (*_output_names(outputs, output_format), named))
 
 
 def pipelines_request() -> Request:
@@ -148,7 +169,7 @@ def _output_names(outputs: Sequence[str], output_format: str | None) -> tuple[st
         raise InvalidRequestError(f"outputs must be some of {OUTPUTS}, got {outputs!r}")
     image = "image" if output_format in (None, "raw") else "encoded_image"
     names = [image if name == "image" else name for name in dict.fromkeys(wanted)]
-    return (*names, "seed", "class_name", "settings")
+    return (*names, "seed", "settings")
 
 
 # Data type and shape of each output; None is any size, "n" the number of images.
@@ -158,6 +179,7 @@ _CONTRACT: dict[str, tuple[type[np.generic], tuple[int | str | None, ...]]] = {
     "latent": (np.float32, ("n", None, None, None)),
     "seed": (np.int64, ("n",)),
     "class_name": (np.object_, ("n",)),
+    "truncated": (np.bool_, ("n",)),
     "settings": (np.object_, (1,)),
     "pipelines": (np.object_, (1,)),
 }

@@ -12,6 +12,8 @@ from tritonclient.utils import np_to_triton_dtype
 from .errors import InvalidRequestError
 
 Labels: TypeAlias = int | str | Sequence[int] | Sequence[str] | NDArray[np.integer[Any]]
+Prompts: TypeAlias = str | Sequence[str]
+Size: TypeAlias = str | tuple[int, int]
 Seeds: TypeAlias = int | Sequence[int] | NDArray[np.integer[Any]]
 
 _INT64 = np.iinfo(np.int64)
@@ -32,11 +34,36 @@ def label_tensor(labels: Labels) -> InferInput:
     )
 
 
+def prompt_tensor(name: str, prompts: Prompts) -> InferInput:
+    """Return BYTES [n] of texts; n >= 1."""
+    items = _items(f"{name}s", prompts)
+    if not items:
+        raise InvalidRequestError(f"{name}s is empty: give at least one text")
+    return text_tensor(name, items)
+
+
+def size_tensor(size: Size) -> InferInput:
+    """Return `size` INT64 [2], height then width, of (width, height) or "WIDTHxHEIGHT"."""
+    parts: Any = size.lower().split("x") if isinstance(size, str) else size
+    try:
+        width, height = (int(part) for part in parts)
+    except (TypeError, ValueError):
+        raise InvalidRequestError(
+            f'size must be "WIDTHxHEIGHT" or (width, height) in pixels, got {size!r}'
+        ) from None
+    return _tensor("size", _int64("size", [height, width], lowest=1))
+
+
+def count(value: Any) -> int:
+    """Return how many values `value` has: 1 for a number or a text."""
+    return len(_items("seeds", value))
+
+
 def seed_tensor(seeds: Seeds, n: int) -> InferInput:
     """Return `seed` INT64 [n], each >= 0."""
     items = _items("seeds", seeds)
     if len(items) != n:
-        raise InvalidRequestError(f"seeds must be one per image: {n} labels, {len(items)} seeds")
+        raise InvalidRequestError(f"seeds must be one per image: {n} images, {len(items)} seeds")
     for item in items:
         if not _is_integer(item):
             raise InvalidRequestError(f"seeds must be integers, got {item!r}")

@@ -5,11 +5,13 @@ orchestrator, the export and the ensembles know no more than this interface.
 """
 
 from collections.abc import Mapping, Sized
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 
 from flowturbo.conditions.class_label import ClassLabel
+from flowturbo.conditions.prompt import Prompt
 from flowturbo.contract import COMMON_INPUTS, COMMON_OUTPUTS, PIPELINE_INPUT, Specs
 from flowturbo.errors import RepositoryError, RequestError
 from flowturbo.rows import AwaitedInfer, Tensors
@@ -19,25 +21,41 @@ class Condition(Protocol):
     """What a pipeline's images are conditioned on."""
 
     kind: ClassVar[str]
+    asked_by: ClassVar[str]
+    unguided_because: ClassVar[str]
     request_inputs: ClassVar[Specs]
     request_outputs: ClassVar[Specs]
-    block_inputs: ClassVar[Specs]
+
+    @property
+    def block_inputs(self) -> Specs:
+        """The conditioning tensors of the step blocks."""
+        ...
+
+    @property
+    def encoder_inputs(self) -> Specs:
+        """The inputs of the text encoder that makes them; empty if there is none."""
+        ...
 
     @property
     def can_guide(self) -> bool:
         """Whether there is an unconditional value."""
         ...
 
-    def parse(self, tensors: Mapping[str, np.ndarray], max_images: int) -> Sized:
+    def parse(self, tensors: Mapping[str, np.ndarray], max_images: int, *, guided: bool) -> Sized:
         """The checked value of a request, one entry per image; raises RequestError."""
         ...
 
-    async def encode(self, value: Any, infer: AwaitedInfer) -> Tensors:
-        """The block inputs of `value`, [n, ...] each."""
+    async def encode(
+        self, value: Any, infer: AwaitedInfer, *, guided: bool
+    ) -> tuple[Tensors, Tensors]:
+        """The block inputs of `value`, [n, ...] each, and the unconditional ones, [1 or n, ...].
+
+        The latter are empty unless `guided`.
+        """
         ...
 
-    async def null(self, infer: AwaitedInfer) -> Tensors:
-        """The unconditional block inputs, [1, ...] each; only where `can_guide`."""
+    def pinned(self) -> Tensors:
+        """Inputs [k, ...] of the text encoder whose outputs most requests need; may be empty."""
         ...
 
     def request(self, value: Any) -> Tensors:
@@ -50,6 +68,10 @@ class Condition(Protocol):
 
     def sample(self, rows: int, generator: np.random.Generator) -> Tensors:
         """Block inputs [rows, ...] of random values, for checks of the networks."""
+        ...
+
+    def sample_encoder(self, rows: int, generator: np.random.Generator) -> Tensors:
+        """Inputs [rows, ...] of the text encoder for random texts, for checks of it."""
         ...
 
     def example(self, images: int) -> Tensors:
@@ -65,18 +87,21 @@ class Condition(Protocol):
         ...
 
 
-KINDS = {each.kind: each for each in (ClassLabel,)}
+KINDS = {each.kind: each for each in (ClassLabel, Prompt)}
 
 T = TypeVar("T")
 
 
-def read_condition(stated: Mapping[str, Any]) -> Condition:
-    """The condition of a pipeline's record; raises RepositoryError for an unknown kind."""
+def read_condition(stated: Mapping[str, Any], folder: Path) -> Condition:
+    """The condition of a pipeline's record; raises RepositoryError for an unknown kind.
+
+    `folder` is the version folder of the pipeline's text encoder, if it has one.
+    """
     options = dict(stated)
     kind = options.pop("kind", None)
     if kind not in KINDS:
         raise RepositoryError(f"condition {kind!r} is unknown, known are {', '.join(KINDS)}")
-    return KINDS[kind].of_record(options)
+    return KINDS[kind].of_record(options, folder)
 
 
 def write_condition(condition: Condition) -> dict[str, Any]:
@@ -97,9 +122,22 @@ REQUEST_INPUTS = (PIPELINE_INPUT, *_conditioned_inputs(), *COMMON_INPUTS)
 REQUEST_OUTPUTS = (*COMMON_OUTPUTS[:-2], *_conditioned_outputs(), *COMMON_OUTPUTS[-2:])
 
 
-def refuse_others(name: str, condition: Condition, given: Mapping[str, object]) -> None:
-    """Raises RequestError for an input of another kind of condition than pipeline `name` takes."""
-    takes = [spec.name for spec in condition.request_inputs]
+def refuse_others(
+    name: str, given: Mapping[str, object], conditions: Mapping[str, Condition]
+) -> None:
+    """Raises RequestError for an input of another kind of condition than pipeline `name` takes.
+
+    `conditions` are those of all pipelines. The message names the pipelines that take the input.
+    """
+    takes = _names(conditions[name])
     for spec in _conditioned_inputs():
         if spec.name in given and spec.name not in takes:
-            raise RequestError(f"pipeline {name} takes {' or '.join(takes)}, not {spec.name}")
+            others = [each for each, of in conditions.items() if spec.name in _names(of)]
+            raise RequestError(
+                f"pipeline {name} takes {conditions[name].asked_by}, not {spec.name}; pipelines "
+                f"that take {spec.name}: {', '.join(others) or 'none'}"
+            )
+
+
+def _names(condition: Condition) -> list[str]:
+    return [spec.name for spec in condition.request_inputs]

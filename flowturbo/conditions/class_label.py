@@ -8,6 +8,7 @@ import numpy as np
 
 from flowturbo.contract import Specs, TensorSpec, text_of
 from flowturbo.errors import RequestError
+from flowturbo.rows import Tensors
 
 LABEL = "label"
 CLASS_NAME = "class_name"
@@ -27,15 +28,21 @@ class ClassLabel:
     null_class: bool = True
 
     kind: ClassVar[str] = "class_label"
+    asked_by: ClassVar[str] = f"{LABEL} or {CLASS_NAME}"
+    unguided_because: ClassVar[str] = (
+        "guidance needs a network that was also trained without classes, but this one has no null "
+        "class"
+    )
     request_inputs: ClassVar[Specs] = (
         TensorSpec(LABEL, np.int64, (-1,), optional=True),
         TensorSpec(CLASS_NAME, np.object_, (-1,), optional=True),
     )
     request_outputs: ClassVar[Specs] = (TensorSpec(CLASS_NAME, np.object_, (-1,)),)
     block_inputs: ClassVar[Specs] = (TensorSpec(LABEL, np.int64, (1,)),)
+    encoder_inputs: ClassVar[Specs] = ()
 
     @classmethod
-    def of_record(cls, options: Mapping[str, Any]) -> "ClassLabel":
+    def of_record(cls, options: Mapping[str, Any], folder: object = None) -> "ClassLabel":
         """As `record` wrote it; raises ValueError for more or fewer names than classes."""
         made = cls(**{**options, "class_names": tuple(options["class_names"])})
         if made.class_names and len(made.class_names) != made.num_classes:
@@ -46,7 +53,9 @@ class ClassLabel:
     def can_guide(self) -> bool:
         return self.null_class
 
-    def parse(self, tensors: Mapping[str, np.ndarray], max_images: int) -> np.ndarray:
+    def parse(
+        self, tensors: Mapping[str, np.ndarray], max_images: int, *, guided: bool = True
+    ) -> np.ndarray:
         """The class ids asked for; raises RequestError."""
         given = [name for name in (LABEL, CLASS_NAME) if name in tensors]
         if len(given) != 1:
@@ -78,28 +87,35 @@ class ClassLabel:
                 f"{CLASS_NAME} {text[:_SHOWN]!r} is unknown, known are {known}"
             ) from None
 
-    async def encode(self, value: np.ndarray, infer: object = None) -> dict[str, np.ndarray]:
-        """The label of each image, [n, 1]; no network is needed."""
-        return {LABEL: value[:, None]}
+    async def encode(
+        self, value: np.ndarray, infer: object = None, *, guided: bool
+    ) -> tuple[Tensors, Tensors]:
+        """The label of each image, [n, 1], and the null class, [1, 1]; no network is needed."""
+        null = {LABEL: np.array([[self.num_classes]], dtype=np.int64)}
+        return {LABEL: value[:, None]}, null if guided else {}
 
-    async def null(self, infer: object = None) -> dict[str, np.ndarray]:
-        """The null class, [1, 1]."""
-        return {LABEL: np.array([[self.num_classes]], dtype=np.int64)}
+    def pinned(self) -> Tensors:
+        """Nothing."""
+        return {}
 
-    def request(self, value: np.ndarray) -> dict[str, np.ndarray]:
+    def request(self, value: np.ndarray) -> Tensors:
         """As ids."""
         return {LABEL: value}
 
-    def answer(self, value: np.ndarray) -> dict[str, np.ndarray]:
+    def answer(self, value: np.ndarray) -> Tensors:
         """Names, or ids where the export was given no names."""
         names = [self.class_names[k] if self.class_names else str(k) for k in value.tolist()]
         return {CLASS_NAME: np.array([name.encode() for name in names], dtype=object)}
 
-    def sample(self, rows: int, generator: np.random.Generator) -> dict[str, np.ndarray]:
+    def sample(self, rows: int, generator: np.random.Generator) -> Tensors:
         """Labels [rows, 1], the null class among them."""
         return {LABEL: generator.integers(self.num_classes + self.null_class, size=(rows, 1))}
 
-    def example(self, images: int) -> dict[str, np.ndarray]:
+    def sample_encoder(self, rows: int, generator: np.random.Generator) -> Tensors:
+        """Nothing."""
+        return {}
+
+    def example(self, images: int) -> Tensors:
         """One class after the other."""
         return {LABEL: np.arange(images) % self.num_classes}
 

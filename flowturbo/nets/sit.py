@@ -234,6 +234,20 @@ class SiT(nn.Module):
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
 
+class ByLabel(nn.Module):
+    """A SiT for a step block, whose conditioning is the label of each row, [B, 1] int64."""
+
+    def __init__(self, network: SiT) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        # A label out of range, for example in a padding row, must not fail the whole batch.
+        known = label[:, 0].clamp(0, self.network.config.label_rows - 1)
+        output: Tensor = self.network(x, t, known)
+        return output
+
+
 def position_embedding(width: int, side: int) -> np.ndarray:
     """Fixed 2-D sine-cosine embedding of a side x side grid, [side*side, width] float32."""
     rows, columns = np.meshgrid(np.arange(side), np.arange(side), indexing="ij")

@@ -1,5 +1,6 @@
 """Runs exported programs in PyTorch: plain on a CPU, compiled and as CUDA graphs on a GPU."""
 
+import json
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from flowturbo.rows import Tensors
 from flowturbo.runtimes import usable_cores
 
+INPUTS = "inputs.json"  # the names of the inputs, in order, in a file of an exported program
 _WARM_UPS = 3  # evaluations before a graph capture: they choose kernels and allocate memory
 
 
@@ -32,8 +34,9 @@ class TorchModel:
     ) -> None:
         self.on_gpu = device.startswith("cuda")
         self._device = device
-        program = torch.export.load(path)
-        self._inputs = list(program.graph_signature.user_inputs)
+        stated = {INPUTS: ""}
+        program = torch.export.load(path, extra_files=stated)
+        self._inputs: list[str] = json.loads(stated[INPUTS])
         if self.on_gpu:
             torch.cuda.set_device(device)
             # No TF32: fp32 means full float32, as in ONNX Runtime here.

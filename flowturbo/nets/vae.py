@@ -13,17 +13,15 @@ from torch import Tensor, nn
 from flowturbo.nets.weights import (
     CheckpointError,
     load_exactly,
-    read_pt,
-    read_safetensors,
+    read_folder,
     without_wrappers,
 )
 from flowturbo.textfile import read_json
 
 CONFIG = "config.json"
 _CLASS = "AutoencoderKL"
-_STEM = "diffusion_pytorch_model"
-_FORMS = ("safetensors", "bin")
 _IMAGE_CHANNELS = 3
+_WHOLE_DECODE = 1024  # pixels on a side, which every decoder can take
 # Names of attention layers before diffusers 0.12, and their present names.
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _OLD_NAME = re.compile(r"(.*\.mid_block\.attentions\.\d+)\.(query|key|value|proj_attn)\.(.*)")
@@ -43,7 +41,7 @@ def load_vae(folder: str | Path) -> AutoencoderKL:
     """
     folder = Path(folder)
     config = _read_config(folder)
-    path, tensors = _read_weights(folder)
+    path, tensors = read_folder(folder)
     try:
         vae = AutoencoderKL.from_config(config)
     except Exception as error:  # bad values can raise anything in the constructor
@@ -139,49 +137,6 @@ def _is_number(value: Any) -> bool:
     return finite and not isinstance(value, bool)
 
 
-def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
-    """The file with the weights, or the index of their shards, and the tensors by name."""
-    path = _weights_file(folder)
-    if path.suffix != ".json":
-        return path, _read_file(path)
-    files = read_json(path).get("weight_map")
-    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
-        raise CheckpointError(f"{path} must have a weight_map of tensors to files")
-    tensors: dict[str, Tensor] = {}
-    for name in sorted(set(files.values())):
-        if Path(name).name != name or not (folder / name).is_file():
-            raise CheckpointError(f"{path} names {name}, which is not in {folder}")
-        held, stated = _read_file(folder / name), {k for k, file in files.items() if file == name}
-        for tensor in sorted(held.keys() ^ stated):
-            where = "is not in it" if tensor in stated else "is in it"
-            raise CheckpointError(f"{path} does not fit {name}: {tensor} {where}")
-        tensors |= held
-    return path, tensors
-
-
-def _read_file(path: Path) -> dict[str, Tensor]:
-    return read_pt(path) if path.suffix == ".bin" else read_safetensors(path)[0]
-
-
-def _weights_file(folder: Path) -> Path:
-    plain = [f"{_STEM}.{form}{index}" for form in _FORMS for index in ("", ".index.json")]
-    for name in plain:
-        if (folder / name).is_file():
-            return folder / name
-    # A variant, such as diffusers' fp16, in one file or in shards.
-    names = sorted(path.name for path in folder.iterdir())
-    for form in _FORMS:
-        pattern = rf"{_STEM}\.(\w+\.{form}|{form}\.index\.\w+\.json)"
-        found = [name for name in names if re.fullmatch(pattern, name)]
-        if len(found) > 1:
-            raise CheckpointError(
-                f"{folder} has several sets of weights, keep one: {', '.join(found)}"
-            )
-        if found:
-            return folder / found[0]
-    raise CheckpointError(f"{folder} has no weights: {', '.join(plain)} or a variant is needed")
-
-
 def _todays_names(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -200,7 +155,14 @@ def sample_size(vae: AutoencoderKL) -> int | None:
     return int(wide) if high == wide else None
 
 
-def latent_factor(vae: AutoencoderKL) -> int:
+def tile_size(vae: Any) -> int:
+    """The largest side in latent pixels to decode at once: 1024 pixels, or the VAE's own size."""
+    stated = vae.config.sample_size
+    largest = max(stated) if isinstance(stated, list | tuple) else stated
+    return max(int(largest), _WHOLE_DECODE) // latent_factor(vae)
+
+
+def latent_factor(vae: Any) -> int:
     """How many image pixels one latent pixel is wide."""
     factor: int = 2 ** (len(vae.config.block_out_channels) - 1)
     return factor

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from flowturbo.errors import FlowTurboError
+from flowturbo.textfile import read_json
 
 WEIGHTS_KEYS = ("model", "ema")
 # Keys of the last weights: the first one in the file counts. Keys of averages have "ema" in them.
@@ -60,6 +61,9 @@ _NO_WEIGHTS = {
     b"version https://git-lfs": "is a Git LFS pointer, not the file: run `git lfs pull`",
     b"<": "is a web page, not weights: download the file itself",
 }
+
+_STEM = "diffusion_pytorch_model"  # of diffusers' weight files
+_FORMS = ("safetensors", "bin")
 
 
 class CheckpointError(FlowTurboError):
@@ -403,13 +407,64 @@ def _is_stated(value: Any) -> bool:
     return isinstance(value, bool | int | float)
 
 
-def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+def read_folder(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """A diffusers folder: the file with the weights, or the index of their shards, and the tensors.
+
+    Raises CheckpointError.
+    """
+    path = _weights_file(folder)
+    if path.suffix != ".json":
+        return path, _read_file(path)
+    files = read_json(path).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+        raise CheckpointError(f"{path} must have a weight_map of tensors to files")
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(files.values())):
+        if Path(name).name != name or not (folder / name).is_file():
+            raise CheckpointError(f"{path} names {name}, which is not in {folder}")
+        held, stated = _read_file(folder / name), {k for k, file in files.items() if file == name}
+        for tensor in sorted(held.keys() ^ stated):
+            where = "is not in it" if tensor in stated else "is in it"
+            raise CheckpointError(f"{path} does not fit {name}: {tensor} {where}")
+        tensors |= held
+    return path, tensors
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    return read_pt(path) if path.suffix == ".bin" else read_safetensors(path)[0]
+
+
+def _weights_file(folder: Path) -> Path:
+    plain = [f"{_STEM}.{form}{index}" for form in _FORMS for index in ("", ".index.json")]
+    for name in plain:
+        if (folder / name).is_file():
+            return folder / name
+    # A variant, such as diffusers' fp16, in one file or in shards.
+    names = sorted(path.name for path in folder.iterdir())
+    for form in _FORMS:
+        pattern = rf"{_STEM}\.(\w+\.{form}|{form}\.index\.\w+\.json)"
+        found = [name for name in names if re.fullmatch(pattern, name)]
+        if len(found) > 1:
+            raise CheckpointError(
+                f"{folder} has several sets of weights, keep one: {', '.join(found)}"
+            )
+        if found:
+            return folder / found[0]
+    raise CheckpointError(f"{folder} has no weights: {', '.join(plain)} or a variant is needed")
+
+
+def load_exactly(
+    module: nn.Module, tensors: Mapping[str, Tensor], path: Path, *, assign: bool = False
+) -> None:
     """Loads `tensors` of the file `path` into `module` in float32: all of them, and no others.
+
+    With `assign` the tensors become those of the module, which may be on the meta device.
 
     Compares the loaded module with the file. Raises CheckpointError, which names the first tensor
     that is missing, unknown, of another shape, of a type that weights do not have, or not finite.
     """
-    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    own = module.state_dict()
+    expected = {key: tuple(value.shape) for key, value in own.items()}
     for key, shape in expected.items():
         if key not in tensors:
             raise CheckpointError(f"{path} has no tensor {key!r} of shape {shape}")
@@ -422,13 +477,18 @@ def load_exactly(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -
     for key, value in tensors.items():
         if (kind := _no_weight(value)) is not None:
             raise CheckpointError(f"{path}: {key} must be a plain tensor, got {kind}")
+        if not own[key].is_floating_point():  # a counter
+            continue
         if not value.is_floating_point():
             raise CheckpointError(f"{path}: {key} must be floating-point, got {value.dtype}")
         if not value.float().isfinite().all():
             raise CheckpointError(f"{path}: {key} must be finite, it has NaN or infinity")
-    module.load_state_dict({key: value.float() for key, value in tensors.items()})
+    wanted = {
+        key: of.float() if own[key].is_floating_point() else of for key, of in tensors.items()
+    }
+    module.load_state_dict(wanted, assign=assign)
     for key, value in module.state_dict().items():
-        if not torch.equal(value, tensors[key].float()):
+        if not torch.equal(value, wanted[key]):
             raise CheckpointError(f"{path}: {key} differs between the network and the file")
 
 
@@ -445,11 +505,11 @@ def sha256(path: Path) -> str:
     """Digest of a file, or of the names and contents of a folder's files."""
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
-    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     digest = hashlib.sha256()
     for file in files:
         if path.is_dir():
-            digest.update(file.name.encode())
+            digest.update(str(file.relative_to(path)).encode())
         with file.open("rb") as content:
             while chunk := content.read(1 << 20):
                 digest.update(chunk)

@@ -12,7 +12,7 @@ import logging
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,8 @@ MAX_SKIPPED = 8  # turns in a row; about as many as a request makes of the predi
 Outputs = tuple[np.ndarray, ...]
 Evaluate = Callable[[str, Tensors], Outputs]
 Key = tuple[Any, ...]  # a model, and what one row of each of its tensors looks like
-Request = Coroutine["_Call", Outputs, Any]
+Request = Coroutine["_Call | Shared", Any, Any]
+_Ready = tuple[Request, "Done", Any]  # a request, and what it is given to go on
 Done = Callable[[Any], None]  # takes a request's result, or the exception that ended it
 
 
@@ -36,6 +37,7 @@ class _Call:
 
     model: str
     tensors: Tensors
+    most: int  # rows of a batch of such calls
 
     @property
     def key(self) -> Key:
@@ -44,6 +46,22 @@ class _Call:
 
     def __await__(self) -> Generator["_Call", Outputs, Outputs]:
         return (yield self)
+
+
+class Shared:
+    """Something that one request makes and others wait for; `finish` wakes them."""
+
+    def __init__(self, batcher: "Batcher") -> None:
+        self._batcher = batcher
+        self.done = False
+        self.waiting: list[_Ready] = []
+
+    def __await__(self) -> Generator["Shared", None, None]:
+        yield self
+
+    def finish(self) -> None:
+        """Called once, by the request that made it or failed to."""
+        self._batcher.wake(self)
 
 
 @dataclass(eq=False)
@@ -64,12 +82,11 @@ class _Waiting:
 class _Device:
     """A device that one or more models share, and the calls that wait for it.
 
-    It runs `threads` batches at a time.
-    `max_rows` are the most rows of a batch, by model, in the order in which programs call them.
+    It runs `threads` batches at a time. `models` are in the order in which programs call them.
     """
 
     threads: int
-    max_rows: Mapping[str, int]
+    models: Sequence[str]
     free: int = 0
     queues: dict[Key, deque[_Waiting]] = field(default_factory=dict)
     skipped: int = 0  # how often in a row the oldest call was
@@ -82,7 +99,7 @@ class _Device:
         if len(self.queues) == 1:
             self.skipped = 0
             return next(iter(self.queues))
-        order = [*self.max_rows]
+        order = self.models
         longest = max(self.queues, key=lambda key: (len(self.queues[key]), order.index(key[0])))
         oldest = min(self.queues, key=lambda key: self.queues[key][0].number)
         if oldest != longest and self.skipped < MAX_SKIPPED:
@@ -96,7 +113,7 @@ class _Device:
         key = self.next()
         queue, model = self.queues[key], key[0]
         waiting_rows = sum(waiting.rows for waiting in queue)
-        share = min(self.max_rows[model], math.ceil(waiting_rows / self.free))
+        share = min(queue[0].call.most, math.ceil(waiting_rows / self.free))
         batch = [queue.popleft()]
         rows = batch[0].rows
         while queue and rows + queue[0].rows <= share:
@@ -110,16 +127,16 @@ class _Device:
 class Batcher:
     """Runs `call(model, tensors)` on the joined rows of concurrent requests.
 
-    `max_rows` are the most rows of a batch, by model, in the order in which programs call them. The
-    models in `shared` take turns on one device: on a CPU, where two at a time are slower than one
-    after the other. Of each other model `instances` batches run at a time, and those that are free
-    share what is queued. An exception of `call` reaches every request in the batch.
+    `models` are in the order in which programs call them. Those in `shared` take turns on one
+    device: on a CPU, where two at a time are slower than one after the other. Of each other model
+    `instances` batches run at a time, and those that are free share what is queued. An exception of
+    `call` reaches every request in the batch.
     """
 
     def __init__(
         self,
         call: Evaluate,
-        max_rows: Mapping[str, int],
+        models: Iterable[str],
         *,
         shared: Iterable[str] = (),
         instances: int = 1,
@@ -128,14 +145,11 @@ class Batcher:
         self._count = 0
         self._closed = False
         self._changed = threading.Condition()  # and the lock of all devices
-        together = {model: max_rows[model] for model in shared}
+        together = list(shared)
         devices = [_Device(1, together)] if together else []
-        devices += [
-            _Device(instances, {model: most})
-            for model, most in max_rows.items()
-            if model not in together
-        ]
-        self._devices = {model: device for device in devices for model in device.max_rows}
+        devices += [_Device(instances, [model]) for model in models if model not in together]
+        self._devices = {model: device for device in devices for model in device.models}
+        self._ready: list[_Ready] = []
         self._threads = [
             threading.Thread(target=self._serve, args=(device,), name="batcher", daemon=True)
             for device in devices
@@ -144,9 +158,24 @@ class Batcher:
         for thread in self._threads:
             thread.start()
 
-    async def infer(self, model: str, tensors: Tensors) -> Outputs:
-        """The outputs for `tensors` [rows, ...]; for coroutines given to `start` alone."""
-        return await _Call(model, tensors)
+    async def infer(self, model: str, tensors: Tensors, most: int) -> Outputs:
+        """The outputs for `tensors` [rows, ...]; for coroutines given to `start` alone.
+
+        `most` is the most rows of a batch, the same in all calls of a model with rows of one shape.
+        """
+        outputs: Outputs = await _Call(model, tensors, most)
+        return outputs
+
+    def share(self) -> Shared:
+        """Something that several requests can wait for; for coroutines given to `start` alone."""
+        return Shared(self)
+
+    def wake(self, shared: Shared) -> None:
+        """Lets those who wait for `shared` go on; called within a coroutine given to `start`."""
+        with self._changed:
+            shared.done = True
+            self._ready += shared.waiting
+            shared.waiting.clear()
 
     def start(self, request: Request, done: Done) -> None:
         """Runs `request` up to its first call here, then in turn with others.
@@ -164,20 +193,25 @@ class Batcher:
         for thread in self._threads:
             thread.join()
 
-    def _advance(self, requests: Iterable[tuple[Request, Done, Any]]) -> None:
+    def _advance(self, requests: Iterable[_Ready]) -> None:
         """Gives each of `requests` the outputs it waited for, and queues their next calls.
 
         All calls are queued at once: an idle thread would take the first of them alone.
         """
-        calls = [(_step(*request), *request[:2]) for request in requests]
-        with self._changed:
-            for call, request, done in calls:
-                if call is not None:
-                    self._count += 1
-                    waiting = _Waiting(self._count, call, request, done)
-                    queues = self._devices[call.model].queues
-                    queues.setdefault(call.key, deque()).append(waiting)
-            self._changed.notify_all()
+        ready = list(requests)
+        while ready:
+            calls = [(_step(*request), *request[:2]) for request in ready]
+            with self._changed:
+                for call, request, done in calls:
+                    if isinstance(call, Shared):
+                        (self._ready if call.done else call.waiting).append((request, done, None))
+                    elif call is not None:
+                        self._count += 1
+                        waiting = _Waiting(self._count, call, request, done)
+                        queues = self._devices[call.model].queues
+                        queues.setdefault(call.key, deque()).append(waiting)
+                ready, self._ready = self._ready, []
+                self._changed.notify_all()
 
     def _serve(self, device: _Device) -> None:
         while taken := self._next_batch(device):
@@ -207,8 +241,8 @@ class Batcher:
             return [error] * len(parts)
 
 
-def _step(request: Request, done: Done, outputs: Any) -> _Call | None:
-    """Gives a request its outputs; returns its next call, or None once it has ended."""
+def _step(request: Request, done: Done, outputs: Any) -> _Call | Shared | None:
+    """Gives a request its outputs; returns what it waits for next, or None once it has ended."""
     try:
         if isinstance(outputs, BaseException):
             return request.throw(outputs)

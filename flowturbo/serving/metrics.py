@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import triton_python_backend_utils as pb_utils
 
+from flowturbo.contract import Role
 from flowturbo.pipeline import UNKNOWN, Pipeline
 from flowturbo.serving.outcomes import CODES
 
@@ -27,13 +28,14 @@ class TritonMetrics:
             family("flowturbo_requests_in_flight", "Requests being worked on", family.GAUGE),
             family("flowturbo_requests_total", "Requests by outcome", counter),
             family("flowturbo_rows_total", "Rows executed by model", counter),
+            family("flowturbo_texts_total", "Texts by whether their encoding was kept", counter),
             family(
                 "flowturbo_request_duration_seconds",
                 "Time from arrival to answer of requests that succeeded",
                 family.HISTOGRAM,
             ),
         ]
-        inflight, requests, rows, duration = self._families
+        inflight, requests, rows, texts, duration = self._families
         self._inflight = {p: inflight.Metric(labels={"pipeline": p}) for p in pipelines}
         self._requests = {
             (pipeline, outcome): requests.Metric(labels={"pipeline": pipeline, "outcome": outcome})
@@ -44,6 +46,12 @@ class TritonMetrics:
             model: rows.Metric(labels={"pipeline": name, "model": model})
             for name, pipeline in pipelines.items()
             for model in map(pipeline.model, pipeline.models)
+        }
+        self._texts = {
+            (name, result): texts.Metric(labels={"pipeline": name, "result": result})
+            for name, pipeline in pipelines.items()
+            for result in ("hit", "miss")
+            if pipeline.has(Role.TEXT_ENCODER)
         }
         buckets = list(LATENCY_BUCKETS_S)
         self._duration = {
@@ -61,6 +69,12 @@ class TritonMetrics:
         with self._lock:
             for model, count in rows.items():
                 self._rows[model].increment(count)
+
+    def encoded(self, pipeline: str, hits: int, misses: int) -> None:
+        """Counts the texts of one request: kept encodings, and new ones."""
+        with self._lock:
+            self._texts[pipeline, "hit"].increment(hits)
+            self._texts[pipeline, "miss"].increment(misses)
 
     def finished(self, pipeline: str, outcome: str, seconds: float) -> None:
         """Counts one answered request."""

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -39,6 +40,7 @@ from flowturbo.request import GenerationRequest, named_pipeline, parse_request
 from flowturbo.rows import AwaitedInfer, Tensors
 from flowturbo.serving.batcher import Batcher
 from flowturbo.serving.deadlines import Deadlines
+from flowturbo.serving.encodings import Encodings
 from flowturbo.serving.outcomes import outcome_of
 from flowturbo.settings import Settings
 from flowturbo.solver.calls import Variant
@@ -74,6 +76,8 @@ class Metrics(Protocol):
     def inflight(self, pipeline: str, count: int) -> None: ...
 
     def executed(self, pipeline: str, rows: Mapping[str, int]) -> None: ...
+
+    def encoded(self, pipeline: str, hits: int, misses: int) -> None: ...
 
     def finished(self, pipeline: str, outcome: str, seconds: float) -> None: ...
 
@@ -151,10 +155,16 @@ class Service:
         }
         self._batcher = Batcher(
             self._call_block,
-            {pipeline.model(role): pipeline.max_rows for pipeline, role in composed},
+            [pipeline.model(role) for pipeline, role in composed],
             shared=[pipeline.model(role) for pipeline, role in composed if not pipeline.on_gpu],
             instances=instances,
         )
+        self._encodings = Encodings(settings.text_cache_mb << 20, self._batcher.share)
+        for pipeline in pipelines.values():
+            if pipeline.has(Role.TEXT_ENCODER):
+                encoder = pipeline.model(Role.TEXT_ENCODER)
+                self._encodings.pin(encoder, pipeline.condition.pinned())
+        self._conditions = {name: of.condition for name, of in pipelines.items()}
         self._deadlines = Deadlines(self._expire)
         self._inflight: Counter[str] = Counter()
         self._closing = False
@@ -187,7 +197,8 @@ class Service:
                 return
             job.pipeline = named_pipeline(tensors, self._pipelines, self._default)
             pipeline = self._pipelines[job.pipeline]
-            self._start(job, parse_request(tensors, wanted, pipeline, self._settings))
+            request = parse_request(tensors, wanted, pipeline, self._settings, self._conditions)
+            self._start(job, request)
         except Exception as error:
             self._answer(job, error)
 
@@ -257,7 +268,7 @@ class Service:
             if ensemble and idle_s > IDLE_BEFORE_ENSEMBLE_S:
                 images = self._by_ensemble(job, request, program, ensemble)
             else:
-                infer = self._infer_for(job, pipeline)
+                infer = self._infer_for(job, pipeline, request)
                 self._batcher.start(make_images(request, pipeline, program, infer), made)
                 return
         except BaseException as error:
@@ -281,14 +292,22 @@ class Service:
             job.executed[pipeline.model(Role.DECODER)] = request.images
         return dict(zip(wanted, made, strict=True))
 
-    def _infer_for(self, job: Job, pipeline: Pipeline) -> AwaitedInfer:
+    def _infer_for(self, job: Job, pipeline: Pipeline, request: GenerationRequest) -> AwaitedInfer:
         models = {role: pipeline.model(role) for role in pipeline.models}
+        most = pipeline.rows_for(request.latent_shape)
 
-        async def infer(role: Role, tensors: Tensors) -> tuple[np.ndarray, ...]:
+        async def call(role: Role, tensors: Tensors) -> tuple[np.ndarray, ...]:
             job.check(self._workers)
             model = models[role]
-            outputs = await self._batcher.infer(model, tensors)
+            outputs = await self._batcher.infer(model, tensors, most)
             job.executed[model] += len(outputs[0])
+            return outputs
+
+        async def infer(role: Role, tensors: Tensors) -> tuple[np.ndarray, ...]:
+            if role is not Role.TEXT_ENCODER:
+                return await call(role, tensors)
+            outputs, count = await self._encodings.infer(models[role], tensors, partial(call, role))
+            self._metrics.encoded(pipeline.name, count.hits, count.misses)
             return outputs
 
         return infer

@@ -1,6 +1,8 @@
 """Time grids: from noise at 0 to data at 1."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,6 +17,41 @@ def time_grid(steps: int, shift: float = 1.0) -> tuple[float, ...]:
     """
     t = np.linspace(0.0, 1.0, steps + 1)
     return tuple(float(shifted) for shifted in t / (t + shift * (1 - t)))
+
+
+@dataclass(frozen=True)
+class GridRule:
+    """The time grid of a pipeline's own: a shift, or a rule for it by image tokens and steps.
+
+    diffusers states such rules for mu, the logarithm of our shift. `linear` is (tokens, mu, tokens,
+    mu): mu on the line through both points. `flux2` is the formula of FLUX.2.
+    """
+
+    shift: float = 1.0
+    linear: tuple[float, float, float, float] | None = None
+    flux2: bool = False
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether the shift is the same for all sizes and numbers of steps."""
+        return self.linear is None and not self.flux2
+
+    def shift_for(self, tokens: int, steps: int) -> float:
+        """The shift for images of so many tokens and so many steps."""
+        if self.linear:
+            low, mu_low, high, mu_high = self.linear
+            return math.exp(mu_low + (mu_high - mu_low) * (tokens - low) / (high - low))
+        return math.exp(_flux2_mu(tokens, steps)) if self.flux2 else self.shift
+
+
+def _flux2_mu(tokens: int, steps: int) -> float:
+    """FLUX.2's fit of mu (diffusers 0.42, `compute_empirical_mu`)."""
+    many = 0.00016927 * tokens + 0.45666666  # at 200 steps
+    if tokens > 4300:
+        return many
+    few = 8.73809524e-05 * tokens + 1.89833333  # at 10 steps
+    slope = (many - few) / 190
+    return slope * steps + many - 200 * slope
 
 
 def checked_grid(steps: int, times: Sequence[float]) -> tuple[float, ...]:

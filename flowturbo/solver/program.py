@@ -37,11 +37,12 @@ def compile_program(
 ) -> Program:
     """The block calls of `schedule` on the grid `times` (a time more than steps).
 
-    Without `times` it is the grid of the schedule's shift. Raises RequestError for a grid of
-    another length, or one that does not rise within [0, 1].
+    Without `times` it is the grid of the schedule's shift, uniform if it has none. Raises
+    RequestError for a grid of another length, or one that does not rise within [0, 1].
     """
     steps = len(schedule)
-    grid = time_grid(steps, schedule.shift) if times is None else checked_grid(steps, times)
+    own = time_grid(steps, schedule.shift or 1.0)
+    grid = own if times is None else checked_grid(steps, times)
     calls: list[BlockCall] = []
     cached_at: float | None = None
     for index, letter in enumerate(schedule.steps):

@@ -45,12 +45,13 @@ class Schedule:
     """Solver steps in order, one letter each; prints as `H1P5R3`, or `H1P5R3@2`.
 
     `shift` above 1 takes shorter steps near the noise and longer ones near the data, 1 is the
-    uniform grid (`time_grid`). Raises RequestError for an unknown step, no step at all, more than
+    uniform grid (`time_grid`). None is the own grid of whatever runs the schedule: the pipeline's,
+    or the uniform grid. Raises RequestError for an unknown step, no step at all, more than
     MAX_STEPS, or a step without the velocities before it that it needs.
     """
 
     steps: str
-    shift: float = 1.0
+    shift: float | None = None
 
     def __post_init__(self) -> None:
         unknown = set(self.steps) - STEPS.keys()
@@ -65,17 +66,17 @@ class Schedule:
                 raise RequestError(f"schedule {self}: {need}")
 
     @classmethod
-    def parse(cls, text: str, default_shift: float = 1.0) -> "Schedule":
+    def parse(cls, text: str) -> "Schedule":
         """Reads `H1P5R3`, `HPPPPPRRR` or a mix of both; a count of zero drops the letter.
 
-        Behind an @ stands the shift, of two decimals at most; without one it is `default_shift`.
+        Behind an @ stands the shift, of two decimals at most.
         """
         shown = text if len(text) <= 40 else text[:40] + "..."
         if len(text) > 5 * MAX_STEPS:  # a letter and four digits for each step
             raise RequestError(
                 f"schedule {shown!r} has {len(text)} characters, allowed are {MAX_STEPS} steps"
             )
-        text, shift = read_shift(text, default_shift)
+        text, shift = read_shift(text)
         if not text or re.sub(_RUN, "", text):
             raise RequestError(f"schedule {shown!r} cannot be read: {_HELP}")
         runs = [(letter, int(count or 1)) for letter, count in _RUN.findall(text)]
@@ -88,7 +89,7 @@ class Schedule:
 
     def __str__(self) -> str:
         runs = "".join(f"{letter}{len(list(run))}" for letter, run in groupby(self.steps))
-        return runs if self.shift == 1 else f"{runs}@{self.shift:g}"
+        return runs if self.shift is None else f"{runs}@{self.shift:g}"
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -104,14 +105,14 @@ class Schedule:
         return Schedule("".join(kept), self.shift)
 
 
-def read_shift(text: str, default: float = 1.0) -> tuple[str, float]:
-    """What stands before the @ in `text`, and the shift behind it, `default` where there is none.
+def read_shift(text: str) -> tuple[str, float | None]:
+    """What stands before the @ in `text`, and the shift behind it, None where there is none.
 
     Raises RequestError for a shift out of range, or with more than two decimals.
     """
     steps, at, shown = text.partition("@")
     if not at:
-        return steps, default
+        return steps, None
     if not re.fullmatch(_SHIFT, shown):
         raise RequestError(f"shift {shown[:20]!r} cannot be read: {_SHIFT_HELP}")
     shift = float(shown)

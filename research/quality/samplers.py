@@ -39,6 +39,7 @@ HELP = (
 def parse(text: str) -> Sampler:
     """The baseline that `text` names; raises RequestError with the allowed forms."""
     plain, shift = read_shift(text)
+    shift = shift or 1.0
     name, _, argument = plain.partition(":")
     try:
         if name == "dopri5" and plain == text:

@@ -124,7 +124,7 @@ def _series(found: Found) -> int | None:
 
 
 def _shift(found: Found) -> float:
-    return read_shift(found["sampler"])[1]
+    return read_shift(found["sampler"])[1] or 1.0
 
 
 def _value(study: Study, found: Found, figure: str) -> tuple[float, float] | None:

@@ -29,7 +29,7 @@ from flowturbo.conditions.class_label import ClassLabel
 from flowturbo.contract import GUIDANCE_INTERVAL, ORCHESTRATOR, Role, model_name
 from flowturbo.errors import RepositoryError
 from flowturbo.nets.blocks import PredictorBlock
-from flowturbo.nets.sit import SiT
+from flowturbo.nets.sit import ByLabel, SiT
 from flowturbo.parity import TOLERANCES, VerificationError
 from flowturbo.pipeline import (
     VERSION,
@@ -85,7 +85,9 @@ def test_a_file_that_computes_something_else_is_refused(tmp_path: Path) -> None:
 
     def exported() -> ExportTarget:
         condition = ClassLabel(SMALL.num_classes)
-        return ExportTarget(Role.PREDICTOR, PredictorBlock(network, 3), (4, 8, 8), condition)
+        return ExportTarget(
+            Role.PREDICTOR, PredictorBlock(ByLabel(network), 3), (4, 8, 8), condition
+        )
 
     def verify() -> None:
         torch_figures(exported()).check(Role.PREDICTOR, model, TOLERANCES["fp32"])

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bench.networks import SMALL, random_network
 from flowturbo.nets.blocks import RefinerBlock
-from flowturbo.nets.sit import SiT, refiner_config
+from flowturbo.nets.sit import ByLabel, SiT, refiner_config
 from flowturbo.rows import block_inputs, interleave
 from flowturbo.solver.calls import RefinerCall, Variant
 from flowturbo.solver.guidance import Guidance
@@ -35,7 +35,7 @@ def test_refiner_step(variant: Variant, guidance: Guidance) -> None:
     inputs = block_inputs(
         call, *rows, {"label": interleave(labels, np.array([[NULL]]))}, guidance, guided=True
     )
-    found = RefinerBlock(network, 4)(**{k: torch.from_numpy(t) for k, t in inputs.items()})
+    found = RefinerBlock(ByLabel(network), 4)(*map(torch.from_numpy, inputs.values()))
     for image in range(3):
         for got, want in zip(
             found, refined(network, call, x[image], v[image], image + 1, guidance), strict=True

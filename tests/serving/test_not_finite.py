@@ -28,7 +28,7 @@ from flowturbo.contract import ORCHESTRATOR, Role
 from flowturbo.errors import NotFiniteError, RequestError
 from flowturbo.generate import check_finite
 from flowturbo.nets.blocks import PredictorBlock
-from flowturbo.nets.sit import SiT
+from flowturbo.nets.sit import ByLabel, SiT
 from flowturbo.pipeline import read_pipeline
 from flowturbo.serving.tritonserver import running_server
 from flowturbo.settings import Settings
@@ -202,8 +202,8 @@ def test_peaks_within_attention_are_seen() -> None:
 def test_peaks_of_rare_inputs_are_seen(large: str) -> None:
     """Each is beyond float16, and none comes up in the outputs that forms are compared by."""
     torch.manual_seed(0)
-    block, shape = PredictorBlock(SiT(replace(SMALL, num_classes=100)), 4), (4, 8, 8)
-    network = block.network
+    block, shape = PredictorBlock(ByLabel(SiT(replace(SMALL, num_classes=100))), 4), (4, 8, 8)
+    network = block.network.network
     with torch.no_grad():
         if large == "a weight":
             final = network.final_layer  # reads ones, of which the bias takes the sum away again

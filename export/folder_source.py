@@ -1,0 +1,152 @@
+"""A diffusers folder as a source of a text-to-image pipeline."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from export.onnx_graph import ExportTarget
+from export.source import Loaded
+from flowturbo.conditions.prompt import Prompt
+from flowturbo.contract import Role
+from flowturbo.nets.blocks import DecoderBlock, PredictorBlock, RefinerBlock
+from flowturbo.nets.families.family import CONTEXT_LENGTH, Family, FolderOptions
+from flowturbo.nets.weights import CheckpointError
+from flowturbo.rows import Tensors
+
+_SAMPLES = 16  # texts whose conditioning the checks of the networks use
+_PARTS = {
+    Role.PREDICTOR: ("transformer", "unet"),
+    Role.DECODER: ("vae",),
+    Role.TEXT_ENCODER: ("text_encoder",),
+}
+DISTILLED_STEPS, DISTILLED_DEFAULT = "E", "E4"
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """A diffusers folder, and how to read it (see `python -m export --help`).
+
+    `sizes` are (H, W) in pixels, first the default; empty for the size of the model.
+    """
+
+    folder: FolderOptions
+    sizes: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def has_refiner(self) -> bool:
+        """Whether there is a refiner."""
+        return self.folder.refiner is not None
+
+    def reading(self) -> dict[str, Any]:
+        """The options for reading the folder."""
+        options = asdict(self.folder)
+        return {
+            "sizes": [list(size) for size in self.sizes],
+            **{key: of for key, of in options.items() if key not in ("path", "refiner")},
+        }
+
+    def files(self) -> dict[Role, Path]:
+        """The part of the folder for each role; for the text encoder all the rest."""
+        path = self.folder.path
+        found = {
+            role: next((path / part for part in parts if (path / part).is_dir()), path / parts[0])
+            for role, parts in _PARTS.items()
+        }
+        found[Role.TEXT_ENCODER] = path
+        return found | ({Role.REFINER: self.folder.refiner} if self.folder.refiner else {})
+
+    def load(self, class_names: Sequence[str], *, half: bool, scratch: Path) -> Loaded:
+        """Reads and checks the folder. Raises CheckpointError."""
+        from flowturbo.nets.families.loading import load_family
+
+        if class_names:
+            raise CheckpointError("--class-names is for models with classes, not for prompts")
+        family = load_family(self.folder)
+        sizes = self.sizes or (family.size,)
+        shapes = [family.latent_shape(size) for size in sizes]
+        files = {f"tokenizer_{k}.json": each.text for k, each in enumerate(family.tokenizers, 1)}
+        for name, text in files.items():
+            (scratch / name).write_text(text)
+        condition = _condition(family, half, list(files), scratch)
+        encoder = TextBlock(family.text_encoder, half=half)
+        pool = _pool(condition, encoder)
+
+        def target(role: Role, module: nn.Module) -> ExportTarget:
+            return ExportTarget(role, module, shapes[0], condition, tuple(shapes[1:]), pool)
+
+        channels = family.latent_channels
+        found = [
+            target(Role.TEXT_ENCODER, encoder),
+            target(Role.PREDICTOR, PredictorBlock(family.network, channels)),
+        ]
+        if family.refiner:
+            found.append(target(Role.REFINER, RefinerBlock(family.refiner, channels)))
+        found.append(target(Role.DECODER, DecoderBlock(family.decoder)))
+        fields = {
+            "family": family.title,
+            "grid": family.grid,
+            "image_sizes": tuple(sizes) if len(sizes) > 1 else (),
+            "patch": family.patch,
+            "largest_decode": family.largest_decode,
+            "solver_steps": DISTILLED_STEPS if family.distilled else None,
+        }
+        return Loaded(
+            targets=tuple(found),
+            fields=fields,
+            guidance_scale=None if family.distilled else family.guidance_scale,
+            schedule=DISTILLED_DEFAULT if family.distilled else None,
+            files=files,
+            family=family,
+        )
+
+
+class TextBlock(nn.Module):
+    """A text encoder whose outputs have the types of the conditioning tensors."""
+
+    def __init__(self, encoder: nn.Module, *, half: bool) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.kind = torch.float16 if half else torch.float32
+
+    def forward(self, *tokens: Tensor) -> tuple[Tensor, ...]:
+        made = self.encoder(*tokens)
+        return tuple(of.to(self.kind) if of.is_floating_point() else of for of in made)
+
+
+def _condition(family: Family, half: bool, files: list[str], folder: Path) -> Prompt:
+    kind = "float16" if half else "float32"
+    return Prompt(
+        tokenizers=tuple(
+            replace(each.record, file=name)
+            for name, each in zip(files, family.tokenizers, strict=True)
+        ),
+        conditioning=tuple(
+            (name, "int64" if name == CONTEXT_LENGTH else kind, dims)
+            for name, dims in family.conditioning
+        ),
+        folder=folder,
+        can_guide=not family.distilled,
+    )
+
+
+def _pool(condition: Prompt, encoder: nn.Module) -> Tensors:
+    """The conditioning of some texts. Raises CheckpointError for values beyond the type."""
+    tokens = condition.sample_encoder(_SAMPLES, np.random.default_rng(0))
+    with torch.inference_mode():
+        made = encoder.eval()(*map(torch.from_numpy, tokens.values()))
+    found = {
+        name: value.numpy()
+        for (name, _, _), value in zip(condition.conditioning, made, strict=True)
+    }
+    for name, value in found.items():
+        if not np.isfinite(value).all():
+            raise CheckpointError(
+                f"the conditioning tensor {name} is not finite in {value.dtype}: export with "
+                "--precision fp32"
+            )
+    return found

@@ -1,0 +1,82 @@
+"""Compares an exported text-to-image pipeline, all of it, with diffusers' own pipeline."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from export.source import Loaded
+from flowturbo.conditions.prompt import PROMPT, Prompt
+from flowturbo.contract import GUIDANCE_SCALE, INITIAL_NOISE, LATENT, SCHEDULE, SIZE, TIMES, Role
+from flowturbo.generate import generate, program_for
+from flowturbo.latents import noise
+from flowturbo.local import open_models
+from flowturbo.nets.families.family import Wanted
+from flowturbo.parity import TOLERANCES, check
+from flowturbo.pipeline import Pipeline
+from flowturbo.request import parse_request
+from flowturbo.settings import Settings
+from flowturbo.solver.calls import Variant
+
+STEPS, IMAGES = 2, 2
+_OUTPUT = "trajectory"
+
+
+@dataclass(frozen=True)
+class WholeCheck:
+    """Latents that diffusers' pipeline made in float32, and how to ask ours for the same."""
+
+    wanted: Wanted
+    latents: np.ndarray
+    times: tuple[float, ...]
+
+    @classmethod
+    def of(cls, loaded: Loaded) -> "WholeCheck":
+        """Runs diffusers' pipeline at the smallest size, and drops it."""
+        family, target = loaded.family, loaded.targets[0]
+        condition = target.condition
+        assert isinstance(condition, Prompt)
+        sizes = loaded.fields["image_sizes"] or (
+            tuple(side * family.factor for side in target.latent_shape[1:]),
+        )
+        size = min(sizes, key=lambda each: each[0] * each[1])
+        texts = [entry.decode() for entry in condition.example(IMAGES)[PROMPT]]
+        wanted = Wanted(
+            prompts=texts,
+            noise=noise(np.arange(IMAGES), family.latent_shape(size)),
+            steps=STEPS,
+            guidance_scale=1.0 if family.distilled else family.guidance_scale,
+            size=size,
+            text_length=family.text_length,
+        )
+        print("diffusers' own pipeline in float32 ... ", end="", flush=True)
+        latents, times = family.reference(wanted)
+        family.parts.clear()
+        print("done", flush=True)
+        return cls(wanted, latents, times)
+
+    def hold(self, pipeline: Pipeline, staged: Path) -> None:
+        """Compares the exported models with it. Raises VerificationError."""
+        models = open_models(staged, pipeline)
+        tensors = {
+            PROMPT: np.array([text.encode() for text in self.wanted.prompts], dtype=object),
+            INITIAL_NOISE: self.wanted.noise,
+            SCHEDULE: np.array([f"E{self.wanted.steps}"], dtype=object),
+            TIMES: np.array(self.times, dtype=np.float32),
+            GUIDANCE_SCALE: np.array([self.wanted.guidance_scale], dtype=np.float32),
+            SIZE: np.array(self.wanted.size),
+        }
+        request = parse_request(tensors, [LATENT], pipeline, Settings())
+        program = program_for(request.schedule, Variant.REFERENCE, request.times)
+        found = generate(
+            request, pipeline, Settings(), program, lambda role, inputs: models[role](inputs)
+        )[LATENT]
+        allowed = max(
+            (
+                TOLERANCES[pipeline.models[role].precision]
+                for role in (Role.PREDICTOR, Role.TEXT_ENCODER)
+            ),
+            key=lambda each: each.trajectory,
+        )
+        errors = check(pipeline.name, {_OUTPUT: self.latents}, {_OUTPUT: found}, allowed)
+        print(f"{pipeline.name}: off by {errors[_OUTPUT]:.1e} against diffusers' own pipeline")

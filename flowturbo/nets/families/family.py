@@ -1,0 +1,159 @@
+"""What a model family is to the export."""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from flowturbo.conditions.tokens import TokenizerRecord
+from flowturbo.nets.weights import CheckpointError
+from flowturbo.solver.grid import GridRule
+
+CONTEXT, POOLED, CONTEXT_LENGTH = "context", "pooled", "context_length"
+
+
+@dataclass(frozen=True)
+class FolderOptions:
+    """How to read a diffusers folder (see `python -m export --help`).
+
+    `text_length` None is the length of the family. `refiner` is a folder with a network of the
+    predictor's class.
+    """
+
+    path: Path
+    refiner: Path | None = None
+    without_t5: bool = False
+    text_length: int | None = None
+    distilled: bool = False
+    rectified_flow: bool = False
+
+
+@dataclass(frozen=True)
+class Tokenizing:
+    """A tokenizer's record without its file name, and the content of that file."""
+
+    record: TokenizerRecord
+    text: str
+
+
+@dataclass(frozen=True)
+class Family(ABC):
+    """A model of one family, read from a folder, in float32.
+
+    `network` maps (x [B, C, h, w], t [B], conditioning) to the velocity, with noise at t = 0.
+    `text_encoder` maps token ids (and masks) to the tensors of `conditioning`: name and dimensions
+    of a row. `decoder` has `pixels`. `factor` is how many pixels a latent pixel is wide; sizes are
+    multiples of `multiple`. `text_length` is what diffusers calls max_sequence_length. `ignored`
+    are the parts of the folder that are not needed.
+    """
+
+    folder: Any
+    network: nn.Module
+    refiner: nn.Module | None
+    text_encoder: nn.Module
+    decoder: nn.Module
+    tokenizers: tuple[Tokenizing, ...]
+    conditioning: tuple[tuple[str, tuple[int, ...]], ...]
+    latent_channels: int
+    factor: int
+    multiple: int
+    patch: int
+    size: tuple[int, int]
+    largest_decode: int
+    text_length: int
+    guidance_scale: float
+    grid: GridRule = GridRule()
+    distilled: bool = False
+    ignored: tuple[str, ...] = ()
+    parts: Mapping[str, Any] = field(default_factory=dict)
+
+    title: ClassVar[str]
+
+    @abstractmethod
+    def reference(self, wanted: "Wanted") -> tuple[np.ndarray, tuple[float, ...]]:
+        """Latents that diffusers' own pipeline makes, and the times of its grid in our convention.
+
+        The latents are in the scale of x.
+        """
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """(C, h, w) for an image (H, W) of pixels. Raises CheckpointError."""
+        if any(side < self.multiple or side % self.multiple for side in size):
+            raise CheckpointError(
+                f"--size must be multiples of {self.multiple} for this model, got "
+                f"{size[1]}x{size[0]}"
+            )
+        return self.latent_channels, size[0] // self.factor, size[1] // self.factor
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A run of diffusers' pipeline: `noise` [n, C, h, w] float32, Euler `steps` of its own grid."""
+
+    prompts: Sequence[str]
+    noise: np.ndarray
+    steps: int
+    guidance_scale: float
+    size: tuple[int, int]
+    text_length: int
+
+
+def without(module: nn.Module, *paths: str) -> nn.Module:
+    """A copy of `module` with the same weights, in which the submodules at `paths` do nothing."""
+    for path in paths:
+        module = _replaced(module, path.split("."))
+    return module
+
+
+def _replaced(module: nn.Module, path: list[str]) -> nn.Module:
+    made = copy.copy(module)
+    made._modules = dict(module._modules)
+    first, *rest = path
+    made._modules[first] = _replaced(getattr(module, first), rest) if rest else nn.Identity()
+    return made
+
+
+def type_of(module: nn.Module) -> torch.dtype:
+    """The type that most of the parameters of `module` have: that of its first matrix."""
+    return next(parameter.dtype for parameter in module.parameters() if parameter.ndim > 1)
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    """Whether both have the same tensors with the same values."""
+    first, second = one.state_dict(), other.state_dict()
+    return first.keys() == second.keys() and all(
+        value.shape == second[key].shape and torch.equal(value, second[key])
+        for key, value in first.items()
+    )
+
+
+def shared_grid(scheduler: Mapping[str, Any], path: Path) -> GridRule:
+    """The grid of a FlowMatchEulerDiscreteScheduler's configuration. Raises CheckpointError."""
+    if (found := scheduler.get("_class_name")) != "FlowMatchEulerDiscreteScheduler":
+        raise CheckpointError(
+            f"{path}: _class_name must be FlowMatchEulerDiscreteScheduler, got {found!r}"
+        )
+    refused = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas")
+    for name in (*refused, "shift_terminal", "stochastic_sampling"):
+        if scheduler.get(name):
+            raise CheckpointError(f"{path}: {name} is {scheduler[name]!r}, which is not supported")
+    if not scheduler.get("use_dynamic_shifting"):
+        return GridRule(shift=float(scheduler.get("shift", 1.0)))
+    if (kind := scheduler.get("time_shift_type", "exponential")) != "exponential":
+        raise CheckpointError(f"{path}: time_shift_type must be exponential, got {kind!r}")
+    points = [
+        float(scheduler.get(name, usual))
+        for name, usual in (
+            ("base_image_seq_len", 256),
+            ("base_shift", 0.5),
+            ("max_image_seq_len", 4096),
+            ("max_shift", 1.15),
+        )
+    ]
+    return GridRule(linear=(points[0], points[1], points[2], points[3]))

@@ -1,0 +1,213 @@
+"""FLUX.2 klein: folders of `Flux2KleinPipeline`.
+
+The state is what the transformer reads: latents of the VAE in 2 x 2 patches, normalized by the
+VAE's batch norm. The network's time is 1 - t and its output is noise - data.
+"""
+
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKLFlux2,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+)
+from torch import Tensor, nn
+from transformers import Qwen3ForCausalLM
+
+from flowturbo.nets.families.family import (
+    CONTEXT,
+    Family,
+    FolderOptions,
+    Wanted,
+    same_weights,
+    shared_grid,
+    type_of,
+    without,
+)
+from flowturbo.nets.families.folder import DiffusersFolder, load_network
+from flowturbo.nets.families.qwen import Qwen
+from flowturbo.nets.vae import latent_factor, tile_size
+from flowturbo.nets.weights import CheckpointError
+from flowturbo.solver.grid import GridRule
+
+_TEXT_LENGTH = 512  # diffusers' default
+_PATCH = 2  # of the state, in the VAE's latents
+
+
+class Network(nn.Module):
+    """The transformer without its projection of the text. Positions follow from the shapes."""
+
+    def __init__(self, transformer: nn.Module) -> None:
+        super().__init__()
+        self.transformer: Any = without(transformer, "context_embedder")
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        kind = type_of(self)
+        rows, _, height, width = x.shape
+        y = torch.arange(height, device=x.device)[:, None].expand(height, width).reshape(-1)
+        z = torch.arange(width, device=x.device)[None].expand(height, width).reshape(-1)
+        words = torch.arange(context.shape[1], device=x.device)
+        none, no = torch.zeros_like(y), torch.zeros_like(words)
+        made: Tensor = self.transformer(
+            hidden_states=x.flatten(2).transpose(1, 2).to(kind),
+            encoder_hidden_states=context.to(kind),
+            timestep=1 - t,
+            img_ids=torch.stack([none, y, z, none], 1),
+            txt_ids=torch.stack([no, no, no, words], 1),
+            guidance=None,
+            return_dict=False,
+        )[0]
+        return -made.transpose(1, 2).reshape(rows, -1, height, width)
+
+
+class TextEncoder(nn.Module):
+    """Three layers of Qwen3, and the transformer's projection of the text."""
+
+    def __init__(self, qwen: Qwen, transformer: Any) -> None:
+        super().__init__()
+        self.qwen = qwen
+        self.embed = transformer.context_embedder
+
+    def forward(self, *tokens: Tensor) -> tuple[Tensor]:
+        return (self.embed(self.qwen(*tokens)),)
+
+
+class Decoder(nn.Module):
+    """From the state to pixels [B, 3, H, W] float32, visible levels in [-1, 1]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+        var = vae.bn.running_var + vae.config.batch_norm_eps
+        self.register_buffer(
+            "mean", vae.bn.running_mean.clone().view(1, -1, 1, 1), persistent=False
+        )
+        self.register_buffer("std", var.sqrt().view(1, -1, 1, 1), persistent=False)
+
+    def pixels(self, latent: Tensor) -> Tensor:
+        """Undoes the normalization and the patches, and decodes."""
+        z = latent * self.std + self.mean
+        rows, channels, height, width = z.shape
+        z = z.reshape(rows, channels // _PATCH**2, _PATCH, _PATCH, height, width)
+        z = z.permute(0, 1, 4, 2, 5, 3).reshape(rows, -1, height * _PATCH, width * _PATCH)
+        z = z.to(self.vae.decoder.conv_in.weight.dtype)
+        if self.vae.post_quant_conv is not None:
+            z = self.vae.post_quant_conv(z)
+        made: Tensor = self.vae.decoder(z).float()
+        return made
+
+
+class Flux2(Family):
+    """A Flux2KleinPipeline."""
+
+    title: ClassVar[str] = "flux2-klein"
+
+    def reference(self, wanted: Wanted) -> tuple[np.ndarray, tuple[float, ...]]:
+        """As in the base class. The pipeline answers latents of the VAE: they are normalized."""
+        pipe = Flux2KleinPipeline(**self.parts, is_distilled=self.distilled)
+        pipe.set_progress_bar_config(disable=True)
+        decoder = self.decoder
+        with torch.inference_mode():
+            z = pipe(
+                prompt=list(wanted.prompts),
+                num_inference_steps=wanted.steps,
+                guidance_scale=wanted.guidance_scale,
+                latents=torch.from_numpy(wanted.noise),
+                height=wanted.size[0],
+                width=wanted.size[1],
+                max_sequence_length=wanted.text_length,
+                text_encoder_out_layers=self.parts_layers,
+                output_type="latent",
+            ).images
+            x = (pipe._patchify_latents(z) - decoder.mean) / decoder.std
+        return x.numpy(), tuple(float(1 - s) for s in pipe.scheduler.sigmas.double())
+
+    @property
+    def parts_layers(self) -> tuple[int, ...]:
+        """The layers of Qwen3 whose states are used."""
+        chosen: tuple[int, ...] = self.text_encoder.qwen.chosen  # type: ignore[union-attr, assignment]
+        return chosen
+
+
+def load(folder: DiffusersFolder, options: FolderOptions) -> Flux2:
+    """Reads a FLUX.2 klein folder. Raises CheckpointError."""
+    transformer = folder.network("transformer", Flux2Transformer2DModel)
+    config = transformer.config
+    if config.guidance_embeds:
+        raise CheckpointError(
+            f"{folder.path}/transformer: guidance_embeds is true: only FLUX.2 klein is supported"
+        )
+    refiner = None
+    if options.refiner:
+        refiner = load_network(options.refiner, Flux2Transformer2DModel)
+        out = refiner.config.out_channels or refiner.config.in_channels
+        if (refiner.config.in_channels, out) != (2 * config.in_channels, config.in_channels):
+            raise CheckpointError(
+                f"{options.refiner}: a refiner has in_channels {2 * config.in_channels} and "
+                f"out_channels {config.in_channels}, got {refiner.config.in_channels} and {out}"
+            )
+        if not same_weights(refiner.context_embedder, transformer.context_embedder):
+            raise CheckpointError(
+                f"{options.refiner}: context_embedder differs from the predictor's: both read the "
+                "same text"
+            )
+        refiner = Network(refiner)
+    vae = folder.network("vae", AutoencoderKLFlux2)
+    if vae.config.latent_channels * _PATCH**2 != config.in_channels:
+        raise CheckpointError(
+            f"{folder.path}: the VAE has {vae.config.latent_channels} latent channels, the "
+            f"transformer {config.in_channels}, not {_PATCH**2} times as many"
+        )
+    model = folder.text_encoder("text_encoder", Qwen3ForCausalLM)
+    length = options.text_length if options.text_length is not None else _TEXT_LENGTH
+    tokenizer, tokenizing = folder.tokenizer("tokenizer", length, mask=True, enable_thinking=False)
+    # 9, 18 and 27 of Qwen3-4B's 36 layers.
+    count = config.joint_attention_dim // model.config.hidden_size
+    depth = model.config.num_hidden_layers
+    if count * model.config.hidden_size != config.joint_attention_dim or depth <= count:
+        raise CheckpointError(
+            f"{folder.path}: joint_attention_dim {config.joint_attention_dim} is no whole number "
+            f"of hidden states of {model.config.hidden_size}"
+        )
+    layers = tuple(depth * k // (count + 1) for k in range(1, count + 1))
+    qwen = Qwen(model, layers)
+    factor = latent_factor(vae) * _PATCH
+    scheduler, path = folder.scheduler()
+    shared_grid(scheduler, path)  # refuses what no formula covers
+    distilled = options.distilled or bool(folder.index.get("is_distilled"))
+    inner = config.num_attention_heads * config.attention_head_dim
+    return Flux2(
+        folder=folder,
+        network=Network(transformer),
+        refiner=refiner,
+        text_encoder=TextEncoder(qwen, transformer),
+        decoder=Decoder(vae),
+        tokenizers=(tokenizing,),
+        conditioning=((CONTEXT, (length, inner)),),
+        latent_channels=config.in_channels,
+        factor=factor,
+        multiple=factor,
+        patch=1,
+        size=(1024, 1024),
+        largest_decode=tile_size(vae) // _PATCH,
+        text_length=length,
+        guidance_scale=4.0,  # of diffusers' pipeline
+        grid=GridRule(flux2=True)
+        if scheduler.get("use_dynamic_shifting")
+        else shared_grid(scheduler, path),
+        distilled=distilled,
+        ignored=folder.unused(),
+        parts={
+            "transformer": transformer,
+            "vae": vae,
+            "scheduler": FlowMatchEulerDiscreteScheduler.from_config(scheduler),
+            "text_encoder": model,
+            "tokenizer": tokenizer,
+        },
+    )

@@ -1,0 +1,200 @@
+"""A diffusers folder: model_index.json, and one folder per part."""
+
+import inspect
+import json
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from flowturbo.conditions.tokens import TokenizerRecord
+from flowturbo.nets.families.family import Tokenizing
+from flowturbo.nets.weights import CheckpointError, load_exactly, read_folder
+from flowturbo.textfile import read_json
+
+INDEX, CONFIG = "model_index.json", "config.json"
+# Fields of transformers' configurations that say nothing about the network.
+_NOTHING = {
+    "architectures",
+    "dropout",
+    "n_positions",
+    "output_past",
+    "rope_scaling",
+    "rope_theta",
+    "task_specific_params",
+    "torch_dtype",
+    "transformers_version",
+}
+_SENTINEL = "\u00a7text\u00a7"
+
+
+class DiffusersFolder:
+    """Reads the parts of a pipeline's folder exactly as they are. Raises CheckpointError."""
+
+    def __init__(self, path: Path) -> None:
+        if not (path / INDEX).is_file():
+            raise CheckpointError(f"{path} is not a diffusers folder: no {INDEX}")
+        self.path = path
+        self.index = read_json(path / INDEX)
+        self.pipeline = str(self.index.get("_class_name"))
+        self._used: set[str] = set()
+
+    def has(self, part: str) -> bool:
+        """Whether the folder has `part`; [null, null] in its index means that it has not."""
+        entry = self.index.get(part)
+        return isinstance(entry, list) and entry[:1] != [None]
+
+    def _entry(self, part: str, *allowed: str) -> str:
+        entry = self.index.get(part)
+        if not isinstance(entry, list) or len(entry) != 2 or entry[1] not in allowed:
+            raise CheckpointError(
+                f"{self.path / INDEX}: {part} must be {' or '.join(allowed)}, got {entry!r}"
+            )
+        self._used.add(part)
+        return str(entry[1])
+
+    def unused(self) -> tuple[str, ...]:
+        """The parts that nothing has read."""
+        return tuple(
+            name for name in self.index if self.has(name) and name not in self._used | {"scheduler"}
+        )
+
+    def network(self, part: str, cls: Any) -> Any:
+        """A network of diffusers' class `cls`, in float32."""
+        self._entry(part, cls.__name__)
+        return load_network(self.path / part, cls)
+
+    def used(self, part: str, *allowed: str) -> Path:
+        """The folder of a part that the caller reads by itself."""
+        self._entry(part, *allowed)
+        return self.path / part
+
+    def scheduler(self) -> tuple[dict[str, Any], Path]:
+        """The scheduler's configuration, and its file."""
+        path = self.path / "scheduler" / "scheduler_config.json"
+        return read_json(path), path
+
+    def text_encoder(self, part: str, *classes: Any) -> Any:
+        """A text encoder of one of transformers' `classes`, in float32."""
+        names = {cls.__name__: cls for cls in classes}
+        cls = names[self._entry(part, *names)]
+        folder = self.path / part
+        _check_text_config(folder / CONFIG, cls)
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                # Eager attention is what exports; the values are the same.
+                model, told = cls.from_pretrained(
+                    folder,
+                    dtype=torch.float32,
+                    attn_implementation="eager",
+                    local_files_only=True,
+                    output_loading_info=True,
+                )
+        except Exception as error:  # the library raises OSError, ValueError and others
+            raise CheckpointError(f"{folder} cannot be read: {error}") from error
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if found := sorted(map(str, told.get(kind) or ())):
+                raise CheckpointError(f"{folder}: {kind.replace('_', ' ')}: {', '.join(found[:5])}")
+        for name, value in model.state_dict().items():
+            if value.is_floating_point() and not value.isfinite().all():
+                raise CheckpointError(f"{folder}: {name} must be finite, it has NaN or infinity")
+        return model.eval().requires_grad_(False)
+
+    def tokenizer(
+        self, part: str, length: int, *, mask: bool = False, **chat: Any
+    ) -> tuple[Any, Tokenizing]:
+        """A tokenizer for texts of `length` tokens: transformers' own, and its form for the server.
+
+        `chat` are the options of its chat template; without any, the text stands alone.
+        """
+        from transformers import AutoTokenizer
+
+        self._used.add(part)
+        folder = self.path / part
+        if not folder.is_dir():
+            raise CheckpointError(f"{self.path} has no {part}")
+        try:
+            loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            text = loaded.backend_tokenizer.to_str()
+        except Exception as error:
+            raise CheckpointError(f"{folder} cannot be read: {error}") from error
+        if loaded.pad_token_id is None:
+            raise CheckpointError(f"{folder} has no token for padding (pad_token)")
+        if getattr(loaded, "padding_side", "right") != "right":
+            raise CheckpointError(f"{folder}: padding_side must be right")
+        template = _template(loaded, chat, folder) if chat else None
+        # What the library set for its own calls is no part of the tokenizer.
+        stated = {**json.loads(text), "truncation": None, "padding": None}
+        record = TokenizerRecord("", length, loaded.pad_token_id, template, mask)
+        return loaded, Tokenizing(record, json.dumps(stated, ensure_ascii=False))
+
+
+def load_network(folder: Path, cls: Any) -> Any:
+    """A network of diffusers' class `cls` in `folder`, in float32. Raises CheckpointError."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no {CONFIG}")
+    config = read_json(path)
+    if (found := config.get("_class_name")) != cls.__name__:
+        raise CheckpointError(f"{path}: _class_name must be {cls.__name__}, got {found!r}")
+    known = inspect.signature(cls.__init__).parameters
+    for name, value in config.items():
+        if not name.startswith("_") and name not in known and value is not None:
+            raise CheckpointError(
+                f"{path}: {name} is {value!r}, but this {cls.__name__} does not know that field "
+                "and would ignore it"
+            )
+    try:
+        with torch.device("meta"):
+            network = cls.from_config({key: of for key, of in config.items() if key in known})
+    except Exception as error:  # bad values can raise anything in the constructor
+        raise CheckpointError(f"{path} describes no {cls.__name__}: {error}") from error
+    weights, tensors = read_folder(folder)
+    load_exactly(network, tensors, weights, assign=True)
+    made: nn.Module = network.eval().requires_grad_(False)
+    return made
+
+
+def _check_text_config(path: Path, cls: Any) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent} has no {CONFIG}")
+    stated = read_json(path)
+    kind = cls.config_class
+    if (found := stated.get("model_type")) not in (
+        kind.model_type,
+        getattr(kind, "base_config_key", None),
+    ):
+        raise CheckpointError(f"{path}: model_type must be {kind.model_type}, got {found!r}")
+    known = {*kind().to_dict(), *inspect.signature(kind.__init__).parameters} | _NOTHING
+    for name, value in stated.items():
+        if name not in known and not name.startswith("_") and value is not None:
+            raise CheckpointError(
+                f"{path}: {name} is {value!r}, but this {cls.__name__} does not know that field "
+                "and would ignore it"
+            )
+
+
+def _template(tokenizer: Any, chat: dict[str, Any], folder: Path) -> tuple[str, str]:
+    """What the chat template puts before and after a text."""
+
+    def rendered(text: str) -> str:
+        shown: str = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, **chat
+        )
+        return shown
+
+    try:
+        before, after = rendered(_SENTINEL).split(_SENTINEL)
+    except Exception as error:
+        raise CheckpointError(f"{folder} has no usable chat template: {error}") from error
+    for text in ("a cat", " two\nlines ", 'a "quoted" word', "{{ braces }}", ""):
+        if rendered(text) != before + text + after:
+            raise CheckpointError(
+                f"{folder}: the chat template changes the text {text!r}, which is not supported"
+            )
+    return before, after

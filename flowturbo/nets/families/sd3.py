@@ -1,0 +1,192 @@
+"""SD3 and SD3.5: folders of `StableDiffusion3Pipeline`.
+
+The network's time is 1000 (1 - t) and its output is noise - data, so the velocity is its negative.
+"""
+
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from torch import Tensor, nn
+from transformers import CLIPTextModelWithProjection, T5EncoderModel
+
+from flowturbo.nets.blocks import InFloat32
+from flowturbo.nets.families.family import (
+    CONTEXT,
+    POOLED,
+    Family,
+    FolderOptions,
+    Wanted,
+    same_weights,
+    shared_grid,
+    type_of,
+    without,
+)
+from flowturbo.nets.families.folder import DiffusersFolder, load_network
+from flowturbo.nets.vae import Decoder, latent_factor, load_vae, tile_size
+from flowturbo.nets.weights import CheckpointError
+
+_TEXT_PARTS = ("context_embedder", "time_text_embed.text_embedder")
+_T5_LENGTH = 256  # diffusers' default
+_SENSITIVE = {38: (35,)}  # blocks in float32, by depth: SD3.5-large (NVIDIA's TensorRT demo)
+
+
+class Network(nn.Module):
+    """The transformer without the layers that read the text alone."""
+
+    def __init__(self, transformer: nn.Module) -> None:
+        super().__init__()
+        self.transformer: Any = without(transformer, *_TEXT_PARTS)
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, pooled: Tensor) -> Tensor:
+        kind = type_of(self)
+        made: Tensor = self.transformer(
+            hidden_states=x.to(kind),
+            encoder_hidden_states=context.to(kind),
+            pooled_projections=pooled.to(kind),
+            timestep=1000 * (1 - t),
+            return_dict=False,
+        )[0]
+        return -made
+
+
+class TextEncoder(nn.Module):
+    """Both CLIPs, T5 if it is there, and the transformer's layers for text."""
+
+    def __init__(self, clips: list[Any], t5: Any, transformer: Any, t5_length: int) -> None:
+        super().__init__()
+        self.clips = nn.ModuleList(clips)
+        self.t5 = t5
+        self.embed, self.embed_pooled = (transformer.get_submodule(name) for name in _TEXT_PARTS)
+        self.width = transformer.config.joint_attention_dim
+        self.t5_length = t5_length
+
+    def forward(self, *ids: Tensor) -> tuple[Tensor, Tensor]:
+        made = [
+            clip(each, output_hidden_states=True)
+            for clip, each in zip(self.clips, ids, strict=False)
+        ]
+        states = torch.cat([each.hidden_states[-2] for each in made], -1)
+        states = F.pad(states, (0, self.width - states.shape[-1]))
+        # T5's padding is attended, and rows of zeros stand in for an absent T5: as in diffusers.
+        zeros = states.new_zeros((states.shape[0], self.t5_length, self.width))
+        rest = zeros if self.t5 is None else self.t5(ids[2])[0].to(states.dtype)
+        pooled = torch.cat([each.text_embeds for each in made], -1)
+        return self.embed(torch.cat([states, rest], 1)), self.embed_pooled(pooled)
+
+
+class SD3(Family):
+    """A StableDiffusion3Pipeline."""
+
+    title: ClassVar[str] = "sd3"
+
+    def reference(self, wanted: Wanted) -> tuple[np.ndarray, tuple[float, ...]]:
+        """As in the base class."""
+        pipe = StableDiffusion3Pipeline(**self.parts)
+        pipe.set_progress_bar_config(disable=True)
+        with torch.inference_mode():
+            latents = pipe(
+                list(wanted.prompts),
+                num_inference_steps=wanted.steps,
+                guidance_scale=wanted.guidance_scale,
+                latents=torch.from_numpy(wanted.noise),
+                height=wanted.size[0],
+                width=wanted.size[1],
+                max_sequence_length=wanted.text_length,
+                output_type="latent",
+            ).images
+        return latents.numpy(), tuple(float(1 - s) for s in pipe.scheduler.sigmas.double())
+
+
+def load(folder: DiffusersFolder, options: FolderOptions) -> SD3:
+    """Reads an SD3 folder. Raises CheckpointError."""
+    transformer = folder.network("transformer", SD3Transformer2DModel)
+    config = transformer.config
+    refiner = None
+    if options.refiner:
+        refiner = load_network(options.refiner, SD3Transformer2DModel)
+        _check_refiner(refiner, transformer, options)
+        refiner = Network(refiner)
+    if config.in_channels != config.out_channels:
+        raise CheckpointError(
+            f"{folder.path}/transformer: in_channels {config.in_channels} and out_channels "
+            f"{config.out_channels} differ: models for inpainting are not supported"
+        )
+    for block in _SENSITIVE.get(config.num_layers, ()):
+        transformer.transformer_blocks[block] = InFloat32(transformer.transformer_blocks[block])
+    vae = load_vae(folder.used("vae", "AutoencoderKL"))
+    if vae.config.latent_channels != config.in_channels:
+        raise CheckpointError(
+            f"{folder.path}: the VAE has {vae.config.latent_channels} latent channels, the "
+            f"transformer {config.in_channels}"
+        )
+    clips = [
+        folder.text_encoder(f"text_encoder{k}", CLIPTextModelWithProjection) for k in ("", "_2")
+    ]
+    lengths = [clip.config.max_position_embeddings for clip in clips]
+    length = options.text_length if options.text_length is not None else _T5_LENGTH
+    pairs = [folder.tokenizer(f"tokenizer{k}", n) for k, n in zip(("", "_2"), lengths, strict=True)]
+    t5 = None
+    if folder.has("text_encoder_3") and not options.without_t5:
+        t5 = folder.text_encoder("text_encoder_3", T5EncoderModel)
+        pairs.append(folder.tokenizer("tokenizer_3", length))
+    grid_config, path = folder.scheduler()
+    grid = shared_grid(grid_config, path)
+    factor = latent_factor(vae)
+    inner = config.num_attention_heads * config.attention_head_dim
+    own = {f"tokenizer{k}": pair[0] for k, pair in zip(("", "_2", "_3"), pairs, strict=False)}
+    parts = {
+        "transformer": transformer,
+        "vae": vae,
+        "scheduler": FlowMatchEulerDiscreteScheduler.from_config(grid_config),
+        "text_encoder": clips[0],
+        "text_encoder_2": clips[1],
+        "text_encoder_3": t5,
+        "tokenizer_3": None,
+        **own,
+    }
+    return SD3(
+        folder=folder,
+        network=Network(transformer),
+        refiner=refiner,
+        text_encoder=TextEncoder(clips, t5, transformer, length),
+        decoder=Decoder(vae),
+        tokenizers=tuple(made for _, made in pairs),
+        conditioning=(
+            (CONTEXT, (lengths[0] + length, config.caption_projection_dim)),
+            (POOLED, (inner,)),
+        ),
+        latent_channels=config.in_channels,
+        factor=factor,
+        multiple=factor * config.patch_size,
+        patch=config.patch_size,
+        size=(config.sample_size * factor,) * 2,
+        largest_decode=tile_size(vae),
+        text_length=length,
+        # The makers' values: 7 for SD3, 4.5 for SD3.5, which normalizes queries and keys.
+        guidance_scale=7.0 if config.qk_norm is None else 4.5,
+        grid=grid,
+        distilled=options.distilled,
+        ignored=folder.unused(),
+        parts=parts,
+    )
+
+
+def _check_refiner(refiner: Any, transformer: Any, options: FolderOptions) -> None:
+    own, of = refiner.config, transformer.config
+    if (own.in_channels, own.out_channels) != (2 * of.in_channels, of.out_channels):
+        raise CheckpointError(
+            f"{options.refiner}: a refiner has in_channels {2 * of.in_channels} and out_channels "
+            f"{of.out_channels}, got {own.in_channels} and {own.out_channels}"
+        )
+    for name in _TEXT_PARTS:
+        if not same_weights(refiner.get_submodule(name), transformer.get_submodule(name)):
+            raise CheckpointError(
+                f"{options.refiner}: {name} differs from the predictor's: both read the same text"
+            )
