@@ -120,8 +120,10 @@ def _take(cls: Any, values: dict[str, Any]) -> Any:
 
 
 # Options of one kind of source alone.
-_FOR_CHECKPOINTS = ("vae", "weights", "refiner_weights", "num_heads", "refiner_num_heads")
-_FOR_CHECKPOINTS += ("num_classes", "reverse_time")
+_FOR_CHECKPOINTS = (
+    *("vae", "weights", "refiner_weights", "num_heads", "refiner_num_heads"),
+    *("num_classes", "reverse_time"),
+)
 _FOR_FOLDERS = ("without_t5", "text_length", "size", "distilled", "rectified_flow")
 
 

@@ -62,6 +62,10 @@ class FolderSource:
 
     def load(self, class_names: Sequence[str], *, half: bool, scratch: Path) -> Loaded:
         """Reads and checks the folder. Raises CheckpointError."""
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()  # it warns that image processors lack torchvision
+        logging.disable_progress_bar()
         from flowturbo.nets.families.loading import load_family
 
         if class_names:

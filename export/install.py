@@ -40,8 +40,10 @@ _DEFAULT_PIPELINE = "default_pipeline"
 _RECORD = ".record"
 # Fields of the orchestrator's configuration that its code determines.
 _THIS_VERSIONS = ("name", "backend", "max_batch_size", "input", "output")
-_VERSIONED = ("torch", "onnx", "onnxscript", "diffusers", "transformers")
-_VERSIONED += ("tokenizers", "onnxruntime", "openvino")
+_VERSIONED = (
+    *("torch", "onnx", "onnxscript", "onnxruntime", "openvino"),
+    *("diffusers", "transformers", "tokenizers"),
+)
 
 
 def link_installed(repository: Path, models: Iterable[str], staged: Path) -> None:

@@ -1,5 +1,6 @@
 """Compares an installed pipeline with its checkpoints, per block and over a whole schedule."""
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import numpy as np
 from export.engine import Builder, EngineError, find_builders
 from export.onnx_graph import ExportTarget, to_precision
 from export.parity import torch_evaluation, torch_figures
-from export.source import Checkpoints, modules, source_digests
+from export.source import Loaded, Source, source_digests
+from export.whole import WholeCheck
 from flowturbo.contract import GUIDANCE_SCALE, LATENT, SCHEDULE, SEED, Role
 from flowturbo.errors import RepositoryError
 from flowturbo.generate import generate, program_for
@@ -28,16 +30,27 @@ Forms = dict[Role, Evaluate]
 
 
 def verify_pipeline(
-    source: Checkpoints, repository: Path, pipeline: Pipeline, schedule: str | None
+    source: Source, repository: Path, pipeline: Pipeline, schedule: str | None
 ) -> None:
     """Prints the error of every form of every model, and of a trajectory through each form.
 
     A form is one way to run the models, such as ONNX Runtime in fp32. The reference is PyTorch in
     float32. Raises VerificationError if an error is above its tolerance. Raises RepositoryError if
     `pipeline` was made from other checkpoints, or if they were read with other options. Raises
-    RequestError for a schedule that the pipeline cannot serve.
+    RequestError for a schedule that the pipeline cannot serve. A text-to-image pipeline is also
+    compared with diffusers' own.
     """
     _check_source(source, pipeline)
+    with tempfile.TemporaryDirectory() as scratch:
+        half = any(spec.dtype is np.float16 for spec in pipeline.condition.block_inputs)
+        loaded = source.load((), half=half, scratch=Path(scratch))
+        whole = WholeCheck.of(loaded) if loaded.family else None
+        _verify(loaded, repository, pipeline, schedule)
+        if whole:
+            whole.hold(pipeline, repository)
+
+
+def _verify(loaded: Loaded, repository: Path, pipeline: Pipeline, schedule: str | None) -> None:
     chosen = schedule or ("H1P5R3" if pipeline.has(Role.REFINER) else "H1P5")
     request = _request(pipeline, chosen)
     allowed = {role: TOLERANCES[model.precision] for role, model in pipeline.models.items()}
@@ -45,7 +58,7 @@ def verify_pipeline(
     networks = (of for role, of in allowed.items() if role is not Role.DECODER)
     widest = max(networks, key=lambda tolerance: tolerance.trajectory)
     tolerances = {role.value: of for role, of in allowed.items()} | {_TRAJECTORY: widest}
-    exports = list(modules(source))
+    exports = list(loaded.targets)
     held_to = {exported.role: torch_figures(exported) for exported in exports}
 
     def outcome(forms: Forms) -> dict[str, np.ndarray]:
@@ -74,11 +87,15 @@ def verify_pipeline(
         raise VerificationError(f"{len(failed)} of the errors are too large: {'; '.join(failed)}")
 
 
-def _check_source(source: Checkpoints, pipeline: Pipeline) -> None:
+def _check_source(source: Source, pipeline: Pipeline) -> None:
     """Raises RepositoryError if the pipeline was not made from `source`."""
     digests = source_digests(source)
     options = {Role.REFINER: "--refiner", Role.DECODER: "--vae"}
-    for role in Role:
+    if pipeline.has(Role.TEXT_ENCODER) != (Role.TEXT_ENCODER.value in digests):
+        what = "a diffusers folder: give --diffusers"
+        what = what if pipeline.has(Role.TEXT_ENCODER) else "a checkpoint: give --predictor"
+        raise RepositoryError(f"pipeline {pipeline.name} was made from {what}")
+    for role in options:
         if pipeline.has(role) != (role.value in digests):
             has = f"pipeline {pipeline.name} has a {role}: give {options[role]}"
             lacks = f"pipeline {pipeline.name} has no {role}: omit {options[role]}"

@@ -12,7 +12,7 @@ from flowturbo.generate import generate, program_for
 from flowturbo.latents import noise
 from flowturbo.local import open_models
 from flowturbo.nets.families.family import Wanted
-from flowturbo.parity import TOLERANCES, check
+from flowturbo.parity import TOLERANCES, VerificationError, errors
 from flowturbo.pipeline import Pipeline
 from flowturbo.request import parse_request
 from flowturbo.settings import Settings
@@ -78,5 +78,11 @@ class WholeCheck:
             ),
             key=lambda each: each.trajectory,
         )
-        errors = check(pipeline.name, {_OUTPUT: self.latents}, {_OUTPUT: found}, allowed)
-        print(f"{pipeline.name}: off by {errors[_OUTPUT]:.1e} against diffusers' own pipeline")
+        (error,) = errors({_OUTPUT: self.latents}, {_OUTPUT: found}, allowed)
+        if error.exceeded:
+            raise VerificationError(
+                f"{pipeline.name}: the latents of {self.wanted.steps} Euler steps are off by "
+                f"{error.relative:.3g} against diffusers' own pipeline in float32, at most "
+                f"{error.allowed:g} is allowed"
+            )
+        print(f"{pipeline.name}: off by {error.relative:.1e} against diffusers' own pipeline")

@@ -123,8 +123,10 @@ def build_request(
         inputs = [tensors.prompt_tensor("prompt", prompts)]
     n = int(inputs[0].shape()[0])
     if prompts is not None and n == 1:  # one text serves all seeds
-        given = seeds if seeds is not None else initial_noise
-        n = 1 if given is None else tensors.count(seeds) if seeds is not None else len(given)
+        if seeds is not None:
+            n = tensors.count(seeds)
+        elif initial_noise is not None:
+            n = len(initial_noise)
     if negative_prompts is not None:
         inputs.append(tensors.prompt_tensor("negative_prompt", negative_prompts))
     if size is not None:

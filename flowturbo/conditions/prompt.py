@@ -140,7 +140,7 @@ class Prompt:
         every = [texts[0]] * count if len(texts) == 1 else texts
         return Prompts(
             texts=tuple(every),
-            negatives=tuple(negatives * count if len(negatives) == 1 else negatives),
+            negatives=tuple([negatives[0]] * count if len(negatives) == 1 else negatives),
             truncated=np.resize(truncated, count) if len(truncated) == 1 else truncated,
             tokens=encoder_tensors(self._open, tokens),
             rows=tuple(rows * count if len(rows) == 1 else rows),

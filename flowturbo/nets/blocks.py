@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowturbo.nets.vae import Decoder, to_levels
+from flowturbo.nets.vae import to_levels
 from flowturbo.solver.calls import PredictorScalars, RefinerScalars
 from flowturbo.solver.guidance import guide
 
@@ -73,11 +73,14 @@ class RefinerBlock(StepBlock):
 
 
 class DecoderBlock(nn.Module):
-    """Latents [B, C, h, w] to images and their magnitudes, as in `flowturbo.contract`."""
+    """Latents [B, C, h, w] to images and their magnitudes, as in `flowturbo.contract`.
 
-    def __init__(self, decoder: Decoder) -> None:
+    `decoder` has `pixels`, from latents to [B, 3, H, W] float32 with visible levels in [-1, 1].
+    """
+
+    def __init__(self, decoder: nn.Module) -> None:
         super().__init__()
-        self.decoder = decoder
+        self.decoder: Any = decoder
 
     def forward(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         pixels = self.decoder.pixels(latent)

@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -83,7 +82,6 @@ class DiffusersFolder:
         cls = names[self._entry(part, *names)]
         folder = self.path / part
         _check_text_config(folder / CONFIG, cls)
-        logging.getLogger("transformers").setLevel(logging.ERROR)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

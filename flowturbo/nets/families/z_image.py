@@ -153,12 +153,14 @@ class Network(nn.Module):
         # Image tokens are padded too, and attended, as texts are.
         count = high * wide
         every = torch.arange((count + _MULTIPLE - 1) // _MULTIPLE * _MULTIPLE, device=x.device)
-        real = every < count
-        tokens = tokens[:, every.clamp(max=count - 1)]
+        real, read = every < count, every.clamp(max=count - 1)
+        tokens = tokens[:, read]
         tokens = torch.where(real[None, :, None], tokens, self.pad[None])
         first = (padded + 1)[:, None].expand(rows, every.shape[0])
-        y, z = (each[None].expand(rows, -1) for each in (every // wide, every % wide))
-        places = torch.stack([first, y, z], -1) * real[None, :, None]
+        y = torch.arange(high, device=x.device)[:, None].expand(high, wide).reshape(-1)[read]
+        z = torch.arange(wide, device=x.device)[None].expand(high, wide).reshape(-1)[read]
+        places = torch.stack([first, *(each[None].expand(rows, -1) for each in (y, z))], -1)
+        places = places * real[None, :, None]
         rope = self.rope(places)
         for layer in self.refiner:
             tokens = layer(tokens, None, rope, time)
