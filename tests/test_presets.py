@@ -29,6 +29,7 @@ from flowturbo.pipeline import (
 from flowturbo.presets import BUILT_IN, built_in, find_schedule, read_presets
 from flowturbo.request import parse_request
 from flowturbo.settings import Settings, orchestrator_config
+from flowturbo.solver.grid import GridRule
 
 # A name of a real preset, and one that only letters of schedules could be taken for.
 OWN = {"fast": "H1P1", "r3": "H1P2R1"}
@@ -65,9 +66,15 @@ def test_a_pipeline_has_the_built_in_ones_and_its_own() -> None:
     assert {name: str(schedule) for name, schedule in both.items()} == {**BUILT_IN, **OWN}
     alone = pipeline_with({}).presets
     assert {str(schedule) for schedule in alone.values()} == {"H1P5", "H5P7", "H8P9"}
-    # Without an @, they are on the pipeline's grid; the built-in ones are not.
-    shifted = replace(pipeline_with({"a": "E4", "b": "E4@1"}), default_shift=2.5).presets
-    assert [str(shifted[name]) for name in ("a", "b", "fast")] == ["E4@2.5", "E4", "H1P5"]
+    # Without an @, they are on the pipeline's grid.
+    shifted = replace(pipeline_with({"a": "E4", "b": "E4@1"}), grid=GridRule(shift=2.5))
+    chosen = [shifted.find_schedule(name) for name in ("a", "b", "fast")]
+    found = [shifted.on_own_grid(schedule, (4, 8, 8)) for schedule in chosen]
+    assert [(str(schedule), times) for schedule, times in found] == [
+        ("E4@2.5", None),
+        ("E4@1", None),
+        ("H1P5@2.5", None),
+    ]
 
 
 BAD: list[tuple[str, str]] = [

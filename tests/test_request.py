@@ -18,6 +18,7 @@ from flowturbo.presets import built_in
 from flowturbo.request import GenerationRequest, named_pipeline, parse_request
 from flowturbo.settings import Settings
 from flowturbo.solver.calls import Variant
+from flowturbo.solver.grid import GridRule
 
 pytestmark = pytest.mark.unit
 
@@ -62,7 +63,7 @@ def test_defaults_are_the_settings() -> None:
     assert request.times is None
     assert request.guidance.scale == SETTINGS.default_guidance_scale
     assert len(set(request.seeds.tolist())) == 2
-    np.testing.assert_array_equal(request.start(PIPELINE), noise(request.seeds, (4, 16, 16)))
+    np.testing.assert_array_equal(request.start(), noise(request.seeds, (4, 16, 16)))
 
 
 def test_the_defaults_of_a_pipeline_come_before_the_settings() -> None:
@@ -215,10 +216,10 @@ def test_settings_say_what_is_used() -> None:
         "variant": "reference",
         "output_format": "raw",
     }
-    own = replace(LATENTS_ONLY, defaults=Defaults(guidance_scale=3.0), default_shift=2.0)
+    own = replace(LATENTS_ONLY, defaults=Defaults(guidance_scale=3.0), grid=GridRule(shift=2.0))
     assert settings_of(own, replace(SETTINGS, variant="paper")) == found | {
         "pipeline": "sit",
-        "schedule": "H1P5",  # the preset without its refiner steps
+        "schedule": "H1P5@2",  # the preset without its refiner steps, on the pipeline's grid
         "guidance_scale": 3.0,
         "size": None,
         "variant": "paper",
@@ -271,7 +272,8 @@ def test_no_outputs_named_means_the_image_and_what_made_it() -> None:
     request = parse_request({"label": ints(1)}, EVERYTHING, LATENTS_ONLY, SETTINGS)
     assert request.outputs == ("latent", "seed", "class_name", "settings")
     # Whoever names some gets these, in whatever number.
-    named = tuple(name for name in EVERYTHING if name not in ("encoded_image", "pipelines"))
+    others = ("encoded_image", "pipelines", "truncated")
+    named = tuple(name for name in EVERYTHING if name not in others)
     assert parse(named, label=ints(1)).outputs == named
 
 

@@ -22,7 +22,7 @@ from flowturbo.contract import (
 pytestmark = pytest.mark.unit
 
 # Names that are nothing else: `schedule` or `image` may well be a key of a report.
-PLAIN = {"schedule", "times", "guidance_scale", "guidance_interval", "output_format"}
+PLAIN = {"schedule", "times", "guidance_scale", "guidance_interval", "output_format", "size"}
 TENSORS = {spec.name for spec in (*COMMON_INPUTS, *BLOCK_OUTPUTS)} - PLAIN
 TENSORS |= {spec.name for kind in KINDS.values() for spec in kind.request_inputs}
 TENSORS |= {SEED, ENCODED_IMAGE, MAGNITUDE, PAIR, SCALARS}

@@ -44,7 +44,7 @@ def test_unset_arguments_are_left_to_the_server(triton):
         result = client.generate(1)
     assert set(triton.inputs()) == {"label"}
     assert triton.inputs()["label"].dtype == np.int64
-    assert triton.output_names() == ["image", "seed", "class_name", "settings"]
+    assert triton.output_names() == ["image", "seed", "settings", "class_name"]
     assert result.seeds.tolist() == [100]
     assert result.class_names == ("B",)
     assert result.images.shape == (1, 4, 6, 3) and (result.images == 100).all()
@@ -71,7 +71,7 @@ def test_labels_in_every_form(triton, labels, tensor, sent):
 def test_a_format_asks_for_files_and_keeps_them(triton):
     with FlowTurboClient(triton.url) as client:
         result = client.generate([0, 1], [7, 8], output_format="png", outputs=("image", "latent"))
-    assert triton.output_names() == [*("encoded_image", "latent", "seed", "class_name", "settings")]
+    assert triton.output_names() == [*("encoded_image", "latent", "seed", "settings", "class_name")]
     assert result.images is None
     assert [data[:4] for data in result.encoded] == [b"\x89PNG"] * 2
     assert result.latents.shape == (2, 2, 1, 1)
@@ -157,7 +157,7 @@ def test_pil_of_raw_images_and_of_none(triton):
         ({"labels": np.zeros((2, 2), int)}, r"shape \(2, 2\)"),
         ({"labels": 2**63}, "9223372036854775808"),
         ({"labels": "\udc80"}, "not valid text"),
-        ({"labels": [0, 1], "seeds": [1]}, "2 labels, 1 seeds"),
+        ({"labels": [0, 1], "seeds": [1]}, "2 images, 1 seeds"),
         ({"labels": 0, "seeds": -1}, "-1"),
         ({"labels": 0, "seeds": 2**63}, "9223372036854775808"),
         ({"labels": 0, "seeds": [0.5]}, "0.5"),

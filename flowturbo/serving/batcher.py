@@ -12,7 +12,7 @@ import logging
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Coroutine, Generator, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,27 +127,28 @@ class _Device:
 class Batcher:
     """Runs `call(model, tensors)` on the joined rows of concurrent requests.
 
-    `models` are in the order in which programs call them. Those in `shared` take turns on one
-    device: on a CPU, where two at a time are slower than one after the other. Of each other model
-    `instances` batches run at a time, and those that are free share what is queued. An exception of
-    `call` reaches every request in the batch.
+    `max_rows` are the most rows of a batch, by model, in the order in which programs call them. The
+    models in `shared` take turns on one device: on a CPU, where two at a time are slower than one
+    after the other. Of each other model `instances` batches run at a time, and those that are free
+    share what is queued. An exception of `call` reaches every request in the batch.
     """
 
     def __init__(
         self,
         call: Evaluate,
-        models: Iterable[str],
+        max_rows: Mapping[str, int],
         *,
         shared: Iterable[str] = (),
         instances: int = 1,
     ) -> None:
         self._call = call
+        self._max_rows = max_rows
         self._count = 0
         self._closed = False
         self._changed = threading.Condition()  # and the lock of all devices
         together = list(shared)
         devices = [_Device(1, together)] if together else []
-        devices += [_Device(instances, [model]) for model in models if model not in together]
+        devices += [_Device(instances, [model]) for model in max_rows if model not in together]
         self._devices = {model: device for device in devices for model in device.models}
         self._ready: list[_Ready] = []
         self._threads = [
@@ -158,12 +159,12 @@ class Batcher:
         for thread in self._threads:
             thread.start()
 
-    async def infer(self, model: str, tensors: Tensors, most: int) -> Outputs:
+    async def infer(self, model: str, tensors: Tensors, most: int | None = None) -> Outputs:
         """The outputs for `tensors` [rows, ...]; for coroutines given to `start` alone.
 
-        `most` is the most rows of a batch, the same in all calls of a model with rows of one shape.
+        `most` is the most rows of a batch of these shapes, if that is fewer than of others.
         """
-        outputs: Outputs = await _Call(model, tensors, most)
+        outputs: Outputs = await _Call(model, tensors, most or self._max_rows[model])
         return outputs
 
     def share(self) -> Shared:

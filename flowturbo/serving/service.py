@@ -155,7 +155,7 @@ class Service:
         }
         self._batcher = Batcher(
             self._call_block,
-            [pipeline.model(role) for pipeline, role in composed],
+            {pipeline.model(role): pipeline.max_rows for pipeline, role in composed},
             shared=[pipeline.model(role) for pipeline, role in composed if not pipeline.on_gpu],
             instances=instances,
         )

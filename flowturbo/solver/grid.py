@@ -9,13 +9,13 @@ import numpy as np
 from flowturbo.errors import RequestError
 
 
-def time_grid(steps: int, shift: float = 1.0) -> tuple[float, ...]:
-    """`steps` + 1 times on [0, 1], uniform or shifted towards the noise.
+def time_grid(steps: int, shift: float | None = None) -> tuple[float, ...]:
+    """`steps` + 1 times on [0, 1], uniform (None) or shifted towards the noise.
 
     The uniform grid has the share of noise s = 1 - t. The grid shifted by a has the share
     a s / (1 + (a - 1) s) (Esser et al., arXiv 2403.03206, Eq. 23).
     """
-    t = np.linspace(0.0, 1.0, steps + 1)
+    t, shift = np.linspace(0.0, 1.0, steps + 1), shift or 1.0
     return tuple(float(shifted) for shifted in t / (t + shift * (1 - t)))
 
 

@@ -41,8 +41,7 @@ def compile_program(
     RequestError for a grid of another length, or one that does not rise within [0, 1].
     """
     steps = len(schedule)
-    own = time_grid(steps, schedule.shift or 1.0)
-    grid = own if times is None else checked_grid(steps, times)
+    grid = time_grid(steps, schedule.shift) if times is None else checked_grid(steps, times)
     calls: list[BlockCall] = []
     cached_at: float | None = None
     for index, letter in enumerate(schedule.steps):

@@ -116,6 +116,10 @@ class Counts:
         self.outcomes: Counter[tuple[str, str]] = Counter()
         self.rows: Counter[str] = Counter()
         self.together: dict[str, int] = {}
+        self.texts: Counter[str] = Counter()
+
+    def encoded(self, pipeline: str, hits: int, misses: int) -> None:
+        self.texts.update(hit=hits, miss=misses)
 
     def inflight(self, pipeline: str, count: int) -> None:
         self.together[pipeline] = count
@@ -360,5 +364,5 @@ def test_two_pipelines_share_the_device_and_each_its_batches() -> None:
 
 def test_inputs_of_the_blocks_are_the_contracts() -> None:
     inputs, _ = composed_tensors(Role.PREDICTOR, ONE.condition.block_inputs)
-    assert [spec.name for spec in inputs] == ["x", "velocity", "label", "scalars", "pair"]
+    assert [spec.name for spec in inputs] == ["x", "velocity", "scalars", "pair", "label"]
     assert PIPELINE == "pipeline"

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.unit
         (f"H{MAX_STEPS}", "H" * MAX_STEPS, f"H{MAX_STEPS}"),
         ("A8@3", "A" * 8, "A8@3"),
         ("H1P1R1@2.50", "HPR", "H1P1R1@2.5"),
-        ("H8@1", "H" * 8, "H8"),
+        ("H8@1", "H" * 8, "H8@1"),  # not the grid of the pipeline's own
     ],
 )
 def test_reads_and_prints(text: str, steps: str, printed: str) -> None:
