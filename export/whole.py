@@ -40,7 +40,7 @@ class WholeCheck:
             tuple(side * family.factor for side in target.latent_shape[1:]),
         )
         size = min(sizes, key=lambda each: each[0] * each[1])
-        texts = [entry.decode() for entry in condition.example(IMAGES)[PROMPT]]
+        texts = condition.example(IMAGES)[PROMPT].tolist()
         wanted = Wanted(
             prompts=texts,
             noise=noise(np.arange(IMAGES), family.latent_shape(size)),
@@ -59,7 +59,7 @@ class WholeCheck:
         """Compares the exported models with it. Raises VerificationError."""
         models = open_models(staged, pipeline)
         tensors = {
-            PROMPT: np.array([text.encode() for text in self.wanted.prompts], dtype=object),
+            PROMPT: np.array(self.wanted.prompts, dtype=object),
             INITIAL_NOISE: self.wanted.noise,
             SCHEDULE: np.array([f"E{self.wanted.steps}"], dtype=object),
             TIMES: np.array(self.times, dtype=np.float32),

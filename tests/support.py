@@ -5,6 +5,8 @@ import json
 import runpy
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import chdir, redirect_stderr, redirect_stdout
@@ -22,7 +24,8 @@ from safetensors.torch import save_file
 from tritonclient.grpc import model_config_pb2
 from tritonclient.utils import np_to_triton_dtype
 
-from flowturbo.contract import TensorSpec
+from flowturbo.contract import ORCHESTRATOR, TensorSpec
+from flowturbo.serving.tritonserver import ServerAddress
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -166,3 +169,19 @@ def _input(name: str, value: Any) -> triton.InferInput:
     tensor = triton.InferInput(name, list(array.shape), dtype)
     tensor.set_data_from_numpy(array)
     return tensor
+
+
+def post(
+    address: ServerAddress, endpoint: str, body: dict[str, Any] | bytes, **headers: str
+) -> Any:
+    """Status and answer of Triton's HTTP front end."""
+    url = f"http://{address.http}/v2/models/{ORCHESTRATOR}/{endpoint}"
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(url, content, headers)
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with direct.open(request, timeout=60) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.load(error)

@@ -167,8 +167,8 @@ class Prompt:
 
     def request(self, value: Prompts) -> Tensors:
         """The texts."""
-        found = {PROMPT: _bytes(value.texts)}
-        return found | ({NEGATIVE_PROMPT: _bytes(value.negatives)} if value.negatives else {})
+        found = {PROMPT: _texts(value.texts)}
+        return found | ({NEGATIVE_PROMPT: _texts(value.negatives)} if value.negatives else {})
 
     def answer(self, value: Prompts) -> Tensors:
         """Whether a tokenizer had to cut the image's prompt or negative prompt."""
@@ -198,7 +198,7 @@ class Prompt:
     def example(self, images: int) -> Tensors:
         """One word of the vocabulary per image."""
         words = self._open[0].some_words(images)
-        return {PROMPT: _bytes([words[k % len(words)] for k in range(images)])}
+        return {PROMPT: _texts([words[k % len(words)] for k in range(images)])}
 
     def record(self) -> dict[str, Any]:
         """Its fields without the folder."""
@@ -222,5 +222,5 @@ def _text(name: str, entry: Any) -> str:
     return text_of(name, entry)
 
 
-def _bytes(texts: Sequence[str]) -> np.ndarray:
-    return np.array([text.encode() for text in texts], dtype=object)
+def _texts(texts: Sequence[str]) -> np.ndarray:
+    return np.array(list(texts), dtype=object)

@@ -1,81 +1,45 @@
 """Every model family against diffusers' own pipeline: tiny random folders, exported in float32."""
 
-from dataclasses import dataclass
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from families import folders
-from support import ROOT, run_export
+import torch
+from families.conftest import GOLDEN, NAMES, Case
 
 from flowturbo import LocalPipeline
 from flowturbo.latents import noise
-from flowturbo.nets.families.family import Family, FolderOptions, Wanted
+from flowturbo.nets.families.family import Family, Wanted
 from flowturbo.nets.families.loading import load_family
+from flowturbo.solver.calls import BlockCall
+from flowturbo.solver.program import compile_program
+from flowturbo.solver.sampler import sample
+from flowturbo.solver.schedule import Schedule
 
-GOLDEN = ROOT / "tests" / "golden_t2i" / "sd3"
 PROMPTS = ["a red b on 7", "k left of 9, blue"]
 SIZE = (16, 16)
 
 
-@dataclass(frozen=True)
-class Case:
-    """A folder, how to read it, and its options for the export."""
-
-    folder: Path
-    options: FolderOptions
-    arguments: tuple[str, ...]
-    size: tuple[int, int] = SIZE
+def wanted(family: Family, guidance: float, size: tuple[int, int] = SIZE) -> Wanted:
+    start = noise(np.arange(2), family.latent_shape(size))
+    return Wanted(PROMPTS, start, 4, guidance, size, family.text_length)
 
 
-def _cases(path: Path) -> dict[str, Case]:
-    made = {}
-
-    def add(name: str, folder: Path, *arguments: str, **options: object) -> None:
-        reading = FolderOptions(folder, **options)  # type: ignore[arg-type]
-        made[name] = Case(folder, reading, arguments)
-
-    add("golden", GOLDEN / "folder")
-    add("sd3", folders.sd3(path / "sd3", with_t5=True), "--text-length", "12", text_length=12)
-    rectified = folders.rectified_flow(path / "rectified")
-    add("rectified", rectified, "--rectified-flow", rectified_flow=True)
-    add("klein", folders.klein(path / "klein"), "--text-length", "32", text_length=32)
-    add("z-image", folders.z_image(path / "z"), "--text-length", "64", text_length=64)
-    return made
+def close(found: np.ndarray, want: np.ndarray) -> bool:
+    return bool(np.abs(found - want).max() < 1e-4 * np.abs(want).max())
 
 
-NAMES = ("golden", "sd3", "rectified", "klein", "z-image")
-
-
-@pytest.fixture(scope="session")
-def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    return _cases(tmp_path_factory.mktemp("families"))
-
-
-@pytest.fixture(scope="session")
-def repository(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    repository = tmp_path_factory.mktemp("t2i") / "models"
-    for name, case in cases.items():
-        done = run_export(
-            *("--diffusers", case.folder, "--name", name, *case.arguments),
-            *("--size", "16x16", "24x16", "--precision", "fp32", "--runtime", "onnxruntime"),
-            *("--repository", repository),
-        )
-        assert done.returncode == 0, done.stderr
-    return repository
-
-
-def wanted(family: Family, guidance: float) -> Wanted:
-    start = noise(np.arange(2), family.latent_shape(SIZE))
-    return Wanted(PROMPTS, start, 4, guidance, SIZE, family.text_length)
-
-
+@pytest.mark.parametrize("size", [SIZE, (16, 24)])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_pipeline_of_diffusers(name: str, cases: dict[str, Case], repository: Path) -> None:
+def test_the_pipeline_of_diffusers(
+    name: str, size: tuple[int, int], cases: dict[str, Case], repository: Path
+) -> None:
+    """With its own times; and its decoder's pixels."""
     family = load_family(cases[name].options)
     pipeline = LocalPipeline(repository, name)
     for guidance in (1.0, 4.0):
-        asked = wanted(family, guidance)
+        asked = wanted(family, guidance, size)
         want, times = family.reference(asked)
         made = pipeline.generate(
             prompt=PROMPTS,
@@ -83,7 +47,76 @@ def test_the_pipeline_of_diffusers(name: str, cases: dict[str, Case], repository
             times=times,
             guidance_scale=guidance,
             initial_noise=asked.noise,
-            size=SIZE,
+            size=size[::-1],
         )
-        assert np.abs(made.latent - want).max() < 1e-4 * np.abs(want).max()
-        assert made.image is not None and made.image.shape == (2, *SIZE, 3)
+        assert close(made.latent, want)
+        with torch.inference_mode():
+            pixels = decoded(family, torch.from_numpy(made.latent))
+        assert made.image is not None and made.image.shape == (2, *size, 3)
+        assert np.abs(made.image.astype(int) - pixels).max() <= 1
+
+
+def decoded(family: Family, latent: torch.Tensor) -> np.ndarray:
+    """As diffusers' pipelines do it, from the configuration of the VAE."""
+    vae, config = family.decoder.vae, family.decoder.vae.config
+    if "batch_norm_eps" in config:
+        std = (vae.bn.running_var + config.batch_norm_eps).sqrt().view(1, -1, 1, 1)
+        z = latent * std + vae.bn.running_mean.view(1, -1, 1, 1)
+        rows, channels, high, wide = z.shape
+        z = z.reshape(rows, channels // 4, 2, 2, high, wide).permute(0, 1, 4, 2, 5, 3)
+        z = z.reshape(rows, channels // 4, high * 2, wide * 2)
+    else:
+        z = latent / config.scaling_factor + (config.shift_factor or 0)
+    image = (vae.decode(z).sample / 2 + 0.5).clamp(0, 1) * 255
+    levels: np.ndarray = image.round().permute(0, 2, 3, 1).numpy().astype(int)
+    return levels
+
+
+@pytest.mark.parametrize("schedule", ["E3", "H2P2", "A4@3", "H1P1Z1@1"])
+@pytest.mark.parametrize("name", NAMES)
+def test_solvers_are_a_plain_loop_over_the_network(
+    name: str, schedule: str, cases: dict[str, Case], repository: Path
+) -> None:
+    """The same network in PyTorch, with guidance, on the grid that the schedule names."""
+    family = load_family(cases[name].options)
+    pipeline = LocalPipeline(repository, name)
+    shape = family.latent_shape(SIZE)
+    start = noise(np.arange(2), shape)
+    made = pipeline.generate(
+        prompt=PROMPTS, schedule=schedule, guidance_scale=3.0, initial_noise=start
+    )
+    condition = pipeline.pipeline.condition
+    parsed = condition.parse({"prompt": np.array(PROMPTS, object)}, 2, guided=True)
+    with torch.inference_mode():
+        encoded = family.text_encoder(*map(torch.from_numpy, parsed.tokens.values()))  # type: ignore[attr-defined]
+        of = [[each[list(rows)] for each in encoded] for rows in (parsed.rows, [2, 2])]  # type: ignore[attr-defined]
+
+        def block(call: BlockCall, x: torch.Tensor, v: torch.Tensor | float) -> tuple:
+            read = x + call.euler * v
+            t = torch.full((2,), call.t)
+            c, u = (family.network(read, t, *each) for each in of)
+            v_next = u + 3.0 * (c - u)
+            return x + call.w_prev * v + call.w_next * v_next, v_next
+
+        own, times = pipeline.pipeline.on_own_grid(Schedule.parse(schedule), shape)
+        want = sample(compile_program(own, times), torch.from_numpy(start), block)
+    assert close(made.latent, want.numpy())
+
+
+def test_golden_figures(repository: Path) -> None:
+    """Made by a plain loop over diffusers' network; ours agree to 1e-5."""
+    pipeline = LocalPipeline(repository, "golden")
+    figures = np.load(GOLDEN / "cases.npz")
+    for case in json.loads((GOLDEN / "cases.json").read_text())["cases"]:
+        made = pipeline.generate(
+            prompt=case["prompt"],
+            negative_prompt=case.get("negative_prompt"),
+            schedule=case["schedule"],
+            guidance_scale=case["guidance_scale"],
+            initial_noise=figures["noise"],
+        )
+        want = figures[f"latent_{case['case']}"]
+        assert np.abs(made.latent - want).max() < 1e-5 * np.abs(want).max()
+        if f"image_{case['case']}" in figures:
+            assert made.image is not None
+            assert np.abs(made.image.astype(int) - figures["image_1"]).max() <= 1

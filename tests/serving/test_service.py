@@ -7,8 +7,6 @@ import shutil
 import socket
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,7 +22,7 @@ from flowturbo_client import (
     InvalidRequestError,
     ServerBusyError,
 )
-from support import GLYPHS, Caller
+from support import GLYPHS, Caller, post
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from flowturbo import LocalPipeline
@@ -230,22 +228,6 @@ def test_many_chunks_do_not_end_the_server(glyphs_server: ServerAddress, caller:
         connection.sendall(b"1\r\nA\r\n" * 1_000_000 + b"0\r\n\r\n")
         assert connection.recv(10) in (b"HTTP/1.1 4", b"HTTP/1.1 5")
     assert caller.infer(ORCHESTRATOR, ["seed"], label=np.array([1]))
-
-
-def post(
-    address: ServerAddress, endpoint: str, body: dict[str, Any] | bytes, **headers: str
-) -> Any:
-    """Status and answer of Triton's HTTP front end."""
-    url = f"http://{address.http}/v2/models/{ORCHESTRATOR}/{endpoint}"
-    content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    request = urllib.request.Request(url, content, headers)
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with direct.open(request, timeout=60) as answer:
-            return answer.status, json.load(answer)
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, json.load(error)
 
 
 def test_server_seeds_repeat(client: FlowTurboClient) -> None:
