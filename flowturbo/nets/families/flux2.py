@@ -35,6 +35,7 @@ from flowturbo.solver.grid import GridRule
 
 _TEXT_LENGTH = 512  # diffusers' default
 _PATCH = 2  # of the state, in the VAE's latents
+_LATENTS = 128  # latents on a side by default, as in diffusers' pipeline
 
 
 class Network(nn.Module):
@@ -194,7 +195,7 @@ def load(folder: DiffusersFolder, options: FolderOptions) -> Flux2:
         factor=factor,
         multiple=factor,
         patch=1,
-        size=(1024, 1024),
+        size=(_LATENTS * latent_factor(vae),) * 2,
         largest_decode=tile_size(vae) // _PATCH,
         text_length=length,
         guidance_scale=4.0,  # of diffusers' pipeline

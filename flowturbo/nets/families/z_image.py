@@ -37,6 +37,7 @@ from flowturbo.nets.weights import CheckpointError
 _TEXT_LENGTH = 512  # diffusers' default
 _PATCH, _MULTIPLE = 2, 32  # tokens of texts and images are padded to multiples of 32
 _KIND = f"{_PATCH}-1"
+_LATENTS = 128  # on a side by default: 1024 pixels with the model's VAE
 
 
 class RealRope:
@@ -242,7 +243,7 @@ def load(folder: DiffusersFolder, options: FolderOptions) -> ZImage:
         factor=factor,
         multiple=factor * _PATCH,
         patch=_PATCH,
-        size=(1024, 1024),
+        size=(min(_LATENTS, _PATCH * min(config.axes_lens[1:])) * factor,) * 2,
         largest_decode=tile_size(vae),
         text_length=length,
         guidance_scale=6.0,  # 5 in the convention of diffusers' pipeline, which is its default
