@@ -80,16 +80,20 @@ def model_config(
     deployment: Deployment,
     engine_files: Mapping[str, str],
     digest: str,
+    profiles: int | None = None,
 ) -> model_config_pb2.ModelConfig:
     """Triton's configuration of a composed model with the inputs and outputs `tensors`.
 
-    `sizes` has the values of C, h, w (and H, W). `engine_files` has the TensorRT engine's file for
-    each compute capability, such as {"8.9": "model.plan"}. `digest` identifies the weights.
+    `sizes` has the values of C, h, w (and H, W); -1 means that they vary. `profiles` is the number
+    of an engine's profiles, if it is not that of `deployment`. `engine_files` has the TensorRT
+    engine's file for each compute capability, such as {"8.9": "model.plan"}. `digest` identifies
+    the weights.
     """
     config = model_config_pb2.ModelConfig(
         name=model, backend=deployment.engine, max_batch_size=deployment.max_rows
     )
     inputs, outputs = tensors
+    varying = -1 in sizes.values()
     add_tensors(config, inputs, outputs, sizes)
     if not deployment.on_gpu:
         # No queue policy: with a limit or a timeout, Triton's batcher prepares no batch ahead. A
@@ -97,7 +101,7 @@ def model_config(
         # 24.10). Not on GPUs: there it would join batches that the orchestrator spreads over them.
         config.dynamic_batching.SetInParent()
     if deployment.engine == "tensorrt":
-        _use_engines(config, deployment, engine_files)
+        _use_engines(config, deployment, engine_files, graphs=not varying)
     elif deployment.engine == "onnxruntime":
         config.platform = "onnxruntime_onnx"
         if deployment.provider == "cuda":
@@ -108,11 +112,12 @@ def model_config(
         # One instance per GPU that the server sees.
         group = config.instance_group.add(count=1, kind=_GROUP.KIND_GPU)
         if deployment.engine == "tensorrt":
-            group.profile.extend(str(k) for k in range(len(deployment.profiles)))
+            count = profiles or len(deployment.profiles)
+            group.profile.extend(str(k) for k in range(count))
         if deployment.engine == "python":  # this model captures its graphs at load time
             rows = ",".join(map(str, deployment.graph_rows))
             config.parameters["graph_rows"].string_value = rows
-        else:
+        elif not varying:
             for count in deployment.graph_rows:
                 _warm_up(config, count, inputs, sizes)
     else:
@@ -143,11 +148,17 @@ def _dims(spec: TensorSpec, sizes: Mapping[int | str, int]) -> list[int]:
 
 
 def _use_engines(
-    config: model_config_pb2.ModelConfig, deployment: Deployment, engine_files: Mapping[str, str]
+    config: model_config_pb2.ModelConfig,
+    deployment: Deployment,
+    engine_files: Mapping[str, str],
+    *,
+    graphs: bool,
 ) -> None:
     config.platform = "tensorrt_plan"
     for capability, file in engine_files.items():
         config.cc_model_filenames[capability] = file
+    if not graphs:  # Triton captures them for one shape of a row
+        return
     config.optimization.cuda.graphs = True
     for rows in deployment.graph_rows:
         config.optimization.cuda.graph_spec.add(batch_size=rows)

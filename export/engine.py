@@ -22,6 +22,7 @@ from flowturbo.gpu import GpuError, usable_gpus
 from flowturbo.rows import Tensors
 
 Profile = tuple[int, int, int]  # minimum, optimum and maximum rows
+Sides = tuple[int, int]  # height and width of a latent
 
 CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")  # targets of TensorRT for RTX
 _KEPT_MESSAGES = 5
@@ -105,12 +106,19 @@ def _import(*names: str) -> ModuleType | None:
 
 
 def build_engine(
-    builder: Builder, onnx: Path, plan: Path, profiles: Sequence[Profile], timing_cache: Path
+    builder: Builder,
+    onnx: Path,
+    plan: Path,
+    profiles: Sequence[Profile],
+    timing_cache: Path,
+    sides: Sequence[Sides] = (),
 ) -> dict[str, Any]:
     """Builds the engine of `onnx` and writes it to `plan`. Returns its entry for the model record.
 
     The network is strongly typed: every tensor keeps its type from the ONNX file. TensorRT chooses
-    kernels for each of `profiles`. Raises EngineError, which names the ONNX node if it is known.
+    kernels for each of `profiles`. `sides` has the size of each profile if sizes vary: fixed sizes,
+    because wide ranges gave NaN (TensorRT #2943). Raises EngineError, which names the ONNX node if
+    it is known.
     """
     trt, started = builder.trt, time.monotonic()
     if not builder.cross:
@@ -123,8 +131,8 @@ def build_engine(
     config.progress_monitor = _progress(trt, plan.parent.parent.name)
     if (tf32 := getattr(trt.BuilderFlag, "TF32", None)) is not None:
         config.clear_flag(tf32)  # float32 blocks are verified with float32 tolerances
-    for profile in profiles:
-        _add_profile(tool, config, network, profile)
+    for k, profile in enumerate(profiles):
+        _add_profile(tool, config, network, profile, sides[k] if sides else ())
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # keeps the kernels' names
     if builder.cross:
         config.num_compute_capabilities = 1
@@ -147,6 +155,7 @@ def build_engine(
         "gpu": builder.gpu,
         "compute_capability": builder.capability,
         "profiles": [list(profile) for profile in profiles],
+        "sides": [list(each) for each in sides],
         "shape_inputs": shapes,
         "seconds": round(time.monotonic() - started, 1),
         "bytes": plan.stat().st_size,
@@ -171,11 +180,11 @@ def _parse(parser: Any, onnx: Path) -> None:
     raise EngineError(f"TensorRT cannot parse {onnx}: {'; '.join(told) or 'no reason given'}")
 
 
-def _add_profile(tool: Any, config: Any, network: Any, rows: Profile) -> None:
+def _add_profile(tool: Any, config: Any, network: Any, rows: Profile, sides: Sequence[int]) -> None:
     profile = tool.create_optimization_profile()
     for k in range(network.num_inputs):
-        tensor = network.get_input(k)
-        row = tuple(tensor.shape)[1:]
+        tensor, varying = network.get_input(k), iter(sides)
+        row = tuple(next(varying) if side == -1 else side for side in tuple(tensor.shape)[1:])
         profile.set_shape(tensor.name, *((count, *row) for count in rows))
     config.add_optimization_profile(profile)
 
@@ -253,45 +262,59 @@ class TensorRtModel:
         self._outputs = [name for name in names if modes[name] == trt.TensorIOMode.OUTPUT]
         dtypes = {name: self._engine.get_tensor_dtype(name) for name in names}
         self._dtypes = {name: np.dtype(trt.nptype(dtype)) for name, dtype in dtypes.items()}
-        self._rows = {name: tuple(self._engine.get_tensor_shape(name))[1:] for name in names}
-        self._profiles = [
-            tuple(dims[0] for dims in self._engine.get_tensor_profile_shape(self._inputs[0], k))
-            for k in range(self._engine.num_optimization_profiles)
-        ]
-        most = max(profile[2] for profile in self._profiles)
+        profiles = range(self._engine.num_optimization_profiles)
+        shapes = [self._engine.get_tensor_profile_shape(self._inputs[0], k) for k in profiles]
+        self._profiles = [tuple(dims[0] for dims in each) for each in shapes]
+        self._shapes = [tuple(each[2])[1:] for each in shapes]  # of a row of the first input
+        self._contexts = [self._new_context(k) for k in profiles]
+        largest = [self._largest(context, k) for k, context in enumerate(self._contexts)]
         self._buffers = {
-            name: _done(self._cuda.cudaMalloc(most * math.prod(row) * self._dtypes[name].itemsize))
-            for name, row in self._rows.items()
+            name: _done(self._cuda.cudaMalloc(max(each[name] for each in largest)))
+            for name in names
         }
-        self._contexts = [self._new_context(k) for k in range(len(self._profiles))]
+        for context in self._contexts:
+            for name, buffer in self._buffers.items():
+                if not context.set_tensor_address(name, buffer):
+                    raise EngineError(f"TensorRT refuses memory of {name}: {self._log.messages}")
 
     def _new_context(self, profile: int) -> Any:
         context = self._engine.create_execution_context()
         if context is None or not context.set_optimization_profile_async(profile, self._stream):
             raise EngineError(f"TensorRT cannot run: {'; '.join(self._log.messages)}")
         _done(self._cuda.cudaStreamSynchronize(self._stream))
-        for name, buffer in self._buffers.items():
-            if not context.set_tensor_address(name, buffer):
-                raise EngineError(f"TensorRT refuses the memory of {name}: {self._log.messages}")
         return context
+
+    def _largest(self, context: Any, profile: int) -> dict[str, int]:
+        """The bytes of every tensor of the largest batch of a profile."""
+        for name in self._inputs:
+            self._set_shape(context, name, self._engine.get_tensor_profile_shape(name, profile)[2])
+        return {
+            name: math.prod(context.get_tensor_shape(name)) * dtype.itemsize
+            for name, dtype in self._dtypes.items()
+        }
+
+    def _set_shape(self, context: Any, name: str, shape: Sequence[int]) -> None:
+        if not context.set_input_shape(name, tuple(shape)):
+            raise EngineError(f"TensorRT refuses {name} {tuple(shape)}: {self._log.messages}")
 
     def __call__(self, inputs: Tensors) -> tuple[np.ndarray, ...]:
         """Outputs [rows, ...] in the engine's order."""
         _done(self._cuda.cudaSetDevice(self._ordinal))
         copy = self._cuda.cudaMemcpyKind
-        rows = len(inputs[self._inputs[0]])
-        context = self._contexts[nearest_profile(self._profiles, rows)]
+        first = inputs[self._inputs[0]]
+        same = [k for k, shape in enumerate(self._shapes) if shape == first.shape[1:]]
+        chosen = nearest_profile([self._profiles[k] for k in same], len(first))
+        context = self._contexts[same[chosen]]
         for name in self._inputs:
             held = np.ascontiguousarray(inputs[name], self._dtypes[name])
-            if not context.set_input_shape(name, held.shape):
-                raise EngineError(f"TensorRT refuses {name} {held.shape}: {self._log.messages}")
+            self._set_shape(context, name, held.shape)
             self._copy(self._buffers[name], held.ctypes.data, held, copy.cudaMemcpyHostToDevice)
         if not context.execute_async_v3(self._stream):
             raise EngineError(f"TensorRT failed: {'; '.join(self._log.messages)}")
         _done(self._cuda.cudaStreamSynchronize(self._stream))
         results = []
         for name in self._outputs:
-            made = np.empty((rows, *self._rows[name]), self._dtypes[name])
+            made = np.empty(tuple(context.get_tensor_shape(name)), self._dtypes[name])
             self._copy(made.ctypes.data, self._buffers[name], made, copy.cudaMemcpyDeviceToHost)
             results.append(made)
         return tuple(results)

@@ -34,6 +34,7 @@ from flowturbo.runtimes import model_file
 from flowturbo.settings import Settings
 from flowturbo.solver.schedule import Schedule
 from flowturbo.textfile import read_lines, read_text
+from flowturbo.tiles import Tiles
 
 # Unicode categories of invisible characters: control, format, lone surrogates.
 _HIDDEN = ("Cc", "Cf", "Cs")
@@ -471,14 +472,37 @@ def _with_engines(pipeline: Pipeline, staged: Path, builder: Builder, options: O
     models = dict(pipeline.models)
     for role in _lacking(pipeline, staged, builder):
         folder = staged / pipeline.model(role)
-        built = _build_engine(folder, models[role], builder, options)
+        shapes = _profiles(pipeline, role, options.deployment)
+        built = _build_engine(folder, models[role], builder, options, shapes)
         engines = {**models[role].engines, builder.capability: built}
         models[role] = replace(models[role], engines=engines)
     return replace(pipeline, models=models)
 
 
+def _profiles(
+    pipeline: Pipeline, role: Role, deployment: Deployment
+) -> tuple[list[tuple[int, int, int]], list[tuple[int, int]]]:
+    """The profiles of an engine, and the latent's size in each: one per size if there are several.
+
+    A decoder sees tiles of large latents.
+    """
+    if not pipeline.image_sizes or role is Role.TEXT_ENCODER:
+        return deployment.profiles, []
+    rows: dict[tuple[int, int], int] = {}
+    for size in pipeline.image_sizes:
+        shape = pipeline.latent_shape_of(size)
+        largest = pipeline.largest_decode if role is Role.DECODER else None
+        sides = Tiles.of(shape[1], shape[2], largest).size
+        rows[sides] = max(rows.get(sides, 0), pipeline.rows_for(shape))
+    return [(1, min(deployment.opt_rows, most), most) for most in rows.values()], list(rows)
+
+
 def _build_engine(
-    folder: Path, record: ModelRecord, builder: Builder, options: Options
+    folder: Path,
+    record: ModelRecord,
+    builder: Builder,
+    options: Options,
+    shapes: tuple[list[tuple[int, int, int]], list[tuple[int, int]]],
 ) -> dict[str, Any]:
     """Builds an engine from a model's ONNX file, beside engines for other GPUs.
 
@@ -489,9 +513,8 @@ def _build_engine(
     cache = options.timing_cache / f"timing-{builder.version}-{builder.capability}.cache"
     plan = folder / "1" / name
     plan.unlink(missing_ok=True)
-    built = build_engine(
-        builder, folder / "1" / "model.onnx", plan, options.deployment.profiles, cache
-    )
+    profiles, sides = shapes
+    built = build_engine(builder, folder / "1" / "model.onnx", plan, profiles, cache, sides)
     print(f"{folder.name}: {name}, {built['bytes'] / 1e6:.1f} MB in {built['seconds']} s")
     if not builder.cross:
         built |= _check_engine(folder, builder.load(plan), record, options.deployment)
@@ -532,7 +555,13 @@ def _config(pipeline: Pipeline, role: Role, deployment: Deployment) -> str:
     digest = record.files[model_file(record.runtime)]
     sizes: dict[int | str, int] = dict(record.sizes.items())
     config = model_config(
-        pipeline.model(role), pipeline.tensors(role), sizes, decided, engines, digest
+        pipeline.model(role),
+        pipeline.tensors(role),
+        sizes,
+        decided,
+        engines,
+        digest,
+        len(_profiles(pipeline, role, deployment)[0]),
     )
     return text_format.MessageToString(config)
 

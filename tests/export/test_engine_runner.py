@@ -77,6 +77,10 @@ class Context:
         self.shapes[name] = shape
         return shape[0] <= MOST
 
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        rows = self.shapes["x"][0]
+        return (rows, 1) if name == "ran_in" else (rows, 3)
+
     def execute_async_v3(self, stream: int) -> bool:
         rows = self.shapes["x"][0]
         kinds = {"x": ctypes.c_float, "y": ctypes.c_float, "ran_in": ctypes.c_int64}
@@ -102,9 +106,6 @@ class Engine:
 
     def get_tensor_dtype(self, name: str) -> str:
         return self._dtypes[name]
-
-    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return (-1, 1) if name == "ran_in" else (-1, 3)
 
     def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
         assert name == "x"
