@@ -30,7 +30,7 @@ from export.engine import Builder, build_engine, find_builders
 from export.onnx_graph import PRECISIONS, ExportTarget, export_onnx, to_precision
 from export.quantize import quantize
 from flowturbo.conditions.class_label import LABEL, ClassLabel
-from flowturbo.contract import GUIDANCE_SCALE, IMAGE, SCHEDULE, SEED, Role
+from flowturbo.contract import GUIDANCE_SCALE, IMAGE, LABEL_ROLES, SCHEDULE, SEED, Role
 from flowturbo.errors import RepositoryError
 from flowturbo.generate import generate, program_for
 from flowturbo.gpu import gpu_count
@@ -181,7 +181,7 @@ def main() -> None:
                 for label, forms in _forms(engine, precision, exports, device, Path(scratch)):
                     parts = label, precision, forms, size, chip
                     report["blocks"] += map(asdict, _blocks(*parts, exports, peaks, reference))
-                    if len(forms) == len(Role):
+                    if len(forms) == len(LABEL_ROLES):
                         report["schedules"] += map(asdict, _schedules(*parts))
                     forms.clear()  # free memory before the next form
                     torch.cuda.empty_cache()
@@ -212,8 +212,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--models",
         nargs="+",
-        choices=tuple(Role),
-        default=list(Role),
+        choices=tuple(LABEL_ROLES),
+        default=list(LABEL_ROLES),
         help="default: all (schedules need all)",
     )
     parser.add_argument(
@@ -358,7 +358,7 @@ def _schedules(
     """Times whole requests through the program that the server runs."""
     config = size.config
     shape = config.latent_shape
-    models = dict.fromkeys(Role, ModelRecord(max_rows=max(size.rows)))
+    models = dict.fromkeys(LABEL_ROLES, ModelRecord(max_rows=max(size.rows)))
     pipeline = Pipeline("check", ClassLabel(config.num_classes), shape, models)
 
     def infer(role: Role, tensors: Tensors) -> tuple[np.ndarray, ...]:

@@ -26,6 +26,8 @@ class Role(StrEnum):
     TEXT_ENCODER = "text_encoder"
 
 
+# The roles of a pipeline with classes. Prompts also need a text encoder.
+LABEL_ROLES = (Role.PREDICTOR, Role.REFINER, Role.DECODER)
 _MODELS = {
     Role.PREDICTOR: "velocity_predictor",
     Role.REFINER: "velocity_refiner",

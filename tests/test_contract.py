@@ -8,7 +8,7 @@ from flowturbo_client import protocol
 from support import check_tensors, read_config
 
 from flowturbo.conditions import REQUEST_INPUTS, REQUEST_OUTPUTS
-from flowturbo.contract import Role, model_name
+from flowturbo.contract import LABEL_ROLES, model_name
 from flowturbo.errors import RepositoryError
 from flowturbo.pipeline import read_pipeline
 from flowturbo.settings import Settings
@@ -28,12 +28,12 @@ def test_orchestrator() -> None:
 
 def test_names_of_models() -> None:
     """Which stand in metrics, logs and configurations: they must not change."""
-    assert [model_name("glyphs", role) for role in Role] == [
+    assert [model_name("glyphs", role) for role in LABEL_ROLES] == [
         *("glyphs_velocity_predictor", "glyphs_velocity_refiner", "glyphs_vae_decoder"),
     ]
 
 
-@pytest.mark.parametrize("role", Role)
+@pytest.mark.parametrize("role", LABEL_ROLES)
 def test_composed(role: Role, glyphs_repository: Path) -> None:
     pipeline = read_pipeline(glyphs_repository, "glyphs")
     config = read_config(glyphs_repository / pipeline.model(role) / "config.pbtxt")
@@ -55,6 +55,7 @@ def test_client() -> None:
     every = {"seeds": 1, "schedule": "H1", "guidance_scale": 2.0, "guidance_interval": (0, 1)}
     every |= {"pipeline": "glyphs", "times": (0, 1), "output_format": "png"}
     requests = [
+        protocol.build_request(prompts="a", negative_prompts="b", size="32x16"),
         protocol.build_request("A", **every),
         protocol.build_request(1, initial_noise=noise),
         protocol.pipelines_request(),

@@ -15,7 +15,7 @@ from flowturbo_client import FlowTurboClient
 from support import Caller
 
 from bench.observe import Observation, Work, observing, read_work
-from flowturbo.contract import ORCHESTRATOR, Role
+from flowturbo.contract import LABEL_ROLES, ORCHESTRATOR, Role
 from flowturbo.generate import generate, roles_called
 from flowturbo.local import LocalPipeline
 from flowturbo.request import parse_request
@@ -87,7 +87,7 @@ def test_bytes_that_a_step_moves(glyphs_repository: Path) -> None:
     """What goes into a block call and comes out of it is the contract's, once, and nothing else."""
     local = LocalPipeline(glyphs_repository)
     sizes = dict(zip("Chw", local.pipeline.latent_shape, strict=True))
-    moved: dict[Role, list[int]] = {role: [] for role in Role}
+    moved: dict[Role, list[int]] = {role: [] for role in LABEL_ROLES}
 
     def infer(role: Role, tensors: Tensors) -> tuple[np.ndarray, ...]:
         outputs = local._infer(role, tensors)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from flowturbo_client import FlowTurboClient
 
-from flowturbo.contract import Role, model_name
+from flowturbo.contract import LABEL_ROLES, Role, model_name
 from flowturbo.pipeline import class_label, read_pipeline
 from flowturbo.solver.guidance import Guidance
 from flowturbo.solver.sampler import Array
@@ -99,7 +99,7 @@ def models_digest(repository: Path) -> str:
     options = {name: of for name, of in made_from["options"].items() if (name, of) not in _UNSET}
     # Keys as before pipelines had names, so that stored figures stay valid.
     digests = {model_name("", Role(role))[1:]: of for role, of in made_from["sha256"].items()}
-    for role in Role:
+    for role in LABEL_ROLES:
         record = pipeline.models.get(role)
         keys = ("engine", "runtime", "precision")
         stated.append([getattr(record, key) if record else None for key in keys])

@@ -16,7 +16,7 @@ from bench.downloads import made_whole
 from bench.observe import _models, listening_process, observing
 from bench.perf_analyzer import Answer, Load, PerfAnalyzerError, Result, entry
 from flowturbo import contract
-from flowturbo.contract import Role
+from flowturbo.contract import LABEL_ROLES, Role
 from flowturbo.generate import roles_called
 from flowturbo.serving.tritonserver import ServerAddress
 from flowturbo.solver.program import compile_program
@@ -112,7 +112,7 @@ def test_which_models_are_observed() -> None:
     """Those of the one pipeline that is served, or of the one that is named."""
     one = {"flowturbo", "sit_velocity_predictor", "sit_h2", "sit_h2_planner", "sit_finisher"}
     assert _models(one, None) == {"predictor": "sit_velocity_predictor"}
-    glyphs = {role.value: contract.model_name("glyphs", role) for role in Role}
+    glyphs = {role.value: contract.model_name("glyphs", role) for role in LABEL_ROLES}
     two = one | {*glyphs.values()}
     assert _models(two, "glyphs") == glyphs
     assert _models(two, "sit") == {"predictor": "sit_velocity_predictor"}

@@ -130,7 +130,7 @@ def test_the_load_is_of_this_service() -> None:
     assert f"-m {contract.ORCHESTRATOR} " in arguments
     # Without --name, as docs/deployment.md exports it.
     exported = _options(["--predictor", "FILE"]).name
-    models = ",".join(contract.model_name(exported, role) for role in contract.Role)
+    models = ",".join(contract.model_name(exported, role) for role in contract.LABEL_ROLES)
     assert f"--bls-composing-models={models}" in arguments
     data = json.loads((ROOT / "docker" / "perf_analyzer.json").read_text())["data"]
     names = {spec.name for spec in REQUEST_INPUTS}

@@ -32,7 +32,7 @@ from export.deployment import Deployment, model_config
 from export.engine import EngineError, _strong_typing, build_engine, find_builders
 from flowturbo import LocalPipeline
 from flowturbo.conditions.class_label import ClassLabel
-from flowturbo.contract import SCALAR_COLUMNS, Role, composed_tensors, model_name
+from flowturbo.contract import LABEL_ROLES, SCALAR_COLUMNS, Role, composed_tensors, model_name
 from flowturbo.gpu import Gpu, GpuError, usable_gpus
 from flowturbo.pipeline import ModelRecord, Pipeline, read_pipeline
 from flowturbo.rows import Tensors
@@ -41,7 +41,7 @@ from flowturbo.serving.engines import check_engines, check_gpus
 from flowturbo.serving.installation import SetupError
 
 SIZES: dict[int | str, int] = {"C": 4, "h": 32, "w": 32, "H": 256, "W": 256}
-TENSORS = {role: composed_tensors(role, ClassLabel.block_inputs) for role in Role}
+TENSORS = {role: composed_tensors(role, ClassLabel.block_inputs) for role in LABEL_ROLES}
 PREDICTOR, REFINER = "sit_velocity_predictor", "sit_velocity_refiner"
 FORMS = [
     Deployment(engine="python"),
@@ -53,7 +53,7 @@ FORMS = [
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form.engine}-{form.provider}")
-@pytest.mark.parametrize("role", Role)
+@pytest.mark.parametrize("role", LABEL_ROLES)
 def test_every_form_has_the_contract(role: Role, form: Deployment) -> None:
     model, (inputs, outputs) = model_name("glyphs", role), TENSORS[role]
     files = {"8.9": "model.plan", "9.0": "model.sm90.plan"} if form.engine == "tensorrt" else {}
@@ -156,7 +156,7 @@ def test_half_precision_engines(
 ) -> None:
     """Of the very files that run elsewhere."""
     (builder,), models = find_builders("8.9"), half_repositories(precision)
-    for model in map(read_pipeline(models).model, Role):
+    for model in map(read_pipeline(models).model, LABEL_ROLES):
         plan = tmp_path / model / "1" / "model.plan"
         plan.parent.mkdir(parents=True)
         onnx_file = models / model / "1" / "model.onnx"

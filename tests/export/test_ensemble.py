@@ -17,7 +17,7 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from flowturbo import LocalPipeline, contract
 from flowturbo.conditions.class_label import ClassLabel
-from flowturbo.contract import Role
+from flowturbo.contract import LABEL_ROLES, Role
 from flowturbo.ensemble import block_steps, ensemble_name
 from flowturbo.pipeline import ModelRecord, Pipeline, read_pipeline
 from flowturbo.serving.tritonserver import ServerAddress, running_server
@@ -88,7 +88,7 @@ def scale(value: float) -> np.ndarray:
 
 def test_repository_has_the_ensembles_asked_for_last(repository: Path) -> None:
     pipeline = read_pipeline(repository)
-    composed = {pipeline.model(role) for role in Role}
+    composed = {pipeline.model(role) for role in LABEL_ROLES}
     generated = {path.name for path in repository.iterdir()} - {contract.ORCHESTRATOR, *composed}
     names = {ensemble_name("glyphs", schedule) for schedule in SCHEDULES}
     assert names == {H1P5R3, "glyphs_e2a2_shift2_5"}
@@ -125,7 +125,7 @@ def test_wiring_is_the_samplers(schedule: str, variant: Variant) -> None:
 
 
 def run_steps(program: Program, noise: np.ndarray, block: Callable[..., Any]) -> np.ndarray:
-    models = {role: ModelRecord() for role in Role}
+    models = {role: ModelRecord() for role in LABEL_ROLES}
     steps, end = block_steps(program, Pipeline("any", ClassLabel(36), (4, 16, 16), models))
     tensors = {contract.PLAN_NOISE: noise}
     for index, (step, call) in enumerate(zip(steps, program.calls, strict=True)):

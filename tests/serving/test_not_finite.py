@@ -24,7 +24,7 @@ from export.parity import torch_figures
 from export.peaks import LARGEST, PeakOf, watched_figures
 from flowturbo import LocalPipeline
 from flowturbo.conditions.class_label import ClassLabel
-from flowturbo.contract import ORCHESTRATOR, Role
+from flowturbo.contract import LABEL_ROLES, ORCHESTRATOR, Role
 from flowturbo.errors import NotFiniteError, RequestError
 from flowturbo.generate import check_finite
 from flowturbo.nets.blocks import PredictorBlock
@@ -75,7 +75,7 @@ def poisoned(glyphs_repository: Path, tmp_path_factory: pytest.TempPathFactory) 
     repository = tmp_path_factory.mktemp("poisoned") / "models"
     shutil.copytree(glyphs_repository, repository)
     pipeline = read_pipeline(repository)
-    version = {role: repository / pipeline.model(role) / "1" for role in Role}
+    version = {role: repository / pipeline.model(role) / "1" for role in LABEL_ROLES}
     poison(version[Role.PREDICTOR] / "model.onnx", "embedding_table.weight", BAD_LABEL)
     poison(version[Role.DECODER] / "model.onnx", "decoder.conv_out.bias", slice(None))
     add_checked_ensemble(repository)
