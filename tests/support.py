@@ -50,6 +50,7 @@ TRITON_TYPES = {
     np.int64: model_config_pb2.TYPE_INT64,
     np.int32: model_config_pb2.TYPE_INT32,
     np.uint8: model_config_pb2.TYPE_UINT8,
+    np.bool_: model_config_pb2.TYPE_BOOL,
     np.object_: model_config_pb2.TYPE_STRING,
 }
 

@@ -8,7 +8,7 @@ from flowturbo_client import protocol
 from support import check_tensors, read_config
 
 from flowturbo.conditions import REQUEST_INPUTS, REQUEST_OUTPUTS
-from flowturbo.contract import LABEL_ROLES, model_name
+from flowturbo.contract import LABEL_ROLES, Role, model_name
 from flowturbo.errors import RepositoryError
 from flowturbo.pipeline import read_pipeline
 from flowturbo.settings import Settings
