@@ -15,6 +15,7 @@ from flowturbo.conditions.prompt import Prompt
 from flowturbo.contract import Role
 from flowturbo.nets.blocks import DecoderBlock, PredictorBlock, RefinerBlock
 from flowturbo.nets.families.family import CONTEXT_LENGTH, Family, FolderOptions
+from flowturbo.nets.families.folder import DiffusersFolder
 from flowturbo.nets.weights import CheckpointError
 from flowturbo.rows import Tensors
 
@@ -52,7 +53,7 @@ class FolderSource:
 
     def files(self) -> dict[Role, Path]:
         """The part of the folder for each role; for the text encoder all the rest."""
-        path = self.folder.path
+        path = DiffusersFolder(self.folder.path).path  # it must be one
         found = {
             role: next((path / part for part in parts if (path / part).is_dir()), path / parts[0])
             for role, parts in _PARTS.items()

@@ -4,9 +4,11 @@ import numpy as np
 import torch
 
 from export.onnx_graph import ExportTarget
+from flowturbo.contract import Role
 from flowturbo.parity import PAIRED, Evaluate, Figures, VerificationError
 from flowturbo.rows import Tensors
 
+_ROWS_PER_SIZE = 3
 _AT_ONCE = 6  # rows per evaluation: bounds the memory of a large decoder
 
 
@@ -21,6 +23,17 @@ def torch_evaluation(exported: ExportTarget) -> Evaluate:
         return tuple(output.numpy() for output in outputs)
 
     return evaluate
+
+
+def size_figures(exported: ExportTarget) -> list[tuple[Tensors, Tensors]]:
+    """Inputs and the module's outputs at each other size, for a guided pair and one row alone."""
+    names, evaluate = [spec.name for spec in exported.tensors[1]], torch_evaluation(exported)
+    found = []
+    for shape in exported.other_shapes if exported.role is not Role.TEXT_ENCODER else ():
+        made = exported.at(shape).random_inputs(_ROWS_PER_SIZE, seed=2)
+        inputs = {name: value.numpy() for name, value in made.items()}
+        found.append((inputs, dict(zip(names, evaluate(inputs), strict=True))))
+    return found
 
 
 def torch_figures(exported: ExportTarget) -> Figures:

@@ -18,7 +18,7 @@ from export.deployment import AUTO, Deployment, model_config
 from export.engine import Builder, TensorRtModel, build_engine, find_builders
 from export.ensemble import ensembles_are_installed, with_ensembles, write_ensembles
 from export.onnx_graph import ExportTarget, count_attentions, to_precision
-from export.parity import torch_figures
+from export.parity import size_figures, torch_figures
 from export.peaks import HALVES, LARGEST, watched_figures
 from export.runtime import Runtime, TrialResult, candidates, choose, export_for, try_runtimes
 from export.source import Loaded, Source, source_digests
@@ -30,6 +30,7 @@ from flowturbo.nets.weights import CheckpointError
 from flowturbo.parity import TOLERANCES, Figures, VerificationError, batches_up_to
 from flowturbo.pipeline import Defaults, ModelRecord, Pipeline, installed, read_pipeline
 from flowturbo.presets import Presets, built_in, find_schedule, parse_presets, parsed
+from flowturbo.rows import Tensors
 from flowturbo.runtimes import model_file
 from flowturbo.settings import Settings
 from flowturbo.solver.schedule import Schedule
@@ -38,6 +39,8 @@ from flowturbo.tiles import Tiles
 
 # Unicode categories of invisible characters: control, format, lone surrogates.
 _HIDDEN = ("Cc", "Cf", "Cs")
+# PyTorch's answers at the default size, and at the others.
+_Reference = tuple[Figures, list[tuple[Tensors, Tensors]]]
 _JOINERS = "\u200c\u200d"  # some languages need these between other characters
 
 
@@ -384,8 +387,9 @@ def _write(
         said = "float32 (bf16 has float32's range)" if wanted == ["fp32"] else wanted[0]
         print(f"{peak}, float16 ends at {LARGEST:.0f}: stays in {said} ... ", end="", flush=True)
     figures.save(folder)
+    reference = figures, size_figures(exported)
     print(f"{source} to ", end="", flush=True)
-    precision, trials = _export(exported, deployment, figures, wanted, folder / "1")
+    precision, trials = _export(exported, deployment, reference, wanted, folder / "1")
     if deployment.engine == "python":
         (folder / "1" / "model.py").write_text(install.MODEL_PY)
     record = ModelRecord(
@@ -405,16 +409,17 @@ def _precisions(role: Role, deployment: Deployment) -> list[str]:
     """The precisions to try for a model, in order: the first that verifies is used."""
     if (role, deployment.engine, deployment.precision) == (Role.DECODER, "tensorrt", "bf16"):
         return ["fp16", "bf16"]  # fp16 has three more bits, and its convolutions are as fast
-    if role is Role.TEXT_ENCODER and deployment.precision in HALVES:
-        # T5's values leave the range of float16 (diffusers #8673).
-        return ["bf16" if deployment.engine == "tensorrt" else "fp32"]
+    if role is Role.TEXT_ENCODER and deployment.precision in (*HALVES, "bf16"):
+        # Not float16: T5's values leave its range (diffusers #8673).
+        has_bf16 = deployment.engine == "tensorrt" or deployment.precision == "bf16"
+        return ["bf16", "fp32"] if has_bf16 else ["fp32"]
     return [deployment.precision]
 
 
 def _export(
     exported: ExportTarget,
     deployment: Deployment,
-    figures: Figures,
+    reference: _Reference,
     precisions: list[str],
     version: Path,
 ) -> tuple[str, dict[Runtime, TrialResult]]:
@@ -422,14 +427,18 @@ def _export(
     for precision in precisions[:-1]:
         tried = replace(exported, module=deepcopy(exported.module))
         try:
-            return precision, _export_as(tried, deployment, figures, precision, version)
+            return precision, _export_as(tried, deployment, reference, precision, version)
         except VerificationError as error:
             print(f"{error} ... ", end="", flush=True)
-    return precisions[-1], _export_as(exported, deployment, figures, precisions[-1], version)
+    return precisions[-1], _export_as(exported, deployment, reference, precisions[-1], version)
 
 
 def _export_as(
-    exported: ExportTarget, deployment: Deployment, figures: Figures, precision: str, version: Path
+    exported: ExportTarget,
+    deployment: Deployment,
+    reference: _Reference,
+    precision: str,
+    version: Path,
 ) -> dict[Runtime, TrialResult]:
     deployment = replace(deployment, precision=precision)
     # With auto the file is float32: OpenVINO can also run it in bfloat16.
@@ -444,8 +453,16 @@ def _export_as(
         quantize(exported, path)
     print("verify ... ", end="", flush=True)
     _, opt_rows, _ = deployment.profile
+    figures, other_sizes = reference
     trials = try_runtimes(
-        exported, path, figures, candidates(deployment), opt_rows, on_gpu=deployment.on_gpu
+        exported,
+        path,
+        figures,
+        candidates(deployment),
+        opt_rows,
+        on_gpu=deployment.on_gpu,
+        served=deployment.engine == "python",
+        other_sizes=other_sizes,
     )
     print(", ".join(map(_shown, trials, trials.values())), flush=True)
     return trials

@@ -10,11 +10,11 @@ from flowturbo.conditions.prompt import PROMPT, Prompt
 from flowturbo.contract import GUIDANCE_SCALE, INITIAL_NOISE, LATENT, SCHEDULE, SIZE, TIMES, Role
 from flowturbo.generate import generate, program_for
 from flowturbo.latents import noise
-from flowturbo.local import open_models
 from flowturbo.nets.families.family import Wanted
 from flowturbo.parity import TOLERANCES, VerificationError, errors
 from flowturbo.pipeline import Pipeline
 from flowturbo.request import parse_request
+from flowturbo.runtimes import Model, model_file, open_model
 from flowturbo.settings import Settings
 from flowturbo.solver.calls import Variant
 
@@ -57,7 +57,7 @@ class WholeCheck:
 
     def hold(self, pipeline: Pipeline, staged: Path) -> None:
         """Compares the exported models with it. Raises VerificationError."""
-        models = open_models(staged, pipeline)
+        models = _open(staged, pipeline)
         tensors = {
             PROMPT: np.array(self.wanted.prompts, dtype=object),
             INITIAL_NOISE: self.wanted.noise,
@@ -86,3 +86,16 @@ class WholeCheck:
                 f"{error.allowed:g} is allowed"
             )
         print(f"{pipeline.name}: off by {error.relative:.1e} against diffusers' own pipeline")
+
+
+def _open(staged: Path, pipeline: Pipeline) -> dict[Role, Model]:
+    """The models here, as `try_runtimes` verified them: files for other engines are not rounded."""
+    return {
+        role: open_model(
+            staged / pipeline.model(role) / "1" / model_file(made.runtime),
+            "fp32" if made.engine != "python" and made.runtime == "openvino" else made.precision,
+            runtime=made.runtime,
+            on_gpu=made.on_gpu,
+        )
+        for role, made in pipeline.models.items()
+    }

@@ -438,7 +438,9 @@ def test_a_wrong_engine_is_not_installed(
             engines.append(FakeEngine(plan.with_name("model.onnx"), error * (self.gpu == "wrong")))
             return engines[-1]
 
-    def build(_builder: Any, _onnx: Path, plan: Path, profiles: Any, _cache: Path) -> Any:
+    def build(
+        _builder: Any, _onnx: Path, plan: Path, profiles: Any, _cache: Path, _sides: Any
+    ) -> Any:
         plan.write_bytes(b"plan")
         return {
             "file": plan.name,
