@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from support import ROOT, run_module
@@ -165,7 +166,7 @@ def test_python_is_right(document: str, text: str, tmp_path: Path) -> None:
 def test_json_is_right(document: str, text: str) -> None:
     """Requests name tensors and types as the service does."""
     stated = json.loads(text)
-    types = {spec.name: np_to_triton_dtype(spec.dtype) for spec in REQUEST_INPUTS}
+    types = {spec.name: np_to_triton_dtype(np.dtype(spec.dtype)) for spec in REQUEST_INPUTS}
     for tensor in stated.get("inputs", []):
         assert types[tensor["name"]] == tensor["datatype"]
     outputs = {spec.name for spec in REQUEST_OUTPUTS}
@@ -184,7 +185,7 @@ TENSORS = {"input": REQUEST_INPUTS, "output": REQUEST_OUTPUTS}
     ],
 )
 def test_the_page_of_requests_has_every_tensor(spec: TensorSpec) -> None:
-    row = f"| `{spec.name}` | {np_to_triton_dtype(spec.dtype)} ["
+    row = f"| `{spec.name}` | {np_to_triton_dtype(np.dtype(spec.dtype))} ["
     assert row in TEXTS["docs/requests.md"]
 
 
