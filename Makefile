@@ -6,7 +6,7 @@ REPOSITORY := model_repository
 SOURCES := flowturbo export training tuning bench research examples client tests
 
 .PHONY: help demo test unit check format setup export serve quality study refiners train fonts \
-  bench gpu-check gpu-profile gpu-serve-check xl-check clean
+  bench gpu-check gpu-profile gpu-serve-check xl-check sd35-check clean
 .DEFAULT_GOAL := help
 
 help:  ## list these targets
@@ -75,6 +75,9 @@ gpu-serve-check: setup  ## serve SiT-XL/2 (random weights) in PyTorch, without T
 
 xl-check: setup  ## export SiT-XL/2 (random weights), build its engines, train a refiner; needs no GPU
 	$(BIN)/python -m bench.xl_check
+
+sd35-check: setup  ## export SD3.5-M at real size (random weights, bf16, without T5); needs no GPU
+	$(BIN)/python -m bench.folder_check --model sd35-medium --precision bf16
 
 fonts: setup  ## install the fonts that training renders; needs root
 	apt-get update -qq

@@ -28,7 +28,8 @@ from flowturbo_client.address import is_local
 from bench.downloads import DownloadError, debian_package, made_whole, run_step
 from flowturbo import contract
 from flowturbo.conditions.class_label import LABEL
-from flowturbo.contract import GUIDANCE_SCALE, SCHEDULE, SEED
+from flowturbo.conditions.prompt import PROMPT
+from flowturbo.contract import GUIDANCE_SCALE, PIPELINE, SCHEDULE, SEED
 
 VERSION = "2.45.0"
 _WHEELS = (f"tritonclient=={VERSION}", "nvidia-cuda-runtime-cu12==12.9.79")
@@ -157,6 +158,17 @@ def entry(labels: Sequence[int], schedule: str, guidance_scale: float | None = N
     if guidance_scale is not None:
         inputs[GUIDANCE_SCALE] = {"content": [guidance_scale], "shape": [1]}
     return inputs
+
+
+def prompt_entry(pipeline: str, prompt: str, seed: int, schedule: str) -> Entry:
+    """One request's inputs for an image of a prompt."""
+    contents: dict[str, Any] = {
+        PIPELINE: pipeline,
+        PROMPT: prompt,
+        SEED: seed,
+        SCHEDULE: schedule,
+    }
+    return {name: {"content": [value], "shape": [1]} for name, value in contents.items()}
 
 
 def run(tool: PerfAnalyzer, url: str, entries: Sequence[Entry], load: Load) -> Result:

@@ -115,7 +115,7 @@ def model_config(
             count = profiles or len(deployment.profiles)
             group.profile.extend(str(k) for k in range(count))
         if deployment.engine == "python":  # this model captures its graphs at load time
-            rows = ",".join(map(str, deployment.graph_rows))
+            rows = "" if varying else ",".join(map(str, deployment.graph_rows))
             config.parameters["graph_rows"].string_value = rows
         elif not varying:
             for count in deployment.graph_rows:

@@ -98,7 +98,7 @@ class FolderSource:
             "image_sizes": tuple(sizes) if len(sizes) > 1 else (),
             "patch": family.patch,
             "largest_decode": family.largest_decode,
-            "solver_steps": DISTILLED_STEPS if family.distilled else None,
+            "solver_steps": DISTILLED_STEPS if family.distilled else "",
         }
         return Loaded(
             targets=tuple(found),

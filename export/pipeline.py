@@ -128,7 +128,11 @@ def export_pipeline(options: Options) -> None:
             former_folders = install.folders_of(repository, options.name)
             install.install(staged, repository, pipeline, former_folders)
         shown = ", ".join(map(str, schedules)) or "none"
-        print(f"export: installed {options.name} in {repository}, ensembles: {shown}")
+        size = pipeline.device_bytes / 2**30
+        print(
+            f"export: installed {options.name} in {repository}, ensembles: {shown}; weights and "
+            f"largest batches: {size:.2f} GiB"
+        )
     if install.choose_default(repository, options.name):
         print(f"export: {options.name} is the default pipeline now")
 
@@ -399,10 +403,18 @@ def _write(
         sizes={str(key): size for key, size in exported.sizes(figures.outputs).items()},
         source=source.name,
         files=install.file_digests(folder),
+        device_bytes=_device_bytes(figures, deployment, folder / "1"),
         peak=peak.magnitude if peak else None,
         kept_in_float32=too_large and wanted == ["fp32"],
     )
     return _Written(record, precision, trials)
+
+
+def _device_bytes(figures: Figures, deployment: Deployment, version: Path) -> int:
+    """The model's files, and its inputs and outputs for the largest batch."""
+    tensors = (*figures.inputs.values(), *figures.outputs.values())
+    row = sum(tensor[0].nbytes for tensor in tensors)
+    return sum(path.stat().st_size for path in version.iterdir()) + deployment.max_rows * row
 
 
 def _precisions(role: Role, deployment: Deployment) -> list[str]:
@@ -508,7 +520,7 @@ def _profiles(
     rows: dict[tuple[int, int], int] = {}
     for size in pipeline.image_sizes:
         shape = pipeline.latent_shape_of(size)
-        largest = pipeline.largest_decode if role is Role.DECODER else None
+        largest = pipeline.largest_decode if role is Role.DECODER else 0
         sides = Tiles.of(shape[1], shape[2], largest).size
         rows[sides] = max(rows.get(sides, 0), pipeline.rows_for(shape))
     return [(1, min(deployment.opt_rows, most), most) for most in rows.values()], list(rows)

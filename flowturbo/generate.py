@@ -69,7 +69,7 @@ async def make_images(
     return made
 
 
-async def decode(infer: AwaitedInfer, latent: Array, largest: int | None = None) -> Array:
+async def decode(infer: AwaitedInfer, latent: Array, largest: int = 0) -> Array:
     """Images [n, H, W, 3] uint8 of `latent` [n, C, h, w]; raises NotFiniteError.
 
     A latent with a side above `largest` is decoded in tiles.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from dataclasses import dataclass
 from typing import Any
@@ -28,11 +29,15 @@ class GpuError(FlowTurboError):
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU that this process sees: its number, name, and compute capability, such as "8.9"."""
+    """A GPU that this process sees: its number, name, and compute capability, such as "8.9".
+
+    `memory` is in bytes; 0 if it is unknown.
+    """
 
     ordinal: int
     name: str
     capability: str
+    memory: int = 0
 
 
 def usable_gpus(cuda: Any = None, *, least: int = CUDA_MAJOR) -> list[Gpu]:
@@ -73,7 +78,11 @@ def _gpu(cuda: Any, ordinal: int) -> Gpu:
     cuda.cuDeviceGetName(name, len(name), device)
     cuda.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device)
     cuda.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device)
-    return Gpu(ordinal, name.value.decode(errors="replace"), f"{major.value}.{minor.value}")
+    memory = ctypes.c_size_t()
+    with contextlib.suppress(AttributeError):  # it stays unknown
+        cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
+    capability = f"{major.value}.{minor.value}"
+    return Gpu(ordinal, name.value.decode(errors="replace"), capability, memory.value)
 
 
 def gpu_count() -> int:

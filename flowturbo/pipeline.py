@@ -25,7 +25,7 @@ from flowturbo.solver.schedule import Schedule
 from flowturbo.solver.steps import STEPS
 from flowturbo.textfile import TextFileError, read_json
 
-VERSION = 2  # of the record format
+VERSION = 1  # of the record format
 RECORDS = Path(ORCHESTRATOR, "1", "pipelines")
 UNKNOWN = "unknown"  # in metrics: the pipeline of requests that were refused too early to know it
 EXPORT_HINT = "python -m export --name NAME --predictor FILE --refiner FILE --vae DIR"
@@ -46,6 +46,7 @@ class ModelRecord:
     - `engines`: TensorRT engines by compute capability
     - `parity`: errors against PyTorch by output
     - `times_ms`: milliseconds by runtime and rows
+    - `device_bytes`: an estimate of its memory: weights, and tensors of the largest batch
     - `peak`: the largest magnitude found; `kept_in_float32`: whether it kept the network in float32
     """
 
@@ -60,6 +61,7 @@ class ModelRecord:
     engines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     parity: Mapping[str, float] = field(default_factory=dict)
     times_ms: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    device_bytes: int = 0
     peak: float | None = None
     kept_in_float32: bool = False
 
@@ -83,7 +85,7 @@ class Pipeline:
     first the default; it is empty if there is one size only. A latent has one token per square of
     `patch` x `patch`, and a batch at most `token_budget` tokens (0: any). A latent larger than
     `largest_decode` on a side is decoded in tiles. `solver_steps` are the letters that schedules
-    may have; None means all. `family` is the name of the model family, empty for SiT. `history` is
+    may have; empty means all. `family` is the name of the model family, empty for SiT. `history` is
     the number of earlier velocities that a block reads. `command` exports the pipeline again.
     `fingerprint` has everything that determined the result of the export.
     """
@@ -102,8 +104,8 @@ class Pipeline:
     image_sizes: tuple[tuple[int, int], ...] = ()
     patch: int = 1
     token_budget: int = 0
-    largest_decode: int | None = None
-    solver_steps: str | None = None
+    largest_decode: int = 0
+    solver_steps: str = ""
     history: int = 1
     command: str = ""
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
@@ -166,6 +168,11 @@ class Pipeline:
         if not self.token_budget:
             return self.max_rows
         return min(self.max_rows, max(2, self.token_budget // self.tokens(latent_shape)))
+
+    @property
+    def device_bytes(self) -> int:
+        """An estimate of the device memory of all models."""
+        return sum(model.device_bytes for model in self.models.values())
 
     @property
     def on_gpu(self) -> bool:

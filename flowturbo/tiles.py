@@ -16,8 +16,8 @@ class Tiles:
     size: tuple[int, int]
 
     @classmethod
-    def of(cls, height: int, width: int, largest: int | None) -> "Tiles":
-        """Tiles of at most `largest` on a side that overlap by OVERLAP or more; None: one tile."""
+    def of(cls, height: int, width: int, largest: int) -> "Tiles":
+        """Tiles of at most `largest` on a side that overlap by OVERLAP or more; 0: one tile."""
         high, wide = (min(side, largest or side) for side in (height, width))
         return cls(_starts(height, high), _starts(width, wide), (high, wide))
 

@@ -8,11 +8,11 @@ from flowturbo.solver.sampler import run_sync
 from flowturbo.tiles import Tiles
 
 pytestmark = pytest.mark.unit
-SIDES = [(8, 8, None), (8, 8, 8), (20, 8, 8), (29, 17, 16), (18, 100, 10), (9, 64, 8)]
+SIDES = [(8, 8, 0), (8, 8, 8), (20, 8, 8), (29, 17, 16), (18, 100, 10), (9, 64, 8)]
 
 
 @pytest.mark.parametrize(("height", "width", "largest"), SIDES)
-def test_what_is_split_is_joined(height: int, width: int, largest: int | None) -> None:
+def test_what_is_split_is_joined(height: int, width: int, largest: int) -> None:
     """A decoder that shows each latent pixel as 4 x 4 pixels of its own value."""
     rng = np.random.default_rng(0)
     latent = rng.integers(0, 256, (2, 3, height, width)).astype(np.float32)

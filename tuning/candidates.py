@@ -69,4 +69,6 @@ def candidates(*, has_refiner: bool) -> list[Schedule]:
     texts += [f"{letter}{n}" for letter in "HPA" for n in range(2, MAX_EVALUATIONS + 1)]
     plain = dict.fromkeys(map(Schedule.parse, texts))
     short = [s for s in plain if schedule_evaluations(s)[0] <= MAX_EVALUATIONS]
-    return [replace(schedule, shift=shift) for schedule in short for shift in _SHIFTS]
+    # Without a shift it is the grid of the pipeline: uniform for SiT.
+    shifts = [None if shift == 1 else shift for shift in _SHIFTS]
+    return [replace(schedule, shift=shift) for schedule in short for shift in shifts]

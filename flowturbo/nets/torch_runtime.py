@@ -76,7 +76,7 @@ class TorchModel:
         nodes = {node.name: node.meta["val"] for node in program.graph.nodes if "val" in node.meta}
         buffers = [
             torch.zeros((most, *node.shape[1:]), dtype=node.dtype, device=self._device)
-            for node in map(nodes.__getitem__, self._inputs)
+            for node in map(nodes.__getitem__, program.graph_signature.user_inputs)
         ]
         pool = torch.cuda.graph_pool_handle()
         for rows in sorted(graph_rows, reverse=True):

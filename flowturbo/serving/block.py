@@ -36,12 +36,16 @@ class TritonPythonModel:
         if args["model_instance_kind"] == "GPU":
             from flowturbo.nets.torch_runtime import TorchModel
 
-            graph_rows = [int(rows) for rows in stated["graph_rows"].split(",")]
+            # None where sizes vary: a graph is of one shape.
+            graph_rows = [int(rows) for rows in stated["graph_rows"].split(",") if rows]
             device = f"cuda:{args['model_instance_device_id']}"
             self._model = TorchModel(path, device, graph_rows=graph_rows)
             # The export verified the network before it was compiled and captured.
             figures = Figures.load(Path(args["model_repository"]))
-            allowed, batches = TOLERANCES[stated["precision"]], batches_up_to(max(graph_rows))
+            allowed, batches = (
+                TOLERANCES[stated["precision"]],
+                batches_up_to(int(config["max_batch_size"])),
+            )
             figures.check(config["name"], self._model, allowed, batches)
         else:
             self._model = open_model(path, stated["precision"], runtime=runtime)

@@ -15,6 +15,7 @@ from flowturbo.gpu import CUDA_MAJOR, Gpu, GpuError, usable_gpus
 from flowturbo.pipeline import ModelRecord, Pipeline
 from flowturbo.serving.installation import SetupError
 
+_GIB = 2**30
 _TENSORRT = ("libnvinfer.so.12", "libnvinfer.so.11", "libnvinfer.so.10", "libnvinfer.so")
 
 
@@ -36,7 +37,27 @@ def check_gpus(pipelines: Iterable[Pipeline], version: str | None) -> list[str]:
             f"pipeline {on_gpu[0].name} was exported for a GPU, but {error}. Serve on a machine "
             "with a GPU, or export for a CPU (--engine python, or --provider cpu)"
         ) from error
-    return [note for pipeline in on_gpu for note in check_engines(pipeline, version, gpus)]
+    notes = [note for pipeline in on_gpu for note in check_engines(pipeline, version, gpus)]
+    return [*notes, *check_memory(on_gpu, gpus)]
+
+
+def check_memory(pipelines: Sequence[Pipeline], gpus: Sequence[Gpu]) -> list[str]:
+    """A note on the device memory of all `pipelines`; every GPU has all their models.
+
+    Raises SetupError if their weights and largest batches alone are more than a GPU has.
+    """
+    needed = {pipeline.name: pipeline.device_bytes for pipeline in pipelines}
+    total, smallest = sum(needed.values()), min(gpus, key=lambda gpu: gpu.memory)
+    if not smallest.memory:
+        return []
+    shown = ", ".join(f"{name} {size / _GIB:.1f}" for name, size in needed.items())
+    if total > smallest.memory:
+        raise SetupError(
+            f"the pipelines need at least {total / _GIB:.1f} GiB of device memory ({shown}), "
+            f"{smallest.name} has {smallest.memory / _GIB:.1f}: remove a pipeline (python -m "
+            "export remove NAME), or export with a smaller --max-rows"
+        )
+    return [f"weights and largest batches: {total / _GIB:.1f} GiB of device memory ({shown})"]
 
 
 def check_engines(pipeline: Pipeline, version: str | None, gpus: Sequence[Gpu]) -> list[str]:

@@ -37,7 +37,7 @@ from flowturbo.gpu import Gpu, GpuError, usable_gpus
 from flowturbo.pipeline import ModelRecord, Pipeline, read_pipeline
 from flowturbo.rows import Tensors
 from flowturbo.runtimes import open_model
-from flowturbo.serving.engines import check_engines, check_gpus
+from flowturbo.serving.engines import check_engines, check_gpus, check_memory
 from flowturbo.serving.installation import SetupError
 
 SIZES: dict[int | str, int] = {"C": 4, "h": 32, "w": 32, "H": 256, "W": 256}
@@ -127,7 +127,7 @@ def test_engines_of_several_gpus_in_one_repository(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
     files = {"8.0": "model.plan", "8.9": "model.sm89.plan", "12.0": "model.sm120.plan"}
     pipeline = read_pipeline(repository)
-    assert set(pipeline.models) == set(Role)
+    assert set(pipeline.models) == set(LABEL_ROLES)
     for role, record in pipeline.models.items():
         model = pipeline.model(role)
         config = read_config(repository / model / "config.pbtxt")
@@ -270,6 +270,21 @@ class Driver:
 def test_gpus_are_found() -> None:
     found = usable_gpus(Driver(13000, 0, [("H100", 9, 0), ("L4", 8, 9)]))
     assert found == [Gpu(0, "H100", "9.0"), Gpu(1, "L4", "8.9")]
+
+
+def test_pipelines_must_fit_into_device_memory() -> None:
+    """All of them together: each GPU has all models."""
+    gib = 2**30
+    made = [
+        Pipeline(name, ClassLabel(3), (4, 8, 8), {Role.PREDICTOR: ModelRecord(device_bytes=size)})
+        for name, size in (("one", 3 * gib), ("two", 2 * gib))
+    ]
+    gpus = [Gpu(0, "H100", "9.0", 80 * gib), Gpu(1, "L4", "8.9", 24 * gib)]
+    (note,) = check_memory(made, gpus)
+    assert note == "weights and largest batches: 5.0 GiB of device memory (one 3.0, two 2.0)"
+    assert check_memory(made, [Gpu(0, "H100", "9.0")]) == []  # unknown
+    with pytest.raises(SetupError, match=r"need at least 5.0 GiB .* T4 has 4.0: remove a pipeline"):
+        check_memory(made, [*gpus, Gpu(2, "T4", "7.5", 4 * gib)])
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from export.torch_program import export_program
 from flowturbo import LocalPipeline
 from flowturbo.conditions.class_label import ClassLabel
 from flowturbo.contract import LABEL_ROLES, Role, composed_tensors
-from flowturbo.nets.torch_runtime import TorchModel
+from flowturbo.nets.torch_runtime import INPUTS, TorchModel
 from flowturbo.parity import VerificationError
 from flowturbo.pipeline import read_pipeline
 from flowturbo.serving.installation import ServerError
@@ -86,10 +86,11 @@ def test_a_server_whose_answer_is_off_refuses_to_start(repository: Path, tmp_pat
     tampered = tmp_path / "models"
     shutil.copytree(repository, tampered)
     path = tampered / REFINER / "1" / "model.pt2"
-    program = torch.export.load(path)
+    names = {INPUTS: ""}
+    program = torch.export.load(path, extra_files=names)
     with torch.no_grad():
-        program.state_dict["network.final_layer.linear.weight"].mul_(1.05)
-    torch.export.save(program, path)
+        program.state_dict["network.network.final_layer.linear.weight"].mul_(1.05)
+    torch.export.save(program, path, extra_files=names)
     said = r"glyphs_velocity_refiner: output .* is off by .* This server must not be used"
     with pytest.raises(ServerError, match=said), running_server(tampered):
         pass
@@ -298,9 +299,10 @@ def test_a_model_on_a_gpu_is_checked_before_it_is_ready(
     }
     block.initialize(arguments)
     assert devices == ["cuda:3"] and len(recorded) == 5
-    program = torch.export.load(folder / "1/model.pt2")
+    names = {INPUTS: ""}
+    program = torch.export.load(folder / "1/model.pt2", extra_files=names)
     with torch.no_grad():
-        program.state_dict["network.final_layer.linear.weight"].mul_(1.05)
-    torch.export.save(program, folder / "1/model.pt2")
+        program.state_dict["network.network.final_layer.linear.weight"].mul_(1.05)
+    torch.export.save(program, folder / "1/model.pt2", extra_files=names)
     with pytest.raises(VerificationError, match="glyphs_velocity_refiner: output .* is off by"):
         block.initialize(arguments)

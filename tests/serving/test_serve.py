@@ -392,7 +392,11 @@ def test_an_incomplete_repository_exits_2_and_names_the_command(repository: Path
         ('"version": 1,', '"version": 2,', "is a record of version 2, this release reads 1"),
         ('"version": 1,', "", "is a record of version None"),
         ('"predictor"', '"corrector"', "is no record of a pipeline .*corrector"),
-        ('"class_label"', '"prompt"', "condition 'prompt' is unknown, known are class_label"),
+        (
+            '"class_label"',
+            '"melody"',
+            "condition 'melody' is unknown, known are class_label, prompt",
+        ),
     ],
 )
 def test_a_record_that_cannot_be_served_exits_2_and_names_the_command(

@@ -135,7 +135,7 @@ def test_halving_finds_the_front_with_less_work() -> None:
         asked.append(count)
         wrong = np.random.default_rng([*each.steps.encode()]).normal(0, 0.05 / count**0.5)
         heun = each.steps.count("H") / len(each)
-        grid = 1 + 0.1 * (each.shift - 2) ** 2
+        grid = 1 + 0.1 * ((each.shift or 1) - 2) ** 2
         few = 1 + wrong * (count < 60)
         return exactly(schedule_evaluations(each)[0] ** -2.0 * (1 + heun) * grid * few)
 
