@@ -142,9 +142,14 @@ def _answer(inputs: dict[str, np.ndarray]) -> dict[str, Any]:
     if not inputs:
         return {"pipelines": _json_tensor(PIPELINES)}
     names = inputs.get("class_name")
-    if names is None:
-        names = np.array([NAMES[i].encode() for i in inputs["label"]], dtype=object)
-    n = len(names)
+    if "prompt" in inputs:
+        texts = inputs["prompt"]
+        n = len(inputs["seed"]) if "seed" in inputs else len(texts)
+        cut = np.resize([len(text) > 40 for text in texts], n)
+    else:
+        if names is None:
+            names = np.array([NAMES[i].encode() for i in inputs["label"]], dtype=object)
+        n, cut = len(names), np.zeros(0, bool)
     seeds = inputs.get("seed", np.arange(100, 100 + n))
     images = np.zeros((n, 4, 6, 3), np.uint8) + seeds.astype(np.uint8)[:, None, None, None]
     return {
@@ -153,6 +158,7 @@ def _answer(inputs: dict[str, np.ndarray]) -> dict[str, Any]:
         "latent": np.full((n, 2, 1, 1), 0.5, np.float32),
         "seed": seeds,
         "class_name": names,
+        "truncated": cut,
         "settings": _json_tensor(_settings(inputs)),
         "pipelines": _json_tensor(PIPELINES),
     }
