@@ -124,7 +124,7 @@ _FOR_CHECKPOINTS = (
     *("vae", "weights", "refiner_weights", "num_heads", "refiner_num_heads"),
     *("num_classes", "reverse_time"),
 )
-_FOR_FOLDERS = ("without_t5", "text_length", "size", "distilled", "rectified_flow")
+_FOR_FOLDERS = ("network_file", "without_t5", "text_length", "size", "distilled", "rectified_flow")
 
 
 def _source(parser: argparse.ArgumentParser, values: dict[str, Any]) -> Source:
@@ -156,6 +156,12 @@ def _source_parser() -> argparse.ArgumentParser:
     add("--predictor", type=Path, help="SiT checkpoint, .pt or .safetensors")
     add("--diffusers", type=Path, metavar="FOLDER", help="text-to-image pipeline of diffusers")
     add("--refiner", type=Path, help="refiner checkpoint or folder; without it, no R steps")
+    add(
+        "--network-file",
+        type=Path,
+        metavar="FILE",
+        help="single-file checkpoint (safetensors) in place of the folder's transformer or U-Net",
+    )
     add("--without-t5", action="store_true", help="leave out SD3's third text encoder (T5)")
     add(
         "--text-length",

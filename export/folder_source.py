@@ -19,6 +19,7 @@ from flowturbo.nets.families.folder import DiffusersFolder
 from flowturbo.nets.weights import CheckpointError
 from flowturbo.rows import Tensors
 
+_PLACES = ("path", "refiner", "network_file")
 _SAMPLES = 16  # texts whose conditioning the checks of the networks use
 _PARTS = {
     Role.PREDICTOR: ("transformer", "unet"),
@@ -48,7 +49,7 @@ class FolderSource:
         options = asdict(self.folder)
         return {
             "sizes": [list(size) for size in self.sizes],
-            **{key: of for key, of in options.items() if key not in ("path", "refiner")},
+            **{key: of for key, of in options.items() if key not in _PLACES},
         }
 
     def files(self) -> dict[Role, Path]:
@@ -59,6 +60,8 @@ class FolderSource:
             for role, parts in _PARTS.items()
         }
         found[Role.TEXT_ENCODER] = path
+        if self.folder.network_file:
+            found[Role.PREDICTOR] = self.folder.network_file
         return found | ({Role.REFINER: self.folder.refiner} if self.folder.refiner else {})
 
     def load(self, class_names: Sequence[str], *, half: bool, scratch: Path) -> Loaded:

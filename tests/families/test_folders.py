@@ -195,6 +195,38 @@ def opened(record: object, text: str, folder: Path) -> object:
     return OpenTokenizer(replace(record, file="tokens.json"), folder)
 
 
+def test_a_single_file_replaces_the_weights_of_the_network(
+    made: dict[str, Path], tmp_path: Path
+) -> None:
+    """In the names of the makers, whose attention has queries, keys and values in one tensor."""
+    tensors = load_file(made["z-image"] / NETWORK)
+    changed = {key: value + 0.25 for key, value in tensors.items()}
+    renames = {"all_final_layer.2-1.": "final_layer.", "all_x_embedder.2-1.": "x_embedder."}
+    renames |= {".norm_k.": ".k_norm.", ".norm_q.": ".q_norm.", ".to_out.0.": ".out."}
+    theirs: dict[str, torch.Tensor] = {}
+    for key, value in changed.items():
+        name = key
+        for ours, other in renames.items():
+            name = name.replace(ours, other)
+        if name.endswith(".to_q.weight"):
+            parts = [
+                changed[key.replace(".to_q.", part)] for part in (".to_q.", ".to_k.", ".to_v.")
+            ]
+            theirs[name.replace(".to_q.", ".qkv.")] = torch.cat(parts)
+        elif ".to_k." not in name and ".to_v." not in name:
+            theirs[f"model.diffusion_model.{name}"] = value
+    save_file(theirs, tmp_path / "single.safetensors")
+    family = load(made["z-image"], text_length=32, network_file=tmp_path / "single.safetensors")
+    found = family.parts["transformer"].state_dict()
+    assert all(torch.equal(found[key], value) for key, value in changed.items())
+    theirs.popitem()
+    save_file(theirs, tmp_path / "single.safetensors")
+    with pytest.raises(CheckpointError, match="single.safetensors has no tensor"):
+        load(made["z-image"], text_length=32, network_file=tmp_path / "single.safetensors")
+    with pytest.raises(CheckpointError, match="single.safetensors (is no single-file|has no ten)"):
+        load(made["sd3"], network_file=tmp_path / "single.safetensors")
+
+
 def test_without_t5_rows_of_zeros_take_its_place(tmp_path: Path) -> None:
     """As in diffusers' pipeline without that encoder."""
     folder = folders.sd3(tmp_path, with_t5=True)

@@ -23,11 +23,13 @@ class FolderOptions:
     """How to read a diffusers folder (see `python -m export --help`).
 
     `text_length` None is the length of the family. `refiner` is a folder with a network of the
-    predictor's class.
+    predictor's class. `network_file` is a single-file checkpoint in place of the predictor's
+    weights.
     """
 
     path: Path
     refiner: Path | None = None
+    network_file: Path | None = None
     without_t5: bool = False
     text_length: int | None = None
     distilled: bool = False

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+from torch import Tensor, nn
 
 from flowturbo.conditions.tokens import TokenizerRecord
 from flowturbo.nets.families.family import Tokenizing
-from flowturbo.nets.weights import CheckpointError, load_exactly, read_folder
+from flowturbo.nets.weights import CheckpointError, load_exactly, read_folder, read_safetensors
 from flowturbo.textfile import read_json
 
 INDEX, CONFIG = "model_index.json", "config.json"
@@ -31,14 +32,18 @@ _SENTINEL = "\u00a7text\u00a7"
 
 
 class DiffusersFolder:
-    """Reads the parts of a pipeline's folder exactly as they are. Raises CheckpointError."""
+    """Reads the parts of a pipeline's folder exactly as they are. Raises CheckpointError.
 
-    def __init__(self, path: Path) -> None:
+    `network_file` has the weights of the denoiser in place of the folder's own.
+    """
+
+    def __init__(self, path: Path, network_file: Path | None = None) -> None:
         if not (path / INDEX).is_file():
             raise CheckpointError(f"{path} is not a diffusers folder: no {INDEX}")
         self.path = path
         self.index = read_json(path / INDEX)
         self.pipeline = str(self.index.get("_class_name"))
+        self._network_file = network_file
         self._used: set[str] = set()
 
     def has(self, part: str) -> bool:
@@ -64,7 +69,7 @@ class DiffusersFolder:
     def network(self, part: str, cls: Any) -> Any:
         """A network of diffusers' class `cls`, in float32."""
         self._entry(part, cls.__name__)
-        return load_network(self.path / part, cls)
+        return load_network(self.path / part, cls, self._network_file if part != "vae" else None)
 
     def used(self, part: str, *allowed: str) -> Path:
         """The folder of a part that the caller reads by itself."""
@@ -132,8 +137,11 @@ class DiffusersFolder:
         return loaded, Tokenizing(record, json.dumps(stated, ensure_ascii=False))
 
 
-def load_network(folder: Path, cls: Any) -> Any:
-    """A network of diffusers' class `cls` in `folder`, in float32. Raises CheckpointError."""
+def load_network(folder: Path, cls: Any, file: Path | None = None) -> Any:
+    """A network of diffusers' class `cls` in `folder`, in float32. Raises CheckpointError.
+
+    `file` is a checkpoint of the makers in place of the folder's weights.
+    """
     path = folder / CONFIG
     if not path.is_file():
         raise CheckpointError(f"{folder} has no {CONFIG}")
@@ -152,10 +160,26 @@ def load_network(folder: Path, cls: Any) -> Any:
             network = cls.from_config({key: of for key, of in config.items() if key in known})
     except Exception as error:  # bad values can raise anything in the constructor
         raise CheckpointError(f"{path} describes no {cls.__name__}: {error}") from error
-    weights, tensors = read_folder(folder)
+    weights, tensors = _single_file(file, network, cls) if file else read_folder(folder)
     load_exactly(network, tensors, weights, assign=True)
     made: nn.Module = network.eval().requires_grad_(False)
     return made
+
+
+def _single_file(path: Path, network: Any, cls: Any) -> tuple[Path, dict[str, Tensor]]:
+    """The tensors of a single-file checkpoint, under the names that diffusers has for them."""
+    tensors, _ = read_safetensors(path)
+    known = SINGLE_FILE_LOADABLE_CLASSES.get(cls.__name__)
+    if known is None:
+        raise CheckpointError(f"{path}: diffusers reads no single file of a {cls.__name__}")
+    try:
+        made = known["checkpoint_mapping_fn"](config=dict(network.config), checkpoint=dict(tensors))
+    except Exception as error:  # names that are not there
+        raise CheckpointError(
+            f"{path} is no single-file checkpoint of a {cls.__name__} ({type(error).__name__}: "
+            f"{error})"
+        ) from error
+    return path, made
 
 
 def _check_text_config(path: Path, cls: Any) -> None:

@@ -15,7 +15,7 @@ _LOADERS = {
 
 def load_family(options: FolderOptions) -> Family:
     """The model in a diffusers folder, in float32. Raises CheckpointError."""
-    folder = DiffusersFolder(options.path)
+    folder = DiffusersFolder(options.path, options.network_file)
     if folder.pipeline not in _LOADERS:
         raise CheckpointError(
             f"{options.path} is a {folder.pipeline}; supported are {', '.join(_LOADERS)}"
