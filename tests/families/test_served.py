@@ -13,6 +13,8 @@ from families.conftest import GOLDEN, NAMES
 from flowturbo_client import FlowTurboClient, InvalidRequestError
 from support import Caller, post
 
+from bench import perf_analyzer
+from bench.perf_analyzer import Load, prompt_entry
 from flowturbo import LocalPipeline
 from flowturbo.contract import ORCHESTRATOR
 from flowturbo.serving.tritonserver import ServerAddress
@@ -169,6 +171,13 @@ def test_prompts_over_http(server: ServerAddress) -> None:
     assert status == 200 and answer["truncated"] is False
     assert answer["encoded_image"].startswith("iVBOR")
     assert json.loads(answer["settings"])["times"][0] == 0.0  # klein's own grid
+
+
+def test_perf_analyzer_sends_prompts(server: ServerAddress) -> None:
+    entries = [prompt_entry("golden", f"a red b {k}", k, "E1") for k in range(3)]
+    tool = perf_analyzer.find_perf_analyzer()
+    result = perf_analyzer.run(tool, server.grpc, entries, Load(concurrency=2, requests=6))
+    assert result.error is None and len(result.answers) >= 6
 
 
 def test_what_is_served(client: FlowTurboClient) -> None:
