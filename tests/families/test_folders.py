@@ -138,6 +138,15 @@ def test_what_does_not_fit_is_named(
         load(folder)
 
 
+def test_configurations_of_older_releases_load(tmp_path: Path) -> None:
+    """With fields of decoding and training, which later releases have dropped."""
+    folder = folders.sd3(tmp_path, with_t5=True)
+    old = {"torch_dtype": "float16", "dropout": 0.0, "output_past": True, "use_bfloat16": False}
+    stated("text_encoder/config.json", **old)(folder)
+    stated("text_encoder_3/config.json", **old, decoder_start_token_id=0, n_positions=512)(folder)
+    assert len(load(folder, text_length=12).tokenizers) == 3
+
+
 def test_what_is_not_needed_is_told(made: dict[str, Path]) -> None:
     assert load(made["rectified"], rectified_flow=True).ignored == ("safety_checker",)
 

@@ -16,17 +16,21 @@ from flowturbo.nets.weights import CheckpointError, load_exactly, read_folder, r
 from flowturbo.textfile import read_json
 
 INDEX, CONFIG = "model_index.json", "config.json"
-# Fields of transformers' configurations that say nothing about the network.
+# Fields in transformers' configurations, of any release, that do not change an encoder's values:
+# provenance, decoding, training, and old names that the library itself converts.
 _NOTHING = {
-    "architectures",
-    "dropout",
-    "n_positions",
-    "output_past",
-    "rope_scaling",
-    "rope_theta",
-    "task_specific_params",
-    "torch_dtype",
-    "transformers_version",
+    *("add_cross_attention", "architectures", "bad_words_ids", "begin_suppress_tokens"),
+    *("cross_attention_hidden_size", "decoder_start_token_id", "diversity_penalty"),
+    *("do_sample", "dropout", "early_stopping", "encoder_no_repeat_ngram_size"),
+    *("exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id"),
+    *("forced_eos_token_id", "length_penalty", "max_length", "min_length", "n_positions"),
+    *("no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences"),
+    *("output_past", "output_scores", "prefix", "pruned_heads", "remove_invalid_values"),
+    *("repetition_penalty", "return_dict_in_generate", "rope_scaling", "rope_theta"),
+    *("sep_token_id", "suppress_tokens", "task_specific_params", "temperature"),
+    *("tf_legacy_loss", "tie_encoder_decoder", "tie_word_embeddings", "tokenizer_class"),
+    *("top_k", "top_p", "torch_dtype", "torchscript", "transformers_version", "typical_p"),
+    *("use_bfloat16", "use_cache"),
 }
 _SENTINEL = "\u00a7text\u00a7"
 
@@ -192,7 +196,7 @@ def _check_text_config(path: Path, cls: Any) -> None:
         getattr(kind, "base_config_key", None),
     ):
         raise CheckpointError(f"{path}: model_type must be {kind.model_type}, got {found!r}")
-    known = {*kind().to_dict(), *inspect.signature(kind.__init__).parameters} | _NOTHING
+    known = {*kind().to_dict(), *inspect.signature(kind.__init__).parameters, *_NOTHING}
     for name, value in stated.items():
         if name not in known and not name.startswith("_") and value is not None:
             raise CheckpointError(
