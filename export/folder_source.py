@@ -18,6 +18,7 @@ from flowturbo.nets.families.family import CONTEXT_LENGTH, Family, FolderOptions
 from flowturbo.nets.families.folder import DiffusersFolder
 from flowturbo.nets.weights import CheckpointError
 from flowturbo.rows import Tensors
+from flowturbo.tiles import Tiles
 
 _PLACES = ("path", "refiner", "network_file")
 _SAMPLES = 16  # texts whose conditioning the checks of the networks use
@@ -94,11 +95,16 @@ class FolderSource:
         ]
         if family.refiner:
             found.append(target(Role.REFINER, RefinerBlock(family.refiner, channels)))
-        found.append(target(Role.DECODER, DecoderBlock(family.decoder)))
+        # A decoder sees tiles of large latents.
+        tiles = [Tiles.of(h, w, family.largest_decode).size for _, h, w in shapes]
+        seen = [(family.latent_channels, *each) for each in dict.fromkeys(tiles)]
+        decoder = DecoderBlock(family.decoder)
+        found.append(ExportTarget(Role.DECODER, decoder, seen[0], condition, tuple(seen[1:])))
+        whole = tiles == [shape[1:] for shape in shapes]
         fields = {
             "family": family.title,
             "grid": family.grid,
-            "image_sizes": tuple(sizes) if len(sizes) > 1 else (),
+            "image_sizes": tuple(sizes) if len(sizes) > 1 or not whole else (),
             "patch": family.patch,
             "largest_decode": family.largest_decode,
             "solver_steps": DISTILLED_STEPS if family.distilled else "",

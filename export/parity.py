@@ -9,7 +9,7 @@ from flowturbo.parity import PAIRED, Evaluate, Figures, VerificationError
 from flowturbo.rows import Tensors
 
 _ROWS_PER_SIZE = 3
-_AT_ONCE = 6  # rows per evaluation: bounds the memory of a large decoder
+_AT_ONCE, _SIDE = 6, 32  # rows per evaluation of latents with so long sides
 
 
 def torch_evaluation(exported: ExportTarget) -> Evaluate:
@@ -23,6 +23,13 @@ def torch_evaluation(exported: ExportTarget) -> Evaluate:
         return tuple(output.numpy() for output in outputs)
 
     return evaluate
+
+
+def _rows_at_once(exported: ExportTarget) -> int:
+    """Rows per evaluation: fewer of large latents, whose decoder needs gigabytes; even if many."""
+    _, height, width = exported.latent_shape
+    fitting = _AT_ONCE * _SIDE**2 // (height * width)
+    return min(_AT_ONCE, max(2, fitting - fitting % 2))
 
 
 def size_figures(exported: ExportTarget) -> list[tuple[Tensors, Tensors]]:
@@ -45,9 +52,10 @@ def torch_figures(exported: ExportTarget) -> Figures:
     inputs = {name: value.numpy() for name, value in made.items()}
     names = [spec.name for spec in exported.tensors[1]]
     evaluate = torch_evaluation(exported)
+    at_once = _rows_at_once(exported)
     parts = [
-        evaluate({name: array[start : start + _AT_ONCE] for name, array in inputs.items()})
-        for start in range(0, PAIRED + 1, _AT_ONCE)
+        evaluate({name: array[start : start + at_once] for name, array in inputs.items()})
+        for start in range(0, PAIRED + 1, at_once)
     ]
     outputs = dict(zip(names, map(np.concatenate, zip(*parts, strict=True)), strict=True))
     if bad := next((name for name, array in outputs.items() if not np.isfinite(array).all()), None):

@@ -184,12 +184,22 @@ def _defaults(options: Options, former: Pipeline | None, presets: Mapping[str, s
     Raises RequestError for a schedule that cannot be read. Raises CheckpointError for one that
     needs a refiner if there is none.
     """
-    kept = former.defaults if former else Defaults()
+    kept = _chosen(former) if former else Defaults()
     scale = kept.guidance_scale if options.guidance_scale is None else options.guidance_scale
     text = options.default_schedule or kept.schedule
     if text and find_schedule(text, _known(options, presets)).refines and not options.has_refiner:
         raise CheckpointError(f"the default schedule {text} has refiner steps: it needs --refiner")
     return Defaults(text, scale)
+
+
+def _chosen(pipeline: Pipeline) -> Defaults:
+    """The defaults that the command of a pipeline names; others are those of its model."""
+    words, had = shlex.split(pipeline.command), pipeline.defaults
+    names = {word.partition("=")[0] for word in words}
+    return Defaults(
+        schedule=had.schedule if "--default-schedule" in names else None,
+        guidance_scale=had.guidance_scale if "--guidance-scale" in names else None,
+    )
 
 
 def _stated(
@@ -203,9 +213,6 @@ def _stated(
 
     Defaults that nobody chose are those of the model.
     """
-    own = pipeline.defaults
-    scale = own.guidance_scale if defaults.guidance_scale is None else defaults.guidance_scale
-    defaults = Defaults(defaults.schedule or own.schedule, scale)
     # What the pipeline keeps although the command did not name it.
     kept: list[str] = []
     if options.ensemble is None and schedules:
@@ -215,7 +222,19 @@ def _stated(
     if options.default_schedule is None and defaults.schedule:
         kept += ["--default-schedule", defaults.schedule]
     command = shlex.join([*shlex.split(options.command), *kept])
-    return replace(pipeline, defaults=defaults, own_presets=dict(presets), command=command)
+    own = pipeline.defaults
+    scale = own.guidance_scale if defaults.guidance_scale is None else defaults.guidance_scale
+    stated = replace(
+        pipeline,
+        defaults=Defaults(defaults.schedule or own.schedule, scale),
+        own_presets=dict(presets),
+        command=command,
+    )
+    # What no request could use would keep the whole server from starting.
+    stated.default_schedule(Settings.load(options.repository))
+    for name in presets:
+        stated.find_schedule(name)
+    return stated
 
 
 def _fingerprint(options: Options) -> dict[str, Any]:

@@ -181,7 +181,7 @@ def _request(pipeline: Pipeline, schedule: str) -> GenerationRequest:
 
 
 def _latent(pipeline: Pipeline, request: GenerationRequest, forms: Forms) -> np.ndarray:
-    program = program_for(request.schedule, Variant.REFERENCE)
+    program = program_for(request.schedule, Variant.REFERENCE, request.times)
 
     def infer(role: Role, inputs: Tensors) -> tuple[np.ndarray, ...]:
         return forms[role](inputs)

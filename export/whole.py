@@ -7,7 +7,16 @@ import numpy as np
 
 from export.source import Loaded
 from flowturbo.conditions.prompt import PROMPT, Prompt
-from flowturbo.contract import GUIDANCE_SCALE, INITIAL_NOISE, LATENT, SCHEDULE, SIZE, TIMES, Role
+from flowturbo.contract import (
+    GUIDANCE_SCALE,
+    IMAGE,
+    INITIAL_NOISE,
+    LATENT,
+    SCHEDULE,
+    SIZE,
+    TIMES,
+    Role,
+)
 from flowturbo.generate import generate, program_for
 from flowturbo.latents import noise
 from flowturbo.nets.families.family import Wanted
@@ -66,11 +75,16 @@ class WholeCheck:
             GUIDANCE_SCALE: np.array([self.wanted.guidance_scale], dtype=np.float32),
             SIZE: np.array(self.wanted.size),
         }
-        request = parse_request(tensors, [LATENT], pipeline, Settings())
+        request = parse_request(tensors, [LATENT, IMAGE], pipeline, Settings())
         program = program_for(request.schedule, Variant.REFERENCE, request.times)
-        found = generate(
+        made = generate(
             request, pipeline, Settings(), program, lambda role, inputs: models[role](inputs)
-        )[LATENT]
+        )
+        found = made[LATENT]
+        if made[IMAGE].shape[1:3] != self.wanted.size:
+            raise VerificationError(
+                f"{pipeline.name}: images are {made[IMAGE].shape[1:3]}, not {self.wanted.size}"
+            )
         allowed = max(
             (
                 TOLERANCES[pipeline.models[role].precision]

@@ -78,7 +78,10 @@ def _generate_parser(parser: argparse.ArgumentParser) -> None:
         "(default: the server's)",
     )
     parser.add_argument(
-        "--seed", type=int, metavar="N", help="image i has seed N + i (default: a random choice)"
+        "--seed",
+        type=int,
+        metavar="N",
+        help="image i has seed N + i (default: a random choice; 0 with --prompts)",
     )
     parser.add_argument("--guidance-scale", type=float, metavar="S", help="1.0 is unguided")
     parser.add_argument(
@@ -195,6 +198,8 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 def _from_file(client: FlowTurboClient, args: argparse.Namespace) -> int:
     if args.schedule and len(args.schedule) > 1:
         raise InvalidRequestError("--prompts takes one schedule")
+    if args.warmup:
+        raise InvalidRequestError("--warmup does not go with --prompts")
     texts = read_prompts(args.prompts)
     options = {"schedule": (args.schedule or [None])[0], "guidance_scale": args.guidance_scale}
     wanted = [

@@ -98,6 +98,12 @@ class Prompt:
     def _open(self) -> tuple[OpenTokenizer, ...]:
         return tuple(OpenTokenizer(record, self.folder) for record in self.tokenizers)
 
+    @cached_property
+    def _special(self) -> list[str]:
+        """The special tokens of all tokenizers, longest first."""
+        found = {special for tokenizer in self._open for special in tokenizer.special.values()}
+        return sorted(found, key=len, reverse=True)
+
     def parse(self, tensors: Mapping[str, np.ndarray], max_images: int, *, guided: bool) -> Prompts:
         """The texts asked for, as tokens; raises RequestError.
 
@@ -113,6 +119,8 @@ class Prompt:
         for text in texts:
             self._check(text)
         negatives = [_text(NEGATIVE_PROMPT, each) for each in tensors.get(NEGATIVE_PROMPT, ())]
+        if negatives and not self.can_guide:
+            raise RequestError(f"{NEGATIVE_PROMPT} cannot be used: {self.unguided_because}")
         if negatives and not guided:
             raise RequestError(
                 f"{NEGATIVE_PROMPT} needs guidance: guidance_scale must not be 1, got "
@@ -126,7 +134,10 @@ class Prompt:
         return self._value(texts, negatives or [NULL] * guided, count)
 
     def _check(self, text: str) -> None:
-        if all(tokenizer.encode(text).empty for tokenizer in self._open):
+        content = text
+        for special in self._special:
+            content = content.replace(special, " ")
+        if all(tokenizer.encode(content).empty for tokenizer in self._open):
             what = "an empty text" if not text.strip() else repr(text[:40])
             raise RequestError(f"{PROMPT} must have content besides special tokens, got {what}")
 

@@ -31,7 +31,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789,."
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789,.!"
 VOCABULARY = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "re", "red</w>"]
 VOCABULARY += ["<|startoftext|>", "<|endoftext|>"]
 LENGTH = 24
@@ -42,13 +42,16 @@ TEMPLATE = (
 )
 
 
-def clip_tokenizer(scratch: Path) -> CLIPTokenizer:
+def clip_tokenizer(scratch: Path, pad: str = "<|endoftext|>") -> CLIPTokenizer:
     scratch.mkdir(parents=True, exist_ok=True)
     words = {word: number for number, word in enumerate(VOCABULARY)}
     (scratch / "vocab.json").write_text(json.dumps(words))
     (scratch / "merges.txt").write_text("#version: 0.2\nr e\nre d</w>\n")
     return CLIPTokenizer(
-        str(scratch / "vocab.json"), str(scratch / "merges.txt"), model_max_length=LENGTH
+        str(scratch / "vocab.json"),
+        str(scratch / "merges.txt"),
+        model_max_length=LENGTH,
+        pad_token=pad,
     )
 
 
@@ -176,7 +179,7 @@ def sd3(path: Path, *, with_t5: bool = False) -> Path:
         text_encoder=clip(),
         tokenizer=tokenizer,
         text_encoder_2=clip(),
-        tokenizer_2=tokenizer,
+        tokenizer_2=clip_tokenizer(path / "scratch", pad="!"),  # as SD3's
         text_encoder_3=third,
         tokenizer_3=t5_tokenizer() if with_t5 else None,
     )

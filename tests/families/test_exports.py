@@ -16,7 +16,7 @@ from flowturbo import LocalPipeline
 from flowturbo.contract import Role
 from flowturbo.errors import RequestError
 from flowturbo.latents import noise
-from flowturbo.pipeline import read_pipeline
+from flowturbo.pipeline import Defaults, read_pipeline
 
 FP32 = ("--precision", "fp32", "--runtime", "onnxruntime")
 
@@ -111,7 +111,9 @@ def test_a_step_distilled_model_takes_euler_steps_alone(tmp_path: Path) -> None:
         pipeline.generate(prompt="a", schedule="fast")
     with pytest.raises(RequestError, match="step-distilled model, which takes no guidance"):
         pipeline.generate(prompt="a", guidance_scale=2.0)
-    with pytest.raises(RequestError, match="negative_prompt needs guidance"):
+    with pytest.raises(
+        RequestError, match="negative_prompt cannot be used: this is a step-distilled"
+    ):
         pipeline.generate(prompt="a", negative_prompt="b")
 
 
@@ -139,6 +141,43 @@ def test_engines_of_every_family(name: str, cases: dict, tmp_path: Path) -> None
         assert len(group.profile) == len(record.engines["8.9"]["profiles"])
     kinds = {spec.name: spec.dtype for spec in pipeline.condition.block_inputs}
     assert kinds["context"] is np.float16
+
+
+def test_large_images_are_decoded_in_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a limit of 16 pixels: the decoder is exported for tiles, and the edges are their own."""
+    monkeypatch.setattr("flowturbo.nets.vae._WHOLE_DECODE", 16)
+    done = run_export(
+        *("--diffusers", GOLDEN / "folder", "--name", "tiled", "--size", "24x16", *FP32),
+        *("--repository", tmp_path / "models"),
+    )
+    assert done.returncode == 0, done.stderr
+    pipeline = LocalPipeline(tmp_path / "models")
+    assert pipeline.pipeline.image_size == (16, 24) and pipeline.pipeline.largest_decode == 8
+    made = pipeline.generate(prompt="a red b", seed=1, schedule="E2")
+    assert made.image is not None and made.image.shape == (1, 16, 24, 3)
+    config = read_config(tmp_path / "models" / "tiled_vae_decoder" / "config.pbtxt")
+    assert list(config.input[0].dims) == [16, 8, 8]
+    first, _ = pipeline._models[Role.DECODER]({"latent": made.latent[:, :, :, :8]})
+    np.testing.assert_array_equal(made.image[:, :, :8], first[:, :, :8])
+
+
+def test_defaults_that_no_request_could_use_are_not_installed(tmp_path: Path) -> None:
+    """They would keep the server from starting. Defaults of a model go with it."""
+    folder = folders.klein(tmp_path / "klein", distilled=True)
+    export = (
+        *("--diffusers", folder, "--name", "one", "--text-length", "32", *FP32),
+        *("--size", "16x16", "--repository", tmp_path / "models"),
+    )
+    done = run_export(*export, "--default-schedule", "H4")
+    assert done.returncode == 2 and "step-distilled and takes E steps" in done.stderr
+    assert run_export(*export).returncode == 0
+    assert read_pipeline(tmp_path / "models", "one").defaults == Defaults("E4", None)
+    other = run_export(
+        *("--diffusers", GOLDEN / "folder", "--name", "one", *FP32),
+        *("--repository", tmp_path / "models"),
+    )
+    assert other.returncode == 0, other.stderr
+    assert read_pipeline(tmp_path / "models", "one").defaults == Defaults(None, 4.5)
 
 
 def test_labels_and_prompts_do_not_mix_on_the_command_line(tmp_path: Path) -> None:

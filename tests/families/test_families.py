@@ -17,7 +17,7 @@ from flowturbo.solver.program import compile_program
 from flowturbo.solver.sampler import sample
 from flowturbo.solver.schedule import Schedule
 
-PROMPTS = ["a red b on 7", "k left of 9, blue"]
+PROMPTS = ["a red b on 7!", "k left of 9, blue"]
 SIZE = (16, 16)
 
 

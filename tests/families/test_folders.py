@@ -189,7 +189,17 @@ def test_clip_and_t5_tokens_are_those_of_transformers(tmp_path: Path) -> None:
         theirs = AutoTokenizer.from_pretrained(folder / part)
         ours = opened(tokenizing.record, tokenizing.text, tmp_path)
         length = tokenizing.record.length
-        for text in ("a red b", "", "é, ß", "A B\tC", "7 " * 40, "x" * 300, "k,l.m"):
+        for text in (
+            "a red b",
+            "",
+            "é, ß",
+            "A B\tC",
+            "wow! a ! b",
+            "!!",
+            "7 " * 40,
+            "x" * 300,
+            "k,l.m",
+        ):
             want = theirs(text, padding="max_length", truncation=True, max_length=length)
             assert ours.encode(text).ids.tolist() == want["input_ids"], text
             assert ours.encode(text).cut == (len(theirs(text)["input_ids"]) > length)
@@ -234,6 +244,44 @@ def test_a_single_file_replaces_the_weights_of_the_network(
         load(made["z-image"], text_length=32, network_file=tmp_path / "single.safetensors")
     with pytest.raises(CheckpointError, match="single.safetensors (is no single-file|has no ten)"):
         load(made["sd3"], network_file=tmp_path / "single.safetensors")
+
+
+def test_variants_of_weights_load(tmp_path: Path) -> None:
+    """As diffusers saves them with variant="fp16", in one file."""
+    folder = folders.sd3(tmp_path)
+    for part in ("text_encoder", "text_encoder_2"):
+        (folder / part / "model.safetensors").rename(folder / part / "model.fp16.safetensors")
+    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    path.rename(path.with_suffix(".fp16.safetensors"))
+    assert load(folder).title == "sd3"
+    shutil.copy(
+        folder / "text_encoder" / "model.fp16.safetensors",
+        folder / "text_encoder" / "model.bf16.safetensors",
+    )
+    with pytest.raises(CheckpointError, match="several sets of weights, keep one: bf16, fp16"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("sd3", {"text_length": 513}, "--text-length must be 0 to 512 here, got 513"),
+        ("klein", {"text_length": 0}, "--text-length must be 1 to 512 here, got 0"),
+        ("z-image", {"text_length": 288}, "--text-length must be 32 to 254 here, got 288"),
+        ("z-image", {"text_length": 33}, "--text-length must be a multiple of 32, got 33"),
+    ],
+)
+def test_lengths_of_texts(
+    name: str, options: dict[str, int], said: str, made: dict[str, Path]
+) -> None:
+    with pytest.raises(CheckpointError, match=said):
+        load(made[name], **options)
+
+
+def test_sizes_beyond_the_positions_are_refused(made: dict[str, Path]) -> None:
+    assert load(made["sd3"]).latent_shape((64, 64)) == (16, 32, 32)
+    with pytest.raises(CheckpointError, match="at most 64 on a side for this model, got 68x64"):
+        load(made["sd3"]).latent_shape((64, 68))
 
 
 def test_without_t5_rows_of_zeros_take_its_place(tmp_path: Path) -> None:

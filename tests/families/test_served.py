@@ -126,6 +126,7 @@ def test_equal_texts_are_encoded_once(
         ({"prompts": ""}, "prompt must have content besides special tokens, got an empty text"),
         ({"prompts": " \n "}, "got an empty text"),
         ({"prompts": "<|endoftext|> <|startoftext|>"}, "besides special tokens, got '<|endoft"),
+        ({"prompts": "</s> <|endoftext|>", "pipeline": "sd3"}, "besides special tokens, got '</s>"),
         ({"prompts": "a" * 8193}, "prompt must have at most 8192 bytes, got 8193"),
         (
             {"prompts": "a", "negative_prompts": "b", "guidance_scale": 1.0},
@@ -146,7 +147,7 @@ def test_equal_texts_are_encoded_once(
 )
 def test_bad_requests(client: FlowTurboClient, arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(InvalidRequestError, match=said):
-        client.generate(**arguments, pipeline="golden")
+        client.generate(**{"pipeline": "golden", **arguments})
 
 
 def test_a_prompt_must_be_utf8(server: ServerAddress) -> None:

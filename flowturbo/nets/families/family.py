@@ -51,8 +51,8 @@ class Family(ABC):
     `network` maps (x [B, C, h, w], t [B], conditioning) to the velocity, with noise at t = 0.
     `text_encoder` maps token ids (and masks) to the tensors of `conditioning`: name and dimensions
     of a row. `decoder` has `pixels`. `factor` is how many pixels a latent pixel is wide; sizes are
-    multiples of `multiple`. `text_length` is what diffusers calls max_sequence_length. `ignored`
-    are the parts of the folder that are not needed.
+    multiples of `multiple`, at most `largest` on a side (0: any). `text_length` is what diffusers
+    calls max_sequence_length. `ignored` are the parts of the folder that are not needed.
     """
 
     folder: Any
@@ -70,6 +70,7 @@ class Family(ABC):
     largest_decode: int
     text_length: int
     guidance_scale: float
+    largest: int = 0
     grid: GridRule = GridRule()
     distilled: bool = False
     ignored: tuple[str, ...] = ()
@@ -91,6 +92,11 @@ class Family(ABC):
                 f"--size must be multiples of {self.multiple} for this model, got "
                 f"{size[1]}x{size[0]}"
             )
+        if self.largest and max(size) > self.largest:
+            raise CheckpointError(
+                f"--size must be at most {self.largest} on a side for this model, got "
+                f"{size[1]}x{size[0]}"
+            )
         return self.latent_channels, size[0] // self.factor, size[1] // self.factor
 
 
@@ -104,6 +110,12 @@ class Wanted:
     guidance_scale: float
     size: tuple[int, int]
     text_length: int
+
+
+def check_text_length(length: int, least: int, most: int) -> None:
+    """Raises CheckpointError for a --text-length that is out of range."""
+    if not least <= length <= most:
+        raise CheckpointError(f"--text-length must be {least} to {most} here, got {length}")
 
 
 def without(module: nn.Module, *paths: str) -> nn.Module:

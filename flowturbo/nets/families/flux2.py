@@ -22,6 +22,7 @@ from flowturbo.nets.families.family import (
     Family,
     FolderOptions,
     Wanted,
+    check_text_length,
     same_weights,
     shared_grid,
     type_of,
@@ -167,6 +168,7 @@ def load(folder: DiffusersFolder, options: FolderOptions) -> Flux2:
         )
     model = folder.text_encoder("text_encoder", Qwen3ForCausalLM)
     length = options.text_length if options.text_length is not None else _TEXT_LENGTH
+    check_text_length(length, 1, _TEXT_LENGTH)
     tokenizer, tokenizing = folder.tokenizer("tokenizer", length, mask=True, enable_thinking=False)
     # 9, 18 and 27 of Qwen3-4B's 36 layers.
     count = config.joint_attention_dim // model.config.hidden_size

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,7 @@ class DiffusersFolder:
                 # Eager attention is what exports; the values are the same.
                 model, told = cls.from_pretrained(
                     folder,
+                    variant=_variant(folder),
                     dtype=torch.float32,
                     attn_implementation="eager",
                     local_files_only=True,
@@ -105,7 +107,8 @@ class DiffusersFolder:
         except Exception as error:  # the library raises OSError, ValueError and others
             raise CheckpointError(f"{folder} cannot be read: {error}") from error
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if found := sorted(map(str, told.get(kind) or ())):
+            # A model without its head may lie in files that have it.
+            if found := sorted({*map(str, told.get(kind) or ())} - {"lm_head.weight"}):
                 raise CheckpointError(f"{folder}: {kind.replace('_', ' ')}: {', '.join(found[:5])}")
         for name, value in model.state_dict().items():
             if value.is_floating_point() and not value.isfinite().all():
@@ -137,8 +140,38 @@ class DiffusersFolder:
         template = _template(loaded, chat, folder) if chat else None
         # What the library set for its own calls is no part of the tokenizer.
         stated = {**json.loads(text), "truncation": None, "padding": None}
+        if not chat:
+            _make_plain(stated["added_tokens"], loaded.pad_token_id)
         record = TokenizerRecord("", length, loaded.pad_token_id, template, mask)
         return loaded, Tokenizing(record, json.dumps(stated, ensure_ascii=False))
+
+
+def _variant(folder: Path) -> str | None:
+    """The variant of a text encoder's weights, such as fp16; None for plain files."""
+    names = [path.name for path in folder.iterdir()]
+    if any(
+        re.fullmatch(r"(model|pytorch_model)\.(safetensors|bin)(\.index\.json)?", n) for n in names
+    ):
+        return None
+    forms = (
+        r"(?:model|pytorch_model)\.(\w+)\.(?:safetensors|bin)",
+        r"(?:model|pytorch_model)\.(?:safetensors|bin)\.index\.(\w+)\.json",
+    )
+    matches = (re.fullmatch(form, name) for form in forms for name in names)
+    found = sorted({match[1] for match in matches if match})
+    if len(found) > 1:
+        raise CheckpointError(f"{folder} has several sets of weights, keep one: {', '.join(found)}")
+    return found[0] if found else None
+
+
+def _make_plain(added: list[dict[str, Any]], pad: int) -> None:
+    """Makes a padding token that people write an ordinary token: SD3's second CLIP pads with `!`.
+
+    In a text it has the same id as in transformers. Special tokens in a text are split.
+    """
+    for token in added:
+        if token["id"] == pad and not re.fullmatch(r"<.+>|\[.+\]", token["content"]):
+            token["special"] = False
 
 
 def load_network(folder: Path, cls: Any, file: Path | None = None) -> Any:

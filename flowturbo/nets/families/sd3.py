@@ -23,6 +23,7 @@ from flowturbo.nets.families.family import (
     Family,
     FolderOptions,
     Wanted,
+    check_text_length,
     same_weights,
     shared_grid,
     type_of,
@@ -33,7 +34,7 @@ from flowturbo.nets.vae import Decoder, latent_factor, load_vae, tile_size
 from flowturbo.nets.weights import CheckpointError
 
 _TEXT_PARTS = ("context_embedder", "time_text_embed.text_embedder")
-_T5_LENGTH = 256  # diffusers' default
+_T5_LENGTH, _T5_LONGEST = 256, 512  # diffusers' default and limit
 _SENSITIVE = {38: (35,)}  # blocks in float32, by depth: SD3.5-large (NVIDIA's TensorRT demo)
 
 
@@ -133,7 +134,9 @@ def load(folder: DiffusersFolder, options: FolderOptions) -> SD3:
     length = options.text_length if options.text_length is not None else _T5_LENGTH
     pairs = [folder.tokenizer(f"tokenizer{k}", n) for k, n in zip(("", "_2"), lengths, strict=True)]
     t5 = None
-    if folder.has("text_encoder_3") and not options.without_t5:
+    with_t5 = folder.has("text_encoder_3") and not options.without_t5
+    check_text_length(length, 2 if with_t5 else 0, _T5_LONGEST)
+    if with_t5:
         t5 = folder.text_encoder("text_encoder_3", T5EncoderModel)
         pairs.append(folder.tokenizer("tokenizer_3", length))
     grid_config, path = folder.scheduler()
@@ -167,6 +170,7 @@ def load(folder: DiffusersFolder, options: FolderOptions) -> SD3:
         multiple=factor * config.patch_size,
         patch=config.patch_size,
         size=(config.sample_size * factor,) * 2,
+        largest=config.pos_embed_max_size * config.patch_size * factor,
         largest_decode=tile_size(vae),
         text_length=length,
         # The makers' values: 7 for SD3, 4.5 for SD3.5, which normalizes queries and keys.

@@ -26,6 +26,8 @@ from flowturbo.nets.families.family import (
     Family,
     FolderOptions,
     Wanted,
+    check_text_length,
+    same_weights,
     shared_grid,
     type_of,
 )
@@ -214,6 +216,12 @@ def load(folder: DiffusersFolder, options: FolderOptions) -> ZImage:
                 f"{options.refiner}: a refiner has in_channels {2 * config.in_channels} and dim "
                 f"{config.dim}, got {refiner.config.in_channels} and {refiner.config.dim}"
             )
+        for name in ("cap_embedder", "context_refiner"):
+            if not same_weights(getattr(refiner, name), getattr(transformer, name)):
+                raise CheckpointError(
+                    f"{options.refiner}: {name} differs from the predictor's: both read the same "
+                    "text"
+                )
         refiner = Network(_with_real_rope(refiner), config.in_channels)
     vae = load_vae(folder.used("vae", "AutoencoderKL"))
     if vae.config.latent_channels != config.in_channels:
@@ -223,6 +231,8 @@ def load(folder: DiffusersFolder, options: FolderOptions) -> ZImage:
         )
     model = folder.text_encoder("text_encoder", Qwen3Model, Qwen3ForCausalLM)
     length = options.text_length if options.text_length is not None else _TEXT_LENGTH
+    longest = min(_TEXT_LENGTH, config.axes_lens[0] - 2)  # the image stands behind the text
+    check_text_length(length, _MULTIPLE, longest)
     if length % _MULTIPLE:
         raise CheckpointError(f"--text-length must be a multiple of {_MULTIPLE}, got {length}")
     tokenizer, tokenizing = folder.tokenizer("tokenizer", length, mask=True, enable_thinking=True)
@@ -244,6 +254,7 @@ def load(folder: DiffusersFolder, options: FolderOptions) -> ZImage:
         multiple=factor * _PATCH,
         patch=_PATCH,
         size=(min(_LATENTS, _PATCH * min(config.axes_lens[1:])) * factor,) * 2,
+        largest=min(config.axes_lens[1:]) * _PATCH * factor,
         largest_decode=tile_size(vae),
         text_length=length,
         guidance_scale=6.0,  # 5 in the convention of diffusers' pipeline, which is its default
