@@ -77,7 +77,7 @@ xl-check: setup  ## export SiT-XL/2 (random weights), build its engines, train a
 	$(BIN)/python -m bench.xl_check
 
 sd35-check: setup  ## export SD3.5-M at real size (random weights, bf16, without T5); needs no GPU
-	$(BIN)/python -m bench.folder_check --model sd35-medium --precision bf16
+	$(BIN)/python -m bench.folder_check --model sd35-medium --precision bf16 --size 256x256
 
 fonts: setup  ## install the fonts that training renders; needs root
 	apt-get update -qq

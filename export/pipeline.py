@@ -316,14 +316,18 @@ def _write_models(options: Options, fingerprint: dict[str, Any], staged: Path) -
     written: dict[Role, _Written] = {}
     with tempfile.TemporaryDirectory() as scratch:
         loaded = _load(options, Path(scratch))
-        first = loaded.targets[0]
-        if isinstance(first.condition, ClassLabel):
-            _check_names(options, first.condition)
+        condition, latent_shape = loaded.targets[0].condition, loaded.targets[0].latent_shape
+        if isinstance(condition, ClassLabel):
+            _check_names(options, condition)
         whole = WholeCheck.of(loaded) if loaded.family else None
-        for exported in loaded.targets:
+        # Each module is dropped once it is exported: it may be gigabytes.
+        targets, loaded = list(loaded.targets), replace(loaded, targets=(), family=None)
+        while targets:
+            exported = targets.pop(0)
             folder = staged / model_name(options.name, exported.role)
             files = loaded.files if exported.role is Role.TEXT_ENCODER else {}
             written[exported.role] = _write(exported, options, folder, files)
+            del exported
     chosen: dict[Role, Runtime] = {}
     for precision in dict.fromkeys(model.precision for model in written.values()):
         group = {role: m.trials for role, m in written.items() if m.precision == precision}
@@ -348,8 +352,8 @@ def _write_models(options: Options, fingerprint: dict[str, Any], staged: Path) -
         )
     pipeline = Pipeline(
         name=options.name,
-        condition=first.condition,
-        latent_shape=first.latent_shape,
+        condition=condition,
+        latent_shape=latent_shape,
         models=models,
         fingerprint=fingerprint,
         **loaded.fields,
