@@ -221,8 +221,10 @@ def _pipelines(client: FlowTurboClient, args: argparse.Namespace) -> int:
     for each in client.pipelines(timeout_s=args.timeout):
         condition, size = each["condition"], each["size"]
         presets = ", ".join(f"{name} {text}" for name, text in each["presets"].items())
+        # Either names or ids of classes; a negative prompt beside the prompt.
+        takes = (" or " if condition["kind"] == "class_label" else ", ").join(condition["takes"])
         table = {
-            "condition": f"{condition['kind']}, takes {' or '.join(condition['takes'])}",
+            "condition": f"{condition['kind']}, takes {takes}",
             "size": f"{size[1]}x{size[0]}" if size else "latents only",
             "schedules": f"{presets}; or steps such as {each['default_schedule']}",
             "defaults": f"{each['default_schedule']}, guidance {each['default_guidance_scale']:g}",
