@@ -11,7 +11,7 @@ import pytest
 import tritonclient.grpc as triton
 from families.conftest import GOLDEN, NAMES
 from flowturbo_client import FlowTurboClient, InvalidRequestError
-from support import Caller, post
+from support import ROOT, Caller, post
 
 from bench import perf_analyzer
 from bench.perf_analyzer import Load, prompt_entry
@@ -175,10 +175,13 @@ def test_prompts_over_http(server: ServerAddress) -> None:
 
 
 def test_perf_analyzer_sends_prompts(server: ServerAddress) -> None:
-    entries = [prompt_entry("golden", f"a red b {k}", k, "E1") for k in range(3)]
+    """Its own entries, and those that come with the source, for the default pipeline."""
+    stored = json.loads((ROOT / "docker" / "perf_analyzer_prompts.json").read_text())["data"]
+    made = [prompt_entry("klein", f"a red b {k}", k, "E1") for k in range(3)]
     tool = perf_analyzer.find_perf_analyzer()
-    result = perf_analyzer.run(tool, server.grpc, entries, Load(concurrency=2, requests=6))
-    assert result.error is None and len(result.answers) >= 6
+    for entries in (stored, made):
+        result = perf_analyzer.run(tool, server.grpc, entries, Load(concurrency=2, requests=6))
+        assert result.error is None and len(result.answers) >= 6
 
 
 def test_what_is_served(client: FlowTurboClient) -> None:
