@@ -1,5 +1,6 @@
 """Exports the checkpoints of one pipeline, and verifies and installs all its models together."""
 
+import gc
 import json
 import shlex
 import tempfile
@@ -328,6 +329,7 @@ def _write_models(options: Options, fingerprint: dict[str, Any], staged: Path) -
             files = loaded.files if exported.role is Role.TEXT_ENCODER else {}
             written[exported.role] = _write(exported, options, folder, files)
             del exported
+            gc.collect()  # networks refer to themselves
     chosen: dict[Role, Runtime] = {}
     for precision in dict.fromkeys(model.precision for model in written.values()):
         group = {role: m.trials for role, m in written.items() if m.precision == precision}

@@ -23,6 +23,7 @@ from flowturbo.nets.families.family import Wanted
 from flowturbo.parity import TOLERANCES, VerificationError, errors
 from flowturbo.pipeline import Pipeline
 from flowturbo.request import parse_request
+from flowturbo.rows import Tensors
 from flowturbo.runtimes import Model, model_file, open_model
 from flowturbo.settings import Settings
 from flowturbo.solver.calls import Variant
@@ -66,7 +67,6 @@ class WholeCheck:
 
     def hold(self, pipeline: Pipeline, staged: Path) -> None:
         """Compares the exported models with it. Raises VerificationError."""
-        models = _open(staged, pipeline)
         tensors = {
             PROMPT: np.array(self.wanted.prompts, dtype=object),
             INITIAL_NOISE: self.wanted.noise,
@@ -77,9 +77,7 @@ class WholeCheck:
         }
         request = parse_request(tensors, [LATENT, IMAGE], pipeline, Settings())
         program = program_for(request.schedule, Variant.REFERENCE, request.times)
-        made = generate(
-            request, pipeline, Settings(), program, lambda role, inputs: models[role](inputs)
-        )
+        made = generate(request, pipeline, Settings(), program, _OneAtATime(staged, pipeline))
         found = made[LATENT]
         if made[IMAGE].shape[1:3] != self.wanted.size:
             raise VerificationError(
@@ -102,14 +100,31 @@ class WholeCheck:
         print(f"{pipeline.name}: off by {error.relative:.1e} against diffusers' own pipeline")
 
 
-def _open(staged: Path, pipeline: Pipeline) -> dict[Role, Model]:
-    """The models here, as `try_runtimes` verified them: files for other engines are not rounded."""
-    return {
-        role: open_model(
-            staged / pipeline.model(role) / "1" / model_file(made.runtime),
-            "fp32" if made.engine != "python" and made.runtime == "openvino" else made.precision,
+class _OneAtATime:
+    """The models here, each opened when it is called and closed for the next: they may be large.
+
+    As `try_runtimes` verified them: files for other engines are not rounded.
+    """
+
+    def __init__(self, staged: Path, pipeline: Pipeline) -> None:
+        self._staged = staged
+        self._pipeline = pipeline
+        self._role: Role | None = None
+        self._model: Model | None = None
+
+    def __call__(self, role: Role, inputs: Tensors) -> tuple[np.ndarray, ...]:
+        """The outputs of the model with this role."""
+        if role is not self._role or self._model is None:
+            self._model = None
+            self._role, self._model = role, self._open(role)
+        return self._model(inputs)
+
+    def _open(self, role: Role) -> Model:
+        made = self._pipeline.models[role]
+        rounds = made.engine == "python" or made.runtime != "openvino"
+        return open_model(
+            self._staged / self._pipeline.model(role) / "1" / model_file(made.runtime),
+            made.precision if rounds else "fp32",
             runtime=made.runtime,
             on_gpu=made.on_gpu,
         )
-        for role, made in pipeline.models.items()
-    }
