@@ -105,6 +105,11 @@ def try_runtimes(
                 found = dict(zip(outputs, model(inputs), strict=True))
                 check(exported.role, outputs, found, TOLERANCES[runtime.precision])
         except VerificationError as error:
+            if len(open_to) == 1 and str(runtime) == "openvino bf16" and served:
+                raise VerificationError(
+                    f"{error}. OpenVINO in bf16 also rounds what the network computes in float32: "
+                    "try --precision fp32, or --runtime torch"
+                ) from error
             if len(open_to) == 1:
                 raise
             print(f"{runtime} left out: {error} ... ", end="", flush=True)
