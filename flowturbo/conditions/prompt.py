@@ -137,7 +137,7 @@ class Prompt:
         content = text
         for special in self._special:
             content = content.replace(special, " ")
-        if all(tokenizer.encode(content).empty for tokenizer in self._open):
+        if not any(tokenizer.has_content(content) for tokenizer in self._open):
             what = "an empty text" if not text.strip() else repr(text[:40])
             raise RequestError(f"{PROMPT} must have content besides special tokens, got {what}")
 

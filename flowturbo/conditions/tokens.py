@@ -43,13 +43,12 @@ class TokenizerRecord:
 class Tokens:
     """A text as token ids: `ids` and `mask` [length] int64.
 
-    `cut` is whether the text was too long. `empty` is whether no token stands for its content.
+    `cut` is whether the text was too long.
     """
 
     ids: np.ndarray
     mask: np.ndarray
     cut: bool
-    empty: bool
 
 
 class OpenTokenizer:
@@ -89,18 +88,18 @@ class OpenTokenizer:
         ids = np.full(record.length, record.pad, dtype=np.int64)
         ids[: len(content)] = content
         mask = (np.arange(record.length) < len(content)).astype(np.int64)
-        return Tokens(ids, mask, cut, not self._has_content(text))
+        return Tokens(ids, mask, cut)
 
-    def _has_content(self, text: str) -> bool:
-        for special in sorted(self.special.values(), key=len, reverse=True):
-            text = text.replace(special, " ")
-        ids = self._fixed(text) if text.strip() else []
-        return any(number not in self.special for number in ids)
+    def has_content(self, text: str) -> bool:
+        """Whether a token other than a special one stands for a part of `text`."""
+        return bool(text.strip()) and any(
+            number not in self.special for number in self._fixed(text)
+        )
 
     def some_words(self, count: int) -> list[str]:
         """Words of the vocabulary that are not empty."""
         words = (self._tokenizer.decode([k]) for k in range(self._tokenizer.get_vocab_size()))
-        found = (word.strip() for word in words if word.strip() and self._has_content(word))
+        found = (word.strip() for word in words if self.has_content(word))
         return list(itertools.islice(found, count))
 
 

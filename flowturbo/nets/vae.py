@@ -14,6 +14,7 @@ from flowturbo.nets.weights import (
     CheckpointError,
     load_exactly,
     read_folder,
+    refuse_unknown_fields,
     without_wrappers,
 )
 from flowturbo.textfile import read_json
@@ -71,18 +72,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if (found := config.get("_class_name")) != _CLASS:
         raise CheckpointError(f"{path}: _class_name must be {_CLASS}, got {found!r}")
     known = inspect.signature(AutoencoderKL.__init__).parameters
-    unknown = [name for name in config if not name.startswith("_") and name not in known]
-    for name in unknown:
-        if config[name] is not None:
-            raise CheckpointError(
-                f"{path}: {name} is {config[name]!r}, but this {_CLASS} does not know that field "
-                "and would ignore it"
-            )
+    refuse_unknown_fields(path, config, known, _CLASS)
     size = config.get("sample_size", 1)
     sides = size if isinstance(size, list) else [size, size]
     if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
         raise CheckpointError(f"{path}: sample_size must be pixels, one or two sides, got {size!r}")
-    return {name: value for name, value in config.items() if name not in unknown}
+    return {key: of for key, of in config.items() if key.startswith("_") or key in known}
 
 
 def _check_config(path: Path, vae: AutoencoderKL) -> None:
@@ -191,10 +186,11 @@ class Decoder(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, vae: AutoencoderKL) -> None:
+    def __init__(self, vae: Any, scale: tuple[Tensor, Tensor] | None = None) -> None:
+        """`scale` is the mean and the standard deviation of latents, if not `latent_scale`."""
         super().__init__()
         self.vae = vae
-        mean, std = latent_scale(vae)
+        mean, std = scale or latent_scale(vae)
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
 
@@ -203,11 +199,16 @@ class Decoder(nn.Module):
 
     def pixels(self, latent: Tensor) -> Tensor:
         """Images [B, 3, H, W] float32; visible levels are in [-1, 1]."""
-        z = (latent * self.std + self.mean).to(self.vae.decoder.conv_in.weight.dtype)
+        z = self.unpacked(latent * self.std + self.mean)
+        z = z.to(self.vae.decoder.conv_in.weight.dtype)
         if self.vae.post_quant_conv is not None:
             z = self.vae.post_quant_conv(z)
         out: Tensor = self.vae.decoder(z).float()
         return out
+
+    def unpacked(self, z: Tensor) -> Tensor:
+        """The VAE's own latents; another decoder may have packed ones."""
+        return z
 
 
 def to_levels(pixels: Tensor) -> Tensor:

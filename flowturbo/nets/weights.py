@@ -12,7 +12,7 @@ import json
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -405,6 +405,21 @@ def _is_stated(value: Any) -> bool:
     if isinstance(value, str):
         return not re.fullmatch(_UNSTATED, value)
     return isinstance(value, bool | int | float)
+
+
+def refuse_unknown_fields(
+    path: Path, config: Mapping[str, Any], known: Container[str], cls: str
+) -> None:
+    """Raises CheckpointError for a field of the file `path` that the class `cls` would ignore.
+
+    Names with _ at the start belong to diffusers; a field without a value says nothing.
+    """
+    for name, value in config.items():
+        if not name.startswith("_") and name not in known and value is not None:
+            raise CheckpointError(
+                f"{path}: {name} is {value!r}, but this {cls} does not know that field and would "
+                "ignore it"
+            )
 
 
 def read_folder(folder: Path) -> tuple[Path, dict[str, Tensor]]:

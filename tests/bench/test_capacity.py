@@ -125,8 +125,8 @@ def test_one_request_a_batch_is_m_d_1(load: float) -> None:
 def test_constant_time_is_batch_service(during: float) -> None:
     """Every execution takes all who wait.
 
-    Arrivals `during` one execution wait for half of it on average; with probability exp(-during)
-    there are none, and the next request is served alone and at once.
+    Arrivals `during` one execution wait for half of it on average. With probability exp(-during)
+    there are none. The next request is then served alone and at once.
     """
     point = open_loop(one_call(10.0, max_rows=64), 1e3 * during / 10.0, requests=40_000)
     size = during + math.exp(-during)

@@ -135,15 +135,18 @@ def qwen(tokenizer: Any, width: int = 32, layers: int = 4) -> Qwen3ForCausalLM:
     ).eval()
 
 
-def vae(channels: int, **options: Any) -> AutoencoderKL:
-    return AutoencoderKL(
+SCALE = {"scaling_factor": 1.5305, "shift_factor": 0.0609}
+
+
+def vae(channels: int, kind: Any = AutoencoderKL, **options: Any) -> Any:
+    return kind(
         block_out_channels=(8, 8),
         latent_channels=channels,
         norm_num_groups=4,
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         sample_size=16,
-        **{"scaling_factor": 1.5305, "shift_factor": 0.0609, **options},
+        **options,
     ).eval()
 
 
@@ -175,7 +178,7 @@ def sd3(path: Path, *, with_t5: bool = False) -> Path:
     pipeline = StableDiffusion3Pipeline(
         transformer=sd3_network(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae(16, use_quant_conv=False, use_post_quant_conv=False),
+        vae=vae(16, use_quant_conv=False, use_post_quant_conv=False, **SCALE),
         text_encoder=clip(),
         tokenizer=tokenizer,
         text_encoder_2=clip(),
@@ -232,14 +235,7 @@ def rectified_flow(path: Path) -> Path:
 def klein(path: Path, *, distilled: bool = False) -> Path:
     torch.manual_seed(0)
     tokenizer = qwen_tokenizer()
-    decoder = AutoencoderKLFlux2(
-        block_out_channels=(8, 8),
-        latent_channels=4,
-        norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        sample_size=16,
-    ).eval()
+    decoder = vae(4, AutoencoderKLFlux2)
     decoder.bn.running_mean[:] = torch.randn(16) * 0.3
     decoder.bn.running_var[:] = torch.rand(16) + 0.5
     pipeline = Flux2KleinPipeline(
@@ -283,7 +279,7 @@ def z_image(path: Path) -> Path:
     pipeline = ZImagePipeline(
         transformer=network,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae(4),
+        vae=vae(4, **SCALE),
         text_encoder=qwen(tokenizer),
         tokenizer=tokenizer,
     )

@@ -55,7 +55,6 @@ class Family(ABC):
     calls max_sequence_length. `ignored` are the parts of the folder that are not needed.
     """
 
-    folder: Any
     network: nn.Module
     refiner: nn.Module | None
     text_encoder: nn.Module
@@ -112,10 +111,49 @@ class Wanted:
     text_length: int
 
 
-def check_text_length(length: int, least: int, most: int) -> None:
-    """Raises CheckpointError for a --text-length that is out of range."""
+def text_length(options: FolderOptions, usual: int, least: int, most: int) -> int:
+    """The --text-length, `usual` without one. Raises CheckpointError if it is out of range."""
+    length = usual if options.text_length is None else options.text_length
     if not least <= length <= most:
         raise CheckpointError(f"--text-length must be {least} to {most} here, got {length}")
+    return length
+
+
+def check_no_inpainting(config: Any, path: Path) -> None:
+    """Raises CheckpointError for a network that reads more channels than it answers."""
+    if config.in_channels != config.out_channels:
+        raise CheckpointError(
+            f"{path}: in_channels {config.in_channels} and out_channels {config.out_channels} "
+            "differ: models for inpainting are not supported"
+        )
+
+
+def check_same_text(
+    refiner: nn.Module, predictor: nn.Module, parts: Sequence[str], options: FolderOptions
+) -> None:
+    """Raises CheckpointError unless both have the same layers for text: they run once for both."""
+    for name in parts:
+        if not _same_weights(refiner.get_submodule(name), predictor.get_submodule(name)):
+            raise CheckpointError(
+                f"{options.refiner}: {name} differs from the predictor's: both read the same text"
+            )
+
+
+def run(pipe: Any, wanted: Wanted, **more: Any) -> tuple[torch.Tensor, tuple[float, ...]]:
+    """The latents of a pipeline of diffusers, and the times of its grid in our convention."""
+    pipe.set_progress_bar_config(disable=True)
+    asked = {
+        "num_inference_steps": wanted.steps,
+        "guidance_scale": wanted.guidance_scale,
+        "latents": torch.from_numpy(wanted.noise),
+        "height": wanted.size[0],
+        "width": wanted.size[1],
+        "max_sequence_length": wanted.text_length,
+        "output_type": "latent",
+    }
+    with torch.inference_mode():
+        latents: torch.Tensor = pipe(prompt=list(wanted.prompts), **(asked | more)).images
+    return latents, tuple(float(1 - s) for s in pipe.scheduler.sigmas.double())
 
 
 def without(module: nn.Module, *paths: str) -> nn.Module:
@@ -138,7 +176,7 @@ def type_of(module: nn.Module) -> torch.dtype:
     return next(parameter.dtype for parameter in module.parameters() if parameter.ndim > 1)
 
 
-def same_weights(one: nn.Module, other: nn.Module) -> bool:
+def _same_weights(one: nn.Module, other: nn.Module) -> bool:
     """Whether both have the same tensors with the same values."""
     first, second = one.state_dict(), other.state_dict()
     return first.keys() == second.keys() and all(

@@ -4,33 +4,32 @@ The state is what the transformer reads: latents of the VAE in 2 x 2 patches, no
 VAE's batch norm. The network's time is 1 - t and its output is noise - data.
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
 from diffusers import (
     AutoencoderKLFlux2,
-    FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
 )
 from torch import Tensor, nn
 from transformers import Qwen3ForCausalLM
 
+from flowturbo.nets import vae
 from flowturbo.nets.families.family import (
     CONTEXT,
     Family,
     FolderOptions,
     Wanted,
-    check_text_length,
-    same_weights,
-    shared_grid,
+    check_same_text,
+    run,
+    text_length,
     type_of,
     without,
 )
 from flowturbo.nets.families.folder import DiffusersFolder, load_network
 from flowturbo.nets.families.qwen import Qwen
-from flowturbo.nets.vae import latent_factor, tile_size
 from flowturbo.nets.weights import CheckpointError
 from flowturbo.solver.grid import GridRule
 
@@ -77,32 +76,18 @@ class TextEncoder(nn.Module):
         return (self.embed(self.qwen(*tokens)),)
 
 
-class Decoder(nn.Module):
-    """From the state to pixels [B, 3, H, W] float32, visible levels in [-1, 1]."""
+class Decoder(vae.Decoder):
+    """From the state, in patches and normalized by the VAE's batch norm, to pixels."""
 
-    mean: Tensor
-    std: Tensor
+    def __init__(self, decoder: Any) -> None:
+        norm = decoder.bn
+        std = (norm.running_var + decoder.config.batch_norm_eps).sqrt()
+        super().__init__(decoder, (norm.running_mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)))
 
-    def __init__(self, vae: Any) -> None:
-        super().__init__()
-        self.vae = vae
-        var = vae.bn.running_var + vae.config.batch_norm_eps
-        self.register_buffer(
-            "mean", vae.bn.running_mean.clone().view(1, -1, 1, 1), persistent=False
-        )
-        self.register_buffer("std", var.sqrt().view(1, -1, 1, 1), persistent=False)
-
-    def pixels(self, latent: Tensor) -> Tensor:
-        """Undoes the normalization and the patches, and decodes."""
-        z = latent * self.std + self.mean
+    def unpacked(self, z: Tensor) -> Tensor:
         rows, channels, height, width = z.shape
         z = z.reshape(rows, channels // _PATCH**2, _PATCH, _PATCH, height, width)
-        z = z.permute(0, 1, 4, 2, 5, 3).reshape(rows, -1, height * _PATCH, width * _PATCH)
-        z = z.to(self.vae.decoder.conv_in.weight.dtype)
-        if self.vae.post_quant_conv is not None:
-            z = self.vae.post_quant_conv(z)
-        made: Tensor = self.vae.decoder(z).float()
-        return made
+        return z.permute(0, 1, 4, 2, 5, 3).reshape(rows, -1, height * _PATCH, width * _PATCH)
 
 
 class Flux2(Family):
@@ -113,28 +98,10 @@ class Flux2(Family):
     def reference(self, wanted: Wanted) -> tuple[np.ndarray, tuple[float, ...]]:
         """As in the base class. The pipeline answers latents of the VAE: they are normalized."""
         pipe = Flux2KleinPipeline(**self.parts, is_distilled=self.distilled)
-        pipe.set_progress_bar_config(disable=True)
-        decoder = self.decoder
-        with torch.inference_mode():
-            z = pipe(
-                prompt=list(wanted.prompts),
-                num_inference_steps=wanted.steps,
-                guidance_scale=wanted.guidance_scale,
-                latents=torch.from_numpy(wanted.noise),
-                height=wanted.size[0],
-                width=wanted.size[1],
-                max_sequence_length=wanted.text_length,
-                text_encoder_out_layers=self.parts_layers,
-                output_type="latent",
-            ).images
-            x = (pipe._patchify_latents(z) - decoder.mean) / decoder.std
-        return x.numpy(), tuple(float(1 - s) for s in pipe.scheduler.sigmas.double())
-
-    @property
-    def parts_layers(self) -> tuple[int, ...]:
-        """The layers of Qwen3 whose states are used."""
-        chosen: tuple[int, ...] = self.text_encoder.qwen.chosen  # type: ignore[union-attr, assignment]
-        return chosen
+        encoder, decoder = cast(TextEncoder, self.text_encoder), cast(Decoder, self.decoder)
+        z, times = run(pipe, wanted, text_encoder_out_layers=encoder.qwen.chosen)
+        x = (pipe._patchify_latents(z) - decoder.mean) / decoder.std
+        return x.numpy(), times
 
 
 def load(folder: DiffusersFolder, options: FolderOptions) -> Flux2:
@@ -154,21 +121,16 @@ def load(folder: DiffusersFolder, options: FolderOptions) -> Flux2:
                 f"{options.refiner}: a refiner has in_channels {2 * config.in_channels} and "
                 f"out_channels {config.in_channels}, got {refiner.config.in_channels} and {out}"
             )
-        if not same_weights(refiner.context_embedder, transformer.context_embedder):
-            raise CheckpointError(
-                f"{options.refiner}: context_embedder differs from the predictor's: both read the "
-                "same text"
-            )
+        check_same_text(refiner, transformer, ["context_embedder"], options)
         refiner = Network(refiner)
-    vae = folder.network("vae", AutoencoderKLFlux2)
-    if vae.config.latent_channels * _PATCH**2 != config.in_channels:
+    kl = folder.network("vae", AutoencoderKLFlux2)
+    if kl.config.latent_channels * _PATCH**2 != config.in_channels:
         raise CheckpointError(
-            f"{folder.path}: the VAE has {vae.config.latent_channels} latent channels, the "
+            f"{folder.path}: the VAE has {kl.config.latent_channels} latent channels, the "
             f"transformer {config.in_channels}, not {_PATCH**2} times as many"
         )
     model = folder.text_encoder("text_encoder", Qwen3ForCausalLM)
-    length = options.text_length if options.text_length is not None else _TEXT_LENGTH
-    check_text_length(length, 1, _TEXT_LENGTH)
+    length = text_length(options, _TEXT_LENGTH, 1, _TEXT_LENGTH)
     tokenizer, tokenizing = folder.tokenizer("tokenizer", length, mask=True, enable_thinking=False)
     # 9, 18 and 27 of Qwen3-4B's 36 layers.
     count = config.joint_attention_dim // model.config.hidden_size
@@ -180,36 +142,32 @@ def load(folder: DiffusersFolder, options: FolderOptions) -> Flux2:
         )
     layers = tuple(depth * k // (count + 1) for k in range(1, count + 1))
     qwen = Qwen(model, layers)
-    factor = latent_factor(vae) * _PATCH
-    scheduler, path = folder.scheduler()
-    shared_grid(scheduler, path)  # refuses what no formula covers
+    factor = vae.latent_factor(kl) * _PATCH
+    scheduler, grid = folder.scheduler()
     distilled = options.distilled or bool(folder.index.get("is_distilled"))
     inner = config.num_attention_heads * config.attention_head_dim
     return Flux2(
-        folder=folder,
         network=Network(transformer),
         refiner=refiner,
         text_encoder=TextEncoder(qwen, transformer),
-        decoder=Decoder(vae),
+        decoder=Decoder(kl),
         tokenizers=(tokenizing,),
         conditioning=((CONTEXT, (length, inner)),),
         latent_channels=config.in_channels,
         factor=factor,
         multiple=factor,
         patch=1,
-        size=(_LATENTS * latent_factor(vae),) * 2,
-        largest_decode=tile_size(vae) // _PATCH,
+        size=(_LATENTS * vae.latent_factor(kl),) * 2,
+        largest_decode=vae.tile_size(kl) // _PATCH,
         text_length=length,
         guidance_scale=4.0,  # of diffusers' pipeline
-        grid=GridRule(flux2=True)
-        if scheduler.get("use_dynamic_shifting")
-        else shared_grid(scheduler, path),
+        grid=grid if grid.is_fixed else GridRule(flux2=True),
         distilled=distilled,
         ignored=folder.unused(),
         parts={
             "transformer": transformer,
-            "vae": vae,
-            "scheduler": FlowMatchEulerDiscreteScheduler.from_config(scheduler),
+            "vae": kl,
+            "scheduler": scheduler,
             "text_encoder": model,
             "tokenizer": tokenizer,
         },

@@ -8,12 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from torch import Tensor, nn
 
 from flowturbo.conditions.tokens import TokenizerRecord
-from flowturbo.nets.families.family import Tokenizing
-from flowturbo.nets.weights import CheckpointError, load_exactly, read_folder, read_safetensors
+from flowturbo.nets.families.family import Tokenizing, shared_grid
+from flowturbo.nets.vae import load_vae
+from flowturbo.nets.weights import (
+    CheckpointError,
+    load_exactly,
+    read_folder,
+    read_safetensors,
+    refuse_unknown_fields,
+)
+from flowturbo.solver.grid import GridRule
 from flowturbo.textfile import read_json
 
 INDEX, CONFIG = "model_index.json", "config.json"
@@ -76,15 +85,22 @@ class DiffusersFolder:
         self._entry(part, cls.__name__)
         return load_network(self.path / part, cls, self._network_file if part != "vae" else None)
 
-    def used(self, part: str, *allowed: str) -> Path:
-        """The folder of a part that the caller reads by itself."""
-        self._entry(part, *allowed)
-        return self.path / part
+    def vae(self, channels: int) -> AutoencoderKL:
+        """The folder's `AutoencoderKL`, which must have so many latent channels."""
+        self._entry("vae", AutoencoderKL.__name__)
+        vae = load_vae(self.path / "vae")
+        if vae.config.latent_channels != channels:
+            raise CheckpointError(
+                f"{self.path}: the VAE has {vae.config.latent_channels} latent channels, the "
+                f"network {channels}"
+            )
+        return vae
 
-    def scheduler(self) -> tuple[dict[str, Any], Path]:
-        """The scheduler's configuration, and its file."""
+    def scheduler(self) -> tuple[FlowMatchEulerDiscreteScheduler, GridRule]:
+        """The scheduler, and the grid that it stands for."""
         path = self.path / "scheduler" / "scheduler_config.json"
-        return read_json(path), path
+        config = read_json(path)
+        return FlowMatchEulerDiscreteScheduler.from_config(config), shared_grid(config, path)
 
     def text_encoder(self, part: str, *classes: Any) -> Any:
         """A text encoder of one of transformers' `classes`, in float32."""
@@ -186,12 +202,7 @@ def load_network(folder: Path, cls: Any, file: Path | None = None) -> Any:
     if (found := config.get("_class_name")) != cls.__name__:
         raise CheckpointError(f"{path}: _class_name must be {cls.__name__}, got {found!r}")
     known = inspect.signature(cls.__init__).parameters
-    for name, value in config.items():
-        if not name.startswith("_") and name not in known and value is not None:
-            raise CheckpointError(
-                f"{path}: {name} is {value!r}, but this {cls.__name__} does not know that field "
-                "and would ignore it"
-            )
+    refuse_unknown_fields(path, config, known, cls.__name__)
     try:
         with torch.device("meta"):
             network = cls.from_config({key: of for key, of in config.items() if key in known})
@@ -230,12 +241,7 @@ def _check_text_config(path: Path, cls: Any) -> None:
     ):
         raise CheckpointError(f"{path}: model_type must be {kind.model_type}, got {found!r}")
     known = {*kind().to_dict(), *inspect.signature(kind.__init__).parameters, *_NOTHING}
-    for name, value in stated.items():
-        if name not in known and not name.startswith("_") and value is not None:
-            raise CheckpointError(
-                f"{path}: {name} is {value!r}, but this {cls.__name__} does not know that field "
-                "and would ignore it"
-            )
+    refuse_unknown_fields(path, stated, known, cls.__name__)
 
 
 def _template(tokenizer: Any, chat: dict[str, Any], folder: Path) -> tuple[str, str]:

@@ -12,9 +12,16 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from flowturbo.nets.families.family import CONTEXT, Family, FolderOptions, Wanted, type_of
+from flowturbo.nets.families.family import (
+    CONTEXT,
+    Family,
+    FolderOptions,
+    Wanted,
+    check_no_inpainting,
+    type_of,
+)
 from flowturbo.nets.families.folder import DiffusersFolder, load_network
-from flowturbo.nets.vae import Decoder, latent_factor, load_vae, tile_size
+from flowturbo.nets.vae import Decoder, latent_factor, tile_size
 from flowturbo.nets.weights import CheckpointError
 
 
@@ -87,11 +94,7 @@ def load(folder: DiffusersFolder, options: FolderOptions) -> RectifiedFlow:
         )
     unet = folder.network("unet", UNet2DConditionModel)
     config = unet.config
-    if config.in_channels != config.out_channels:
-        raise CheckpointError(
-            f"{folder.path}/unet: in_channels {config.in_channels} and out_channels "
-            f"{config.out_channels} differ: models for inpainting are not supported"
-        )
+    check_no_inpainting(config, folder.path / "unet")
     refiner = None
     if options.refiner:
         refiner = load_network(options.refiner, UNet2DConditionModel)
@@ -105,18 +108,12 @@ def load(folder: DiffusersFolder, options: FolderOptions) -> RectifiedFlow:
                 f"{found.in_channels}, {found.out_channels} and {found.cross_attention_dim}"
             )
         refiner = Network(refiner)
-    vae = load_vae(folder.used("vae", "AutoencoderKL"))
-    if vae.config.latent_channels != config.in_channels:
-        raise CheckpointError(
-            f"{folder.path}: the VAE has {vae.config.latent_channels} latent channels, the U-Net "
-            f"{config.in_channels}"
-        )
+    vae = folder.vae(config.in_channels)
     clip = folder.text_encoder("text_encoder", CLIPTextModel)
     length = clip.config.max_position_embeddings
     tokenizer, tokenizing = folder.tokenizer("tokenizer", length)
     factor = latent_factor(vae)
     return RectifiedFlow(
-        folder=folder,
         network=Network(unet),
         refiner=refiner,
         text_encoder=TextEncoder(clip),

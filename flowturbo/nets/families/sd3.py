@@ -8,11 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import (
-    FlowMatchEulerDiscreteScheduler,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-)
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
@@ -23,14 +19,15 @@ from flowturbo.nets.families.family import (
     Family,
     FolderOptions,
     Wanted,
-    check_text_length,
-    same_weights,
-    shared_grid,
+    check_no_inpainting,
+    check_same_text,
+    run,
+    text_length,
     type_of,
     without,
 )
 from flowturbo.nets.families.folder import DiffusersFolder, load_network
-from flowturbo.nets.vae import Decoder, latent_factor, load_vae, tile_size
+from flowturbo.nets.vae import Decoder, latent_factor, tile_size
 from flowturbo.nets.weights import CheckpointError
 
 _TEXT_PARTS = ("context_embedder", "time_text_embed.text_embedder")
@@ -89,20 +86,8 @@ class SD3(Family):
 
     def reference(self, wanted: Wanted) -> tuple[np.ndarray, tuple[float, ...]]:
         """As in the base class."""
-        pipe = StableDiffusion3Pipeline(**self.parts)
-        pipe.set_progress_bar_config(disable=True)
-        with torch.inference_mode():
-            latents = pipe(
-                list(wanted.prompts),
-                num_inference_steps=wanted.steps,
-                guidance_scale=wanted.guidance_scale,
-                latents=torch.from_numpy(wanted.noise),
-                height=wanted.size[0],
-                width=wanted.size[1],
-                max_sequence_length=wanted.text_length,
-                output_type="latent",
-            ).images
-        return latents.numpy(), tuple(float(1 - s) for s in pipe.scheduler.sigmas.double())
+        latents, times = run(StableDiffusion3Pipeline(**self.parts), wanted)
+        return latents.numpy(), times
 
 
 def load(folder: DiffusersFolder, options: FolderOptions) -> SD3:
@@ -114,40 +99,29 @@ def load(folder: DiffusersFolder, options: FolderOptions) -> SD3:
         refiner = load_network(options.refiner, SD3Transformer2DModel)
         _check_refiner(refiner, transformer, options)
         refiner = Network(refiner)
-    if config.in_channels != config.out_channels:
-        raise CheckpointError(
-            f"{folder.path}/transformer: in_channels {config.in_channels} and out_channels "
-            f"{config.out_channels} differ: models for inpainting are not supported"
-        )
+    check_no_inpainting(config, folder.path / "transformer")
     for block in _SENSITIVE.get(config.num_layers, ()):
         transformer.transformer_blocks[block] = InFloat32(transformer.transformer_blocks[block])
-    vae = load_vae(folder.used("vae", "AutoencoderKL"))
-    if vae.config.latent_channels != config.in_channels:
-        raise CheckpointError(
-            f"{folder.path}: the VAE has {vae.config.latent_channels} latent channels, the "
-            f"transformer {config.in_channels}"
-        )
+    vae = folder.vae(config.in_channels)
     clips = [
         folder.text_encoder(f"text_encoder{k}", CLIPTextModelWithProjection) for k in ("", "_2")
     ]
     lengths = [clip.config.max_position_embeddings for clip in clips]
-    length = options.text_length if options.text_length is not None else _T5_LENGTH
     pairs = [folder.tokenizer(f"tokenizer{k}", n) for k, n in zip(("", "_2"), lengths, strict=True)]
     t5 = None
     with_t5 = folder.has("text_encoder_3") and not options.without_t5
-    check_text_length(length, 2 if with_t5 else 0, _T5_LONGEST)
+    length = text_length(options, _T5_LENGTH, 2 if with_t5 else 0, _T5_LONGEST)
     if with_t5:
         t5 = folder.text_encoder("text_encoder_3", T5EncoderModel)
         pairs.append(folder.tokenizer("tokenizer_3", length))
-    grid_config, path = folder.scheduler()
-    grid = shared_grid(grid_config, path)
+    scheduler, grid = folder.scheduler()
     factor = latent_factor(vae)
     inner = config.num_attention_heads * config.attention_head_dim
     own = {f"tokenizer{k}": pair[0] for k, pair in zip(("", "_2", "_3"), pairs, strict=False)}
     parts = {
         "transformer": transformer,
         "vae": vae,
-        "scheduler": FlowMatchEulerDiscreteScheduler.from_config(grid_config),
+        "scheduler": scheduler,
         "text_encoder": clips[0],
         "text_encoder_2": clips[1],
         "text_encoder_3": t5,
@@ -155,7 +129,6 @@ def load(folder: DiffusersFolder, options: FolderOptions) -> SD3:
         **own,
     }
     return SD3(
-        folder=folder,
         network=Network(transformer),
         refiner=refiner,
         text_encoder=TextEncoder(clips, t5, transformer, length),
@@ -189,8 +162,4 @@ def _check_refiner(refiner: Any, transformer: Any, options: FolderOptions) -> No
             f"{options.refiner}: a refiner has in_channels {2 * of.in_channels} and out_channels "
             f"{of.out_channels}, got {own.in_channels} and {own.out_channels}"
         )
-    for name in _TEXT_PARTS:
-        if not same_weights(refiner.get_submodule(name), transformer.get_submodule(name)):
-            raise CheckpointError(
-                f"{options.refiner}: {name} differs from the predictor's: both read the same text"
-            )
+    check_same_text(refiner, transformer, _TEXT_PARTS, options)

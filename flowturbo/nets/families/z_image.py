@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from diffusers import (
-    FlowMatchEulerDiscreteScheduler,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
@@ -26,14 +25,14 @@ from flowturbo.nets.families.family import (
     Family,
     FolderOptions,
     Wanted,
-    check_text_length,
-    same_weights,
-    shared_grid,
+    check_same_text,
+    run,
+    text_length,
     type_of,
 )
 from flowturbo.nets.families.folder import DiffusersFolder, load_network
 from flowturbo.nets.families.qwen import Qwen
-from flowturbo.nets.vae import Decoder, latent_factor, load_vae, tile_size
+from flowturbo.nets.vae import Decoder, latent_factor, tile_size
 from flowturbo.nets.weights import CheckpointError
 
 _TEXT_LENGTH = 512  # diffusers' default
@@ -185,19 +184,8 @@ class ZImage(Family):
     def reference(self, wanted: Wanted) -> tuple[np.ndarray, tuple[float, ...]]:
         """As in the base class."""
         pipe = ZImagePipeline(**self.parts)
-        pipe.set_progress_bar_config(disable=True)
-        with torch.inference_mode():
-            latents = pipe(
-                prompt=list(wanted.prompts),
-                num_inference_steps=wanted.steps,
-                guidance_scale=wanted.guidance_scale - 1,
-                latents=torch.from_numpy(wanted.noise),
-                height=wanted.size[0],
-                width=wanted.size[1],
-                max_sequence_length=wanted.text_length,
-                output_type="latent",
-            ).images
-        return latents.numpy(), tuple(float(1 - s) for s in pipe.scheduler.sigmas.double())
+        latents, times = run(pipe, wanted, guidance_scale=wanted.guidance_scale - 1)
+        return latents.numpy(), times
 
 
 def load(folder: DiffusersFolder, options: FolderOptions) -> ZImage:
@@ -216,36 +204,24 @@ def load(folder: DiffusersFolder, options: FolderOptions) -> ZImage:
                 f"{options.refiner}: a refiner has in_channels {2 * config.in_channels} and dim "
                 f"{config.dim}, got {refiner.config.in_channels} and {refiner.config.dim}"
             )
-        for name in ("cap_embedder", "context_refiner"):
-            if not same_weights(getattr(refiner, name), getattr(transformer, name)):
-                raise CheckpointError(
-                    f"{options.refiner}: {name} differs from the predictor's: both read the same "
-                    "text"
-                )
+        check_same_text(refiner, transformer, ["cap_embedder", "context_refiner"], options)
         refiner = Network(_with_real_rope(refiner), config.in_channels)
-    vae = load_vae(folder.used("vae", "AutoencoderKL"))
-    if vae.config.latent_channels != config.in_channels:
-        raise CheckpointError(
-            f"{folder.path}: the VAE has {vae.config.latent_channels} latent channels, the "
-            f"transformer {config.in_channels}"
-        )
+    vae = folder.vae(config.in_channels)
     model = folder.text_encoder("text_encoder", Qwen3Model, Qwen3ForCausalLM)
-    length = options.text_length if options.text_length is not None else _TEXT_LENGTH
     longest = min(_TEXT_LENGTH, config.axes_lens[0] - 2)  # the image stands behind the text
-    check_text_length(length, _MULTIPLE, longest)
+    length = text_length(options, _TEXT_LENGTH, _MULTIPLE, longest)
     if length % _MULTIPLE:
         raise CheckpointError(f"--text-length must be a multiple of {_MULTIPLE}, got {length}")
     tokenizer, tokenizing = folder.tokenizer("tokenizer", length, mask=True, enable_thinking=True)
     factor = latent_factor(vae)
-    scheduler, path = folder.scheduler()
-    text_encoder = TextEncoder(
-        Qwen(model, (model.config.num_hidden_layers - 1,)), _with_real_rope(transformer)
-    )
+    largest = min(config.axes_lens[1:]) * _PATCH * factor
+    scheduler, grid = folder.scheduler()
+    _with_real_rope(transformer)
+    qwen = Qwen(model, (model.config.num_hidden_layers - 1,))
     return ZImage(
-        folder=folder,
-        network=Network(_with_real_rope(transformer), config.in_channels),
+        network=Network(transformer, config.in_channels),
         refiner=refiner,
-        text_encoder=text_encoder,
+        text_encoder=TextEncoder(qwen, transformer),
         decoder=Decoder(vae),
         tokenizers=(tokenizing,),
         conditioning=((CONTEXT, (length, config.dim)), (CONTEXT_LENGTH, (1,))),
@@ -253,18 +229,18 @@ def load(folder: DiffusersFolder, options: FolderOptions) -> ZImage:
         factor=factor,
         multiple=factor * _PATCH,
         patch=_PATCH,
-        size=(min(_LATENTS, _PATCH * min(config.axes_lens[1:])) * factor,) * 2,
-        largest=min(config.axes_lens[1:]) * _PATCH * factor,
+        size=(min(_LATENTS * factor, largest),) * 2,
+        largest=largest,
         largest_decode=tile_size(vae),
         text_length=length,
         guidance_scale=6.0,  # 5 in the convention of diffusers' pipeline, which is its default
-        grid=shared_grid(scheduler, path),
+        grid=grid,
         distilled=options.distilled,
         ignored=folder.unused(),
         parts={
             "transformer": transformer,
             "vae": vae,
-            "scheduler": FlowMatchEulerDiscreteScheduler.from_config(scheduler),
+            "scheduler": scheduler,
             "text_encoder": model,
             "tokenizer": tokenizer,
         },
