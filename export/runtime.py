@@ -18,6 +18,10 @@ from flowturbo.rows import Tensors
 from flowturbo.runtimes import model_file, open_model, runtime_for
 from flowturbo.solver.program import compile_program
 
+_OPENVINO_HINT = (
+    ". OpenVINO in bf16 also rounds what the network computes in float32: try --precision fp32, or "
+    "--runtime torch"
+)
 MEASURE_S = 0.5  # per batch size
 # How often a request with the default schedule calls each model.
 _DEFAULT = compile_program(built_in()[DEFAULT])
@@ -105,13 +109,9 @@ def try_runtimes(
                 found = dict(zip(outputs, model(inputs), strict=True))
                 check(exported.role, outputs, found, TOLERANCES[runtime.precision])
         except VerificationError as error:
-            if len(open_to) == 1 and str(runtime) == "openvino bf16" and served:
-                raise VerificationError(
-                    f"{error}. OpenVINO in bf16 also rounds what the network computes in float32: "
-                    "try --precision fp32, or --runtime torch"
-                ) from error
             if len(open_to) == 1:
-                raise
+                hint = _OPENVINO_HINT if served and str(runtime) == "openvino bf16" else ""
+                raise VerificationError(f"{error}{hint}") from error
             print(f"{runtime} left out: {error} ... ", end="", flush=True)
             continue
         times = {}

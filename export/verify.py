@@ -14,11 +14,11 @@ from export.whole import WholeCheck
 from flowturbo.contract import GUIDANCE_SCALE, LATENT, SCHEDULE, SEED, Role
 from flowturbo.errors import RepositoryError
 from flowturbo.generate import generate, program_for
+from flowturbo.local import open_models
 from flowturbo.parity import TOLERANCES, Evaluate, VerificationError, errors
 from flowturbo.pipeline import Pipeline
 from flowturbo.request import GenerationRequest, parse_request
 from flowturbo.rows import Tensors
-from flowturbo.runtimes import model_file, open_model
 from flowturbo.settings import Settings
 from flowturbo.solver.calls import Variant
 
@@ -131,15 +131,7 @@ def _forms(
         names = dict.fromkeys(records, "PyTorch bf16")
         yield names, {e.role: torch_evaluation(e) for e in exports}
     paths = {role: repository / pipeline.model(role) / "1" for role in records}
-    models: Forms = {
-        role: open_model(
-            paths[role] / model_file(record.runtime),
-            record.precision,
-            runtime=record.runtime,
-            on_gpu=record.on_gpu,
-        )
-        for role, record in records.items()
-    }
+    models: Forms = {**open_models(repository, pipeline)}
     names = {
         role: f"{type(model).__name__.removesuffix('Model')} {records[role].precision}"
         for role, model in models.items()

@@ -19,12 +19,13 @@ from flowturbo.contract import (
 )
 from flowturbo.generate import generate, program_for
 from flowturbo.latents import noise
+from flowturbo.local import open_role
 from flowturbo.nets.families.family import Wanted
 from flowturbo.parity import TOLERANCES, VerificationError, errors
 from flowturbo.pipeline import Pipeline
 from flowturbo.request import parse_request
 from flowturbo.rows import Tensors
-from flowturbo.runtimes import Model, model_file, open_model
+from flowturbo.runtimes import Model
 from flowturbo.settings import Settings
 from flowturbo.solver.calls import Variant
 
@@ -123,9 +124,5 @@ class _OneAtATime:
     def _open(self, role: Role) -> Model:
         made = self._pipeline.models[role]
         rounds = made.engine == "python" or made.runtime != "openvino"
-        return open_model(
-            self._staged / self._pipeline.model(role) / "1" / model_file(made.runtime),
-            made.precision if rounds else "fp32",
-            runtime=made.runtime,
-            on_gpu=made.on_gpu,
-        )
+        precision = made.precision if rounds else "fp32"
+        return open_role(self._staged, self._pipeline, role, precision=precision)

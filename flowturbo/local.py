@@ -143,15 +143,27 @@ def open_models(
 ) -> dict[Role, Model]:
     """Opens the composed models of `pipeline`, by role, in the runtime of the export."""
     return {
-        role: open_model(
-            repository / pipeline.model(role) / "1" / model_file(made.runtime),
-            made.precision,
-            threads,
-            made.runtime,
-            on_gpu=made.on_gpu,
-        )
-        for role, made in pipeline.models.items()
+        role: open_role(repository, pipeline, role, threads=threads) for role in pipeline.models
     }
+
+
+def open_role(
+    repository: Path,
+    pipeline: Pipeline,
+    role: Role,
+    *,
+    precision: str | None = None,
+    threads: int | None = None,
+) -> Model:
+    """Opens one composed model in the runtime of the export, and its precision if none is given."""
+    made = pipeline.models[role]
+    return open_model(
+        repository / pipeline.model(role) / "1" / model_file(made.runtime),
+        precision or made.precision,
+        threads,
+        made.runtime,
+        on_gpu=made.on_gpu,
+    )
 
 
 def _integers(name: str, values: int | Sequence[int] | np.ndarray) -> np.ndarray:
