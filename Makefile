@@ -84,7 +84,7 @@ fonts: setup  ## install the fonts that training renders; needs root
 	apt-get install -y -qq --no-install-recommends $$($(BIN)/python -m training.fonts)
 
 train: setup  ## train the glyphs model from scratch (2.5 hours on two cores); resumes
-	$(BIN)/python -m training --out $(GLYPHS)
+	$(BIN)/python -m training.glyphs --out $(GLYPHS)
 
 clean:  ## remove everything that was made here, except training runs
 	rm -rf .venv output $(REPOSITORY)/*_* $(REPOSITORY)/flowturbo/1/pipelines

@@ -1,4 +1,4 @@
-"""The glyphs VAE: a small diffusers AutoencoderKL, 64 x 64 RGB to 4 x 16 x 16 latents."""
+"""A small diffusers AutoencoderKL: 64 x 64 RGB to latents of 16 x 16."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,13 +16,13 @@ KL_WEIGHT = 5e-4  # for the mean over latent values: near unit scale, without bl
 BLOCKS = (16, 32, 64)
 
 
-def build() -> AutoencoderKL:
-    """An untrained VAE."""
+def build(channels: int) -> AutoencoderKL:
+    """An untrained VAE with latents of so many `channels`."""
     stages = len(BLOCKS)
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
-        latent_channels=4,
+        latent_channels=channels,
         block_out_channels=BLOCKS,
         down_block_types=("DownEncoderBlock2D",) * stages,
         up_block_types=("UpDecoderBlock2D",) * stages,
@@ -33,7 +33,11 @@ def build() -> AutoencoderKL:
 
 
 def train(
-    images: np.ndarray, plan: TrainingConfig, folder: Path, identity: Mapping[str, str]
+    images: np.ndarray,
+    channels: int,
+    plan: TrainingConfig,
+    folder: Path,
+    identity: Mapping[str, str],
 ) -> AutoencoderKL:
     """Fits the VAE to `images` [N, 64, 64, 3] uint8 and sets its scaling factor.
 
@@ -51,7 +55,7 @@ def train(
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         return error.abs().mean() + error.square().mean() + KL_WEIGHT * kl
 
-    vae = fit("vae", build(), loss_of, plan, folder, identity=identity)
+    vae = fit("vae", build(channels), loss_of, plan, folder, identity=identity)
     assert isinstance(vae, AutoencoderKL)
     # Flow matching expects data of about unit scale.
     sample = images[:4096]

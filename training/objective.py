@@ -10,10 +10,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from flowturbo.generate import LARGEST_TRAINED_STEP
 from flowturbo.nets.sit import GUIDED_CHANNELS
 from flowturbo.solver.guidance import MAX_SCALE, guide
+from training import flow_matching
 from training.data import Latents, LatentSource
 from training.loop import local_rows
 from training.plan import PlanError
-from training.predictor import NULL_LABEL_PROBABILITY
 
 ANY_ATTENTION = [
     SDPBackend.FLASH_ATTENTION,
@@ -66,7 +66,7 @@ class RefinerObjective:
     def draw(self, batch: int, source: LatentSource, generator: torch.Generator) -> "Draws":
         """The random numbers of a whole batch."""
         row = torch.randint(len(source), (batch,), generator=generator)
-        dropped = torch.rand(batch, generator=generator) < NULL_LABEL_PROBABILITY
+        dropped = flow_matching.dropped(batch, generator)
         noise, posterior = torch.randn((2, batch, *source.shape), generator=generator)
         width = self.largest_step - self.smallest_step
         if self.rule is Rule.REFERENCE:

@@ -35,9 +35,9 @@ from research.quality.judges import (
     load_reference,
 )
 from research.quality.metrics import Figures, figures
-from training.classifier import Features
 from training.frechet import Reference
-from training.glyphs import CLASS_NAMES
+from training.glyphs.pictures import CLASS_NAMES
+from training.judging import Features
 
 # Later export options at values that change nothing. Without them older digests stay valid.
 _UNSET = [("num_classes", None), ("reverse_time", False)]

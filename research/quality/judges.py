@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flowturbo.errors import FlowTurboError
-from training import classifier
-from training.classifier import SPATIAL_CHANNELS, Features
 from training.frechet import Reference, Statistics
-from training.glyphs import IMAGE_SIZE
+from training.glyphs import classifier
+from training.glyphs.pictures import IMAGE_SIZE
 from training.images import Skipped, find_images, read_image, unused
+from training.judging import SPATIAL_CHANNELS, Features, extract_features
 from training.loop import device
 
 _BATCH = 50
@@ -54,7 +54,7 @@ class Classifier:
                 f"the glyphs' classifier reads images of {size} pixels, these have {seen}: "
                 "give --inception and --reference"
             )
-        return classifier.extract_features(self._model, images)
+        return extract_features(self._model, images)
 
 
 class Inception:

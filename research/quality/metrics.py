@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from training.classifier import Features
 from training.frechet import Reference, Statistics, frechet_distance
+from training.judging import Features
 
 Figure = Callable[[np.ndarray], float]  # of rows [N, ...], one per image
 Without = tuple[float, ...]  # a figure without each of BLOCKS blocks of seeds; () for fewer images

@@ -16,7 +16,7 @@ from flowturbo.command import run_command
 from flowturbo.errors import FlowTurboError
 from flowturbo.nets.weights import sha256
 from flowturbo.pipeline import read_pipeline
-from training.__main__ import glyph_latents
+from training.glyphs.__main__ import glyph_latents
 from training.shards import Shards
 
 FOLDER = Path("runs/study/refiners")

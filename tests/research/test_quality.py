@@ -50,8 +50,8 @@ from research.quality.metrics import (
     without_block,
 )
 from research.quality.samplers import Counted
-from training.classifier import Features
 from training.frechet import Reference, Statistics
+from training.judging import Features
 
 RNG = np.random.default_rng(0)
 PICTURES = RNG.integers(0, 256, (6, 64, 64, 3), np.uint8)

@@ -21,7 +21,7 @@ from flowturbo.nets.sit import SiT, SiTConfig
 from flowturbo.nets.vae import Decoder, load_vae
 from flowturbo.textfile import TextFileError
 from training.data import EncodedImages, encode
-from training.glyphs import CLASS_NAMES, GlyphImages
+from training.glyphs.pictures import CLASS_NAMES, GlyphImages
 from training.images import DataError, list_pictures
 from training.latents import Storage, Writer, main
 from training.loop import save_weights

@@ -14,9 +14,9 @@ from flowturbo.nets.checkpoint import build_network
 from flowturbo.nets.weights import load_checkpoint
 from research.quality.engine import Engine, SamplingSpec
 from research.quality.judges import Classifier
-from training import __main__ as stages
 from training.fonts import font_paths
 from training.frechet import Statistics, frechet_distance
+from training.glyphs import __main__ as stages
 from training.loop import fit
 from training.plan import Pace, TrainingConfig
 
@@ -66,13 +66,13 @@ def test_a_run_is_not_resumed_with_another_plan(tmp_path: Path) -> None:
 def test_a_stage_is_not_resumed_after_another_one_before_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All of `python -m training`, a step a stage, on noise in place of glyphs."""
+    """All of `python -m training.glyphs`, a step a stage, on noise in place of glyphs."""
     plans = {name: replace(p, steps=1, batch=2, restarts=()) for name, p in stages.PLANS.items()}
     monkeypatch.setattr(stages, "PLANS", plans)
     monkeypatch.setattr(stages, "IMAGES", 72)
     rng, runs, out = np.random.default_rng(0), tmp_path / "runs", tmp_path / "out"
     images = rng.integers(0, 256, (2, 72, 64, 64, 3), dtype=np.uint8)
-    monkeypatch.setattr(stages, "load_or_render", lambda _folder, _count, seed: images[seed])
+    monkeypatch.setattr(stages, "load_images", lambda _folder, _count, seed: images[seed])
     command = ["--runs", str(runs), "--out", str(out)]
     assert stages.main(command) == 0
     made = {path: path.read_bytes() for path in out.glob("*.safetensors")}

@@ -1,4 +1,4 @@
-"""Makes the glyphs model from nothing: `python -m training [--out weights/glyphs]`.
+"""Makes the glyphs model from nothing: `python -m training.glyphs [--out weights/glyphs]`.
 
 Stages in order: render the data, train the VAE, the classifier, the predictor and the refiner.
 Each stage resumes where it was stopped. A finished stage is not repeated.
@@ -12,19 +12,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import nn
 
 from flowturbo.command import run_command
 from flowturbo.errors import FlowTurboError
 from flowturbo.nets.sit import SiT, refiner_config
 from flowturbo.nets.vae import load_vae
 from flowturbo.nets.weights import sha256
-from training import autoencoder, classifier, predictor, refiner
+from training import autoencoder, refiner
 from training.data import InMemory, vae_digest
-from training.frechet import Reference, Statistics
-from training.glyphs import CLASS_NAMES, GlyphImages, load_or_render
+from training.glyphs import classifier, predictor
+from training.glyphs.pictures import CLASS_NAMES, GlyphImages, load_images
+from training.judging import REFERENCE_IMAGES, reference
 from training.latents import Storage, Writer
 from training.loop import digest_of, processes, save_weights
 from training.objective import RefinerObjective
@@ -33,8 +32,6 @@ from training.samples import RefinerPreview
 from training.shards import Shards
 
 IMAGES = 48_000
-REFERENCE_IMAGES = 10_000  # real images for the statistics of features
-REFERENCE_ROWS = 5_000  # of these, images whose features themselves are kept
 PLANS = {
     "vae": TrainingConfig(
         1750, batch=32, learning_rate=1.5e-3, seed=1, restarts=(1000,), ema_decay=0.0
@@ -50,24 +47,24 @@ PLANS = {
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit status: 2, with one line on stderr, for errors that the user can fix."""
-    parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m training.glyphs", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("weights/glyphs"))
     parser.add_argument("--runs", type=Path, default=Path("runs/glyphs"), help="data and states")
     parser.add_argument("--seed", type=int, default=0, help="seed of the data")
     args = parser.parse_args(argv)
     errors = (FlowTurboError, FloatingPointError, OSError)
-    return run_command("training", lambda: _run(args), errors)
+    return run_command("training.glyphs", lambda: _run(args), errors)
 
 
 def _run(args: argparse.Namespace) -> None:
     """Runs every stage. Refuses a state of other data, or of another earlier network."""
     if processes().num_processes > 1:
         raise PlanError(f"one process is needed, got {processes().num_processes}")
-    images = load_or_render(args.runs / "data", IMAGES, args.seed)
+    images = load_images(args.runs / "data", IMAGES, args.seed)
     data = {"images": hashlib.sha256(images.data).hexdigest()}
     args.out.mkdir(parents=True, exist_ok=True)
 
-    vae = autoencoder.train(images, PLANS["vae"], args.runs, data)
+    vae = autoencoder.train(images, 4, PLANS["vae"], args.runs, data)
     vae.save_pretrained(args.out / "vae")
     judge = classifier.train(images, PLANS["classifier"], args.runs, data)
     save_weights(judge, args.out / "classifier.safetensors", torch.float16)
@@ -97,16 +94,9 @@ def _run(args: argparse.Namespace) -> None:
     print(json.dumps({p.name: p.stat().st_size for p in sorted(args.out.iterdir())}, indent=1))
 
 
-def reference(judge: nn.Sequential, images: np.ndarray) -> Reference:
-    """Statistics of the classifier's features of real `images` [N, 64, 64, 3] uint8."""
-    seen = classifier.extract_features(judge, images)
-    pooled, spatial = Statistics.of(seen.pooled), Statistics.of(seen.spatial)
-    return Reference(pooled, spatial, seen.pooled[:REFERENCE_ROWS])
-
-
 def glyph_latents(vae: Path, runs: Path, seed: int = 0) -> Path:
     """The folder of the latents of the data, encoded by the VAE in the folder `vae` if missing."""
-    images = load_or_render(runs / "data", IMAGES, seed)
+    images = load_images(runs / "data", IMAGES, seed)
     digest = sha256(vae / "diffusion_pytorch_model.safetensors")[:12]
     folder = runs / "data" / f"latents-{IMAGES}-{seed}-{digest}"  # Writer detects other images
     storage = Storage(dtype="float32", mean_only=True)

@@ -1,25 +1,20 @@
 """The glyphs data set: 64 x 64 RGB letters and digits in random fonts, colours and poses."""
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL
 from PIL import Image, ImageDraw, ImageFont
-from tqdm import tqdm
 
 from training.fonts import font_paths
+from training.rendering import load_or_render
 
 CLASS_NAMES = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")
 IMAGE_SIZE = 64  # pixels
 _OVERSAMPLING = 2
-_CHUNK = 500  # images per task of the process pool
 
 
 def render(text: str, font_path: str, rng: np.random.Generator) -> np.ndarray:
@@ -47,13 +42,10 @@ def _two_colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
             return pair[0], pair[1]
 
 
-def _render_range(start: int, stop: int, seed: int, fonts: Sequence[str]) -> np.ndarray:
-    images = []
-    for index in range(start, stop):
-        rng = np.random.default_rng([seed, index])
-        font = fonts[rng.integers(len(fonts))]
-        images.append(render(CLASS_NAMES[index % len(CLASS_NAMES)], font, rng))
-    return np.stack(images)
+def render_class(index: int, rng: np.random.Generator, fonts: Sequence[str]) -> np.ndarray:
+    """An image of the class of `index`: the classes take turns."""
+    font = fonts[rng.integers(len(fonts))]
+    return render(CLASS_NAMES[index % len(CLASS_NAMES)], font, rng)
 
 
 def label_of(index: np.ndarray) -> np.ndarray:
@@ -91,36 +83,7 @@ class GlyphImages:
         return [hashlib.sha256(image.tobytes()).hexdigest() for image in self.images]
 
 
-def load_or_render(folder: Path, count: int, seed: int) -> np.ndarray:
-    """The data set, [count, 64, 64, 3] uint8, rendered once and then read from `folder`.
-
-    Image i depends on (seed, i), the installed fonts and the version of Pillow. Each combination
-    has its own file.
-    """
-    fonts = [str(p) for p in font_paths()]
-    path = folder / f"images-{count}-{seed}-{_digest_of(fonts)}.npy"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        partial_path = path.with_suffix(".partial.npy")
-        out = np.lib.format.open_memmap(
-            partial_path, "w+", np.uint8, (count, IMAGE_SIZE, IMAGE_SIZE, 3)
-        )
-        starts = range(0, count, _CHUNK)
-        stops = [min(start + _CHUNK, count) for start in starts]
-        task = partial(_render_range, seed=seed, fonts=fonts)
-        with ProcessPoolExecutor(os.cpu_count()) as pool:
-            chunks = pool.map(task, starts, stops)
-            for start, images in zip(starts, tqdm(chunks, "render", len(stops)), strict=True):
-                out[start : start + len(images)] = images
-        out.flush()
-        partial_path.rename(path)
-    loaded: np.ndarray = np.load(path, mmap_mode="r")
-    return loaded
-
-
-def _digest_of(fonts: Sequence[str]) -> str:
-    """Twelve hexadecimal digits that identify the fonts and the version of Pillow."""
-    digest = hashlib.sha256(PIL.__version__.encode())
-    for font in fonts:
-        digest.update(Path(font).name.encode() + Path(font).read_bytes())
-    return digest.hexdigest()[:12]
+def load_images(folder: Path, count: int, seed: int) -> np.ndarray:
+    """The data set, [count, 64, 64, 3] uint8 (see `training.rendering`)."""
+    fonts = [str(path) for path in font_paths()]
+    return load_or_render(folder, render_class, fonts, IMAGE_SIZE, count, seed)

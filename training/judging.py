@@ -1,54 +1,40 @@
-"""A small classifier of glyphs: it judges whether an image shows the requested class."""
+"""Small convolutional networks that judge images of 64 x 64 pixels, and their features."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from training.data import to_unit
-from training.glyphs import CLASS_NAMES, label_of
-from training.loop import device, fit
-from training.plan import TrainingConfig
+from training.frechet import Reference, Statistics
+from training.loop import device
 
 SPATIAL_CHANNELS = 7  # as in ADM's evaluator for sFID
+REFERENCE_IMAGES = 10_000  # real images for the statistics of features
+_REFERENCE_ROWS = 5_000  # of these, images whose features themselves are kept
 _THIRD, _LAST = 9, 12  # number of layers up to the activation of the third and last convolution
 _BATCH = 256
 
 
-def build() -> nn.Sequential:
-    """Images [B, 3, 64, 64] in [-1, 1] to class logits [B, 36]."""
+def build(outputs: int) -> nn.Sequential:
+    """Images [B, 3, 64, 64] in [-1, 1] to logits [B, outputs]."""
     layers: list[nn.Module] = []
     for read, write in ((3, 32), (32, 64), (64, 128), (128, 128)):
         layers += [nn.Conv2d(read, write, 3, stride=2, padding=1), nn.GroupNorm(8, write)]
         layers += [nn.SiLU()]
-    layers += [nn.Flatten(), nn.Dropout(0.2), nn.Linear(128 * 16, len(CLASS_NAMES))]
+    layers += [nn.Flatten(), nn.Dropout(0.2), nn.Linear(128 * 16, outputs)]
     return nn.Sequential(*layers)
 
 
-def train(
-    images: np.ndarray, plan: TrainingConfig, folder: Path, identity: Mapping[str, str]
-) -> nn.Sequential:
-    """Fits the classifier to `images` [N, 64, 64, 3] uint8. The index of an image gives its class.
+def noisy(images: np.ndarray, generator: torch.Generator) -> torch.Tensor:
+    """`images` [B, H, W, 3] uint8 as the networks read them, with a little noise for training.
 
-    `identity` identifies the images.
+    With noise the texture of the VAE's decoder does not affect the judgement.
     """
-    torch.manual_seed(plan.seed)
-
-    def loss_of(model: nn.Module, generator: torch.Generator) -> Tensor:
-        rows = np.sort(torch.randint(len(images), (plan.batch,), generator=generator).numpy())
-        pixels = to_unit(images[rows])
-        # A little noise, so that the texture of the VAE decoder does not affect the classifier.
-        pixels = pixels + 0.1 * torch.randn(pixels.shape, generator=generator).to(pixels.device)
-        target = torch.from_numpy(label_of(rows)).to(pixels.device)
-        return F.cross_entropy(model(pixels).float(), target)
-
-    trained = fit("classifier", build(), loss_of, plan, folder, identity=identity)
-    assert isinstance(trained, nn.Sequential)
-    return trained
+    pixels = to_unit(images)
+    return pixels + 0.1 * torch.randn(pixels.shape, generator=generator).to(pixels.device)
 
 
 @dataclass(frozen=True)
@@ -58,7 +44,7 @@ class Features:
     - `pooled` [N, D]: channels of the last convolution, averaged over the image.
     - `spatial` [N, S]: the first SPATIAL_CHANNELS channels of a middle convolution at every pixel,
       channels last.
-    - `probability` [N, K]: class probabilities.
+    - `probability` [N, K]: class probabilities, if the outputs are classes.
     """
 
     pooled: np.ndarray
@@ -73,7 +59,10 @@ class Features:
 
 
 def extract_features(model: nn.Sequential, images: np.ndarray) -> Features:
-    """The classifier's features of `images` [N, 64, 64, 3] uint8: 128 pooled, 448 spatial."""
+    """Features of `images` [N, 64, 64, 3] uint8 by a network of `build`.
+
+    There are 128 pooled and 448 spatial ones.
+    """
     model = model.to(device()).eval()
     return Features.join(
         _look(model, images[k : k + _BATCH]) for k in range(0, len(images), _BATCH)
@@ -87,3 +76,10 @@ def _look(model: nn.Sequential, images: np.ndarray) -> Features:
     spatial = maps[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
     found = last.mean((2, 3)), spatial, model[_LAST:](last).softmax(1)
     return Features(*(tensor.cpu().numpy() for tensor in found))
+
+
+def reference(judge: nn.Sequential, images: np.ndarray) -> Reference:
+    """Statistics of the judge's features of real `images` [N, 64, 64, 3] uint8."""
+    seen = extract_features(judge, images)
+    pooled, spatial = Statistics.of(seen.pooled), Statistics.of(seen.spatial)
+    return Reference(pooled, spatial, seen.pooled[:_REFERENCE_ROWS])

@@ -8,10 +8,9 @@ from torch import Tensor, nn
 
 from flowturbo.nets.sit import SiT, SiTConfig
 from training.data import Latents
+from training.flow_matching import dropped, logit_normal, path, uniform
 from training.loop import LossOf, device, digest_of, fit
 from training.plan import TrainingConfig
-
-NULL_LABEL_PROBABILITY = 0.1
 
 
 def config(num_classes: int) -> SiTConfig:
@@ -27,22 +26,6 @@ def config(num_classes: int) -> SiTConfig:
         num_heads=6,
         num_classes=num_classes,
     )
-
-
-def draw_null(label: Tensor, null: int, generator: torch.Generator) -> Tensor:
-    """`label` [B] with a tenth of the labels replaced by the null label, for guidance."""
-    dropped = torch.rand(label.shape, generator=generator) < NULL_LABEL_PROBABILITY
-    return torch.where(dropped, null, label)
-
-
-def logit_normal(count: int, generator: torch.Generator) -> Tensor:
-    """Times [count] around the middle, where most of the image forms."""
-    return torch.sigmoid(torch.randn(count, generator=generator))
-
-
-def uniform(count: int, generator: torch.Generator) -> Tensor:
-    """Times [count] in [0, 1)."""
-    return torch.rand(count, generator=generator)
 
 
 # Training phases in order: the name of the plan, and how times are drawn. Logit-normal times alone
@@ -78,11 +61,11 @@ def _loss(
 ) -> LossOf:
     def loss_of(network: nn.Module, generator: torch.Generator) -> Tensor:
         rows = torch.randint(len(latents), (batch,), generator=generator)
-        data, label = latents[rows], draw_null(labels[rows], null, generator)
+        data = latents[rows]
+        label = torch.where(dropped(batch, generator), null, labels[rows])
         noise = torch.randn(data.shape, generator=generator)
         t = draw_times(batch, generator)
-        at = t[:, None, None, None]
-        x, velocity = (1 - at) * noise + at * data, data - noise
+        x, velocity = path(data, noise, t)
         x, velocity, t, label = (a.to(device()) for a in (x, velocity, t, label))
         return (network(x, t, label).float() - velocity).square().mean()
 

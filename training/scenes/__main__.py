@@ -1,0 +1,87 @@
+"""Makes the scenes model from nothing: `python -m training.scenes [--out weights/scenes]`.
+
+Stages in order: render the data, train the judge, the VAE, the predictor with its text encoders,
+and the refiner. Each stage resumes where it was stopped. A finished stage is not repeated.
+"""
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from diffusers import AutoencoderKL
+from tqdm import tqdm
+
+from flowturbo.command import run_command
+from flowturbo.errors import FlowTurboError
+from training import autoencoder
+from training.data import encode, vae_digest
+from training.loop import processes
+from training.plan import PlanError, TrainingConfig
+from training.scenes import predictor
+from training.scenes.grammar import scenes, vocabulary
+from training.scenes.network import LATENT_CHANNELS, make_tokenizer, save_folder
+from training.scenes.pictures import load_images
+
+IMAGES = 80_000
+JUDGE_IMAGES = 40_000  # of any pair of sign and colour: the judge must know them all
+JUDGE_SEED = 1  # added to the seed of the data
+PLANS = {
+    "judge": TrainingConfig(2000, batch=128, learning_rate=2e-3, seed=2, ema_decay=0.99),
+    "vae": TrainingConfig(1600, batch=32, learning_rate=1.5e-3, seed=1, ema_decay=0.0),
+    "predictor": TrainingConfig(9000, batch=64, learning_rate=1e-3, seed=3, decay="constant"),
+    "predictor_decay": TrainingConfig(4000, batch=64, learning_rate=1e-3, seed=5),
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit status: 2, with one line on stderr, for errors that the user can fix."""
+    parser = argparse.ArgumentParser(prog="python -m training.scenes", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("weights/scenes"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/scenes"), help="data and states")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the data")
+    args = parser.parse_args(argv)
+    errors = (FlowTurboError, FloatingPointError, OSError)
+    return run_command("training.scenes", lambda: _run(args), errors)
+
+
+def _run(args: argparse.Namespace) -> None:
+    """Runs every stage. Refuses a state of other data, or of another earlier network."""
+    if processes().num_processes > 1:
+        raise PlanError(f"one process is needed, got {processes().num_processes}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    images = load_images(args.runs / "data", IMAGES, args.seed)
+    data = {"images": hashlib.sha256(images.data).hexdigest()}
+
+    vae = autoencoder.train(images, LATENT_CHANNELS, PLANS["vae"], args.runs, data)
+    tokenizer = make_tokenizer(vocabulary(), args.runs / "tokenizer")
+    latents = encode_all(vae, images, args.runs / "data")
+    model = predictor.train(
+        latents,
+        scenes(IMAGES, args.seed),
+        tokenizer,
+        PLANS,
+        args.runs,
+        {**data, "vae": vae_digest(vae)},
+    )
+    save_folder(model, vae, tokenizer, args.out)
+
+
+def encode_all(vae: AutoencoderKL, images: np.ndarray, folder: Path) -> np.ndarray:
+    """The means of the latents of `images`, [N, C, h, w] float16, kept in a file in `folder`."""
+    digest = hashlib.sha256(vae_digest(vae).encode() + images.data).hexdigest()[:12]
+    path = folder / f"latents-{digest}.npy"
+    if not path.exists():
+        batches = [images[start : start + 256] for start in range(0, len(images), 256)]
+        means = [encode(vae, batch)[0].half().numpy() for batch in tqdm(batches, "encode")]
+        partial_path = path.with_suffix(".partial.npy")
+        np.save(partial_path, np.concatenate(means))
+        partial_path.rename(path)
+    loaded: np.ndarray = np.load(path)
+    return loaded
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
