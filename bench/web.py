@@ -1,7 +1,8 @@
 """A typical web server around PyTorch, for comparison: `python -m bench.web --port 8080`.
 
 FastAPI under uvicorn. `POST /generate` answers raw uint8 images, with their shape in the header
-`X-Shape`. So it sends as much as the service's `image` output. `GET /health` answers 200.
+`X-Shape`. So it sends as much as the service's `image` output. `GET /health` answers 200. With
+--diffusers it serves diffusers' own pipeline, for prompts.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from fastapi import FastAPI, HTTPException, Response
 from pydantic import BaseModel
 
 from bench.baseline import PRECISIONS, TorchPipeline
+from bench.diffusers_baseline import DiffusersPipeline
 from flowturbo.errors import FlowTurboError, RequestError
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -35,13 +37,18 @@ class GenerateRequest(BaseModel):
     guidance_scale: float = 3.0
 
 
+class PromptRequest(BaseModel):
+    """One image per prompt; `seeds` has one entry per prompt."""
+
+    prompts: list[str]
+    seeds: list[int]
+    steps: int
+    guidance_scale: float
+
+
 def create_app(pipeline: TorchPipeline) -> FastAPI:
     """The web application around `pipeline`."""
-    app = FastAPI()
-
-    @app.get("/health")
-    def health() -> dict[str, str]:
-        return {"status": "ok"}
+    app = _app()
 
     # Not `async`: FastAPI runs it in a thread pool, so the server stays responsive.
     @app.post("/generate")
@@ -53,10 +60,39 @@ def create_app(pipeline: TorchPipeline) -> FastAPI:
             )
         except RequestError as error:
             raise HTTPException(422, str(error)) from error
-        shape = ",".join(map(str, images.shape))
-        return Response(images.tobytes(), 200, {"X-Shape": shape}, "application/octet-stream")
+        return _response(images)
 
     return app
+
+
+def create_prompt_app(pipeline: DiffusersPipeline) -> FastAPI:
+    """The web application around diffusers' pipeline."""
+    app = _app()
+
+    @app.post("/generate")
+    def generate(request: PromptRequest) -> Response:
+        if not request.prompts or len(request.prompts) != len(request.seeds):
+            raise HTTPException(422, "give one seed per prompt")
+        return _response(
+            pipeline.generate(request.prompts, request.seeds, request.steps, request.guidance_scale)
+        )
+
+    return app
+
+
+def _app() -> FastAPI:
+    app = FastAPI()
+
+    @app.get("/health")
+    def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    return app
+
+
+def _response(images: np.ndarray) -> Response:
+    shape = ",".join(map(str, images.shape))
+    return Response(images.tobytes(), 200, {"X-Shape": shape}, "application/octet-stream")
 
 
 def _check(request: GenerateRequest, num_classes: int) -> None:
@@ -82,12 +118,15 @@ class WebClient:
         self, labels: Sequence[int], seeds: Sequence[int], schedule: str, guidance_scale: float
     ) -> np.ndarray:
         """Images [n, H, W, 3] uint8. Raises RequestError with the server's reason if it refuses."""
-        wanted = {
-            "labels": list(labels),
-            "seeds": list(seeds),
-            "schedule": schedule,
-            "guidance_scale": guidance_scale,
-        }
+        return self.post(
+            labels=list(labels),
+            seeds=list(seeds),
+            schedule=schedule,
+            guidance_scale=guidance_scale,
+        )
+
+    def post(self, **wanted: object) -> np.ndarray:
+        """As `generate`, of a request with these fields."""
         answer = self._pool.request("POST", "/generate", json=wanted, retries=False)
         if answer.status != 200:
             raise RequestError(f"HTTP {answer.status}: {answer.json()['detail']}")
@@ -103,15 +142,21 @@ class WebClient:
 
 @contextlib.contextmanager
 def running_web(
-    weights: Path, threads: int, compiled: bool = False, precision: str = "fp32"
+    weights: Path,
+    threads: int,
+    compiled: bool = False,
+    precision: str = "fp32",
+    *,
+    diffusers: bool = False,
 ) -> Iterator[int]:
     """Runs a server in its own process on a free loopback port; yields the port.
 
-    Raises FlowTurboError if it exits before it is ready. Its messages go to standard error.
+    With `diffusers`, `weights` is a diffusers folder, and the pipeline is diffusers' own. Raises
+    FlowTurboError if it exits before it is ready. Its messages go to standard error.
     """
     command = [sys.executable, "-m", "bench.web", "--port", "0", "--threads", str(threads)]
     command += ["--weights", str(weights.resolve()), "--precision", precision]
-    command += ["--compiled"] * compiled
+    command += ["--compiled"] * compiled + ["--diffusers"] * diffusers
     process = subprocess.Popen(command, cwd=_ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -138,10 +183,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
     parser.add_argument("--compiled", action="store_true", help="use torch.compile, before serving")
+    parser.add_argument("--diffusers", action="store_true", help="--weights is a diffusers folder")
     args = parser.parse_args()
-    pipeline = TorchPipeline(args.weights, args.threads, args.compiled, args.precision)
-    pipeline.generate([0], [0], "H1P1R1", 3.0)  # compiles for one guided image
-    config = uvicorn.Config(create_app(pipeline), log_level="warning")
+    if args.diffusers:
+        app = create_prompt_app(DiffusersPipeline(args.weights, args.threads, args.precision))
+    else:
+        pipeline = TorchPipeline(args.weights, args.threads, args.compiled, args.precision)
+        pipeline.generate([0], [0], "H1P1R1", 3.0)  # compiles for one guided image
+        app = create_app(pipeline)
+    config = uvicorn.Config(app, log_level="warning")
     with socket.create_server((_HOST, args.port)) as listener:
         print(f"ready http://{_HOST}:{listener.getsockname()[1]}", flush=True)
         uvicorn.Server(config).run(sockets=[listener])

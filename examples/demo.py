@@ -1,7 +1,8 @@
-"""Serves a model repository, generates one grid with three schedules, and stops the server.
+"""Serves a model repository, makes grids of pictures, and stops the server.
 
-`make demo` runs this with the real server and client. flowturbo/serve.py keeps a server running;
-client/ has the library.
+`make demo` runs this with the real server and client: a row of glyphs for each of three schedules,
+and a row of glyph scenes for each of two, with their prompts. flowturbo/serve.py keeps a server
+running; client/ has the library.
 """
 
 import argparse
@@ -13,7 +14,16 @@ from pathlib import Path
 from flowturbo.serving.installation import ServerError
 from flowturbo.serving.tritonserver import running_server
 
-SCHEDULES = ("H8", "H1P5R3", "fast")
+PROMPTS = (
+    "a red letter b left of a blue 7 on white",
+    "a yellow letter k above a green 4 on black",
+    "the h is white and below a red 9, on blue",
+    "on green, a purple letter x",
+    "an orange 5 in the middle on a purple background",
+    "a blue letter t at the top right on yellow",
+    "a black letter r with a white 3 to its right on orange",
+    "a green letter y right of a yellow letter e on red",
+)
 
 
 def main() -> int:
@@ -21,7 +31,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repository", type=Path, default=Path("model_repository"))
     parser.add_argument("--output", type=Path, default=Path("output"))
-    parser.add_argument("--characters", default="FLOWTURBO2", help="one image per character")
+    parser.add_argument("--characters", default="FLOWTURBO2", help="one glyph per character")
+    parser.add_argument("--prompts", nargs="+", default=PROMPTS, help="one scene per prompt")
     parser.add_argument("--seed", type=int, default=2024)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
@@ -31,26 +42,21 @@ def main() -> int:
     try:
         with running_server(args.repository, log_path=log) as address:
             print(f"ready after {time.monotonic() - started:.1f} s, gRPC at {address.grpc}")
-            return generate(address.grpc, args.characters, args.seed, args.output)
+            glyphs = ["--characters", args.characters, "--schedule", "H8", "H1P5R3", "fast"]
+            scenes = ["--prompt", *args.prompts, "--pipeline", "scenes", "--schedule", "H8", "fast"]
+            seed = ["--seed", str(args.seed)]
+            return generate(address.grpc, *glyphs, *seed, "--output", args.output) or generate(
+                address.grpc, *scenes, *seed, "--output", args.output / "scenes"
+            )
     except ServerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
 
-def generate(url: str, text: str, seed: int, output: Path) -> int:
+def generate(url: str, *options: object) -> int:
     """Runs the client's command once for all schedules, so that their rows share seeds."""
-    command = [
-        sys.executable,
-        "-m",
-        "flowturbo_client",
-        "generate",
-        "--url",
-        url,
-        "--characters",
-        text,
-    ]
-    command += ["--seed", str(seed), "--schedule", *SCHEDULES, "--warmup", "--output", str(output)]
-    return subprocess.run(command).returncode
+    command = [sys.executable, "-m", "flowturbo_client", "generate", "--url", url, "--warmup"]
+    return subprocess.run([*command, *map(str, options)]).returncode
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ server notices changes only after a restart.
 """
 
 import argparse
-import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,7 +23,7 @@ from export.pipeline import Options, export_pipeline, list_pipelines
 from export.runtime import candidates
 from export.source import Checkpoints, Source
 from export.verify import verify_pipeline
-from flowturbo.command import natural, positive, run_command
+from flowturbo.command import image_size, natural, positive, run_command
 from flowturbo.errors import FlowTurboError
 from flowturbo.gpu import gpu_count
 from flowturbo.nets.families.family import FolderOptions
@@ -142,13 +141,6 @@ def _source(parser: argparse.ArgumentParser, values: dict[str, Any]) -> Source:
     return FolderSource(FolderOptions(values["diffusers"], **options), sizes)
 
 
-def _size(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", text)
-    if not found:
-        raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT, such as 1024x768, got {text!r}")
-    return int(found[2]), int(found[1])
-
-
 def _source_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     add = parser.add_argument
@@ -170,7 +162,7 @@ def _source_parser() -> argparse.ArgumentParser:
     )
     add(
         "--size",
-        type=_size,
+        type=image_size,
         nargs="+",
         metavar="WIDTHxHEIGHT",
         help="image sizes in pixels, first the default (default: the model's)",

@@ -14,10 +14,17 @@ from export.source import Loaded
 from flowturbo.conditions.prompt import Prompt
 from flowturbo.contract import Role
 from flowturbo.nets.blocks import DecoderBlock, PredictorBlock, RefinerBlock
-from flowturbo.nets.families.family import CONTEXT_LENGTH, Family, FolderOptions
+from flowturbo.nets.families.family import (
+    CONTEXT_LENGTH,
+    REFINER_NOTES,
+    Family,
+    FolderOptions,
+)
 from flowturbo.nets.families.folder import DiffusersFolder
 from flowturbo.nets.weights import CheckpointError
 from flowturbo.rows import Tensors
+from flowturbo.solver.program import LARGEST_TRAINED_STEP
+from flowturbo.textfile import read_json
 from flowturbo.tiles import Tiles
 
 _PLACES = ("path", "refiner", "network_file")
@@ -108,6 +115,7 @@ class FolderSource:
             "patch": family.patch,
             "largest_decode": family.largest_decode,
             "solver_steps": DISTILLED_STEPS if family.distilled else "",
+            "trained_step": trained_step(self.folder.refiner),
         }
         return Loaded(
             targets=tuple(found),
@@ -117,6 +125,20 @@ class FolderSource:
             files=files,
             family=family,
         )
+
+
+def trained_step(refiner: Path | None) -> float:
+    """The largest step that the refiner in a folder was trained on (training.folder_refiner).
+
+    Raises CheckpointError for a folder whose note cannot be read. Without one it is the paper's.
+    """
+    path = refiner / REFINER_NOTES if refiner else None
+    if path is None or not path.exists():
+        return LARGEST_TRAINED_STEP
+    found = read_json(path).get("largest_step")
+    if not isinstance(found, float) or not 0 < found <= 1:
+        raise CheckpointError(f"{path}: largest_step must be above 0 and at most 1, got {found!r}")
+    return found
 
 
 class TextBlock(nn.Module):

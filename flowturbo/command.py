@@ -1,6 +1,7 @@
 """Shared code of the commands: numbers as options, and errors on one line."""
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 
@@ -32,3 +33,11 @@ def positive(text: str) -> int:
     if not natural(text):
         raise argparse.ArgumentTypeError("must be at least 1, got 0")
     return int(text)
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """An argparse type: WIDTHxHEIGHT in pixels, as (H, W)."""
+    found = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT, such as 1024x768, got {text!r}")
+    return int(found[2]), int(found[1])

@@ -24,13 +24,12 @@ from flowturbo.rows import AwaitedInfer, Infer, Tensors, guided_block, to_images
 from flowturbo.settings import Settings
 from flowturbo.solver.calls import Network, Variant
 from flowturbo.solver.guidance import Guidance
-from flowturbo.solver.program import Program, compile_program
+from flowturbo.solver.program import LARGEST_TRAINED_STEP, Program, compile_program
 from flowturbo.solver.sampler import Array, AwaitedBlock, run_sync, sample_async
 from flowturbo.solver.schedule import Schedule
 from flowturbo.tiles import Tiles
 
 _ROLES = {network: Role(network) for network in Network}
-LARGEST_TRAINED_STEP = 0.12  # the paper's range is (0, 0.12]
 _logger = logging.getLogger(__name__)
 
 
@@ -138,16 +137,22 @@ def roles_called(program: Program) -> list[Role]:
 
 @lru_cache(maxsize=256)
 def program_for(
-    schedule: Schedule, variant: Variant, times: tuple[float, ...] | None = None
+    schedule: Schedule,
+    variant: Variant,
+    times: tuple[float, ...] | None = None,
+    trained: float = LARGEST_TRAINED_STEP,
 ) -> Program:
-    """The program on the schedule's grid, or on `times`. It is compiled once and then cached."""
+    """The program on the schedule's grid, or on `times`. It is compiled once and then cached.
+
+    `trained` is the largest step that the refiner was trained on; longer ones are logged.
+    """
     program = compile_program(schedule, times, variant)
-    if (size := program.largest_refiner_step()) > LARGEST_TRAINED_STEP:
+    if (size := program.largest_refiner_step()) > trained + 1e-6:
         _logger.warning(
-            "schedule %s has refiner steps of %.3f, but refiners are trained on steps up to %g",
+            "schedule %s has refiner steps of %.3f, but the refiner was trained on steps up to %g",
             schedule,
             size,
-            LARGEST_TRAINED_STEP,
+            trained,
         )
     return program
 

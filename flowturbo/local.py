@@ -135,7 +135,7 @@ class LocalPipeline:
         except ValueError:
             allowed = ", ".join(Variant)
             raise RequestError(f"variant must be one of {allowed}, got {variant!r}") from None
-        return program_for(request.schedule, chosen, request.times)
+        return program_for(request.schedule, chosen, request.times, self.pipeline.trained_step)
 
 
 def open_models(

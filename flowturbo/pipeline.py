@@ -21,6 +21,7 @@ from flowturbo.errors import RepositoryError, RequestError
 from flowturbo.presets import Presets, built_in, find_schedule, parsed
 from flowturbo.settings import Settings
 from flowturbo.solver.grid import GridRule, time_grid
+from flowturbo.solver.program import LARGEST_TRAINED_STEP
 from flowturbo.solver.schedule import Schedule
 from flowturbo.solver.steps import STEPS
 from flowturbo.textfile import TextFileError, read_json
@@ -85,7 +86,8 @@ class Pipeline:
     first the default; it is empty if there is one size only. A latent has one token per square of
     `patch` x `patch`, and a batch at most `token_budget` tokens (0: any). A latent larger than
     `largest_decode` on a side is decoded in tiles. `solver_steps` are the letters that schedules
-    may have; empty means all. `family` is the name of the model family, empty for SiT. `history` is
+    may have; empty means all. `trained_step` is the largest step that the refiner was trained on.
+    `family` is the name of the model family, empty for SiT. `history` is
     the number of earlier velocities that a block reads. `command` exports the pipeline again.
     `fingerprint` has everything that determined the result of the export.
     """
@@ -106,6 +108,7 @@ class Pipeline:
     token_budget: int = 0
     largest_decode: int = 0
     solver_steps: str = ""
+    trained_step: float = LARGEST_TRAINED_STEP
     history: int = 1
     command: str = ""
     fingerprint: Mapping[str, Any] = field(default_factory=dict)

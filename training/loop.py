@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict
@@ -30,6 +31,9 @@ from tqdm import tqdm
 
 from flowturbo.nets.sit import SiT
 from training.plan import Pace, PlanError, TrainingConfig
+
+# Autocast gives a norm bfloat16 inputs beside its float32 weight: slower, but right.
+warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
 
 
 class Preview(Protocol):
@@ -83,6 +87,7 @@ def fit(
     pace: Pace = Pace(),  # noqa: B008 (it is frozen)
     identity: Mapping[str, Any] | None = None,
     preview: Preview | None = None,
+    before_step: Callable[[int], None] | None = None,
 ) -> nn.Module:
     """Trains `model` in place; returns its exponential moving average, in evaluation mode.
 
@@ -90,6 +95,8 @@ def fit(
     whole batch from `generator`, which is seeded by (seed, step) only, and keeps its own
     (`local_rows`). So a resumed run takes the same steps as an uninterrupted one, on any number of
     processes.
+
+    `before_step` gets the number of the step that follows, from 0, and makes what it needs.
 
     The state is saved in `folder`, and at the end the losses in `<name>.json`. `<name>/` has
     TensorBoard's files and the pictures of `preview`. `identity` is what the steps depend on,
@@ -121,6 +128,8 @@ def fit(
             ) as bar,
         ):
             while run.step < plan.steps:
+                if before_step:
+                    before_step(run.step)
                 loss, figures = _step(accelerator, network, optimizer, loss_of, plan, run.step)
                 average.update_parameters(model)
                 run.record(loss)

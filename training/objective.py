@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flowturbo.generate import LARGEST_TRAINED_STEP
 from flowturbo.nets.sit import GUIDED_CHANNELS
 from flowturbo.solver.guidance import MAX_SCALE, guide
+from flowturbo.solver.program import LARGEST_TRAINED_STEP
 from training import flow_matching
 from training.data import Latents, LatentSource
 from training.loop import local_rows

@@ -3,12 +3,15 @@
 The data are latents from `python -m training.latents`, or a folder of images with one subfolder
 per class. Images need --vae and are encoded again each time they are read. A stopped run resumes
 from its state in --runs. `accelerate launch -m training.refiner` uses several GPUs.
+
+For text to image, give --diffusers FOLDER --prompts FILE instead: `python -m training.refiner
+--diffusers FOLDER --help` has its options.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -26,6 +29,7 @@ from training.data import EncodedImages, LatentSource, vae_digest
 from training.images import DataError, Skipped, check_outside, list_pictures, shown, unused
 from training.loop import Preview, atomic_write, device, fit, print_error, processes, save_weights
 from training.objective import RefinerObjective, Rule, regression_loss
+from training.options import HelpFormatter, add_plan_options, plan_of
 from training.plan import Pace, PlanError, TrainingConfig
 from training.samples import RefinerPreview
 from training.shards import Shards, is_sharded
@@ -94,9 +98,15 @@ def train(
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit status: 2, with one line on stderr, for errors that the user can fix."""
-    args = _parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], None] = _run
+    parser = _parser
+    if any(word.partition("=")[0] == "--diffusers" for word in argv):
+        from training import folder_refiner  # loads the libraries of all model families
+
+        run, parser = folder_refiner.run, folder_refiner.parser
+    args = parser().parse_args(argv)
     try:
-        _run(args)
+        run(args)
     except (FlowTurboError, FloatingPointError, OSError) as error:
         print_error("refiner", error)
         return 2  # no destroy_process_group: on GPUs it waits for others, which the launcher stops
@@ -111,7 +121,7 @@ def _run(args: argparse.Namespace) -> None:
     objective = RefinerObjective(
         Rule(args.objective), low, high, least, most, args.guidance_channels
     )
-    plan = replace(PAPER, **{name: getattr(args, name) for name in _PLAN_OPTIONS})
+    plan = plan_of(args, PAPER)
     plan.check_processes(processes().num_processes)
     predictor = load_predictor(
         args.predictor,
@@ -271,19 +281,12 @@ def _open_data(
     return source
 
 
-_PLAN_OPTIONS = (
-    *("steps", "batch", "learning_rate", "decay", "warmup", "seed"),
-    *("clip", "ema_decay", "precision"),
-)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m training.refiner",
         description=__doc__,
-        formatter_class=_HelpFormatter,
+        formatter_class=HelpFormatter,
     )
-    pace = Pace()
     add = parser.add_argument
     add("--predictor", type=Path, required=True, help="SiT checkpoint, .pt or .safetensors")
     both = "weights to read from a .pt that holds both"
@@ -354,25 +357,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--depth", type=positive, default=1, help="blocks of the refiner")
     add("--width", type=positive, help="width of the refiner (default: the predictor's)")
     add("--heads", type=positive, help="heads of the refiner; needed for an unusual width")
-    add("--steps", type=positive, default=PAPER.steps, help="optimizer steps")
-    add("--batch", type=positive, default=PAPER.batch, help="rows of all processes together")
-    add("--learning-rate", type=float, default=PAPER.learning_rate, help="peak learning rate")
-    add(
-        "--decay",
-        choices=("constant", "cosine"),
-        default=PAPER.decay,
-        help="decay of the learning rate",
-    )
-    add("--warmup", type=natural, default=PAPER.warmup, help="steps of learning rate warm-up")
-    add("--seed", type=natural, default=PAPER.seed, help="seed of weights and draws")
-    add("--clip", type=float, default=PAPER.clip, help="largest gradient norm; 0 means no limit")
-    add("--ema-decay", type=float, default=PAPER.ema_decay, help="decay of the averaged weights")
-    add(
-        "--precision",
-        choices=("bf16", "fp32"),
-        default=PAPER.precision,
-        help="precision of matrix products",
-    )
+    add_plan_options(parser, PAPER)
     add("--sample-every", type=natural, default=1000, help="steps between sample grids; 0: none")
     add("--sample-schedule", default="H1P5R3", help="schedule of the samples, such as H1P5R3@2")
     add(
@@ -380,17 +365,7 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         help=f"guidance scale of the samples (default: {SAMPLE_SCALE}, or 1 without a null class)",
     )
-    add("--save-every-s", type=float, default=pace.save_every_s, help="seconds between saves")
-    add("--log-every", type=positive, default=pace.log_every, help="steps between log entries")
     return parser
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults of options that have one, and keeps the layout of the description."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        unset = action.default is None or action.default is False
-        return action.help if unset else super()._get_help_string(action)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,22 @@
 """Sample images from a refiner during training."""
 
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowturbo.latents import noise
 from flowturbo.nets.blocks import PredictorBlock, RefinerBlock
 from flowturbo.nets.sit import GUIDED_CHANNELS, ByLabel, SiT
-from flowturbo.nets.vae import Decoder
+from flowturbo.nets.vae import Decoder, to_levels
 from flowturbo.rows import pair_rows, scalar_rows
 from flowturbo.solver.calls import BlockCall, Network
 from flowturbo.solver.guidance import MAX_SCALE, Guidance
-from flowturbo.solver.program import compile_program
+from flowturbo.solver.program import Program, compile_program
 from flowturbo.solver.sampler import sample
 from flowturbo.solver.schedule import Schedule
 from training.loop import device
@@ -60,8 +61,14 @@ class RefinerPreview:
         """A nearly square grid of images, [H, W, 3] uint8, sampled with the refiner `network`."""
         x, label = self._noise.to(device()), self._label.to(device())
         with self._autocast():
+            networks = {
+                Network.PREDICTOR: ByLabel(self._predictor),
+                Network.REFINER: ByLabel(network),
+            }
+            null = torch.full_like(label, self._predictor.config.num_classes)
+            program = compile_program(self._schedule)
             latent = sample_latents(
-                self._predictor, network, x, label, self._schedule, self._scale, self._guided
+                networks, x, [label[:, None]], [null[:, None]], program, self._scale, self._guided
             )
         return tile(self._decode(latent).cpu().numpy())
 
@@ -70,35 +77,73 @@ class RefinerPreview:
 
 
 def sample_latents(
-    predictor: SiT,
-    refiner: SiT,
+    networks: Mapping[Network, nn.Module],
     x: Tensor,
-    label: Tensor,
-    schedule: Schedule,
+    conditioning: Sequence[Tensor],
+    null: Sequence[Tensor],
+    program: Program,
     scale: float,
-    guided_channels: int = GUIDED_CHANNELS,
+    guided_channels: int,
 ) -> Tensor:
-    """Latents [B, C, h, w] of the class ids `label` [B], from noise `x` of the same shape.
+    """Latents [B, C, h, w] from noise `x` of the same shape, with the networks in training.
 
-    Uses the sampler and step blocks of the service, on the networks in training.
+    Uses the sampler and step blocks of the service. `conditioning` are the block's tensors, [B,
+    ...] each, and `null` those of the unconditional rows, which a `scale` of 1 does not need.
     """
     guidance = Guidance(scale)
-    blocks = {
-        Network.PREDICTOR: PredictorBlock(ByLabel(predictor), guided_channels),
-        Network.REFINER: RefinerBlock(ByLabel(refiner), guided_channels),
-    }
+    forms = {Network.PREDICTOR: PredictorBlock, Network.REFINER: RefinerBlock}
+    blocks = {role: forms[role](of, guided_channels) for role, of in networks.items()}
     if guidance.enabled:  # rows in pairs, conditional then unconditional
-        null = torch.full_like(label, predictor.config.num_classes)
-        x, label = x.repeat_interleave(2, 0), torch.stack([label, null], 1).flatten()
+        x = x.repeat_interleave(2, 0)
+        pairs = zip(conditioning, null, strict=True)
+        conditioning = [torch.stack(pair, 1).flatten(0, 1) for pair in pairs]
     pair = torch.from_numpy(pair_rows(len(x), guided=guidance.enabled)).to(x.device)
 
     def block(call: BlockCall, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         scalars = torch.from_numpy(scalar_rows(call, len(x), guidance)).to(x.device)
-        x_next, v_next = blocks[call.network](x, v, scalars, pair, label[:, None])
+        x_next, v_next = blocks[call.network](x, v, scalars, pair, *conditioning)
         return x_next, v_next
 
-    latents = sample(compile_program(schedule), x, block)
+    latents = sample(program, x, block)
     return latents[:: guidance.rows]
+
+
+class PromptSheet:
+    """Draws a nearly square grid of images of prompts, each time from the same noise.
+
+    `conditioning` and `null` are the block's tensors with and without the prompts, [n, ...] each.
+    `decoder` has `pixels`, from latents [n, C, h, w] to [n, 3, H, W].
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        conditioning: Sequence[Tensor],
+        null: Sequence[Tensor],
+        program: Program,
+        scale: float,
+        decoder: nn.Module,
+    ) -> None:
+        count = len(conditioning[0])
+        self._noise = torch.from_numpy(noise(np.arange(count), shape)).to(device())
+        self._conditioning, self._null = conditioning, null
+        self._program, self._scale, self._decoder = program, scale, decoder
+
+    @torch.no_grad()
+    def draw(self, networks: Mapping[Network, nn.Module]) -> np.ndarray:
+        """The grid, [H, W, 3] uint8; `networks` compute in bfloat16 where autocast allows."""
+        with torch.autocast(device().type, torch.bfloat16):
+            latent = sample_latents(
+                networks,
+                self._noise,
+                self._conditioning,
+                self._null,
+                self._program,
+                self._scale,
+                len(self._noise[0]),
+            )
+        decoder: Any = self._decoder.to(device())
+        return tile(to_levels(decoder.pixels(latent.float())).cpu().numpy())
 
 
 def tile(images: np.ndarray) -> np.ndarray:

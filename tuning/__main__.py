@@ -21,11 +21,9 @@ import numpy as np
 
 from bench.capacity.block_times import BlockTimes
 from bench.observe import hardware, write_json
-from flowturbo import LocalPipeline
 from flowturbo.command import run_command
 from flowturbo.contract import Role
 from flowturbo.errors import FlowTurboError
-from flowturbo.pipeline import class_label
 from flowturbo.presets import DEFAULT, built_in
 from flowturbo.settings import Settings
 from flowturbo.solver.guidance import Guidance
@@ -59,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     target.add_argument("--latency-ms", type=float, help="maximum time per request")
     target.add_argument("--quality", type=float, help="figure to reach (lower is better)")
     add("--repository", type=Path, default=Path("model_repository"))
+    add("--pipeline", help="pipeline of the repository (default: its default)")
     add("--images", type=int, default=1, help="images per timed request (default: 1)")
     add("--guidance-scale", type=float, help="default: the service's")
     add("--times", type=Path, help="block times, or a report of bench.gpu_check")
@@ -114,7 +113,7 @@ def _tune(args: argparse.Namespace) -> str:
         raise ValueError(f"--judged must be at least {MIN_LATENTS}, got {args.judged}")
     if not math.isfinite(args.latency_ms or 0.0):
         raise ValueError(f"--latency-ms must be a finite number, got {args.latency_ms:g}")
-    pipeline = Engine(args.repository)
+    pipeline = Engine(args.repository, args.pipeline)
     scale = args.guidance_scale
     if scale is None:
         scale = pipeline.pipeline.default_guidance_scale(pipeline.settings)
@@ -127,8 +126,7 @@ def _tune(args: argparse.Namespace) -> str:
     judge = None
     if args.metric == "frechet":  # fail fast, before the search
         check_decoder(args.repository, pipeline.pipeline)
-        classes = class_label(pipeline.pipeline).num_classes
-        judge = Evaluator.open(args.weights, args.inception, args.reference, classes)
+        judge = Evaluator.open(args.weights, args.inception, args.reference, pipeline.subject)
     stages, metric = _search(args, pipeline, guidance, cost, paper, cap_ms)
     tried = stages[-1]
     if judge:
@@ -160,7 +158,7 @@ def _tune(args: argparse.Namespace) -> str:
     return "\n".join([head, whose, report.table(found, clocked), written])
 
 
-def runs_elsewhere(repository: Path, pipeline: LocalPipeline) -> str | None:
+def runs_elsewhere(repository: Path, pipeline: Engine) -> str | None:
     """Where the service runs the blocks, if `pipeline` here runs them differently."""
     if pipeline.pipeline.predictor.engine == "tensorrt":
         return "in TensorRT"
@@ -184,12 +182,12 @@ def _times(
             f"{args.repository} runs {elsewhere}, whose times this process cannot measure: give "
             "a report of bench.gpu_check from there with --times"
         )
-    return measured(args.repository, args.images, guidance)
+    return measured(args.repository, pipeline.pipeline.name, args.images, guidance)
 
 
 def _search(
     args: argparse.Namespace,
-    pipeline: LocalPipeline,
+    pipeline: Engine,
     guidance: Guidance,
     cost: Cost,
     paper: Schedule,
@@ -227,9 +225,9 @@ def _judged(
     found = []
     for each in finalists(tried, args.finalists, [paper]):
         spec = SamplingSpec(str(each.schedule), guidance.scale, variant=engine.settings.variant)
-        said = described(spec, args.repository, "process")
+        said = described(spec, args.repository, "process", engine.pipeline.name)
         path = args.cache / f"{spec}_{said['models']}"
-        folder = ImageFolder(path, said, class_label(engine.pipeline).num_classes)
+        folder = ImageFolder(path, said, engine.subject)
         folder.fill(args.judged, Local(engine, spec))
         figures = eyes.figures(folder, args.judged)
         score = Score(figures.frechet_distance, figures.frechet_distance_without_block)
@@ -238,22 +236,24 @@ def _judged(
 
 
 def in_process_ms(
-    pipeline: LocalPipeline, schedules: Sequence[Schedule], guidance: Guidance, images: int
+    pipeline: Engine, schedules: Sequence[Schedule], guidance: Guidance, images: int
 ) -> list[float]:
     """Median milliseconds per request to `pipeline`, by schedule; schedules take turns."""
     seeds = np.arange(images)
-    labels = seeds % class_label(pipeline.pipeline).num_classes
+    asked = pipeline.subject.asked(seeds)
     taken: list[list[float]] = []
     for _ in range(_ROUNDS):
         taken.append([])
         for schedule in schedules:
             started = time.perf_counter()
-            pipeline.generate(labels, seeds, str(schedule), guidance.scale)
+            pipeline.generate(
+                seed=seeds, schedule=str(schedule), guidance_scale=guidance.scale, **asked
+            )
             taken[-1].append(1e3 * (time.perf_counter() - started))
     return [statistics.median(of_schedule) for of_schedule in zip(*taken, strict=True)]
 
 
-def _circumstances(repository: Path, pipeline: LocalPipeline, cost: Cost) -> dict[str, Any]:
+def _circumstances(repository: Path, pipeline: Engine, cost: Cost) -> dict[str, Any]:
     return {
         "block_ms": cost.block_ms,
         "overhead_ms": cost.overhead_ms,
@@ -261,7 +261,7 @@ def _circumstances(repository: Path, pipeline: LocalPipeline, cost: Cost) -> dic
         "precision": pipeline.pipeline.precision,
         "runtime": pipeline.pipeline.runtime,
         "variant": pipeline.settings.variant,
-        "models": models_digest(repository),
+        "models": models_digest(repository, pipeline.pipeline.name),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 

@@ -53,9 +53,9 @@ def check_images(images: int, guidance: Guidance, pipeline: Pipeline, settings: 
         raise ValueError(f"--images must be 1 to {most} here, got {images}")
 
 
-def measured(repository: Path, images: int, guidance: Guidance) -> BlockTimes:
-    """The block times that Cost needs, measured here."""
-    return BlockTimes(measure(repository, sizes=(images, images * guidance.rows)))
+def measured(repository: Path, name: str, images: int, guidance: Guidance) -> BlockTimes:
+    """The block times of pipeline `name` that Cost needs, measured here."""
+    return BlockTimes(measure(repository, sizes=(images, images * guidance.rows), name=name))
 
 
 def candidates(*, has_refiner: bool) -> list[Schedule]:

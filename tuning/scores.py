@@ -8,17 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from flowturbo import LocalPipeline
-from flowturbo.conditions.class_label import LABEL
 from flowturbo.contract import GUIDANCE_SCALE, LATENT, SCHEDULE, SEED
-from flowturbo.pipeline import class_label
 from flowturbo.request import parse_request
 from flowturbo.solver.calls import Variant
 from flowturbo.solver.guidance import Guidance
 from flowturbo.solver.program import compile_program
 from flowturbo.solver.sampler import Array
 from flowturbo.solver.schedule import Schedule
-from research.quality.engine import BATCH, Exact, distances
+from research.quality.engine import BATCH, Engine, Exact, distances
 from research.quality.evaluate import exact_latents, kept, models_digest
 from research.quality.metrics import half_width, mean_without
 
@@ -54,7 +51,7 @@ class Distances:
     Each latent is made once, even if its schedule is scored several times.
     """
 
-    def __init__(self, pipeline: LocalPipeline, guidance: Guidance, solved: Array) -> None:
+    def __init__(self, pipeline: Engine, guidance: Guidance, solved: Array) -> None:
         self._pipeline, self._guidance, self._solved = pipeline, guidance, solved
         self._known: dict[Schedule, Array] = {}
 
@@ -70,19 +67,17 @@ class Distances:
 
 
 def latents(
-    pipeline: LocalPipeline, schedule: Schedule, guidance: Guidance, seeds: Iterable[int]
+    pipeline: Engine, schedule: Schedule, guidance: Guidance, seeds: Iterable[int]
 ) -> Array:
-    """Latents [n, C, h, w] of `seeds`; seed i has class i mod num_classes."""
+    """Latents [n, C, h, w] of `seeds` and their subjects."""
     every = np.fromiter(seeds, np.int64)
     parts = np.array_split(every, -(-len(every) // BATCH))
     return np.concatenate([_latents(pipeline, schedule, guidance, part) for part in parts])
 
 
-def _latents(
-    pipeline: LocalPipeline, schedule: Schedule, guidance: Guidance, seeds: Array
-) -> Array:
+def _latents(pipeline: Engine, schedule: Schedule, guidance: Guidance, seeds: Array) -> Array:
     tensors = {
-        LABEL: seeds % class_label(pipeline.pipeline).num_classes,
+        **pipeline.subject.tensors(seeds),
         SEED: seeds,
         SCHEDULE: np.array([str(schedule)], dtype=object),
         GUIDANCE_SCALE: np.array([guidance.scale], dtype=np.float32),
@@ -94,7 +89,7 @@ def _latents(
 
 
 def solve(
-    pipeline: LocalPipeline,
+    pipeline: Engine,
     repository: Path,
     predictor: Path | None,
     guidance: Guidance,
@@ -108,10 +103,14 @@ def solve(
     Latents are cached in `cache`.
     """
     cache.mkdir(parents=True, exist_ok=True)
+    name = pipeline.pipeline.name
+    name = pipeline.pipeline.name
     if predictor is not None:
-        exact = Exact.of_repository(predictor, repository)
-        return f"{predictor.name} in float32", exact_latents(exact, guidance, count, cache)
-    path = cache / f"heun{HEUN_STEPS}_{models_digest(repository)}_g{guidance.scale:g}_{count}.npy"
+        exact = Exact.of_repository(predictor, repository, name)
+        found = exact_latents(exact, pipeline.subject, guidance, count, cache)
+        return f"{predictor.name} in float32", found
+    models = models_digest(repository, name)
+    path = cache / f"heun{HEUN_STEPS}_{models}_g{guidance.scale:g}_{count}.npy"
     schedule = Schedule("H" * HEUN_STEPS)
     solved = kept(path, lambda: latents(pipeline, schedule, guidance, range(count)))
     return f"the deployed predictor, Heun, {HEUN_STEPS} steps", solved

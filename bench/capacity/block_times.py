@@ -106,12 +106,14 @@ def measure(
     repetitions: int = REPETITIONS,
     sizes: tuple[int, ...] = ROWS,
     clock: Callable[[], float] = time.perf_counter,
+    name: str | None = None,
 ) -> dict[str, dict[int, float]]:
-    """Median milliseconds of `repository`'s models by rows, measured in turn in this process.
+    """Median milliseconds of a pipeline's models by rows, measured in turn in this process.
 
-    Row counts are those `sizes` that the models allow. `clock` returns seconds.
+    `name` None is the default pipeline of `repository`. Row counts are those `sizes` that the
+    models allow. `clock` returns seconds.
     """
-    pipeline = read_pipeline(repository)
+    pipeline = read_pipeline(repository, name)
     models = open_models(repository, pipeline)
     taken: dict[tuple[str, int], list[float]] = defaultdict(list)
     for _ in range(repetitions + 1):

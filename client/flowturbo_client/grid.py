@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 _READABLE_PX = 96
 _GAP_PX = 6
 _FONT_PX = 16
+_LINE_PX = 19
 _INK = (32, 32, 32)
 _PAPER = (255, 255, 255)
 
@@ -24,16 +25,18 @@ def labelled_grid(
 
     Images are uint8 [H, W, 3]. One integer factor enlarges small images until the largest spans
     at least 96 px; pixels stay square. Row captions may have several lines. A column caption
-    wider than its column is shortened. Raises ValueError if counts or shapes disagree.
+    wider than its column is broken into lines, and a word wider than it is shortened. Raises
+    ValueError if counts or shapes disagree.
     """
     _check(rows, row_captions, column_captions)
-    layout = _Layout.of(rows, row_captions)
+    layout = _Layout.of(rows, row_captions, column_captions)
     picture = Image.new("RGB", layout.size(len(rows), len(column_captions)), _PAPER)
     draw = ImageDraw.Draw(picture)
-    for j, caption in enumerate(column_captions):
+    for j, lines in enumerate(layout.columns):
         middle = layout.corner(0, j)[0] + layout.cell_w / 2
-        text = _shortened(draw, caption, layout.cell_w)
-        draw.text((middle, layout.top - _GAP_PX), text, fill=_INK, font=layout.font, anchor="ms")
+        for k, line in enumerate(reversed(lines)):
+            place = middle, layout.top - _GAP_PX - k * _LINE_PX
+            draw.text(place, line, fill=_INK, font=layout.font, anchor="ms")
     for i, (row, caption) in enumerate(zip(rows, row_captions, strict=True)):
         middle = layout.corner(i, 0)[1] + layout.cell_h / 2
         draw.multiline_text((_GAP_PX, middle), caption, fill=_INK, font=layout.font, anchor="lm")
@@ -44,9 +47,10 @@ def labelled_grid(
 
 @dataclass(frozen=True)
 class _Layout:
-    """All lengths in pixels."""
+    """All lengths in pixels; `columns` has the lines of each column's caption."""
 
     font: Any
+    columns: tuple[tuple[str, ...], ...]
     factor: int
     cell_w: int
     cell_h: int
@@ -54,21 +58,28 @@ class _Layout:
     top: int
 
     @staticmethod
-    def of(rows: Sequence[Sequence[NDArray[np.uint8]]], row_captions: Sequence[str]) -> "_Layout":
+    def of(
+        rows: Sequence[Sequence[NDArray[np.uint8]]],
+        row_captions: Sequence[str],
+        column_captions: Sequence[str],
+    ) -> "_Layout":
         font = ImageFont.load_default(_FONT_PX)
         heights = [image.shape[0] for row in rows for image in row]
         widths = [image.shape[1] for row in rows for image in row]
         factor = max(1, -(-_READABLE_PX // max(heights + widths)))
         draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
         boxes = [draw.multiline_textbbox((0, 0), text, font=font) for text in row_captions]
+        cell_w = factor * max(widths)
+        columns = tuple(_lines(draw, caption, cell_w) for caption in column_captions)
         return _Layout(
             font=font,
+            columns=columns,
             factor=factor,
-            cell_w=factor * max(widths),
+            cell_w=cell_w,
             # A row is at least as high as its caption.
             cell_h=max([factor * max(heights), *(round(box[3]) for box in boxes)]),
             left=2 * _GAP_PX + max(round(box[2]) for box in boxes),
-            top=_FONT_PX + 2 * _GAP_PX,
+            top=_LINE_PX * (max(map(len, columns)) - 1) + _FONT_PX + 2 * _GAP_PX,
         )
 
     def corner(self, i: int, j: int) -> tuple[int, int]:
@@ -105,6 +116,17 @@ def _check(
 
 def _enlarged(image: NDArray[np.uint8], factor: int) -> Image.Image:
     return Image.fromarray(image.repeat(factor, axis=0).repeat(factor, axis=1))
+
+
+def _lines(draw: ImageDraw.ImageDraw, text: str, width_px: int) -> tuple[str, ...]:
+    found: list[str] = []
+    for word in text.split() or [""]:
+        joined = f"{found[-1]} {word}" if found else word
+        if found and draw.textlength(joined, font=ImageFont.load_default(_FONT_PX)) <= width_px:
+            found[-1] = joined
+        else:
+            found.append(_shortened(draw, word, width_px))
+    return tuple(found)
 
 
 def _shortened(draw: ImageDraw.ImageDraw, text: str, width_px: int) -> str:

@@ -26,7 +26,8 @@ class TritonPythonModel:
         self._settings = read_settings(args)
         self._pipeline = read_pipeline(repository_of(args), self._settings.default_pipeline)
         schedule = self._pipeline.find_schedule(self._settings.default_schedule)
-        self._program = program_for(schedule, Variant(self._settings.variant))
+        variant, trained = Variant(self._settings.variant), self._pipeline.trained_step
+        self._program = program_for(schedule, variant, trained=trained)
         self._forwarded = Forwarded.by_server(os.getpid())
 
     def execute(self, requests: list[Any]) -> list[Any]:

@@ -262,7 +262,7 @@ class Service:
         try:
             self._check()
             variant = Variant(self._settings.variant)
-            program = program_for(request.schedule, variant, request.times)
+            program = program_for(request.schedule, variant, request.times, pipeline.trained_step)
             ensemble = ensemble_for(request, pipeline, self._settings.variant)
             idle_s = time.monotonic() - self._last_concurrent_at
             if ensemble and idle_s > IDLE_BEFORE_ENSEMBLE_S:

@@ -12,6 +12,8 @@ from flowturbo.solver.grid import checked_grid, time_grid
 from flowturbo.solver.schedule import Schedule
 from flowturbo.solver.steps import STEPS, Stand
 
+LARGEST_TRAINED_STEP = 0.12  # of a refiner: the paper's range is (0, 0.12]
+
 
 @dataclass(frozen=True)
 class Program:

@@ -22,7 +22,7 @@ from bench.observe import write_json
 from flowturbo.command import run_command
 from flowturbo.contract import Role
 from flowturbo.errors import FlowTurboError, RequestError
-from flowturbo.pipeline import Pipeline, class_label, read_pipeline
+from flowturbo.pipeline import Pipeline, read_pipeline
 from flowturbo.presets import DEFAULT, built_in
 from flowturbo.settings import Settings
 from research.quality.engine import (
@@ -44,6 +44,7 @@ from research.quality.evaluate import (
     served,
 )
 from research.quality.images import ImageFolder, Speed
+from research.quality.subjects import SETS, ScenePrompts, Subject, subject_of
 
 PREDICTOR = "predictor.safetensors"  # in the weights folder, beside the classifier
 Row = dict[str, Any]
@@ -63,13 +64,14 @@ class Task:
 
     repository: Path
     pipeline: Pipeline
+    subject: Subject
     specs: tuple[SamplingSpec, ...]
     exact: Exact | None
 
     @classmethod
     def of(cls, repository: Path, args: argparse.Namespace) -> "Task":
         """The task of `args` on `repository`; raises FlowTurboError if it is impossible."""
-        pipeline, settings = read_pipeline(repository), Settings.load(repository)
+        pipeline, settings = read_pipeline(repository, args.pipeline), Settings.load(repository)
         check_decoder(repository, pipeline)
         paper = built_in(has_refiner=pipeline.has(Role.REFINER))[DEFAULT]
         default = pipeline.default_schedule(settings)
@@ -86,8 +88,9 @@ class Task:
         exact = None
         if args.exact:
             predictor = args.predictor or args.weights / PREDICTOR
-            exact = Exact.of_repository(predictor, repository)
-        return cls(repository, pipeline, specs, exact)
+            exact = Exact.of_repository(predictor, repository, args.pipeline)
+        subject = subject_of(pipeline, args.scenes)
+        return cls(repository, pipeline, subject, specs, exact)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -111,6 +114,14 @@ def main(argv: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m research.quality", description=__doc__)
     parser.add_argument("--repository", type=Path, nargs="+", default=[Path("model_repository")])
+    parser.add_argument("--pipeline", help="pipeline of the repositories (default: theirs)")
+    parser.add_argument(
+        "--scenes",
+        choices=tuple(SETS),
+        default="mixed",
+        help="prompts of a pipeline of glyph scenes; new ones have pairs of sign and colour that "
+        "training never shows",
+    )
     parser.add_argument("--weights", type=Path, default=Path("weights/glyphs"))
     parser.add_argument(
         "--schedule",
@@ -167,8 +178,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _measure(args: argparse.Namespace) -> None:
     tasks = [Task.of(path, args) for path in args.repository]
-    classes = (class_label(task.pipeline).num_classes for task in tasks)
-    eyes = Evaluator.open(args.weights, args.inception, args.reference, *classes)
+    subjects = [task.subject for task in tasks]
+    eyes = Evaluator.open(args.weights, args.inception, args.reference, *subjects)
     rows: list[Row] = []
     print(f"schedule  precision    recognised  Fréchet distance   ({args.images} images each)")
     with contextlib.ExitStack() as stack:
@@ -181,11 +192,13 @@ def _measure(args: argparse.Namespace) -> None:
 
 
 def _rows(task: Task, images: Path, eyes: Evaluator, args: argparse.Namespace) -> Iterator[Row]:
-    engine = None if args.server else Engine(task.repository)
+    engine = None
+    if not args.server:
+        engine = Engine(task.repository, task.pipeline.name, task.subject)
     for spec in task.specs:
         row = _row(task, images, eyes, engine, spec, args)
         if engine and task.exact:
-            solved = exact_latents(task.exact, spec.guidance, args.exact, images)
+            solved = exact_latents(task.exact, task.subject, spec.guidance, args.exact, images)
             row["exact_images"] = args.exact
             row["from_exact"] = exact_distance(engine, spec, solved)
         yield row
@@ -200,10 +213,12 @@ def _row(
     args: argparse.Namespace,
 ) -> Row:
     pipeline, source = task.pipeline, "process" if engine else f"server {args.server}"
-    said = described(spec, task.repository, source)
+    said = described(spec, task.repository, source, pipeline.name)
     words = re.sub(r"[^\w.-]+", "-", source)
     name = f"{spec}_{pipeline.precision}_{words}_{said['models']}"
-    folder = ImageFolder(images / name, said, class_label(pipeline).num_classes)
+    if isinstance(task.subject, ScenePrompts):
+        name += f"_{task.subject.name}"
+    folder = ImageFolder(images / name, said, task.subject)
     made, evaluations = _fill(task, folder, engine, spec, args)
     if args.npz:
         folder.to_npz(images / f"{name}.npz", args.images)
@@ -227,7 +242,7 @@ def _fill(
         make = Local(engine, spec)
         return folder.fill(args.images, make), make.evaluations
     with FlowTurboClient(args.server) as client:
-        asked = served(client, spec)
+        asked = served(client, spec, task.subject, args.pipeline)
         batch = min(SERVED_BATCH, Settings.load(task.repository).max_images)
         made = folder.fill(args.images, asked, batch=batch, in_flight=args.in_flight)
     assert spec.schedule is not None  # a server runs schedules only
@@ -242,7 +257,9 @@ def in_words(row: Row) -> str:
     for label, key, interval, form in _ALSO:
         if row.get(key) is not None:
             text += f", {label} {_figure(row, key, interval, form)}"
-    return text
+    right = row.get("right") or {}
+    parts = [f"{name} {share:.1%}" for name, (share, _) in right.items()]
+    return ", ".join([text, *parts])
 
 
 def _figure(row: Row, key: str, interval: str, form: str) -> str:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from export.source import source_digests
 from flowturbo import LocalPipeline
-from flowturbo.contract import Role
+from flowturbo.conditions.tokens import encoder_tensors
+from flowturbo.contract import SEED, Role
 from flowturbo.errors import RepositoryError, RequestError
 from flowturbo.generate import awaited, decode, image_block, in_chunks
 from flowturbo.latents import noise
 from flowturbo.nets.checkpoint import load_predictor
+from flowturbo.nets.families.family import FolderOptions, open_tokenizers
 from flowturbo.nets.sit import GUIDED_CHANNELS
 from flowturbo.nets.weights import CheckpointError, sha256
 from flowturbo.pipeline import Pipeline, read_pipeline
@@ -26,8 +31,9 @@ from flowturbo.solver.sampler import Array, run_sync
 from flowturbo.solver.schedule import Schedule
 from research.quality import samplers
 from research.quality.samplers import Counted, Velocity
+from research.quality.subjects import Subject, subject_of
 
-Make = Callable[[Array, Array], Array]  # labels [n] and seeds [n] to images [n, H, W, 3] uint8
+Make = Callable[[Array], Array]  # seeds [n] to images [n, H, W, 3] uint8
 
 BATCH = 25  # images made at once; the models allow 32 guided images
 EXACT_TOLERANCE = 1e-4  # per step: latents are accurate to 0.001, a tenth of the solvers' distances
@@ -102,41 +108,53 @@ class Made:
 
 
 class Engine(LocalPipeline):
-    """Runs a repository in this process, with schedules and with baselines.
+    """Runs a pipeline in this process, with schedules and with baselines.
 
-    The service's limit of images per request does not apply: BATCH images are made at once.
+    The images show `subject`; None is that of the pipeline. The service's limit of images per
+    request does not apply: BATCH images are made at once.
     """
 
-    def __init__(self, model_repository: str | Path) -> None:
-        super().__init__(model_repository)
+    def __init__(
+        self,
+        model_repository: str | Path,
+        pipeline: str | None = None,
+        subject: Subject | None = None,
+    ) -> None:
+        super().__init__(model_repository, pipeline)
+        self.subject = subject or subject_of(self.pipeline)
         most = max(BATCH, self.settings.max_images)
         self.settings = replace(self.settings, max_images=most)
 
-    def make(self, spec: SamplingSpec, labels: Array, seeds: Array) -> Made:
-        """Images of the classes `labels` [n] from `seeds` [n]; needs a decoder."""
+    def make(self, spec: SamplingSpec, seeds: Array) -> Made:
+        """Images of `seeds` [n] and their subjects; needs a decoder."""
         schedule = spec.schedule
         if schedule is None:
-            return self._baseline(spec, labels, seeds)
+            return self._baseline(spec, seeds)
         result = self.generate(
-            labels,
-            seeds,
-            spec.sampler,
-            spec.guidance_scale,
+            seed=seeds,
+            schedule=spec.sampler,
+            guidance_scale=spec.guidance_scale,
             guidance_interval=spec.interval,
             variant=spec.variant,
+            **self.subject.asked(seeds),
         )
         assert result.image is not None
         return Made(result.latent, result.image, *schedule_evaluations(schedule))
 
-    def _baseline(self, spec: SamplingSpec, labels: Array, seeds: Array) -> Made:
-        chunked = in_chunks(awaited(self._infer), self.pipeline.max_rows)
+    def velocity(self, seeds: Array, guidance: Guidance) -> Velocity:
+        """The guided velocity of the subjects of `seeds` [n]."""
+        asked = {**self.subject.tensors(seeds), SEED: seeds}
+        condition, most = self.pipeline.condition, self.settings.max_images
+        value = condition.parse(asked, most, guided=guidance.enabled)
+        return velocity(self._chunked, self.pipeline, value, guidance)
 
-        def infer(role: Role, tensors: Tensors) -> tuple[Array, ...]:
-            return run_sync(chunked(role, tensors))
+    def _chunked(self, role: Role, tensors: Tensors) -> tuple[Array, ...]:
+        return run_sync(in_chunks(awaited(self._infer), self.pipeline.max_rows)(role, tensors))
 
-        counted = Counted(velocity(infer, self.pipeline, labels, spec.guidance))
+    def _baseline(self, spec: SamplingSpec, seeds: Array) -> Made:
+        counted = Counted(self.velocity(seeds, spec.guidance))
         latent = samplers.parse(spec.sampler)(counted, noise(seeds, self.pipeline.latent_shape))
-        image = run_sync(decode(chunked, latent))
+        image = run_sync(decode(awaited(self._chunked), latent))
         return Made(latent, image, counted.evaluations, 0)
 
 
@@ -146,10 +164,10 @@ def schedule_evaluations(schedule: Schedule) -> tuple[int, int]:
     return program.evaluations(Network.PREDICTOR), program.evaluations(Network.REFINER)
 
 
-def velocity(infer: Infer, pipeline: Pipeline, labels: Array, guidance: Guidance) -> Velocity:
-    """The guided velocity of images of the classes `labels` [n], by calls that do not move `x`."""
+def velocity(infer: Infer, pipeline: Pipeline, value: Any, guidance: Guidance) -> Velocity:
+    """The guided velocity of images with the condition's `value`, by calls that do not move `x`."""
 
-    block = run_sync(image_block(awaited(infer), pipeline, labels, guidance))
+    block = run_sync(image_block(awaited(infer), pipeline, value, guidance))
 
     async def evaluate(x: Array, t: float) -> Array:
         rows = to_rows(x, guidance)
@@ -159,11 +177,54 @@ def velocity(infer: Infer, pipeline: Pipeline, labels: Array, guidance: Guidance
     return lambda x, t: run_sync(evaluate(x, t))
 
 
-class Exact:
-    """The exact flow: the predictor of a checkpoint in float32, integrated to EXACT_TOLERANCE.
+class Exact(ABC):
+    """The exact flow: a predictor in float32 in PyTorch, integrated to EXACT_TOLERANCE.
 
-    Guidance acts on the first `guided_channels`. `weights` and `num_heads` are as in the export.
-    `digest` identifies the flow. Raises CheckpointError.
+    `digest` identifies the flow, `latent_shape` is (C, h, w).
+    """
+
+    digest: str
+    latent_shape: tuple[int, int, int]
+
+    @abstractmethod
+    def velocity(self, subject: Subject, seeds: Array, guidance: Guidance) -> Velocity:
+        """The guided velocity of the subjects of `seeds` [n]."""
+
+    def latent(self, subject: Subject, seeds: Array, guidance: Guidance) -> Array:
+        """Latents [n, C, h, w] float32 of the subjects of `seeds` [n]."""
+        solve = samplers.dopri5(EXACT_TOLERANCE, EXACT_TOLERANCE)
+        return solve(self.velocity(subject, seeds, guidance), noise(seeds, self.latent_shape))
+
+    @staticmethod
+    def of_repository(checkpoint: Path, repository: Path, name: str | None = None) -> Exact:
+        """`checkpoint`, read and guided as in the export of pipeline `name` in `repository`.
+
+        It is a SiT checkpoint, or a diffusers folder. Raises CheckpointError if the pipeline was
+        exported from another one.
+        """
+        made_from = read_pipeline(repository, name).fingerprint
+        options = made_from["options"]
+        if checkpoint.is_dir():
+            return ExactText(checkpoint, made_from)
+        if sha256(checkpoint) != made_from["sha256"][Role.PREDICTOR]:
+            raise CheckpointError(
+                f"{checkpoint} is not the file that {repository} was exported from: give the "
+                "file that the export had as --predictor"
+            )
+        return ExactClasses(
+            checkpoint,
+            guided_channels=options["guidance_channels"],
+            weights=options["weights"],
+            num_heads=options["num_heads"],
+            num_classes=options["num_classes"],
+            reverse_time=options["reverse_time"],
+        )
+
+
+class ExactClasses(Exact):
+    """The flow of a SiT. Guidance acts on the first `guided_channels`.
+
+    `weights` and `num_heads` are as in the export. Raises CheckpointError.
     """
 
     def __init__(
@@ -195,31 +256,11 @@ class Exact:
         self.num_classes = config.num_classes
         self.latent_shape = config.latent_shape
 
-    @classmethod
-    def of_repository(cls, checkpoint: Path, repository: Path) -> Exact:
-        """`checkpoint`, read and guided as in the export of `repository`.
-
-        Raises CheckpointError if the repository was exported from another file.
-        """
-        made_from = read_pipeline(repository).fingerprint
-        options = made_from["options"]
-        if sha256(checkpoint) != made_from["sha256"][Role.PREDICTOR]:
-            raise CheckpointError(
-                f"{checkpoint} is not the file that {repository} was exported from: give the "
-                "file that the export had as --predictor"
-            )
-        return cls(
-            checkpoint,
-            guided_channels=options["guidance_channels"],
-            weights=options["weights"],
-            num_heads=options["num_heads"],
-            num_classes=options["num_classes"],
-            reverse_time=options["reverse_time"],
-        )
-
-    def velocity(self, labels: Array, guidance: Guidance) -> Velocity:
-        """The guided velocity of images of the classes `labels` [n]."""
+    def velocity(self, subject: Subject, seeds: Array, guidance: Guidance) -> Velocity:
+        """As in the base class."""
         channels = self._guided_channels
+        labels = subject.labels(seeds)
+        assert labels is not None, "a SiT has classes"
         label = torch.from_numpy(labels)
         null = torch.full_like(label, self.num_classes)
 
@@ -235,10 +276,50 @@ class Exact:
 
         return evaluate
 
-    def latent(self, labels: Array, seeds: Array, guidance: Guidance) -> Array:
-        """Latents [n, C, h, w] float32 of the classes `labels` [n] from `seeds` [n]."""
-        solve = samplers.dopri5(EXACT_TOLERANCE, EXACT_TOLERANCE)
-        return solve(self.velocity(labels, guidance), noise(seeds, self.latent_shape))
+
+class ExactText(Exact):
+    """The flow of the diffusers folder `path`, read as in the export that `made_from` records.
+
+    Raises CheckpointError for another folder.
+    """
+
+    def __init__(self, path: Path, made_from: Mapping[str, Any]) -> None:
+        from export.folder_source import FolderSource
+        from flowturbo.nets.families.loading import load_family
+
+        options = {f.name: made_from["options"].get(f.name) for f in fields(FolderOptions)}
+        folder = FolderOptions(**options | {"path": path, "refiner": None, "network_file": None})
+        digests = source_digests(FolderSource(folder))
+        if any(made_from["sha256"].get(role) != digest for role, digest in digests.items()):
+            raise CheckpointError(f"{path} is not the folder that the pipeline was exported from")
+        family = load_family(folder)
+        self.digest = digests[Role.PREDICTOR][:12]
+        self.latent_shape = family.latent_shape(family.size)
+        self._network, self._encoder = family.network, family.text_encoder
+        self._tokenizers = open_tokenizers(family.tokenizers)
+
+    @torch.inference_mode()
+    def velocity(self, subject: Subject, seeds: Array, guidance: Guidance) -> Velocity:
+        """As in the base class."""
+        prompts = subject.asked(seeds)["prompt"]
+        count, own = len(prompts), self._encode(prompts)
+        null = [each.expand(count, *each.shape[1:]) for each in self._encode([""])]
+
+        @torch.inference_mode()
+        def evaluate(x: Array, t: float) -> Array:
+            rows, times = torch.from_numpy(x), torch.full((len(x),), t)
+            v: torch.Tensor = self._network(rows, times, *own)
+            if guidance.applies_at(t):
+                v = guide(v, self._network(rows, times, *null), guidance.scale)
+            return v.numpy()
+
+        return evaluate
+
+    def _encode(self, texts: Sequence[str]) -> tuple[torch.Tensor, ...]:
+        tokens = [[each.encode(text) for each in self._tokenizers] for text in texts]
+        ids = encoder_tensors(self._tokenizers, tokens)
+        made: tuple[torch.Tensor, ...] = self._encoder(*map(torch.from_numpy, ids.values()))
+        return made
 
 
 def distances(one: Array, other: Array) -> Array:

@@ -13,7 +13,7 @@ import numpy as np
 from flowturbo_client import FlowTurboClient
 
 from flowturbo.contract import LABEL_ROLES, Role, model_name
-from flowturbo.pipeline import class_label, read_pipeline
+from flowturbo.pipeline import read_pipeline
 from flowturbo.solver.guidance import Guidance
 from flowturbo.solver.sampler import Array
 from research.quality.engine import (
@@ -31,10 +31,12 @@ from research.quality.judges import (
     Classifier,
     Inception,
     Judge,
+    SceneJudge,
     check_reference,
     load_reference,
 )
 from research.quality.metrics import Figures, figures
+from research.quality.subjects import Classes, ScenePrompts, Subject
 from training.frechet import Reference
 from training.glyphs.pictures import CLASS_NAMES
 from training.judging import Features
@@ -54,23 +56,30 @@ class Evaluator:
 
     @classmethod
     def open(
-        cls, weights: Path, inception: Path | None, reference: Path | None, *num_classes: int
+        cls, weights: Path, inception: Path | None, reference: Path | None, *subjects: Subject
     ) -> Evaluator:
-        """The glyphs' classifier and features in `weights`, unless the other two are given.
+        """The judge and the features in `weights`, unless the other two are given.
 
-        `num_classes` are the numbers of classes of the models. Raises ValueError if `inception` is
-        given without `reference`. Raises it if `inception` is missing and a model has other classes
-        than the glyphs. Raises it if the reference has other features than the judge.
+        `subjects` are those of the models. Raises ValueError if `inception` is given without
+        `reference`. Raises it if `inception` is missing and a model has other classes than the
+        glyphs. Raises it if the reference has other features than the judge.
         """
         if inception is not None and reference is None:
             raise ValueError(f"{inception} needs its own reference: give --reference")
-        other = set(num_classes) - {len(CLASS_NAMES)}
+        counts = [each.count for each in subjects if isinstance(each, Classes)]
+        other = set(counts) - {len(CLASS_NAMES)}
         if inception is None and other:
             raise ValueError(
                 f"the glyphs' classifier knows {len(CLASS_NAMES)} classes, the model has "
                 f"{max(other)}: give --inception and --reference"
             )
-        judge = Classifier(weights) if inception is None else Inception(inception)
+        if 0 < len(counts) < len(subjects):
+            raise ValueError("pipelines with classes and with prompts have different judges")
+        judge: Judge
+        if inception is not None:
+            judge = Inception(inception)
+        else:
+            judge = Classifier(weights) if counts else SceneJudge(weights)
         path = reference or weights / "features.npz"
         known = load_reference(path, judge)
         check_reference(path, known, judge)
@@ -84,22 +93,25 @@ class Evaluator:
     def figures(self, folder: ImageFolder, count: int) -> Figures:
         """The figures of the first `count` images of `folder`."""
         seen = Features.join(self.judge(images) for images in folder.batches(count))
-        labels = folder.labels(np.arange(count)) if self.judge.knows_labels else None
-        return figures(seen, self.reference, labels)
+        right = None
+        if self.judge.knows_subjects:
+            right = folder.subject.right(seen.probability, np.arange(count))
+        return figures(seen, self.reference, right, classes=self.judge.has_classes)
 
 
-def models_digest(repository: Path) -> str:
+def models_digest(repository: Path, name: str | None = None) -> str:
     """Twelve hexadecimal digits for the networks of `repository` and how they are computed.
 
     Another export of the same networks has the same digits, even if its ONNX files differ, such as
     in paths.
     """
-    pipeline, stated = read_pipeline(repository), []
+    pipeline, stated = read_pipeline(repository, name), []
     made_from = pipeline.fingerprint
     options = {name: of for name, of in made_from["options"].items() if (name, of) not in _UNSET}
     # Keys as before pipelines had names, so that stored figures stay valid.
     digests = {model_name("", Role(role))[1:]: of for role, of in made_from["sha256"].items()}
-    for role in LABEL_ROLES:
+    # Without the text encoder's role for classes, so that stored figures stay valid.
+    for role in Role if pipeline.has(Role.TEXT_ENCODER) else LABEL_ROLES:
         record = pipeline.models.get(role)
         keys = ("engine", "runtime", "precision")
         stated.append([getattr(record, key) if record else None for key in keys])
@@ -107,9 +119,11 @@ def models_digest(repository: Path) -> str:
     return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def described(spec: SamplingSpec, repository: Path, source: str) -> dict[str, Any]:
+def described(
+    spec: SamplingSpec, repository: Path, source: str, name: str | None = None
+) -> dict[str, Any]:
     """What an image folder records about how its images were made."""
-    return {"spec": str(spec), "models": models_digest(repository), "source": source}
+    return {"spec": str(spec), "models": models_digest(repository, name), "source": source}
 
 
 class Local:
@@ -124,22 +138,27 @@ class Local:
         schedule = spec.schedule
         self.evaluations = schedule_evaluations(schedule) if schedule else None
 
-    def __call__(self, labels: Array, seeds: Array) -> Array:
-        """Images [n, H, W, 3] uint8 of the classes `labels` [n] from `seeds` [n]."""
-        made = self._engine.make(self._spec, labels, seeds)
+    def __call__(self, seeds: Array) -> Array:
+        """Images [n, H, W, 3] uint8 of `seeds` [n]."""
+        made = self._engine.make(self._spec, seeds)
         self.evaluations = made.predictor, made.refiner
         return made.image
 
 
-def served(client: FlowTurboClient, spec: SamplingSpec) -> Make:
+def served(
+    client: FlowTurboClient, spec: SamplingSpec, subject: Subject, pipeline: str | None = None
+) -> Make:
     """Makes images with a server, which runs schedules only, in the variant of its settings."""
 
-    def make(labels: Array, seeds: Array) -> Array:
+    def make(seeds: Array) -> Array:
+        asked = subject.asked(seeds)
         answer = client.generate(
-            labels.tolist(),
+            None if (labels := asked.get("label")) is None else labels.tolist(),
             seeds.tolist(),
             spec.sampler,
             spec.guidance_scale,
+            prompts=asked.get("prompt"),
+            pipeline=pipeline,
             guidance_interval=spec.interval,
             timeout_s=_TIMEOUT_S,
         )
@@ -149,15 +168,19 @@ def served(client: FlowTurboClient, spec: SamplingSpec) -> Make:
     return make
 
 
-def exact_latents(exact: Exact, guidance: Guidance, count: int, folder: Path) -> Array:
+def exact_latents(
+    exact: Exact, subject: Subject, guidance: Guidance, count: int, folder: Path
+) -> Array:
     """Exact latents [count, C, h, w] of the first `count` seeds, cached in `folder`."""
     low, high = guidance.interval
     name = f"exact_{exact.digest}_within{EXACT_TOLERANCE:g}_g{guidance.scale:g}_{low:g}_{high:g}"
+    if isinstance(subject, ScenePrompts):
+        name += f"_{subject.name}"
     path = folder / f"{name}_{count}.npy"
 
     def solve() -> Array:
         parts = np.array_split(np.arange(count), -(-count // BATCH))
-        found = [exact.latent(seeds % exact.num_classes, seeds, guidance) for seeds in parts]
+        found = [exact.latent(subject, seeds, guidance) for seeds in parts]
         return np.concatenate(found)
 
     return kept(path, solve)
@@ -182,7 +205,5 @@ def exact_distance(engine: Engine, spec: SamplingSpec, solved: Array) -> float:
     made = []
     for start in range(0, len(solved), BATCH):
         seeds = np.arange(start, min(start + BATCH, len(solved)))
-        made.append(
-            engine.make(spec, seeds % class_label(engine.pipeline).num_classes, seeds).latent
-        )
+        made.append(engine.make(spec, seeds).latent)
     return float(distances(np.concatenate(made), solved).mean())

@@ -1,4 +1,4 @@
-"""A folder with the images of one spec as PNG: image i has seed i and class i mod num_classes.
+"""A folder with the images of one spec as PNG: image i has seed i and the subject of that seed.
 
 Existing images are not made again, so a run can be stopped, resumed and extended.
 """
@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from flowturbo.textfile import read_json
 from research.quality.engine import BATCH, Make
+from research.quality.subjects import Subject
 
 _SPEC, _SPEED = "spec.json", "speed.json"
 
@@ -44,16 +45,16 @@ def beside(path: Path) -> Path:
 
 
 class ImageFolder:
-    """The folder `path` of images made with `spec`, any JSON object.
+    """The folder `path` of images of `subject`, made with `spec`, any JSON object.
 
     Raises ValueError if the folder has images of another spec.
     """
 
-    def __init__(self, path: Path, spec: Mapping[str, Any], num_classes: int) -> None:
-        self.path, self.num_classes = path, num_classes
+    def __init__(self, path: Path, spec: Mapping[str, Any], subject: Subject) -> None:
+        self.path, self.subject = path, subject
         self._shape: tuple[int, ...] | None = None
         path.mkdir(parents=True, exist_ok=True)
-        stated = json.dumps({**spec, "num_classes": num_classes}, indent=1, sort_keys=True) + "\n"
+        stated = json.dumps({**spec, **subject.stated}, indent=1, sort_keys=True) + "\n"
         written = path / _SPEC
         if not written.exists():
             written.write_text(stated)
@@ -69,10 +70,6 @@ class ImageFolder:
         """The speed over all images that `fill` made here, in this run and in earlier ones."""
         path = self.path / _SPEED
         return Speed(**read_json(path)) if path.exists() else Speed(0, 0.0)
-
-    def labels(self, seeds: np.ndarray) -> np.ndarray:
-        """Class ids [n] of the images of `seeds` [n]."""
-        return seeds % self.num_classes
 
     def missing(self, count: int) -> np.ndarray:
         """Seeds below `count` without an image, in ascending order."""
@@ -113,7 +110,7 @@ class ImageFolder:
         parts = [missing[k : k + batch] for k in range(0, len(missing), batch)]
 
         def work(seeds: np.ndarray) -> None:
-            self.write(seeds, make(self.labels(seeds), seeds))
+            self.write(seeds, make(seeds))
 
         started_s = time.perf_counter()
         pool = ThreadPoolExecutor(in_flight)
@@ -130,8 +127,8 @@ class ImageFolder:
     def to_npz(self, path: Path, count: int) -> None:
         """Writes the first `count` images as ADM's sampling script does, for its evaluator.
 
-        `arr_0` is uint8 [N, H, W, 3]; `arr_1` has the classes, int64 [N]. One batch is in memory
-        at a time. The write is atomic.
+        `arr_0` is uint8 [N, H, W, 3]; `arr_1` has the classes, int64 [N], if there are classes.
+        One batch is in memory at a time. The write is atomic.
         """
         partial = beside(path)
         with zipfile.ZipFile(partial, "w") as file:
@@ -142,8 +139,9 @@ class ImageFolder:
                         header["shape"] = (count, *images.shape[1:])
                         np.lib.format.write_array_header_1_0(member, header)
                     member.write(images.tobytes())
-            with file.open("arr_1.npy", "w") as member:
-                np.lib.format.write_array(member, self.labels(np.arange(count)))
+            if (labels := self.subject.labels(np.arange(count))) is not None:
+                with file.open("arr_1.npy", "w") as member:
+                    np.lib.format.write_array(member, labels)
         partial.rename(path)
 
     def _add(self, done: Speed) -> None:

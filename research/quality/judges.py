@@ -1,4 +1,4 @@
-"""Feature networks of images: the glyphs' classifier, or Inception from a weights file."""
+"""Feature networks of images: those of glyphs and of scenes, or Inception from a weights file."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowturbo.errors import FlowTurboError
 from training.frechet import Reference, Statistics
@@ -23,6 +23,7 @@ from training.glyphs.pictures import IMAGE_SIZE
 from training.images import Skipped, find_images, read_image, unused
 from training.judging import SPATIAL_CHANNELS, Features, extract_features
 from training.loop import device
+from training.scenes import judge
 
 _BATCH = 50
 _READ = 500  # pictures of a folder in memory at a time
@@ -30,31 +31,63 @@ _FIDELITY = "torch_fidelity"
 
 
 class Judge(Protocol):
-    """Extracts features. `knows_labels` tells whether its classes are those of the request."""
+    """Extracts features.
 
-    knows_labels: bool
+    `knows_subjects` tells whether its outputs are about what was asked for; `has_classes` whether
+    they are class probabilities.
+    """
+
+    knows_subjects: bool
+    has_classes: bool
 
     def __call__(self, images: np.ndarray) -> Features: ...
 
 
-class Classifier:
-    """The classifier of glyphs; `weights` is the folder of the glyphs model."""
+class Own:
+    """The judge that is trained with one of our models; `weights` is the model's folder."""
 
-    knows_labels = True
+    knows_subjects = True
+    file: ClassVar[str]
 
     def __init__(self, weights: Path) -> None:
-        self._model = classifier.build()
-        self._model.load_state_dict(load_file(weights / "classifier.safetensors"))
+        self._model = self.build()
+        self._model.load_state_dict(load_file(weights / self.file))
+
+    def build(self) -> nn.Sequential:
+        """The network without its weights."""
+        raise NotImplementedError
 
     def __call__(self, images: np.ndarray) -> Features:
         """Features of `images` [N, 64, 64, 3] uint8; raises ValueError for other sizes."""
         if images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3):
             size, seen = f"{IMAGE_SIZE} x {IMAGE_SIZE}", " x ".join(map(str, images.shape[1:3]))
             raise ValueError(
-                f"the glyphs' classifier reads images of {size} pixels, these have {seen}: "
+                f"{self.file} reads images of {size} pixels, these have {seen}: "
                 "give --inception and --reference"
             )
         return extract_features(self._model, images)
+
+
+class Classifier(Own):
+    """The classifier of glyphs."""
+
+    has_classes = True
+    file = "classifier.safetensors"
+
+    def build(self) -> nn.Sequential:
+        """As in the base class."""
+        return classifier.build()
+
+
+class SceneJudge(Own):
+    """The judge of glyph scenes."""
+
+    has_classes = False
+    file = "judge.safetensors"
+
+    def build(self) -> nn.Sequential:
+        """As in the base class."""
+        return judge.build()
 
 
 class Inception:
@@ -65,7 +98,8 @@ class Inception:
     are as in ADM's evaluator. Raises FlowTurboError without torch-fidelity or for other weights.
     """
 
-    knows_labels = False  # its 1008 classes have other numbers than ImageNet's
+    has_classes = True
+    knows_subjects = False  # its 1008 classes have other numbers than ImageNet's
 
     def __init__(self, weights: Path) -> None:
         extractor = _fidelity().FeatureExtractorInceptionV3

@@ -8,12 +8,13 @@ does not say how far the figure is from its limit for infinitely many images.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from research.quality.subjects import ALL
 from training.frechet import Reference, Statistics, frechet_distance
 from training.judging import Features
 
@@ -32,7 +33,8 @@ _Interval = tuple[float | None, float | None]  # a figure, and half the width of
 class Figures:
     """The figures of one set of images; None if the reference or the judge cannot give them.
 
-    `recognised` is the share of images in which the judge reads the requested class.
+    `recognised` is the share of images in which the judge reads all that was asked for; `right` has
+    such shares of its parts.
     `frechet_distance_without_block` has the Fréchet distance without each of BLOCKS blocks of
     seeds. Each interval is half the width of a 95% interval from such values. Recall has no
     interval: each left-out block would need a new neighbour search over all other images.
@@ -46,21 +48,34 @@ class Figures:
     frechet_distance_without_block: Without
     spatial_frechet_distance: float | None
     spatial_frechet_interval: float | None
-    inception_score: float
+    inception_score: float | None
     inception_score_interval: float | None
     knn_precision: float | None
     knn_precision_interval: float | None
     knn_recall: float | None
+    right: Mapping[str, _Interval]
 
 
-def figures(seen: Features, reference: Reference, labels: np.ndarray | None) -> Figures:
-    """All figures of `seen`; `labels` [N] are the requested classes, None if unknown."""
-    recognised: _Interval = (None, None)
-    spatial: _Interval = (None, None)
-    precision: _Interval = (None, None)
-    recall = None
-    if labels is not None:
-        recognised = _jackknifed(seen.probability.argmax(1) == labels, _mean)
+def figures(
+    seen: Features,
+    reference: Reference,
+    right: Mapping[str, np.ndarray] | None,
+    *,
+    classes: bool = True,
+) -> Figures:
+    """All figures of `seen`.
+
+    `right` says what the judge reads rightly, [N] bool each (Subject.right); None if unknown.
+    Without `classes` the judge's outputs are no class probabilities.
+    """
+    nothing: _Interval = (None, None)
+    shares: dict[str, _Interval] = {
+        name: _jackknifed(rows, _mean) for name, rows in (right or {}).items()
+    }
+    recognised = shares.pop(ALL, nothing)
+    score, spatial, precision, recall = nothing, nothing, nothing, None
+    if classes:
+        score = _jackknifed(seen.probability, inception_score)
     if reference.spatial is not None:
         spatial = _jackknifed(seen.spatial, distance_to(reference.spatial))
     if reference.features is not None:
@@ -75,9 +90,10 @@ def figures(seen: Features, reference: Reference, labels: np.ndarray | None) -> 
         _interval(without),
         without,
         *spatial,
-        *_jackknifed(seen.probability, inception_score),
+        *score,
         *precision,
         recall,
+        shares,
     )
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from bench.observe import hardware, write_json
 from flowturbo.contract import Role
 from flowturbo.errors import FlowTurboError
-from flowturbo.pipeline import class_label, read_pipeline
+from flowturbo.pipeline import read_pipeline
 from flowturbo.settings import Settings
 from flowturbo.solver.guidance import Guidance
 from flowturbo.solver.schedule import Schedule, read_shift
@@ -141,7 +141,9 @@ def _measure(study: Study, args: argparse.Namespace) -> None:
     )
     if "stability" not in study:
         study["stability"] = {
-            f"{each:g}": stability(bench.exact, Guidance(each), STABILITY_IMAGES)
+            f"{each:g}": stability(
+                bench.exact, bench.engines[MAIN].subject, Guidance(each), STABILITY_IMAGES
+            )
             for each in sorted({1.0, guided, 2 * guided})
         }
     for number, point in enumerate(missing, 1):
@@ -193,7 +195,7 @@ def _bench(args: argparse.Namespace) -> Bench:
             args.weights,
             args.inception,
             args.reference,
-            class_label(engines[MAIN].pipeline).num_classes,
+            engines[MAIN].subject,
         ),
         args.work,
         args.rounds,

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from flowturbo.latents import noise
-from flowturbo.pipeline import class_label
 from flowturbo.solver.guidance import Guidance
 from flowturbo.solver.sampler import Array
 from research.quality.engine import BATCH, Engine, Exact, Made, SamplingSpec, distances
 from research.quality.evaluate import Evaluator, Local, described, exact_latents
 from research.quality.images import ImageFolder
 from research.quality.metrics import half_width, mean_without
+from research.quality.subjects import Subject
 from research.study.points import MAIN, Point
 
 BASELINE = "H8"
@@ -47,9 +47,7 @@ class Bench:
         spec, engine = point.spec, self.engines[point.repository]
         said = described(spec, self.repositories[point.repository], "process")
         name = f"{point.repository}_{spec}_{said['models']}"
-        folder = ImageFolder(
-            self.work / "images" / name, said, class_label(engine.pipeline).num_classes
-        )
+        folder = ImageFolder(self.work / "images" / name, said, engine.subject)
         figures = self._beside_baseline(engine, point, folder)
         folder.fill(point.images, Local(engine, spec))
         stated = {"repository": point.repository, "models": said["models"], **asdict(spec)}
@@ -58,10 +56,9 @@ class Bench:
     def seconds_an_evaluation(self) -> float:
         """Estimates the time per predictor evaluation of one row, decoder included."""
         engine, seeds = self.engines[MAIN], np.arange(BATCH)
-        labels = seeds % class_label(engine.pipeline).num_classes
         spec = SamplingSpec(BASELINE, 1.0)
-        engine.make(spec, labels, seeds)  # the first call is slower
-        seconds, made = _timed(engine, spec, labels, seeds)
+        engine.make(spec, seeds)  # the first call is slower
+        seconds, made = _timed(engine, spec, seeds)
         return seconds / BATCH / made.predictor
 
     def _beside_baseline(self, engine: Engine, point: Point, folder: ImageFolder) -> Figures:
@@ -71,18 +68,17 @@ class Bench:
         times: list[tuple[float, float]] = []
         latents: list[Array] = []
         seeds = np.arange(min(BATCH, images))
-        engine.make(spec, folder.labels(seeds), seeds)  # a runtime's first call is slower
+        engine.make(spec, seeds)  # a runtime's first call is slower
         for k in range(min(self.rounds, -(-images // BATCH))):
             seeds = np.arange(k * BATCH, min((k + 1) * BATCH, images))
-            labels = folder.labels(seeds)
             turns = [(engine, spec), (main, baseline)]
-            done = [_timed(*turn, labels, seeds) for turn in (turns if k % 2 else turns[::-1])]
+            done = [_timed(*turn, seeds) for turn in (turns if k % 2 else turns[::-1])]
             (own_s, made), (other_s, _) = done if k % 2 else done[::-1]
             times.append((1e3 * own_s / len(seeds), 1e3 * other_s / len(seeds)))
             latents.append(made.latent)
             folder.write(seeds, made.image)
         latent = np.concatenate(latents)
-        solved = exact_latents(self.exact, spec.guidance, len(latent), self.work)
+        solved = exact_latents(self.exact, main.subject, spec.guidance, len(latent), self.work)
         apart = distances(latent, solved)
         return {
             "predictor": made.predictor,
@@ -95,9 +91,9 @@ class Bench:
         }
 
 
-def _timed(engine: Engine, spec: SamplingSpec, labels: Array, seeds: Array) -> tuple[float, Made]:
+def _timed(engine: Engine, spec: SamplingSpec, seeds: Array) -> tuple[float, Made]:
     started_s = time.perf_counter()
-    made = engine.make(spec, labels, seeds)
+    made = engine.make(spec, seeds)
     return time.perf_counter() - started_s, made
 
 
@@ -113,14 +109,14 @@ def summary(times: list[tuple[float, float]]) -> Figures:
     }
 
 
-def stability(exact: Exact, guidance: Guidance, images: int) -> Figures:
+def stability(exact: Exact, subject: Subject, guidance: Guidance, images: int) -> Figures:
     """|v(t + h) - v(t)| / |v(t)| along the flow, h = 1 / STABILITY_STEPS, over `images` images.
 
     v is the guided velocity; the norm is over the latent of one image. The solver is
     Adams-Bashforth 2 after one Heun step, because it evaluates v at the points of the grid only.
     """
     seeds, h = np.arange(images), np.float32(1 / STABILITY_STEPS)
-    velocity = exact.velocity(seeds % exact.num_classes, guidance)
+    velocity = exact.velocity(subject, seeds, guidance)
     x = noise(seeds, exact.latent_shape)
     v = velocity(x, 0.0)
     before = 2 * v - velocity(x + h * v, float(h))  # the first step becomes Heun's

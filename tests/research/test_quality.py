@@ -32,10 +32,10 @@ from research.quality.engine import (
     BATCH,
     Engine,
     Exact,
+    ExactClasses,
     SamplingSpec,
     distances,
     find_sampler,
-    velocity,
 )
 from research.quality.evaluate import Evaluator, kept, models_digest, served
 from research.quality.images import ImageFolder, Speed
@@ -50,6 +50,7 @@ from research.quality.metrics import (
     without_block,
 )
 from research.quality.samplers import Counted
+from research.quality.subjects import Classes
 from training.frechet import Reference, Statistics
 from training.judging import Features
 
@@ -123,13 +124,13 @@ def test_what_is_not_known_is_left_out() -> None:
     assert known.pop("frechet_distance") == pytest.approx(0, abs=1e-9)
     always = {"images", "frechet_interval", "frechet_distance_without_block"}
     always |= {"inception_score", "inception_score_interval"}
-    assert {key for key, value in known.items() if value is not None} == always
+    assert {key for key, value in known.items() if value not in (None, {})} == always
     reference = Reference(Statistics.of(seen.pooled), Statistics.of(seen.spatial), seen.pooled)
-    every = asdict(figures(seen, reference, np.zeros(30, np.int64)))
+    every = asdict(figures(seen, reference, Classes(1).right(seen.probability, np.arange(30))))
     assert None not in every.values()
     assert (every["knn_precision"], every["knn_precision_interval"]) == (1, 0)
     few = Features(seen.pooled[:9], seen.spatial[:9], seen.probability[:9])
-    stated = asdict(figures(few, reference, np.zeros(9, np.int64)))
+    stated = asdict(figures(few, reference, Classes(1).right(few.probability, np.arange(9))))
     assert [value for key, value in stated.items() if key.endswith("interval")] == [None] * 5
 
 
@@ -146,8 +147,8 @@ def test_the_committed_reference_is_of_real_images() -> None:
 def test_references_of_images_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder, ADM's sample batch and ADM's reference batch of the same images."""
     judge = Classifier(GLYPHS)
-    folder = ImageFolder(tmp_path / "images", {}, num_classes=4)
-    folder.fill(6, lambda labels, seeds: PICTURES[seeds], batch=4)
+    folder = ImageFolder(tmp_path / "images", {}, Classes(4))
+    folder.fill(6, lambda seeds: PICTURES[seeds], batch=4)
     folder.to_npz(tmp_path / "samples.npz", 6)
     with np.load(tmp_path / "samples.npz") as file:
         assert np.array_equal(file["arr_0"], PICTURES)
@@ -173,7 +174,7 @@ def test_references_of_images_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_many_images_are_written_a_batch_at_a_time(tmp_path: Path) -> None:
     """As np.savez writes them, which ADM's evaluator reads."""
     images = RNG.integers(0, 256, (600, 2, 3, 3), np.uint8)  # batches has 500 at a time
-    folder = ImageFolder(tmp_path / "images", {}, num_classes=4)
+    folder = ImageFolder(tmp_path / "images", {}, Classes(4))
     folder.write(np.arange(600), images)
     folder.to_npz(tmp_path / "found.npz", 600)
     np.savez(tmp_path / "expected.npz", images, np.arange(600) % 4)
@@ -187,27 +188,27 @@ def test_many_images_are_written_a_batch_at_a_time(tmp_path: Path) -> None:
 def test_images_resume_and_extend(tmp_path: Path) -> None:
     made: list[int] = []
 
-    def make(labels: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+    def make(seeds: np.ndarray) -> np.ndarray:
         if 4 in seeds and not made.count(4):
             made.append(4)
             raise ConnectionError
         made.extend(seeds.tolist())
         return PICTURES[seeds]
 
-    folder = ImageFolder(tmp_path, {"spec": "H8"}, num_classes=3)
+    folder = ImageFolder(tmp_path, {"spec": "H8"}, Classes(3))
     with pytest.raises(ConnectionError):
         folder.fill(6, make, batch=2)
     assert folder.missing(6).tolist() == [4, 5]
     first = folder.speed
     assert (first.images, first.seconds > 0) == (4, True)
-    speed = ImageFolder(tmp_path, {"spec": "H8"}, num_classes=3).fill(6, make, batch=2)
+    speed = ImageFolder(tmp_path, {"spec": "H8"}, Classes(3)).fill(6, make, batch=2)
     assert (speed.images, made) == (2, [0, 1, 2, 3, 4, 4, 5])
     assert folder.speed == Speed(6, first.seconds + speed.seconds)
     assert np.array_equal(np.concatenate(list(folder.batches(6, size=4))), PICTURES)
     assert folder.fill(6, make).ms_per_image is None
     assert folder.speed.images == 6
     with pytest.raises(ValueError, match="not of"):
-        ImageFolder(tmp_path, {"spec": "H7"}, num_classes=3)
+        ImageFolder(tmp_path, {"spec": "H7"}, Classes(3))
 
 
 def test_inception_sees_what_adm_takes(inception: Inception) -> None:
@@ -235,7 +236,7 @@ def test_other_weights_are_refused(tmp_path: Path) -> None:
 
 def test_the_glyphs_judge_is_for_glyphs() -> None:
     with pytest.raises(ValueError, match="knows 36 classes, the model has 1000: give --inception"):
-        Evaluator.open(GLYPHS, None, None, 36, 1000)
+        Evaluator.open(GLYPHS, None, None, Classes(36), Classes(1000))
     with pytest.raises(ValueError, match="reads images of 64 x 64 pixels, these have 32 x 64"):
         Classifier(GLYPHS)(np.zeros((2, 32, 64, 3), np.uint8))
 
@@ -246,9 +247,10 @@ def test_the_velocity_is_the_programs(
     golden_repository: Path, scale: float, interval: tuple[float, float]
 ) -> None:
     """Heun and pseudo-corrector steps written over the velocity make the service's latents."""
-    engine, labels = Engine(golden_repository), np.array([0, 1, 2])
+    engine = Engine(golden_repository)
+    labels = engine.subject.labels(SEEDS)
     expected = engine.generate(labels, SEEDS, "H2P4", scale, guidance_interval=interval).latent
-    v = Counted(velocity(engine._infer, engine.pipeline, labels, Guidance(scale, interval)))
+    v = Counted(engine.velocity(SEEDS, Guidance(scale, interval)))
     found = noise(SEEDS, engine.pipeline.latent_shape)
     h, ahead = 1 / 6, found
     for k, letter in enumerate("HHPPPP"):
@@ -260,10 +262,10 @@ def test_the_velocity_is_the_programs(
 
 
 def test_solvers_approach_the_exact_solution(engine: Engine) -> None:
-    exact = Exact(GLYPHS / "predictor.safetensors")
-    solved = exact.latent(LABELS, SEEDS, Guidance(3.0))
+    exact = ExactClasses(GLYPHS / "predictor.safetensors")
+    solved = exact.latent(engine.subject, SEEDS, Guidance(3.0))
     away = {
-        name: distances(engine.make(SamplingSpec(name, 3.0), LABELS, SEEDS).latent, solved).mean()
+        name: distances(engine.make(SamplingSpec(name, 3.0), SEEDS).latent, solved).mean()
         for name in ("H4", "H32", "unipc:32", "dopri5:1e-2")
     }
     assert max(far for name, far in away.items() if name != "H4") < 0.3 * away["H4"]
@@ -385,14 +387,14 @@ def test_exact_is_guided_as_the_repository_is(golden_repository: Path, tmp_path:
     repository, predictor = tmp_path / "models", GOLDEN / "predictor.pt"
     shutil.copytree(golden_repository / "flowturbo", repository / "flowturbo")
     pipeline = read_pipeline(repository)
-    labels, guidance = np.array([0, 1]), Guidance(3.0)
-    x = noise(np.array([1, 2]), pipeline.latent_shape)
+    seeds, guidance = np.array([1, 2]), Guidance(3.0)
+    x = noise(seeds, pipeline.latent_shape)
 
     def guided(exact: Exact) -> np.ndarray:
-        return exact.velocity(labels, guidance)(x, 0.5)
+        return exact.velocity(Classes(11), seeds, guidance)(x, 0.5)
 
-    plain = Exact(predictor, num_heads=2)
-    assert plain.digest != Exact(predictor, num_heads=4).digest
+    plain = ExactClasses(predictor, num_heads=2)
+    assert plain.digest != ExactClasses(predictor, num_heads=4).digest
     same = Exact.of_repository(predictor, repository)
     assert same.digest == plain.digest
     np.testing.assert_array_equal(guided(same), guided(plain))
@@ -403,7 +405,7 @@ def test_exact_is_guided_as_the_repository_is(golden_repository: Path, tmp_path:
     assert other.digest != plain.digest
     apart = np.abs(guided(other) - guided(plain)).max((0, 2, 3))
     assert (apart > 0).tolist() == [False, False, True, False]
-    assert Exact(predictor, num_heads=2, num_classes=11).digest != plain.digest
+    assert ExactClasses(predictor, num_heads=2, num_classes=11).digest != plain.digest
     weights = torch.load(predictor, weights_only=True)
     torch.save({**weights, "pos_embed": 2 * weights["pos_embed"]}, tmp_path / "other.pt")
     for checkpoint in (GLYPHS / "predictor.safetensors", tmp_path / "other.pt"):
@@ -455,7 +457,7 @@ def test_references_that_are_none(tmp_path: Path) -> None:
 
 
 def test_files_of_a_run_that_are_damaged_are_named(tmp_path: Path) -> None:
-    folder = ImageFolder(tmp_path / "images", {}, num_classes=3)
+    folder = ImageFolder(tmp_path / "images", {}, Classes(3))
     folder.write(np.arange(2), np.zeros((2, 8, 8, 3), np.uint8))
     Image.new("RGB", (9, 9)).save(folder.path / "000001.png")
     with pytest.raises(ValueError, match=r"000001.png must be \(8, 8, 3\).*it is \(9, 9, 3\)"):
@@ -465,7 +467,7 @@ def test_files_of_a_run_that_are_damaged_are_named(tmp_path: Path) -> None:
         _ = folder.speed
     (folder.path / "spec.json").write_text("")
     with pytest.raises(ValueError, match="has images of an unknown spec, not of .*: remove it"):
-        ImageFolder(folder.path, {}, num_classes=3)
+        ImageFolder(folder.path, {}, Classes(3))
     (tmp_path / "exact.npy").touch()
     with pytest.raises(ValueError, match="exact.npy is not an array, remove it"):
         kept(tmp_path / "exact.npy", lambda: np.zeros(1))
@@ -481,9 +483,9 @@ def test_the_service_makes_the_same_images(
     client: FlowTurboClient, engine: Engine, tmp_path: Path
 ) -> None:
     spec = SamplingSpec("H1P2", 3.0)
-    folder = ImageFolder(tmp_path, {}, num_classes=36)
-    assert folder.fill(12, served(client, spec), batch=2, in_flight=4).images == 12
+    folder = ImageFolder(tmp_path, {}, engine.subject)
+    assert folder.fill(12, served(client, spec, engine.subject), batch=2, in_flight=4).images == 12
     seeds = np.arange(12)
-    expected = engine.make(spec, folder.labels(seeds), seeds).image
+    expected = engine.make(spec, seeds).image
     # Its batches are of other sizes, for which bfloat16 rounds otherwise.
     assert np.abs(folder.read(seeds).astype(int) - expected.astype(int)).mean() < 1

@@ -14,7 +14,8 @@ from flowturbo.contract import Role
 from flowturbo.pipeline import read_pipeline
 from flowturbo.solver.guidance import Guidance
 from flowturbo.solver.sampler import Array
-from research.quality.engine import Exact
+from research.quality.engine import ExactClasses
+from research.quality.subjects import Classes, Subject
 from research.study import __main__ as study
 from research.study import measure
 from research.study.equal import EXACT, FRECHET, difference, family, rivals, time_share
@@ -104,13 +105,13 @@ def test_the_baseline_takes_exactly_its_own_time() -> None:
 
 def test_stability_of_a_known_flow(monkeypatch: pytest.MonkeyPatch) -> None:
     """v = x grows as exp(t): the relative change over h is exp(h) - 1 at all times."""
-    exact = Exact(GLYPHS / "predictor.safetensors")
+    exact = ExactClasses(GLYPHS / "predictor.safetensors")
 
-    def velocity(labels: Array, guidance: Guidance):  # type: ignore[no-untyped-def]
+    def velocity(subject: Subject, seeds: Array, guidance: Guidance):  # type: ignore[no-untyped-def]
         return lambda x, t: x
 
     monkeypatch.setattr(exact, "velocity", velocity)
-    found = stability(exact, Guidance(1.0), images=3)
+    found = stability(exact, Classes(36), Guidance(1.0), images=3)
     assert found["median"] == pytest.approx([np.expm1(1 / 32)] * 31, rel=0.01)
 
 

@@ -135,7 +135,7 @@ def test_glyphs_are_recognised(glyphs_repository: Path) -> None:
     engine, labels = Engine(glyphs_repository), np.arange(72) % 36
     settings = engine.settings
     spec = SamplingSpec(str(engine.default_schedule), settings.default_guidance_scale)
-    made = [engine.make(spec, labels[k : k + 24], np.arange(k, k + 24)) for k in (0, 24, 48)]
+    made = [engine.make(spec, np.arange(k, k + 24)) for k in (0, 24, 48)]
     seen = Classifier(WEIGHTS)(np.concatenate([part.image for part in made]))
     assert (seen.probability.argmax(1) == labels).mean() >= 0.94
 

@@ -6,34 +6,44 @@ and the refiner. Each stage resumes where it was stopped. A finished stage is no
 
 import argparse
 import hashlib
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from diffusers import AutoencoderKL
 from tqdm import tqdm
 
 from flowturbo.command import run_command
 from flowturbo.errors import FlowTurboError
-from training import autoencoder
+from flowturbo.nets.families.family import FolderOptions
+from flowturbo.nets.families.loading import load_family
+from flowturbo.solver.schedule import Schedule
+from training import autoencoder, folder_refiner
 from training.data import encode, vae_digest
-from training.loop import processes
+from training.judging import REFERENCE_IMAGES, reference
+from training.loop import processes, save_weights
 from training.plan import PlanError, TrainingConfig
-from training.scenes import predictor
+from training.scenes import judge, predictor
 from training.scenes.grammar import scenes, vocabulary
 from training.scenes.network import LATENT_CHANNELS, make_tokenizer, save_folder
 from training.scenes.pictures import load_images
+from training.trajectories import TrajectoryPlan
 
 IMAGES = 80_000
-JUDGE_IMAGES = 40_000  # of any pair of sign and colour: the judge must know them all
-JUDGE_SEED = 1  # added to the seed of the data
+# The judge must know all pairs of sign and colour; its images have another seed.
+JUDGE_IMAGES, JUDGE_SEED = 40_000, 1
+PROMPTS = 4_000  # of the refiner's trajectories
 PLANS = {
     "judge": TrainingConfig(2000, batch=128, learning_rate=2e-3, seed=2, ema_decay=0.99),
     "vae": TrainingConfig(1600, batch=32, learning_rate=1.5e-3, seed=1, ema_decay=0.0),
     "predictor": TrainingConfig(9000, batch=64, learning_rate=1e-3, seed=3, decay="constant"),
     "predictor_decay": TrainingConfig(4000, batch=64, learning_rate=1e-3, seed=5),
+    "refiner": TrainingConfig(2000, batch=64, learning_rate=1e-3, seed=4),
 }
+TRAJECTORIES = TrajectoryPlan(steps=(6, 16), scales=(2.0, 5.0), batches=8, batch=32)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -52,21 +62,45 @@ def _run(args: argparse.Namespace) -> None:
     if processes().num_processes > 1:
         raise PlanError(f"one process is needed, got {processes().num_processes}")
     args.out.mkdir(parents=True, exist_ok=True)
+    _judge(args)
     images = load_images(args.runs / "data", IMAGES, args.seed)
     data = {"images": hashlib.sha256(images.data).hexdigest()}
-
     vae = autoencoder.train(images, LATENT_CHANNELS, PLANS["vae"], args.runs, data)
     tokenizer = make_tokenizer(vocabulary(), args.runs / "tokenizer")
     latents = encode_all(vae, images, args.runs / "data")
-    model = predictor.train(
-        latents,
-        scenes(IMAGES, args.seed),
-        tokenizer,
-        PLANS,
-        args.runs,
-        {**data, "vae": vae_digest(vae)},
+    identity = {**data, "vae": vae_digest(vae)}
+    drawn = scenes(IMAGES, args.seed)
+    model = predictor.train(latents, drawn, tokenizer, vae, PLANS, args.runs, identity)
+    save_folder(model, vae, tokenizer, args.out / "model")
+    _refiner(args)
+    for name in PLANS:
+        shutil.copy(args.runs / f"{name}.json", args.out / f"{name}.training.json")
+
+
+def _judge(args: argparse.Namespace) -> None:
+    """Trains the judge, and the statistics of its features of images as the predictor's."""
+    seed = args.seed + JUDGE_SEED
+    images = load_images(args.runs / "judge", JUDGE_IMAGES, seed, held_out=None)
+    drawn = scenes(JUDGE_IMAGES, seed, held_out=None)
+    data = {"images": hashlib.sha256(images.data).hexdigest()}
+    trained = judge.train(images, drawn, PLANS["judge"], args.runs, data)
+    save_weights(trained, args.out / "judge.safetensors", torch.float16)
+    seen = load_images(args.runs / "data", IMAGES, args.seed)
+    reference(trained, seen[:REFERENCE_IMAGES]).save(args.out / "features.npz")
+
+
+def _refiner(args: argparse.Namespace) -> None:
+    family = load_family(FolderOptions(args.out / "model", text_length=0))
+    rng = np.random.default_rng([args.seed, 2])
+    prompts = [scene.prompt(rng) for scene in scenes(PROMPTS, args.seed)]
+    (args.out / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts))
+    plan, made = PLANS["refiner"], family.untrained_refiner()
+    schedule = Schedule.parse("H1P5R3")
+    trained, source = folder_refiner.train(
+        family, made, prompts, TRAJECTORIES, plan, args.runs, sample_every=500, schedule=schedule
     )
-    save_folder(model, vae, tokenizer, args.out)
+    notes = folder_refiner.notes(source, TRAJECTORIES, prompts, plan)
+    folder_refiner.save(trained, made, args.out / "refiner", notes)
 
 
 def encode_all(vae: AutoencoderKL, images: np.ndarray, folder: Path) -> np.ndarray:

@@ -1,9 +1,10 @@
 """What a model family is to the export."""
 
 import copy
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,11 +12,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from flowturbo.conditions.tokens import TokenizerRecord
+from flowturbo.conditions.tokens import OpenTokenizer, TokenizerRecord
 from flowturbo.nets.weights import CheckpointError
 from flowturbo.solver.grid import GridRule
 
 CONTEXT, POOLED, CONTEXT_LENGTH = "context", "pooled", "context_length"
+REFINER_NOTES = "flowturbo.json"  # in a refiner's folder: what it was trained on
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,17 @@ class Tokenizing:
 
     record: TokenizerRecord
     text: str
+
+
+def open_tokenizers(tokenizers: Sequence[Tokenizing]) -> list[OpenTokenizer]:
+    """The tokenizers of a family, as the service opens them."""
+    with tempfile.TemporaryDirectory() as scratch:
+        found = []
+        for number, each in enumerate(tokenizers):
+            name = f"tokenizer_{number}.json"
+            (Path(scratch) / name).write_text(each.text)
+            found.append(OpenTokenizer(replace(each.record, file=name), Path(scratch)))
+        return found
 
 
 @dataclass(frozen=True)
@@ -84,6 +97,13 @@ class Family(ABC):
         The latents are in the scale of x.
         """
 
+    @abstractmethod
+    def untrained_refiner(self) -> "UntrainedRefiner":
+        """A small network of the predictor's class to train as its refiner. Its output is zero.
+
+        It is a reconstruction: FlowTurbo's public code has no refiner for text to image.
+        """
+
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(C, h, w) for an image (H, W) of pixels. Raises CheckpointError."""
         if any(side < self.multiple or side % self.multiple for side in size):
@@ -97,6 +117,17 @@ class Family(ABC):
                 f"{size[1]}x{size[0]}"
             )
         return self.latent_channels, size[0] // self.factor, size[1] // self.factor
+
+
+@dataclass(frozen=True)
+class UntrainedRefiner:
+    """`saved` is what `save_pretrained` writes; `network` is its form for the step block.
+
+    Both share their weights. Weights that only read the text are the predictor's and stay so.
+    """
+
+    saved: Any
+    network: nn.Module
 
 
 @dataclass(frozen=True)
@@ -137,6 +168,33 @@ def check_same_text(
             raise CheckpointError(
                 f"{options.refiner}: {name} differs from the predictor's: both read the same text"
             )
+
+
+def built(cls: Any, config: Mapping[str, Any], **changed: Any) -> Any:
+    """A network of diffusers' class `cls` with random weights, in float32."""
+    return cls.from_config({**config, **changed}).float()
+
+
+@torch.no_grad()
+def copy_weights(made: nn.Module, teacher: nn.Module, renamed: Mapping[str, str]) -> None:
+    """Copies the weights of the same name and shape from `teacher` to `made`.
+
+    `renamed` has prefixes of names: those of `made`, and those of `teacher` to take instead.
+    """
+    source = teacher.state_dict()
+    for name, value in made.state_dict().items():
+        start = next((prefix for prefix in renamed if name.startswith(prefix)), "")
+        found = source.get(renamed.get(start, "") + name.removeprefix(start))
+        if found is not None and found.shape == value.shape:
+            value.copy_(found)
+
+
+@torch.no_grad()
+def zero(module: Any) -> None:
+    """Sets a layer's weight and bias to zero."""
+    module.weight.zero_()
+    if module.bias is not None:
+        module.bias.zero_()
 
 
 def run(pipe: Any, wanted: Wanted, **more: Any) -> tuple[torch.Tensor, tuple[float, ...]]:

@@ -21,12 +21,16 @@ from flowturbo.nets.families.family import (
     CONTEXT,
     Family,
     FolderOptions,
+    UntrainedRefiner,
     Wanted,
+    built,
     check_same_text,
+    copy_weights,
     run,
     text_length,
     type_of,
     without,
+    zero,
 )
 from flowturbo.nets.families.folder import DiffusersFolder, load_network
 from flowturbo.nets.families.qwen import Qwen
@@ -102,6 +106,27 @@ class Flux2(Family):
         z, times = run(pipe, wanted, text_encoder_out_layers=encoder.qwen.chosen)
         x = (pipe._patchify_latents(z) - decoder.mean) / decoder.std
         return x.numpy(), times
+
+    def untrained_refiner(self) -> UntrainedRefiner:
+        """As in the base class: one single-stream block, which starts as the predictor's last."""
+        teacher = self.parts["transformer"]
+        config, last = teacher.config, teacher.config.num_single_layers - 1
+        channels = config.in_channels
+        made = built(
+            type(teacher),
+            config,
+            in_channels=2 * channels,
+            out_channels=channels,
+            num_layers=0,
+            num_single_layers=1,
+        )
+        blocks = "single_transformer_blocks"
+        copy_weights(made, teacher, {f"{blocks}.0.": f"{blocks}.{last}."})
+        with torch.no_grad():  # it reads the state as the predictor does, and no velocity yet
+            made.x_embedder.weight.zero_()
+            made.x_embedder.weight[:, :channels] = teacher.x_embedder.weight
+        zero(made.proj_out)
+        return UntrainedRefiner(made, Network(made))
 
 
 def load(folder: DiffusersFolder, options: FolderOptions) -> Flux2:

@@ -16,9 +16,12 @@ from flowturbo.nets.families.family import (
     CONTEXT,
     Family,
     FolderOptions,
+    UntrainedRefiner,
     Wanted,
+    built,
     check_no_inpainting,
     type_of,
+    zero,
 )
 from flowturbo.nets.families.folder import DiffusersFolder, load_network
 from flowturbo.nets.vae import Decoder, latent_factor, tile_size
@@ -82,6 +85,27 @@ class RectifiedFlow(Family):
                 )
                 x = x + (after - t) * (u + wanted.guidance_scale * (v - u))
         return x.numpy(), tuple(times.tolist())
+
+    def untrained_refiner(self) -> UntrainedRefiner:
+        """As in the base class: for 2-RF the paper's refiner by its size, 43.5M parameters.
+
+        Its outer half has half the width of the predictor's first stage, its inner half that width,
+        and each stage has one layer.
+        """
+        teacher = self.parts["unet"]
+        config = teacher.config
+        stages = len(config.block_out_channels)
+        width = config.block_out_channels[0]
+        widths = [width // 2] * (stages // 2) + [width] * (stages - stages // 2)
+        made = built(
+            type(teacher),
+            config,
+            in_channels=2 * config.in_channels,
+            block_out_channels=widths,
+            layers_per_block=1,
+        )
+        zero(made.conv_out)
+        return UntrainedRefiner(made, Network(made))
 
 
 def load(folder: DiffusersFolder, options: FolderOptions) -> RectifiedFlow:

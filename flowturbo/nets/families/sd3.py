@@ -18,13 +18,17 @@ from flowturbo.nets.families.family import (
     POOLED,
     Family,
     FolderOptions,
+    UntrainedRefiner,
     Wanted,
+    built,
     check_no_inpainting,
     check_same_text,
+    copy_weights,
     run,
     text_length,
     type_of,
     without,
+    zero,
 )
 from flowturbo.nets.families.folder import DiffusersFolder, load_network
 from flowturbo.nets.vae import Decoder, latent_factor, tile_size
@@ -88,6 +92,20 @@ class SD3(Family):
         """As in the base class."""
         latents, times = run(StableDiffusion3Pipeline(**self.parts), wanted)
         return latents.numpy(), times
+
+    def untrained_refiner(self) -> UntrainedRefiner:
+        """As in the base class: one block, which starts as the predictor's last one."""
+        teacher = self.parts["transformer"]
+        config, last = teacher.config, teacher.config.num_layers - 1
+        changed = {"in_channels": 2 * config.in_channels, "out_channels": config.in_channels}
+        dual = (0,) if last in config.dual_attention_layers else ()
+        made = built(type(teacher), config, **changed, num_layers=1, dual_attention_layers=dual)
+        copy_weights(made, teacher, {"transformer_blocks.0.": f"transformer_blocks.{last}."})
+        with torch.no_grad():  # it reads the state as the predictor does, and no velocity yet
+            made.pos_embed.proj.weight.zero_()
+            made.pos_embed.proj.weight[:, : config.in_channels] = teacher.pos_embed.proj.weight
+        zero(made.proj_out)
+        return UntrainedRefiner(made, Network(made))
 
 
 def load(folder: DiffusersFolder, options: FolderOptions) -> SD3:

@@ -24,11 +24,15 @@ from flowturbo.nets.families.family import (
     CONTEXT_LENGTH,
     Family,
     FolderOptions,
+    UntrainedRefiner,
     Wanted,
+    built,
     check_same_text,
+    copy_weights,
     run,
     text_length,
     type_of,
+    zero,
 )
 from flowturbo.nets.families.folder import DiffusersFolder, load_network
 from flowturbo.nets.families.qwen import Qwen
@@ -187,6 +191,23 @@ class ZImage(Family):
         latents, times = run(pipe, wanted, guidance_scale=wanted.guidance_scale - 1)
         return latents.numpy(), times
 
+    def untrained_refiner(self) -> UntrainedRefiner:
+        """As in the base class: one layer, which starts as the predictor's last one."""
+        teacher = self.parts["transformer"]
+        config, channels = teacher.config, teacher.config.in_channels
+        last = config.n_layers - 1
+        made = built(
+            type(teacher), config, in_channels=2 * channels, n_layers=1, n_refiner_layers=0
+        )
+        copy_weights(made, teacher, {"layers.0.": f"layers.{last}."})
+        embed = made.all_x_embedder[_KIND]
+        with torch.no_grad():  # it reads the state as the predictor does, and no velocity yet
+            weight = embed.weight.zero_().unflatten(1, (_PATCH**2, 2 * channels))
+            known = teacher.all_x_embedder[_KIND].weight.unflatten(1, (_PATCH**2, channels))
+            weight[..., :channels] = known
+        zero(made.all_final_layer[_KIND].linear)
+        return UntrainedRefiner(made, Network(_with_real_rope(made), channels))
+
 
 def load(folder: DiffusersFolder, options: FolderOptions) -> ZImage:
     """Reads a Z-Image folder. Raises CheckpointError."""
@@ -204,7 +225,9 @@ def load(folder: DiffusersFolder, options: FolderOptions) -> ZImage:
                 f"{options.refiner}: a refiner has in_channels {2 * config.in_channels} and dim "
                 f"{config.dim}, got {refiner.config.in_channels} and {refiner.config.dim}"
             )
-        check_same_text(refiner, transformer, ["cap_embedder", "context_refiner"], options)
+        # Both networks read what the predictor's layers make of the text.
+        parts = ["cap_embedder"] + ["context_refiner"] * bool(refiner.config.n_refiner_layers)
+        check_same_text(refiner, transformer, parts, options)
         refiner = Network(_with_real_rope(refiner), config.in_channels)
     vae = folder.vae(config.in_channels)
     model = folder.text_encoder("text_encoder", Qwen3Model, Qwen3ForCausalLM)
