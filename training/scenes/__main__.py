@@ -39,8 +39,8 @@ PROMPTS = 4_000  # of the refiner's trajectories
 PLANS = {
     "judge": TrainingConfig(2000, batch=128, learning_rate=2e-3, seed=2, ema_decay=0.99),
     "vae": TrainingConfig(1600, batch=32, learning_rate=1.5e-3, seed=1, ema_decay=0.0),
-    "predictor": TrainingConfig(9000, batch=64, learning_rate=1e-3, seed=3, decay="constant"),
-    "predictor_decay": TrainingConfig(4000, batch=64, learning_rate=1e-3, seed=5),
+    "predictor": TrainingConfig(6000, batch=64, learning_rate=1e-3, seed=3, decay="constant"),
+    "predictor_decay": TrainingConfig(3000, batch=64, learning_rate=1e-3, seed=5),
     "refiner": TrainingConfig(2000, batch=64, learning_rate=1e-3, seed=4),
 }
 TRAJECTORIES = TrajectoryPlan(steps=(6, 16), scales=(2.0, 5.0), batches=8, batch=32)
