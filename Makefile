@@ -2,11 +2,13 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 GLYPHS := weights/glyphs
+SCENES := weights/scenes
 REPOSITORY := model_repository
 SOURCES := flowturbo export training tuning bench research examples client tests
 
-.PHONY: help demo test unit check format setup export serve quality study refiners train fonts \
-  bench gpu-check gpu-profile gpu-serve-check xl-check sd35-check clean
+.PHONY: help demo test unit check format setup export serve quality study refiners train \
+  train-scenes fonts bench gpu-check gpu-profile gpu-serve-check xl-check sd35-check \
+  rectified-check clean
 .DEFAULT_GOAL := help
 
 help:  ## list these targets
@@ -41,18 +43,23 @@ setup: .venv/.installed  ## create the virtual environment with all dependencies
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps torch-fidelity==0.4.0
 	touch $@
 
-export: setup  ## export the glyphs model to the model repository, if it is not up to date
+export: setup  ## export both models to the model repository, if they are not up to date
 	$(BIN)/python -m export --name glyphs --predictor $(GLYPHS)/predictor.safetensors \
 	  --refiner $(GLYPHS)/refiner.safetensors --vae $(GLYPHS)/vae \
 	  --class-names $(GLYPHS)/classes.txt --presets $(GLYPHS)/presets.json --guidance-scale 3 --ensemble fast H1P5R3 \
 	  --repository $(REPOSITORY)
+	$(BIN)/python -m export --name scenes --diffusers $(SCENES)/model --refiner $(SCENES)/refiner \
+	  --text-length 0 --presets $(SCENES)/presets.json --guidance-scale 3 --repository $(REPOSITORY)
 
 serve: export  ## serve the model repository until Ctrl-C
 	$(BIN)/python -m flowturbo.serve --repository $(REPOSITORY)
 
-quality: export  ## measure recognition and Fréchet distance of 1,000 images: H8, H1P5R3, default
+quality: export  ## measure recognition and Fréchet distance of 1,000 images per model and schedule
 	$(BIN)/python -m research.quality --repository $(REPOSITORY) --weights $(GLYPHS) \
 	  --json $(GLYPHS)/quality.json
+	for set in mixed single two single-new two-new; do $(BIN)/python -m research.quality \
+	  --repository $(REPOSITORY) --pipeline scenes --weights $(SCENES) --scenes $$set \
+	  --json $(SCENES)/quality-$$set.json || exit; done
 
 study: export  ## measure image quality against time, docs/benchmarks/study.md; resumes, first prints its duration
 	$(BIN)/python -m research.study --repository $(REPOSITORY) --weights $(GLYPHS) \
@@ -61,8 +68,9 @@ study: export  ## measure image quality against time, docs/benchmarks/study.md; 
 refiners: export  ## train the refiners of the last section of the study (an hour, and 5 minutes for data)
 	$(BIN)/python -m research.study.refiners --repository $(REPOSITORY) --weights $(GLYPHS)
 
-bench: export  ## measure load with perf_analyzer, compare with PyTorch and FastAPI (20 minutes)
+bench: export  ## measure load with perf_analyzer, compare with PyTorch and diffusers behind FastAPI
 	$(BIN)/python -m bench.load --repository $(REPOSITORY) --baseline
+	$(BIN)/python -m bench.compare_prompts --repository $(REPOSITORY)
 
 gpu-check: setup  ## time SiT-XL/2's blocks and schedules in every available engine, bf16 first
 	$(BIN)/python -m bench.gpu_check $(GPU_CHECK)
@@ -79,12 +87,18 @@ xl-check: setup  ## export SiT-XL/2 (random weights), build its engines, train a
 sd35-check: setup  ## export SD3.5-M at real size (random weights, bf16, without T5); needs no GPU
 	$(BIN)/python -m bench.folder_check --model sd35-medium --precision bf16 --size 256x256
 
+rectified-check: setup  ## train ten steps of 2-RF's refiner at real size (random weights); no GPU
+	$(BIN)/python -m bench.folder_check --model rectified-flow --part refiner
+
 fonts: setup  ## install the fonts that training renders; needs root
 	apt-get update -qq
 	apt-get install -y -qq --no-install-recommends $$($(BIN)/python -m training.fonts)
 
 train: setup  ## train the glyphs model from scratch (2.5 hours on two cores); resumes
 	$(BIN)/python -m training.glyphs --out $(GLYPHS)
+
+train-scenes: setup  ## train the scenes model from scratch (2 hours on two cores); resumes
+	$(BIN)/python -m training.scenes --out $(SCENES)
 
 clean:  ## remove everything that was made here, except training runs
 	rm -rf .venv output $(REPOSITORY)/*_* $(REPOSITORY)/flowturbo/1/pipelines

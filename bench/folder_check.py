@@ -1,5 +1,6 @@
-"""Exports a text-to-image model at real size with random weights: time and memory, without a GPU.
+"""Exports a text-to-image model at real size, or trains its refiner: time and memory, no GPU.
 
+The weights are random.
 `--model rectified-flow` is InstaFlow's 2-RF (860M parameters, Stable Diffusion 1.5's networks).
 `--model sd35-medium` is SD3.5-M without T5 (2.2B); `--layers` cuts its transformer.
 """
@@ -26,6 +27,8 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 _TORCH = ("--runtime", "torch", "--provider", "cpu")
+_OPTIONS = {"rectified-flow": ["--rectified-flow"], "sd35-medium": ["--without-t5"]}
+_STEPS = 10
 _LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 _VAE_CHANNELS = (128, 256, 512, 512)
 _CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
@@ -36,6 +39,12 @@ def main(argv: Sequence[str]) -> int:
     """Prints a line per stage, and a summary; returns the export's exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.folder_check", description=__doc__)
     parser.add_argument("--model", choices=tuple(_MODELS), default="rectified-flow")
+    parser.add_argument(
+        "--part",
+        choices=tuple(_COMMANDS),
+        default="export",
+        help=f"refiner trains {_STEPS} steps of its refiner (default: %(default)s)",
+    )
     parser.add_argument("--layers", type=int, help="layers of SD3.5-M's transformer (default: 24)")
     parser.add_argument("--size", default="512x512", help="WIDTHxHEIGHT (default: %(default)s)")
     parser.add_argument("--precision", default="fp32", help="default: %(default)s")
@@ -47,32 +56,43 @@ def main(argv: Sequence[str]) -> int:
         if not (folder / "model_index.json").is_file():
             print(f"random weights for {args.model} ...", flush=True)
             _MODELS[args.model](folder, args.layers)
-        options = {
-            "rectified-flow": ["--rectified-flow"],
-            "sd35-medium": ["--without-t5"],
-        }[args.model]
-        command = [
-            *(
-                sys.executable,
-                "-m",
-                "export",
-                "--diffusers",
-                folder,
-                "--name",
-                args.model,
-                *options,
-            ),
-            *("--size", args.size, "--precision", args.precision),
-            # OpenVINO's bfloat16 would round the embeddings of times too.
-            *(_TORCH if args.precision == "bf16" else ("--runtime", "onnxruntime")),
-            *("--repository", path / "models"),
-        ]
+        command = _COMMANDS[args.part](folder, path, args)
         started = time.monotonic()
-        done = subprocess.run([str(word) for word in command])
+        done = subprocess.run([sys.executable, "-m", *map(str, command)])
         minutes = (time.monotonic() - started) / 60
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-    print(f"{args.model}, {args.size}, {args.precision}: {minutes:.1f} minutes, {peak:.1f} GiB")
+    how = f"{args.model}, {args.part}, {args.size}, {args.precision}"
+    print(f"{how}: {minutes:.1f} minutes, {peak:.1f} GiB")
     return done.returncode
+
+
+def _export(folder: Path, path: Path, args: argparse.Namespace) -> list[object]:
+    return [
+        *("export", "--diffusers", folder, "--name", args.model, *_OPTIONS[args.model]),
+        *("--size", args.size, "--precision", args.precision),
+        # OpenVINO's bfloat16 would round the embeddings of times too.
+        *(_TORCH if args.precision == "bf16" else ("--runtime", "onnxruntime")),
+        *("--repository", path / "models"),
+    ]
+
+
+def _refiner(folder: Path, path: Path, args: argparse.Namespace) -> list[object]:
+    """A short run on one short trajectory: a pool of the default size takes a GPU."""
+    prompts = path / "prompts.txt"
+    prompts.write_text("a red bicycle\n")
+    return [
+        *("training.refiner", "--diffusers", folder, *_OPTIONS[args.model], "--size", args.size),
+        *("--prompts", prompts, "--out", path / "refiner", "--runs", path / "runs"),
+        *("--steps", _STEPS, "--grid-steps", 2, 2, "--pool-batches", 1, "--pool-batch", 1),
+        *("--uses", 4 * _STEPS, "--sample-every", 0, "--log-every", 1),
+        *("--precision", args.precision),
+    ]
+
+
+_COMMANDS: dict[str, Callable[[Path, Path, argparse.Namespace], list[object]]] = {
+    "export": _export,
+    "refiner": _refiner,
+}
 
 
 def _rectified_flow(folder: Path, layers: int | None) -> None:

@@ -24,12 +24,16 @@ from flowturbo_client import AsyncFlowTurboClient, FlowTurboClient, FlowTurboErr
 from bench import load_report, perf_analyzer
 from bench.observe import described, described_server, hardware, observing, orchestration
 from bench.perf_analyzer import Entry, Load, PerfAnalyzer, PerfAnalyzerError, entry
+from flowturbo.conditions.class_label import ClassLabel
+from flowturbo.pipeline import read_pipeline
 from flowturbo.serving.tritonserver import running_server
 from flowturbo.textfile import read_json
+from training.scenes.grammar import scenes
 
 SCHEDULE = "H1P5R3"
 HEUN = "H8"
 OUTCOMES = ("answered", "refused", "failed")
+_PROMPTS = 2000  # of glyph scenes, for a pipeline with prompts
 Point = dict[str, Any]
 Attempt = tuple[str, float]  # one of OUTCOMES, and its latency in ms
 
@@ -72,6 +76,7 @@ class Bench:
     url: str
     plan: LoadConfig
     max_inflight: int
+    images: Images
 
     def closed_loop(self) -> list[Point]:
         """One image per request, default guidance."""
@@ -79,7 +84,9 @@ class Bench:
         wanted += [(HEUN, n) for n in self.plan.heun_concurrency]
         return [
             {"schedule": schedule, "concurrency": n}
-            | self._measure(f"{schedule}, {n} at a time", [entry([0], schedule)], concurrency=n)
+            | self._measure(
+                f"{schedule}, {n} at a time", self.images.entries(1, schedule), concurrency=n
+            )
             for schedule, n in wanted
         ]
 
@@ -88,14 +95,16 @@ class Bench:
         return [
             {"schedule": SCHEDULE, "share": share, "rate": share * capacity}
             | self._measure(
-                f"{share:.0%} of capacity", [entry([0], SCHEDULE)], rate=share * capacity
+                f"{share:.0%} of capacity",
+                self.images.entries(1, SCHEDULE),
+                rate=share * capacity,
             )
             for share in self.plan.capacity_shares
         ]
 
     def mix(self) -> list[Point]:
         """Requests with different schedules, image counts and guidance, in turn."""
-        entries = mixed_entries(self.plan.mix_images)
+        entries = mixed_entries(self.images, self.plan.mix_images)
         return [
             {"concurrency": n, "kinds": len(entries)}
             | self._measure(
@@ -108,12 +117,14 @@ class Bench:
         """A single request's time against its steps and its images, with fitted lines."""
         by_steps: list[Point] = [
             {"schedule": f"P{n}", "steps": n, "images": 1}
-            | self._measure(f"P{n}, 1 image", [entry([0], f"P{n}")], concurrency=1)
+            | self._measure(f"P{n}, 1 image", self.images.entries(1, f"P{n}"), concurrency=1)
             for n in self.plan.steps
         ]
         by_images: list[Point] = [
             {"schedule": SCHEDULE, "images": n}
-            | self._measure(f"{SCHEDULE}, {n} images", [entry([0] * n, SCHEDULE)], concurrency=1)
+            | self._measure(
+                f"{SCHEDULE}, {n} images", self.images.entries(n, SCHEDULE), concurrency=1
+            )
             for n in self.plan.images
         ]
         return {
@@ -133,9 +144,9 @@ class Bench:
         if capacity * seconds < 2 * places:
             rate += 2 * places / seconds
         if self.plan.requests is None:  # fill the server once: then memory grows only by leaks
-            asyncio.run(offer(self.url, 1e3, places / 1e3))
-        with observing(self.url) as observer:
-            attempts = asyncio.run(offer(self.url, rate, seconds))
+            asyncio.run(offer(self.url, self.images, 1e3, places / 1e3))
+        with observing(self.url, self.images.pipeline) as observer:
+            attempts = asyncio.run(offer(self.url, self.images, rate, seconds))
         point: Point = {"schedule": SCHEDULE, "rate": rate, "seconds": seconds}
         point |= _outcomes(attempts) | {"capacity": capacity}
         point["server"] = described(observer.observation)
@@ -146,7 +157,7 @@ class Bench:
 
     def _measure(self, name: str, entries: Sequence[Entry], **asked: Any) -> Point:
         load = Load(**asked, seconds=self.plan.seconds, requests=self.plan.requests)
-        with observing(self.url) as observer:
+        with observing(self.url, self.images.pipeline) as observer:
             result = perf_analyzer.run(self.tool, self.url, entries, load)
         point: Point = {"error": result.error, "requests": len(result.answers)}
         point["server"] = described(observer.observation)
@@ -160,10 +171,45 @@ class Bench:
         return point
 
 
-def mixed_entries(image_counts: Sequence[int]) -> list[Entry]:
+@dataclass(frozen=True)
+class Images:
+    """What requests to `pipeline` ask for: class 0, or `prompts` that are all different."""
+
+    pipeline: str
+    prompts: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, repository: Path, name: str | None) -> Images:
+        """For pipeline `name` of `repository`; one with prompts gets those of glyph scenes."""
+        pipeline = read_pipeline(repository, name)
+        if isinstance(pipeline.condition, ClassLabel):
+            return cls(pipeline.name)
+        return cls(pipeline.name, tuple(scene.prompt() for scene in scenes(_PROMPTS, 13)))
+
+    def entries(self, count: int, schedule: str, scale: float | None = None) -> list[Entry]:
+        """Requests of `count` images each, to take turns."""
+        if not self.prompts:
+            return [entry([0] * count, schedule, scale, pipeline=self.pipeline)]
+        starts = range(0, len(self.prompts) - count + 1, count)
+        return [
+            entry(self.prompts[k : k + count], schedule, scale, pipeline=self.pipeline)
+            for k in starts
+        ]
+
+    def arguments(self, number: int, count: int = 1) -> dict[str, Any]:
+        """Arguments of `generate` for request number `number`."""
+        wanted: dict[str, Any] = {"pipeline": self.pipeline, "schedule": SCHEDULE}
+        seeds = list(range(number, number + count))
+        if not self.prompts:
+            return {**wanted, "labels": [0] * count, "seeds": seeds}
+        texts = [self.prompts[seed % len(self.prompts)] for seed in seeds]
+        return {**wanted, "prompts": texts, "seeds": seeds}
+
+
+def mixed_entries(images: Images, image_counts: Sequence[int]) -> list[Entry]:
     """All combinations of three schedules, the image counts, and guidance off and on."""
     kinds = itertools.product((SCHEDULE, "H2P4R2", HEUN), image_counts, (1.0, 3.0))
-    return [entry(list(range(n)), schedule, scale) for schedule, n, scale in kinds]
+    return [images.entries(n, schedule, scale)[0] for schedule, n, scale in kinds]
 
 
 def summary(values: np.ndarray) -> dict[str, float]:
@@ -185,7 +231,7 @@ def fitted_line(counts: Sequence[float], times_ms: Sequence[float]) -> dict[str,
     }
 
 
-async def offer(url: str, rate: float, seconds: float) -> list[Attempt]:
+async def offer(url: str, images: Images, rate: float, seconds: float) -> list[Attempt]:
     """Poisson arrivals at `rate` requests/s for `seconds`, without retries."""
     gaps = np.random.default_rng(0).exponential(1 / rate, max(1, round(rate * seconds)))
     async with AsyncFlowTurboClient(url, retries=0, timeout_s=120) as client:
@@ -193,15 +239,15 @@ async def offer(url: str, rate: float, seconds: float) -> list[Attempt]:
         tasks = []
         for k, due_s in enumerate(np.cumsum(gaps)):
             await asyncio.sleep(max(0.0, began_s + due_s - time.perf_counter()))
-            tasks.append(asyncio.create_task(_attempt(client, k)))
+            tasks.append(asyncio.create_task(_attempt(client, images.arguments(k))))
         return list(await asyncio.gather(*tasks))
 
 
-async def _attempt(client: AsyncFlowTurboClient, seed: int) -> Attempt:
+async def _attempt(client: AsyncFlowTurboClient, wanted: dict[str, Any]) -> Attempt:
     started_s = time.perf_counter()
     outcome = "answered"
     try:
-        await client.generate([0], [seed], SCHEDULE)
+        await client.generate(**wanted)
     except ServerBusyError:
         outcome = "refused"
     except FlowTurboError:
@@ -220,18 +266,21 @@ def _outcomes(attempts: Sequence[Attempt]) -> Point:
     }
 
 
-def measure(url: str, repository: Path, plan: LoadConfig) -> Iterator[dict[str, Any]]:
+def measure(
+    url: str, repository: Path, plan: LoadConfig, name: str | None = None
+) -> Iterator[dict[str, Any]]:
     """Yields the report several times, each time with more scenarios."""
-    server = described_server(url, repository)
+    server, images = described_server(url, repository, name), Images.of(repository, name)
     tool = perf_analyzer.find_perf_analyzer()
-    bench = Bench(tool, url, plan, int(server["settings"]["max_inflight"]))
+    bench = Bench(tool, url, plan, int(server["settings"]["max_inflight"]), images)
     report: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "hardware": hardware(),
         "server": server,
         "plan": asdict(plan),
+        "pipeline": images.pipeline,
     }
-    _warm_up(url)
+    _warm_up(url, images)
     report["closed_loop"] = bench.closed_loop()
     report["capacity_images_per_s"] = capacity = _capacity(report["closed_loop"])
     yield report
@@ -250,15 +299,16 @@ def _capacity(points: Sequence[Point]) -> float:
     return float(max(rates))
 
 
-def _warm_up(url: str) -> None:
+def _warm_up(url: str, images: Images) -> None:
     with FlowTurboClient(url) as client:
-        for images in (1, 2, 4, 8, 1, 1, 1):
-            client.generate([0] * images, schedule=SCHEDULE)
+        for count in (1, 2, 4, 8, 1, 1, 1):
+            client.generate(**images.arguments(0, count))
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.load", description=__doc__)
     parser.add_argument("--repository", type=Path, default=Path("model_repository"))
+    parser.add_argument("--pipeline", help="pipeline of the repository (default: its default)")
     parser.add_argument("--url", help="gRPC endpoint of a running server of --repository")
     parser.add_argument("--out", type=Path, default=Path("docs/benchmarks/load.json"))
     parser.add_argument("--concurrency", type=int, nargs="+", help="default: 1 2 4 8 16 32")
@@ -288,7 +338,7 @@ def main() -> None:
         plan = _plan(args)
         with contextlib.ExitStack() as stack:
             url = args.url or stack.enter_context(running_server(args.repository)).grpc
-            for report in measure(url, args.repository, plan):
+            for report in measure(url, args.repository, plan, args.pipeline):
                 _write(args.out, report)
         if args.baseline:  # only this comparison needs PyTorch
             from bench import compare

@@ -240,12 +240,12 @@ def connect(url: str) -> Any:
     return tritonclient.grpc.InferenceServerClient(**settings.channel())
 
 
-def described_server(url: str, repository: Path) -> dict[str, Any]:
+def described_server(url: str, repository: Path, name: str | None = None) -> dict[str, Any]:
     """Version and settings from the server; engines and precisions from the repository."""
     with contextlib.closing(connect(url)) as client:
         config = client.get_model_config(contract.ORCHESTRATOR).config
         version = client.get_server_metadata().version
-    pipeline = read_pipeline(repository)
+    pipeline = read_pipeline(repository, name)
     return {
         "version": version,
         "settings": {name: value.string_value for name, value in config.parameters.items()},

@@ -147,28 +147,28 @@ class Result:
         return float(sum(parts) / (end - begin))
 
 
-def entry(labels: Sequence[int], schedule: str, guidance_scale: float | None = None) -> Entry:
-    """One request's inputs for perf_analyzer; all entries of a run must have the same names."""
-    count = [len(labels)]
-    inputs: Entry = {
-        LABEL: {"content": list(labels), "shape": count},
-        SEED: {"content": list(range(len(labels))), "shape": count},
-        SCHEDULE: {"content": [schedule], "shape": [1]},
+def entry(
+    asked: Sequence[int] | Sequence[str],
+    schedule: str,
+    guidance_scale: float | None = None,
+    *,
+    pipeline: str | None = None,
+    first_seed: int = 0,
+) -> Entry:
+    """One request's inputs for perf_analyzer; all entries of a run must have the same names.
+
+    `asked` are class ids or prompts, one per image.
+    """
+    contents: dict[str, list[Any]] = {
+        PROMPT if isinstance(asked[0], str) else LABEL: list(asked),
+        SEED: list(range(first_seed, first_seed + len(asked))),
+        SCHEDULE: [schedule],
     }
     if guidance_scale is not None:
-        inputs[GUIDANCE_SCALE] = {"content": [guidance_scale], "shape": [1]}
-    return inputs
-
-
-def prompt_entry(pipeline: str, prompt: str, seed: int, schedule: str) -> Entry:
-    """One request's inputs for an image of a prompt."""
-    contents: dict[str, Any] = {
-        PIPELINE: pipeline,
-        PROMPT: prompt,
-        SEED: seed,
-        SCHEDULE: schedule,
-    }
-    return {name: {"content": [value], "shape": [1]} for name, value in contents.items()}
+        contents[GUIDANCE_SCALE] = [guidance_scale]
+    if pipeline is not None:
+        contents[PIPELINE] = [pipeline]
+    return {name: {"content": of, "shape": [len(of)]} for name, of in contents.items()}
 
 
 def run(tool: PerfAnalyzer, url: str, entries: Sequence[Entry], load: Load) -> Result:

@@ -45,7 +45,7 @@ class Bench:
     def point(self, point: Point) -> Figures:
         """Measures all figures of `point`, as JSON values."""
         spec, engine = point.spec, self.engines[point.repository]
-        said = described(spec, self.repositories[point.repository], "process")
+        said = described(spec, self.repositories[point.repository], "process", engine.pipeline.name)
         name = f"{point.repository}_{spec}_{said['models']}"
         folder = ImageFolder(self.work / "images" / name, said, engine.subject)
         figures = self._beside_baseline(engine, point, folder)

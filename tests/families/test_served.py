@@ -14,7 +14,7 @@ from flowturbo_client import FlowTurboClient, InvalidRequestError
 from support import ROOT, Caller, post
 
 from bench import perf_analyzer
-from bench.perf_analyzer import Load, prompt_entry
+from bench.perf_analyzer import Load, entry
 from flowturbo import LocalPipeline
 from flowturbo.contract import ORCHESTRATOR
 from flowturbo.serving.tritonserver import ServerAddress
@@ -177,7 +177,7 @@ def test_prompts_over_http(server: ServerAddress) -> None:
 def test_perf_analyzer_sends_prompts(server: ServerAddress) -> None:
     """Its own entries, and those that come with the source, for the default pipeline."""
     stored = json.loads((ROOT / "docker" / "perf_analyzer_prompts.json").read_text())["data"]
-    made = [prompt_entry("klein", f"a red b {k}", k, "E1") for k in range(3)]
+    made = [entry([f"a red b {k}"], "E1", pipeline="klein", first_seed=k) for k in range(3)]
     tool = perf_analyzer.find_perf_analyzer()
     for entries in (stored, made):
         result = perf_analyzer.run(tool, server.grpc, entries, Load(concurrency=2, requests=6))

@@ -43,7 +43,7 @@ PLANS = {
     "predictor_decay": TrainingConfig(3000, batch=64, learning_rate=1e-3, seed=5),
     "refiner": TrainingConfig(2000, batch=64, learning_rate=1e-3, seed=4),
 }
-TRAJECTORIES = TrajectoryPlan(steps=(6, 16), scales=(2.0, 5.0), batches=8, batch=32)
+TRAJECTORIES = TrajectoryPlan(steps=(4, 16), scales=(2.0, 5.0), batches=8, batch=32)
 
 
 def main(argv: Sequence[str]) -> int:

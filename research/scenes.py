@@ -1,0 +1,193 @@
+"""Measures schedules on glyph scenes: `python -m research.scenes`.
+
+Each schedule is timed in turns with H8, and compared with the exact solution of the flow. Its
+images are judged: every attribute of the prompt, and the Fréchet distance to training images, both
+paired with H8 by seeds. Each schedule is written to the JSON file at once and is not measured
+again. Also writes a report and a plot.
+"""
+
+import argparse
+import datetime
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.observe import hardware, write_json
+from flowturbo.command import run_command
+from flowturbo.errors import FlowTurboError
+from flowturbo.textfile import read_json
+from research.quality.engine import Engine, Exact, SamplingSpec, find_sampler
+from research.quality.evaluate import Evaluator, models_digest
+from research.quality.metrics import half_width
+from research.study.measure import BASELINE, Bench
+from research.study.points import MAIN, Point
+
+# Heun; the paper's schedules with R, and with Z and T in its place; solvers without a refiner.
+SCHEDULES = (
+    "H8 H4 H16 H1P5R3 H1P5Z3 H1P5T3 H1P5 H1P6 H2P4R2 H2P4Z2 H2P4 H1P3R1@2 H1P3Z1@2 H1P3@2 "
+    "H1P5R3@2 H1P5Z3@2 A4@2 A5@2 A6@2 A8@2 A8 E8 E16 unipc:8 unipc:8@2 dpm:8@2 fast balanced best"
+)
+_FRECHET, _WITHOUT = "frechet_distance", "frechet_distance_without_block"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit status: 2, and one line on stderr, for errors that the user can fix."""
+    parser = argparse.ArgumentParser(prog="python -m research.scenes", description=__doc__)
+    add = parser.add_argument
+    add("--repository", type=Path, default=Path("model_repository"))
+    add("--pipeline", default="scenes")
+    add("--weights", type=Path, default=Path("weights/scenes"))
+    add("--schedule", nargs="+", default=SCHEDULES.split(), help="default: a list")
+    add("--guidance-scale", type=float, help="default: the service's")
+    add("--images", type=int, default=1000)
+    add("--rounds", type=int, default=8, help="timed batches of 25 images")
+    add("--work", type=Path, default=Path("runs/scenes_study"), help="keeps images")
+    add("--json", type=Path, default=Path("docs/benchmarks/scenes.json"))
+    args = parser.parse_args(argv)
+    return run_command("scenes", lambda: _run(args), (FlowTurboError, OSError, ValueError))
+
+
+def _run(args: argparse.Namespace) -> None:
+    engine = Engine(args.repository, args.pipeline)
+    scale = args.guidance_scale
+    if scale is None:
+        scale = engine.pipeline.default_guidance_scale(engine.settings)
+    args.work.mkdir(parents=True, exist_ok=True)
+    exact = Exact.of_repository(args.weights / "model", args.repository, args.pipeline)
+    eyes = Evaluator.open(args.weights, None, None, engine.subject)
+    bench = Bench({MAIN: engine}, {MAIN: args.repository}, exact, eyes, args.work, args.rounds)
+    settings = {
+        "hardware": {name: value for name, value in hardware().items() if name != "gib"},
+        "models": models_digest(args.repository, args.pipeline),
+        "precision": engine.pipeline.precision,
+        "runtime": engine.pipeline.runtime,
+        "guidance_scale": scale,
+        "images": args.images,
+        "rounds": args.rounds,
+        "presets": {name: str(of) for name, of in engine.pipeline.presets.items()},
+    }
+    study: dict[str, Any] = read_json(args.json) if args.json.exists() else {"schedules": {}}
+    if any(study.get(name, value) != value for name, value in settings.items()):
+        raise ValueError(f"{args.json} has other models or settings: give another --json")
+    study |= settings
+    for text in args.schedule:
+        sampler = find_sampler(text, engine.pipeline)
+        if sampler in study["schedules"]:
+            continue
+        found = bench.point(Point(SamplingSpec(sampler, scale), args.images))
+        study["schedules"][sampler] = found
+        study["date"] = datetime.date.today().isoformat()
+        write_json(study, args.json)
+        print(f"{sampler}: {_row(sampler, found, study)}", flush=True)
+    report = markdown(study, args.json.stem)
+    args.json.with_suffix(".md").write_text(report)
+    draw(study, args.json.with_suffix(".png"))
+    print(report)
+
+
+def markdown(study: Mapping[str, Any], stem: str) -> str:
+    """The report: one table, ordered by time."""
+    known = study["schedules"]
+    right = next(iter(known.values()))["right"]
+    parts = [name for name in right if name not in ("swapped", "shuffled")]
+    head = ["schedule", "predictor + refiner", "time / H8", "all right", "− H8", "Fréchet", "− H8"]
+    head += ["to exact", *parts, "swapped", "shuffled"]
+    rows = sorted(known, key=lambda name: known[name]["ratio"]["median"])
+    hardware_text = ", ".join(f"{name} {value}" for name, value in study["hardware"].items())
+    presets = ", ".join(f"`{name}` is `{of}`" for name, of in study["presets"].items())
+    return "\n".join(
+        [
+            "# Schedules on glyph scenes",
+            "",
+            f"{study['images']} prompts as in training (paraphrases, one or two signs), seeds 0 to "
+            f"{study['images'] - 1}, guidance {study['guidance_scale']:g}. The service's models in "
+            f"{study['precision']} ({study['runtime']}), {hardware_text}, {study['date']}.",
+            "",
+            f"Times are medians over {study['rounds']} batches of 25 images, in turns with H8; "
+            "brackets have the range. “− H8” is paired by seeds; ± is half of the 95% interval. "
+            "“All right”: the judge reads the layout, signs, colours and ground of the prompt. "
+            "“Swapped”: the two colours are exchanged. “Shuffled”: all right for another prompt.",
+            "",
+            presets + ".",
+            "",
+            f"| {' | '.join(head)} |",
+            "|" + "---|" * len(head),
+            *(f"| {' | '.join(_row(name, known[name], study))} |" for name in rows),
+            "",
+            f"![Fréchet distance and distance to exact against time]({stem}.png)",
+            "",
+        ]
+    )
+
+
+def _row(name: str, found: Mapping[str, Any], study: Mapping[str, Any]) -> list[str]:
+    ratio, right = found["ratio"], dict(found["right"])
+    baseline = study["schedules"].get(BASELINE)
+    apart, quality = "", ""
+    if baseline and name != BASELINE:
+        apart = _difference(found, baseline)
+        quality = f"{100 * (found['recognised'] - baseline['recognised']):+.1f}"
+    shares = [f"{100 * right[key][0]:.1f}%" for key in right]
+    return [
+        f"`{name}`",
+        f"{found['predictor']} + {found['refiner']}",
+        f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})",
+        f"{100 * found['recognised']:.1f}%",
+        quality,
+        f"{found[_FRECHET]:.4f}",
+        apart,
+        f"{found['from_exact']:.4f} ± {found['from_exact_interval'] or 0:.4f}",
+        *shares,
+    ]
+
+
+def _difference(found: Mapping[str, Any], baseline: Mapping[str, Any]) -> str:
+    """The paired difference of the Fréchet distances, with its interval."""
+    apart = np.subtract(found[_WITHOUT], baseline[_WITHOUT])
+    width = half_width(apart) if len(apart) else 0.0
+    return f"{found[_FRECHET] - baseline[_FRECHET]:+.4f} ± {width:.4f}"
+
+
+def draw(study: Mapping[str, Any], path: Path) -> None:
+    """Fréchet distance, distance to exact, and what is not right, against time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    kinds = {"with R": "o", "Heun": "s", "others": "."}
+    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    for kind, marker in kinds.items():
+        names = [name for name in study["schedules"] if _kind(name) == kind]
+        points = [study["schedules"][name] for name in names]
+        times = [point["ratio"]["median"] for point in points]
+        figures = (
+            [point[_FRECHET] for point in points],
+            [point["from_exact"] for point in points],
+            [100 * (1 - point["recognised"]) for point in points],
+        )
+        for axis, values in zip(axes, figures, strict=True):
+            axis.plot(times, values, marker, label=kind)
+            for name, x, y in zip(names, times, values, strict=True):
+                axis.annotate(name, (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
+    titles = ("Fréchet distance", "distance to exact", "prompts not all right (%)")
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set(xlabel="time / H8", ylabel=title)
+        axis.grid(alpha=0.3)
+    axes[1].set(yscale="log")
+    axes[0].legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _kind(name: str) -> str:
+    if "R" in name:
+        return "with R"
+    return "Heun" if name.startswith("H") and name[1:].isdigit() else "others"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
