@@ -330,13 +330,45 @@ def _write_models(options: Options, fingerprint: dict[str, Any], staged: Path) -
             written[exported.role] = _write(exported, options, folder, files)
             del exported
             gc.collect()  # networks refer to themselves
+    base = Pipeline(
+        name=options.name,
+        condition=condition,
+        latent_shape=latent_shape,
+        models={},
+        defaults=Defaults(loaded.schedule, loaded.guidance_scale),
+        fingerprint=fingerprint,
+        **loaded.fields,
+    )
+    pipeline = _with_runtimes(base, written, options)
+    if whole is None:
+        return pipeline
+    try:
+        whole.hold(pipeline, staged)
+    except VerificationError as error:
+        # Each model may pass in bfloat16, and all of them together not. The decoder has no part.
+        exact = {
+            role: model if role is Role.DECODER else model.in_float32()
+            for role, model in written.items()
+        }
+        if options.deployment.precision != AUTO or not all(each.trials for each in exact.values()):
+            raise
+        print(f"{error}: float32 instead")
+        pipeline = _with_runtimes(base, exact, options)
+        whole.hold(pipeline, staged)
+    return pipeline
+
+
+def _with_runtimes(
+    base: Pipeline, written: Mapping[Role, "_Written"], options: Options
+) -> Pipeline:
+    """`base` with every model, in the runtimes that are the fastest here."""
     chosen: dict[Role, Runtime] = {}
-    for precision in dict.fromkeys(model.precision for model in written.values()):
-        group = {role: m.trials for role, m in written.items() if m.precision == precision}
+    for kind in dict.fromkeys(model.kind for model in written.values()):
+        group = {role: m.trials for role, m in written.items() if m.kind == kind}
         runtime = choose(group)
         chosen |= dict.fromkeys(group, runtime)
-        if len(candidates(replace(options.deployment, precision=precision))) > 1:
-            print(f"fastest here: {runtime}")
+        if len(candidates(replace(options.deployment, precision=kind[0]))) > 1:
+            print(f"fastest here: {runtime} ({', '.join(group)})")
     models = {}
     for role, model in written.items():
         parity = model.trials[chosen[role]].parity
@@ -352,19 +384,8 @@ def _write_models(options: Options, fingerprint: dict[str, Any], staged: Path) -
                 for runtime, trial in model.trials.items()
             },
         )
-    pipeline = Pipeline(
-        name=options.name,
-        condition=condition,
-        latent_shape=latent_shape,
-        models=models,
-        fingerprint=fingerprint,
-        **loaded.fields,
-    )
-    pipeline = replace(pipeline, token_budget=_token_budget(pipeline, options))
-    if whole:
-        whole.hold(pipeline, staged)
-    made = Defaults(loaded.schedule, loaded.guidance_scale)
-    return replace(pipeline, defaults=made)
+    pipeline = replace(base, models=models)
+    return replace(pipeline, token_budget=_token_budget(pipeline, options))
 
 
 def _load(options: Options, scratch: Path) -> Loaded:
@@ -390,6 +411,16 @@ class _Written:
     record: ModelRecord
     precision: str
     trials: dict[Runtime, TrialResult]
+
+    @property
+    def kind(self) -> tuple[str, frozenset[Runtime]]:
+        """Models of one kind have the same precision and runtimes, and share a runtime."""
+        return self.precision, frozenset(self.trials)
+
+    def in_float32(self) -> "_Written":
+        """The same, with the runtimes in float32 alone."""
+        exact = {of: trial for of, trial in self.trials.items() if of.precision == "fp32"}
+        return replace(self, trials=exact)
 
 
 def _write(

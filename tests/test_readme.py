@@ -91,6 +91,8 @@ def check_options(command: str, words: list[str]) -> None:
     # The first word of what a client or an export is to do has options of its own.
     has_action = words[0] == "flowturbo_client" or words[1:2] in _EXPORT_ACTIONS
     given = words[1:2] if has_action else []
+    if words[:2] == ["training.refiner", "--diffusers"]:
+        given = ["--diffusers", "folder"]  # its refiners have options of their own
     known = options_of(words[0], *given)
     for option in (word.partition("=")[0] for word in words if word.startswith("--")):
         assert option in known, f"{command}: no option {option}"

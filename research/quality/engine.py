@@ -13,6 +13,7 @@ import torch
 
 from export.source import source_digests
 from flowturbo import LocalPipeline
+from flowturbo.conditions.prompt import PROMPT
 from flowturbo.conditions.tokens import encoder_tensors
 from flowturbo.contract import SEED, Role
 from flowturbo.errors import RepositoryError, RequestError
@@ -301,7 +302,7 @@ class ExactText(Exact):
     @torch.inference_mode()
     def velocity(self, subject: Subject, seeds: Array, guidance: Guidance) -> Velocity:
         """As in the base class."""
-        prompts = subject.asked(seeds)["prompt"]
+        prompts = subject.asked(seeds)[PROMPT]
         count, own = len(prompts), self._encode(prompts)
         null = [each.expand(count, *each.shape[1:]) for each in self._encode([""])]
 

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from flowturbo_client import FlowTurboClient
 
+from flowturbo.conditions.class_label import LABEL
+from flowturbo.conditions.prompt import PROMPT
 from flowturbo.contract import LABEL_ROLES, Role, model_name
 from flowturbo.pipeline import read_pipeline
 from flowturbo.solver.guidance import Guidance
@@ -153,11 +155,11 @@ def served(
     def make(seeds: Array) -> Array:
         asked = subject.asked(seeds)
         answer = client.generate(
-            None if (labels := asked.get("label")) is None else labels.tolist(),
+            None if (labels := asked.get(LABEL)) is None else labels.tolist(),
             seeds.tolist(),
             spec.sampler,
             spec.guidance_scale,
-            prompts=asked.get("prompt"),
+            prompts=asked.get(PROMPT),
             pipeline=pipeline,
             guidance_interval=spec.interval,
             timeout_s=_TIMEOUT_S,

@@ -60,7 +60,7 @@ class Classes:
         return {"num_classes": self.count}
 
     def asked(self, seeds: Array) -> dict[str, Any]:
-        return {"label": self.labels(seeds)}
+        return {LABEL: self.labels(seeds)}
 
     def tensors(self, seeds: Array) -> dict[str, Array]:
         return {LABEL: self.labels(seeds)}
@@ -98,7 +98,7 @@ class ScenePrompts:
         return found
 
     def asked(self, seeds: Array) -> dict[str, Any]:
-        return {"prompt": [prompt for _, prompt in self.scenes(seeds)]}
+        return {PROMPT: [prompt for _, prompt in self.scenes(seeds)]}
 
     def tensors(self, seeds: Array) -> dict[str, Array]:
         return {PROMPT: np.array([prompt for _, prompt in self.scenes(seeds)], dtype=object)}
