@@ -24,7 +24,7 @@ class DiffusersPipeline:
         torch.set_num_threads(threads)
         kind = PRECISIONS[precision]
         self._pipe: Any = StableDiffusion3Pipeline.from_pretrained(
-            folder, torch_dtype=kind, local_files_only=True
+            folder, dtype=kind, text_encoder_3=None, tokenizer_3=None, local_files_only=True
         )
         self._pipe.set_progress_bar_config(disable=True)
         side = self._pipe.transformer.config.sample_size

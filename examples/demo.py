@@ -18,7 +18,7 @@ PROMPTS = (
     "a red letter b left of a blue 7 on white",
     "a yellow letter k above a green 4 on black",
     "the h is white and below a red 9, on blue",
-    "on green, a purple letter x",
+    "on green, a purple letter x in the centre",
     "an orange 5 in the middle on a purple background",
     "a blue letter t at the top right on yellow",
     "a black letter r with a white 3 to its right on orange",

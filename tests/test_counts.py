@@ -36,7 +36,7 @@ def observed(url: str, schedules: tuple[str, ...], clients: int, requests: int) 
             for schedule in islice(cycle(schedules), start, start + requests):
                 client.generate(3, 1, schedule)
 
-        with observing(url) as observer:
+        with observing(url, "glyphs") as observer:
             list(pool.map(loop, range(clients)))
     return observer.observation
 
@@ -73,7 +73,7 @@ def test_requests_share_batches(glyphs_server: ServerAddress, schedules: tuple[s
 
     They come together and are long: how fast machine and callers are matters little.
     """
-    with Caller(glyphs_server.grpc) as caller, observing(glyphs_server.grpc) as observer:
+    with Caller(glyphs_server.grpc) as caller, observing(glyphs_server.grpc, "glyphs") as observer:
         begun = [
             caller.begin(ORCHESTRATOR, ["latent"], label=np.array([3]), schedule=schedule)
             for schedule in islice(cycle(schedules), 8)

@@ -81,7 +81,7 @@ class Evaluator:
         if inception is not None:
             judge = Inception(inception)
         else:
-            judge = Classifier(weights) if counts else SceneJudge(weights)
+            judge = SceneJudge(weights) if subjects and not counts else Classifier(weights)
         path = reference or weights / "features.npz"
         known = load_reference(path, judge)
         check_reference(path, known, judge)

@@ -85,7 +85,10 @@ def check_report(out: Path) -> None:
 
 
 def test_observed_work_is_that_of_the_program(glyphs_server: ServerAddress) -> None:
-    with observing(glyphs_server.grpc) as observer, FlowTurboClient(glyphs_server.grpc) as client:
+    with (
+        observing(glyphs_server.grpc, "glyphs") as observer,
+        FlowTurboClient(glyphs_server.grpc) as client,
+    ):
         for seed in range(3):
             client.generate([0, 1], [seed, seed + 1], "H1P5R3")
     found = observer.observation

@@ -73,7 +73,7 @@ def test_scenes_are_load_tested(glyphs_server: ServerAddress, glyphs_repository:
     point = bench._measure("few", images.entries(1, "P2"), concurrency=2)
     assert not point["error"]
     assert point["images_per_s"] > 0
-    assert point["server"]["rows_per_execution"] >= 2
+    assert point["server"]["models"]["predictor"]["rows_per_execution"] >= 2
     answered = perf_analyzer.run(
         tool, glyphs_server.grpc, images.entries(2, "P1"), Load(concurrency=1, requests=4)
     )

@@ -451,7 +451,9 @@ def test_requests_refused_before_their_pipeline_is_known_are_counted(
 ) -> None:
     """As those of the pipeline "unknown", not of one that a caller can make up."""
     before = read_metrics(glyphs_server)
-    with pytest.raises(InvalidRequestError, match="pipeline 'glyfs' is unknown, known are glyphs$"):
+    with pytest.raises(
+        InvalidRequestError, match="pipeline 'glyfs' is unknown, known are glyphs, scenes$"
+    ):
         client.generate(1, pipeline="glyfs")
     with pytest.raises(InvalidRequestError, match="label must be 0 to 35"):
         client.generate(36, pipeline="glyphs")

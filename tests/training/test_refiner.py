@@ -20,8 +20,10 @@ from support import GOLDEN, ROOT, golden_cases, rewrite
 from torch import Tensor
 
 from flowturbo.nets.checkpoint import build_network, infer_config
-from flowturbo.nets.sit import SiT, SiTConfig
+from flowturbo.nets.sit import ByLabel, SiT, SiTConfig
 from flowturbo.nets.weights import load_checkpoint
+from flowturbo.solver.calls import Network
+from flowturbo.solver.program import Program, compile_program
 from flowturbo.solver.schedule import Schedule
 from training.data import InMemory, Latents
 from training.loop import exclusive, save_weights
@@ -335,16 +337,25 @@ def test_which_weights_are_written(data: Path, tmp_path: Path) -> None:
     assert 0.5 < ratio < 1
 
 
+def sampled(
+    networks: list[Any], x: Tensor, label: Tensor, program: Program, scale: float, guided: int
+) -> Tensor:
+    """Latents of the classes `label`, from a predictor and a refiner."""
+    null = torch.full_like(label, networks[0].config.num_classes)
+    by_label = dict(zip(Network, map(ByLabel, networks), strict=True))
+    return sample_latents(by_label, x, [label[:, None]], [null[:, None]], program, scale, guided)
+
+
 def test_sampling_is_that_of_the_public_code() -> None:
     networks = [
         build_network(load_checkpoint(GOLDEN / f"{name}.pt"), reads_velocity=reads, num_heads=2)
         for name, reads in (("predictor", False), ("refiner", True))
     ]
     for case in golden_cases():
-        schedule = Schedule.parse(case.schedule)
+        program = compile_program(Schedule.parse(case.schedule))
         noise, label = torch.from_numpy(case.noise), torch.from_numpy(case.label)
         with torch.no_grad():
-            latent = sample_latents(*networks, noise, label, schedule, case.guidance_scale)
+            latent = sampled(networks, noise, label, program, case.guidance_scale, 3)
         np.testing.assert_allclose(latent.numpy(), case.latent, atol=2e-5)
 
 
@@ -362,7 +373,8 @@ def test_samples_on_a_shifted_grid(guided: int) -> None:
     moved = 0.25 / 2 * 3 / 16 + 0.75 / 2 * (3 / 16 + 3)
     x, label = torch.zeros(2, 4, 4, 4), torch.zeros(2, dtype=torch.int64)
     network: Any = Squares()
-    latent = sample_latents(network, network, x, label, Schedule.parse("H2@3"), 3.0, guided)
+    program = compile_program(Schedule.parse("H2@3"))
+    latent = sampled([network, network], x, label, program, 3.0, guided)
     expected = moved * torch.tensor([4.0] * guided + [2.0] * (4 - guided))
     torch.testing.assert_close(latent.mean((0, 2, 3)), expected)
 

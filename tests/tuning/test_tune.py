@@ -11,13 +11,12 @@ from support import GLYPHS
 
 from bench.capacity.block_times import BlockTimes
 from export.install import write_record
-from flowturbo import LocalPipeline
 from flowturbo.contract import Role
 from flowturbo.pipeline import read_pipeline
 from flowturbo.presets import read_presets
 from flowturbo.solver.guidance import Guidance
 from flowturbo.solver.schedule import Schedule
-from research.quality.engine import schedule_evaluations
+from research.quality.engine import Engine, schedule_evaluations
 from tuning import scores
 from tuning.__main__ import main
 from tuning.candidates import MAX_EVALUATIONS, Cost, candidates, measured
@@ -157,7 +156,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_distances_fall_as_the_order_says(golden_repository: Path, tmp_path: Path) -> None:
-    pipeline, guidance = LocalPipeline(golden_repository), Guidance(1.5)
+    pipeline, guidance = Engine(golden_repository), Guidance(1.5)
     arguments = (pipeline, golden_repository, None, guidance, 50, tmp_path)
     whose, solved = solve(*arguments)
     assert "Heun, 64 steps" in whose
@@ -167,7 +166,7 @@ def test_distances_fall_as_the_order_says(golden_repository: Path, tmp_path: Pat
     assert 3.0 < values[0] / values[1] < 6.0  # 4 for order 2, and H64's own error
     first = Distances(pipeline, guidance, solved[:20]).score(schedule("H8"), 20)
     assert distances.score(schedule("H8"), 20).value == pytest.approx(first.value, rel=1e-4)
-    assert measured(golden_repository, 2, guidance).max_rows == 4
+    assert measured(golden_repository, pipeline.pipeline.name, 2, guidance).max_rows == 4
 
 
 def test_command(

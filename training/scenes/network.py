@@ -161,6 +161,7 @@ def save_folder(
     model: TextToImage, vae: AutoencoderKL, tokenizer: CLIPTokenizer, folder: Path
 ) -> None:
     """Writes `model` as a StableDiffusion3Pipeline in float16, without T5."""
+    vae.register_to_config(shift_factor=0.0)  # the pipeline adds it, and fails at none
     pipe = StableDiffusion3Pipeline(
         transformer=model.transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
