@@ -41,9 +41,9 @@ PLANS = {
     "vae": TrainingConfig(1600, batch=32, learning_rate=1.5e-3, seed=1, ema_decay=0.0),
     "predictor": TrainingConfig(6000, batch=64, learning_rate=1e-3, seed=3, decay="constant"),
     "predictor_decay": TrainingConfig(3000, batch=64, learning_rate=1e-3, seed=5),
-    "refiner": TrainingConfig(2000, batch=64, learning_rate=1e-3, seed=4),
+    "refiner": TrainingConfig(8000, batch=64, learning_rate=1e-3, seed=4, ema_decay=0.999),
 }
-TRAJECTORIES = TrajectoryPlan(steps=(4, 16), scales=(2.0, 5.0), batches=8, batch=32)
+TRAJECTORIES = TrajectoryPlan(steps=(6, 20), scales=(2.0, 5.0), batches=16, batch=32)
 
 
 def main(argv: Sequence[str]) -> int:
