@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,49 +107,49 @@ def run(args: argparse.Namespace) -> None:
     schedule = Schedule.parse(args.sample_schedule)
     torch.manual_seed(plan.seed)
     made = _untrained(family, args.start)
+    texts = encode_prompts(family, prompts, args.runs)
+    # From here on only the networks are needed: text encoders may be larger than all the rest.
+    family = replace(family, text_encoder=nn.Identity(), parts={})
     trained, source = train(
         family,
         made,
-        prompts,
+        texts,
         trajectories,
         plan,
         args.runs,
         size=args.size,
         pace=Pace(args.save_every_s, args.log_every),
-        identity={"diffusers": str(args.diffusers), "start": str(args.start)},
         sample_every=args.sample_every,
         schedule=schedule,
     )
-    save(trained, made, args.out, notes(source, trajectories, prompts, plan))
+    save(trained, made, args.out, notes(source, trajectories, texts, plan))
     print(f"{args.out}: averaged weights after {plan.steps} steps")
 
 
 def train(
     family: Family,
     made: UntrainedRefiner,
-    prompts: Sequence[str],
+    texts: Texts,
     trajectories: TrajectoryPlan,
     plan: TrainingConfig,
     folder: Path,
     *,
     size: tuple[int, int] | None = None,
     pace: Pace = Pace(),  # noqa: B008 (it is frozen)
-    identity: dict[str, str] | None = None,
     sample_every: int = 0,
     schedule: Schedule | None = None,
 ) -> tuple[nn.Module, Trajectories]:
     """Fits the refiner `made`; returns its averaged network and the source of its rows.
 
-    State, losses and sample images go to `folder` (training.loop.fit). `size` (H, W) is in pixels.
-    `identity` identifies what the networks are.
+    The family's text encoder is not needed. State, losses and sample images go to `folder`
+    (training.loop.fit). `size` (H, W) is in pixels.
     """
     shape = family.latent_shape(size or family.size)
-    texts = encode_prompts(family, prompts, folder)
     teacher = family.network.to(device()).eval().requires_grad_(False)
     source = Trajectories(
         teacher,
         texts,
-        len(prompts),
+        len(texts.prompts),
         shape,
         family.grid,
         shape[1] * shape[2] // family.patch**2,
@@ -177,12 +177,11 @@ def train(
 
     depends_on = {
         "trajectories": asdict(trajectories),
-        "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        "prompts": hashlib.sha256("\n".join(texts.prompts).encode()).hexdigest(),
         "teacher": digest_of(teacher.state_dict()),
         "untrained": digest_of(made.network.state_dict()),
         "shape": shape,
         "text_length": family.text_length,
-        **(identity or {}),
     }
     preview = None
     if sample_every:
@@ -204,14 +203,14 @@ def train(
 def notes(
     source: Trajectories,
     trajectories: TrajectoryPlan,
-    prompts: Sequence[str],
+    texts: Texts,
     plan: TrainingConfig,
 ) -> dict[str, object]:
     """What the refiner was trained on. The export reads its `largest_step`."""
     return {
         "largest_step": source.largest_step,
         "trajectories": asdict(trajectories),
-        "prompts": len(prompts),
+        "prompts": len(texts.prompts),
         "plan": asdict(plan),
     }
 
@@ -240,10 +239,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def encode_prompts(family: Family, prompts: Sequence[str], folder: Path) -> Texts:
-    """The conditioning of `prompts` and of the null prompt, kept in files in `folder`.
-
-    Afterwards the text encoder is no longer in memory, if nothing else holds it.
-    """
+    """The conditioning of `prompts` and of the null prompt, kept in files in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     encoder = family.text_encoder.to(device()).eval()
     state = digest_of(encoder.state_dict(), "\n".join([*prompts, str(family.text_length)]))[:12]

@@ -96,10 +96,11 @@ def _refiner(args: argparse.Namespace) -> None:
     (args.out / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts))
     plan, made = PLANS["refiner"], family.untrained_refiner()
     schedule = Schedule.parse("H1P5R3")
+    texts = folder_refiner.encode_prompts(family, prompts, args.runs)
     trained, source = folder_refiner.train(
-        family, made, prompts, TRAJECTORIES, plan, args.runs, sample_every=500, schedule=schedule
+        family, made, texts, TRAJECTORIES, plan, args.runs, sample_every=500, schedule=schedule
     )
-    notes = folder_refiner.notes(source, TRAJECTORIES, prompts, plan)
+    notes = folder_refiner.notes(source, TRAJECTORIES, texts, plan)
     folder_refiner.save(trained, made, args.out / "refiner", notes)
 
 
