@@ -61,9 +61,12 @@ def main(argv: Sequence[str]) -> int:
         done = subprocess.run([sys.executable, "-m", *map(str, command)])
         minutes = (time.monotonic() - started) / 60
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    if done.returncode:
+        print(f"failed with {done.returncode}", file=sys.stderr)
+        return done.returncode if done.returncode > 0 else 1
     how = f"{args.model}, {args.part}, {args.size}, {args.precision}"
     print(f"{how}: {minutes:.1f} minutes, {peak:.1f} GiB")
-    return done.returncode
+    return 0
 
 
 def _export(folder: Path, path: Path, args: argparse.Namespace) -> list[object]:

@@ -146,13 +146,14 @@ def train(
     """
     shape = family.latent_shape(size or family.size)
     teacher = family.network.to(device()).eval().requires_grad_(False)
+    tokens = shape[1] * shape[2] // family.patch**2
     source = Trajectories(
         teacher,
         texts,
         len(texts.prompts),
         shape,
         family.grid,
-        shape[1] * shape[2] // family.patch**2,
+        tokens,
         trajectories,
         plan.seed,
         guided=not family.distilled,
@@ -196,6 +197,7 @@ def train(
         identity=depends_on,
         preview=preview,
         before_step=before_step,
+        tokens=tokens,
     )
     return ema, source
 

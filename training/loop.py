@@ -35,6 +35,8 @@ from training.plan import Pace, PlanError, TrainingConfig
 # Autocast gives a norm bfloat16 inputs beside its float32 weight: slower, but right.
 warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
 
+_FEW_TOKENS = 512
+
 
 class Preview(Protocol):
     """Draws a sample image from the averaged network, every `every` steps."""
@@ -88,6 +90,7 @@ def fit(
     identity: Mapping[str, Any] | None = None,
     preview: Preview | None = None,
     before_step: Callable[[int], None] | None = None,
+    tokens: int = 64,
 ) -> nn.Module:
     """Trains `model` in place; returns its exponential moving average, in evaluation mode.
 
@@ -97,6 +100,7 @@ def fit(
     processes.
 
     `before_step` gets the number of the step that follows, from 0, and makes what it needs.
+    `tokens` is how many the attention reads.
 
     The state is saved in `folder`, and at the end the losses in `<name>.json`. `<name>/` has
     TensorBoard's files and the pictures of `preview`. `identity` is what the steps depend on,
@@ -130,7 +134,9 @@ def fit(
             while run.step < plan.steps:
                 if before_step:
                     before_step(run.step)
-                loss, figures = _step(accelerator, network, optimizer, loss_of, plan, run.step)
+                loss, figures = _step(
+                    accelerator, network, optimizer, loss_of, plan, run.step, tokens
+                )
                 average.update_parameters(model)
                 run.record(loss)
                 bar.set_postfix(loss=f"{run.progress['smooth_loss']:.4f}", refresh=False)
@@ -153,6 +159,7 @@ def _step(
     loss_of: LossOf,
     plan: TrainingConfig,
     step: int,
+    tokens: int,
 ) -> tuple[float, dict[str, float]]:
     """One optimizer step. Returns the loss of the whole batch, and figures to log."""
     rate = plan.rate(step)
@@ -161,7 +168,7 @@ def _step(
     seed = plan.seed * 1_000_003 + step
     torch.manual_seed(seed)  # dropout draws from the global generator
     optimizer.zero_grad(set_to_none=True)
-    with _attention():
+    with _attention(tokens):
         with torch.autocast(device().type, torch.bfloat16, enabled=plan.precision == "bf16"):
             loss = loss_of(network, torch.Generator().manual_seed(seed))
         accelerator.backward(loss)
@@ -360,6 +367,8 @@ def _average(decay: float) -> Callable[..., None]:
     return update
 
 
-def _attention() -> AbstractContextManager[None]:
+def _attention(tokens: int) -> AbstractContextManager[None]:
     # On the CPU over 64 tokens, fused attention's backward pass takes three times as long as plain.
-    return sdpa_kernel(SDPBackend.MATH) if device().type == "cpu" else nullcontext()
+    # Over thousands of tokens the plain one takes gigabytes.
+    plain = device().type == "cpu" and tokens <= _FEW_TOKENS
+    return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
