@@ -135,7 +135,7 @@ def fit(
                 if before_step:
                     before_step(run.step)
                 loss, figures = _step(
-                    accelerator, network, optimizer, loss_of, plan, run.step, tokens
+                    accelerator, network, optimizer, loss_of, plan, tokens, run.step
                 )
                 average.update_parameters(model)
                 run.record(loss)
@@ -158,8 +158,8 @@ def _step(
     optimizer: torch.optim.Optimizer,
     loss_of: LossOf,
     plan: TrainingConfig,
-    step: int,
     tokens: int,
+    step: int,
 ) -> tuple[float, dict[str, float]]:
     """One optimizer step. Returns the loss of the whole batch, and figures to log."""
     rate = plan.rate(step)

@@ -146,7 +146,7 @@ def test_a_killed_run_continues_with_the_same_losses(
         "import os, sys; from training import loop, refiner\n"
         "step = loop._step\n"
         "def killed(*a):\n"
-        "    if a[-2] == 7: os.kill(os.getpid(), 9)\n"
+        "    if a[-1] == 7: os.kill(os.getpid(), 9)\n"
         "    return step(*a)\n"
         "loop._step = killed\n"
         "refiner.main(sys.argv[1:])\n"
