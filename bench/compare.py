@@ -22,7 +22,7 @@ from flowturbo_client import FlowTurboClient
 
 from bench.closed_loop import Measured, Work, closed_loop, torch_process
 from bench.compare_report import SERVICE, markdown, plot
-from bench.observe import hardware
+from bench.observe import hardware, spread
 from bench.web import WebClient, running_web
 from flowturbo.contract import Role
 from flowturbo.errors import RepositoryError
@@ -232,7 +232,7 @@ def _summary(case: Case, contender: str, figures: Sequence[Figure]) -> dict[str,
         "case": str(case),
         "contender": contender,
         "compared": "median latency" if case.alone else "images per second",
-        "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+        "ratio": spread(ratios),
         **medians,
     }
 

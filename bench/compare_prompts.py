@@ -22,7 +22,8 @@ import torch
 from flowturbo_client import FlowTurboClient
 
 from bench.closed_loop import Measured, closed_loop
-from bench.observe import hardware, write_json
+from bench.compare_report import SERVICE, faster
+from bench.observe import hardware, spread, write_json
 from bench.web import WebClient, running_web
 from flowturbo.command import run_command
 from flowturbo.errors import FlowTurboError, RepositoryError
@@ -34,7 +35,6 @@ from flowturbo.solver.program import compile_program
 from flowturbo.solver.schedule import Schedule
 from training.scenes.grammar import scenes
 
-SERVICE = "service"
 _SET = 16  # prompts of the small set
 _PROMPTS = 50_000  # more than a run asks for
 Ask = Callable[[str, int], np.ndarray]  # a prompt and a seed to images [1, H, W, 3]
@@ -181,8 +181,7 @@ def _summary(kind: str, name: str, figures: Sequence[Figure]) -> dict[str, Any]:
         key: statistics.median(getattr(figure, key) for figure in mine)
         for key in ("images_per_s", "p50_ms", "p95_ms")
     }
-    ratio = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
-    return {"prompts": kind, "contender": name, "ratio": ratio, **medians}
+    return {"prompts": kind, "contender": name, "ratio": spread(ratios), **medians}
 
 
 def table(report: dict[str, Any]) -> str:
@@ -200,12 +199,10 @@ def table(report: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in report["summary"]:
-        ratio = row["ratio"]
-        faster = f"{ratio['median']:.2f}x ({ratio['min']:.2f} to {ratio['max']:.2f})"
         lines.append(
             f"| {row['prompts']} | {row['contender']} | {row['images_per_s']:.1f} "
             f"| {row['p50_ms']:.0f} | {row['p95_ms']:.0f} "
-            f"| {'' if row['contender'] == SERVICE else faster} |"
+            f"| {faster(row)} |"
         )
     return "\n".join(lines) + "\n"
 

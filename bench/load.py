@@ -173,7 +173,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class Images:
-    """What requests to `pipeline` ask for: class 0, or `prompts` that are all different."""
+    """What requests to `pipeline` ask for: the first classes, or `prompts` that all differ."""
 
     pipeline: str
     prompts: tuple[str, ...] = ()
@@ -189,7 +189,7 @@ class Images:
     def entries(self, count: int, schedule: str, scale: float | None = None) -> list[Entry]:
         """Requests of `count` images each, to take turns."""
         if not self.prompts:
-            return [entry([0] * count, schedule, scale, pipeline=self.pipeline)]
+            return [entry(list(range(count)), schedule, scale, pipeline=self.pipeline)]
         starts = range(0, len(self.prompts) - count + 1, count)
         return [
             entry(self.prompts[k : k + count], schedule, scale, pipeline=self.pipeline)
@@ -201,7 +201,7 @@ class Images:
         wanted: dict[str, Any] = {"pipeline": self.pipeline, "schedule": SCHEDULE}
         seeds = list(range(number, number + count))
         if not self.prompts:
-            return {**wanted, "labels": [0] * count, "seeds": seeds}
+            return {**wanted, "labels": list(range(count)), "seeds": seeds}
         texts = [self.prompts[seed % len(self.prompts)] for seed in seeds]
         return {**wanted, "prompts": texts, "seeds": seeds}
 

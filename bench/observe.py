@@ -10,9 +10,10 @@ import contextlib
 import json
 import os
 import re
+import statistics
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,11 @@ def connect(url: str) -> Any:
     """Triton's own client. Like flowturbo_client, it uses no proxy for this machine."""
     settings = Settings(url, contract.ORCHESTRATOR, timeout_s=60, retries=0, credentials=None)
     return tritonclient.grpc.InferenceServerClient(**settings.channel())
+
+
+def spread(ratios: Sequence[float]) -> dict[str, float]:
+    """Median, minimum and maximum of the ratios of several rounds."""
+    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
 
 
 def described_server(url: str, repository: Path, name: str | None = None) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Serves a model repository, makes grids of pictures, and stops the server.
 
-`make demo` runs this with the real server and client: a row of glyphs for each of three schedules,
-and a row of glyph scenes for each of two, with their prompts. flowturbo/serve.py keeps a server
-running; client/ has the library.
+`make demo` runs this with the real server and client. One grid has a row of glyphs for each of
+three schedules. The other has a row of glyph scenes for each of two, with their prompts.
+flowturbo/serve.py keeps a server running; client/ has the library.
 """
 
 import argparse

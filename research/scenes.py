@@ -9,11 +9,9 @@ again. Also writes a report and a plot.
 import argparse
 import datetime
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from bench.observe import hardware, write_json
 from flowturbo.command import run_command
@@ -21,7 +19,7 @@ from flowturbo.errors import FlowTurboError
 from flowturbo.textfile import read_json
 from research.quality.engine import Engine, Exact, SamplingSpec, find_sampler
 from research.quality.evaluate import Evaluator, models_digest
-from research.quality.metrics import half_width
+from research.study.equal import FRECHET, difference
 from research.study.measure import BASELINE, Bench
 from research.study.points import MAIN, Point
 
@@ -30,7 +28,6 @@ SCHEDULES = (
     "H8 H4 H16 H1P5R3 H1P5Z3 H1P5T3 H1P5 H1P6 H2P4R2 H2P4Z2 H2P4 H1P3R1@2 H1P3Z1@2 H1P3@2 "
     "H1P5R3@2 H1P5Z3@2 A4@2 A5@2 A6@2 A8@2 A8 E8 E16 unipc:8 unipc:8@2 dpm:8@2 fast balanced best"
 )
-_FRECHET, _WITHOUT = "frechet_distance", "frechet_distance_without_block"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -81,14 +78,14 @@ def _run(args: argparse.Namespace) -> None:
         study["schedules"][sampler] = found
         study["date"] = datetime.date.today().isoformat()
         write_json(study, args.json)
-        print(f"{sampler}: {_row(sampler, found, study)}", flush=True)
+        print(" | ".join(_row(sampler, found, study)), flush=True)
     report = markdown(study, args.json.stem)
     args.json.with_suffix(".md").write_text(report)
     draw(study, args.json.with_suffix(".png"))
     print(report)
 
 
-def markdown(study: Mapping[str, Any], stem: str) -> str:
+def markdown(study: dict[str, Any], stem: str) -> str:
     """The report: one table, ordered by time."""
     known = study["schedules"]
     right = next(iter(known.values()))["right"]
@@ -123,12 +120,13 @@ def markdown(study: Mapping[str, Any], stem: str) -> str:
     )
 
 
-def _row(name: str, found: Mapping[str, Any], study: Mapping[str, Any]) -> list[str]:
+def _row(name: str, found: dict[str, Any], study: dict[str, Any]) -> list[str]:
     ratio, right = found["ratio"], dict(found["right"])
     baseline = study["schedules"].get(BASELINE)
     apart, quality = "", ""
     if baseline and name != BASELINE:
-        apart = _difference(found, baseline)
+        if paired := difference(found, baseline, FRECHET):
+            apart = "{:+.4f} ± {:.4f}".format(*paired)
         quality = f"{100 * (found['recognised'] - baseline['recognised']):+.1f}"
     shares = [f"{100 * right[key][0]:.1f}%" for key in right]
     return [
@@ -137,21 +135,14 @@ def _row(name: str, found: Mapping[str, Any], study: Mapping[str, Any]) -> list[
         f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})",
         f"{100 * found['recognised']:.1f}%",
         quality,
-        f"{found[_FRECHET]:.4f}",
+        f"{found[FRECHET]:.4f}",
         apart,
         f"{found['from_exact']:.4f} ± {found['from_exact_interval'] or 0:.4f}",
         *shares,
     ]
 
 
-def _difference(found: Mapping[str, Any], baseline: Mapping[str, Any]) -> str:
-    """The paired difference of the Fréchet distances, with its interval."""
-    apart = np.subtract(found[_WITHOUT], baseline[_WITHOUT])
-    width = half_width(apart) if len(apart) else 0.0
-    return f"{found[_FRECHET] - baseline[_FRECHET]:+.4f} ± {width:.4f}"
-
-
-def draw(study: Mapping[str, Any], path: Path) -> None:
+def draw(study: dict[str, Any], path: Path) -> None:
     """Fréchet distance, distance to exact, and what is not right, against time."""
     import matplotlib
 
@@ -165,7 +156,7 @@ def draw(study: Mapping[str, Any], path: Path) -> None:
         points = [study["schedules"][name] for name in names]
         times = [point["ratio"]["median"] for point in points]
         figures = (
-            [point[_FRECHET] for point in points],
+            [point[FRECHET] for point in points],
             [point["from_exact"] for point in points],
             [100 * (1 - point["recognised"]) for point in points],
         )

@@ -1,7 +1,9 @@
 """Flow matching on a straight path: times, states, and the velocity to learn."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from training.loop import device
 
 NULL_PROBABILITY = 0.1  # share of training rows without a condition, for guidance
 
@@ -31,7 +33,12 @@ def dropped(count: int, generator: torch.Generator) -> Tensor:
     return torch.rand(count, generator=generator) < NULL_PROBABILITY
 
 
-def path(data: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """The states between `noise` and `data` [B, C, h, w] at times `t` [B], and their velocity."""
+def loss(network: nn.Module, data: Tensor, noise: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+    """Mean squared error of the velocity data - noise, which `network` (x, t, condition) predicts.
+
+    `data` and `noise` are [B, C, h, w]. The states lie between them at times `t` [B].
+    """
+    data, noise, t, condition = (each.to(device()) for each in (data, noise, t, condition))
     at = t[:, None, None, None]
-    return (1 - at) * noise + at * data, data - noise
+    x = (1 - at) * noise + at * data
+    return (network(x, t, condition).float() - (data - noise)).square().mean()

@@ -25,13 +25,11 @@ from torch.nn.attention import sdpa_kernel
 from tqdm import tqdm
 
 from flowturbo.command import image_size, natural, positive
-from flowturbo.conditions.tokens import encoder_tensors
 from flowturbo.nets.families.family import (
     REFINER_NOTES,
     Family,
     FolderOptions,
     UntrainedRefiner,
-    open_tokenizers,
 )
 from flowturbo.nets.families.loading import load_family
 from flowturbo.nets.weights import load_exactly, read_folder
@@ -252,15 +250,11 @@ def encode_prompts(family: Family, prompts: Sequence[str], folder: Path) -> Text
     return Texts(tuple(np.load(path, mmap_mode="r") for path in paths), tuple(prompts))
 
 
-@torch.no_grad()
 def _encode(family: Family, texts: Sequence[str], paths: Sequence[Path]) -> None:
-    tokenizers = open_tokenizers(family.tokenizers)
     partial = [path.with_suffix(".partial.npy") for path in paths]
     files: list[Any] = []
     for start in tqdm(range(0, len(texts), _ENCODED), "prompts", unit_scale=_ENCODED):
-        part = [[each.encode(text) for each in tokenizers] for text in texts[start:][:_ENCODED]]
-        tokens = encoder_tensors(tokenizers, part)
-        made = family.text_encoder(*(torch.from_numpy(of).to(device()) for of in tokens.values()))
+        made = family.encode(texts[start : start + _ENCODED])
         if not files:
             files = [
                 np.lib.format.open_memmap(

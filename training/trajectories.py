@@ -85,7 +85,7 @@ class Trajectories:
 
     `conditioning` maps prompts [B] (-1: null) to the tensors of `teacher`, which maps (x, t,
     conditioning) to the velocity. `shape` is that of a latent, with `tokens` image tokens. Without
-    `guided` the model takes no guidance. `record` holds the largest step of the rows so far.
+    `guided` the model takes no guidance.
     """
 
     def __init__(

@@ -44,7 +44,7 @@ from research.quality.evaluate import (
     served,
 )
 from research.quality.images import ImageFolder, Speed
-from research.quality.subjects import SETS, ScenePrompts, Subject, subject_of
+from research.quality.subjects import SETS, Subject, subject_of
 
 PREDICTOR = "predictor.safetensors"  # in the weights folder, beside the classifier
 Row = dict[str, Any]
@@ -215,9 +215,7 @@ def _row(
     pipeline, source = task.pipeline, "process" if engine else f"server {args.server}"
     said = described(spec, task.repository, source, pipeline.name)
     words = re.sub(r"[^\w.-]+", "-", source)
-    name = f"{spec}_{pipeline.precision}_{words}_{said['models']}"
-    if isinstance(task.subject, ScenePrompts):
-        name += f"_{task.subject.name}"
+    name = f"{spec}_{pipeline.precision}_{words}_{said['models']}{task.subject.suffix}"
     folder = ImageFolder(images / name, said, task.subject)
     made, evaluations = _fill(task, folder, engine, spec, args)
     if args.npz:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,16 @@ import torch
 from export.source import source_digests
 from flowturbo import LocalPipeline
 from flowturbo.conditions.prompt import PROMPT
-from flowturbo.conditions.tokens import encoder_tensors
 from flowturbo.contract import SEED, Role
 from flowturbo.errors import RepositoryError, RequestError
 from flowturbo.generate import awaited, decode, image_block, in_chunks
 from flowturbo.latents import noise
 from flowturbo.nets.checkpoint import load_predictor
-from flowturbo.nets.families.family import FolderOptions, open_tokenizers
+from flowturbo.nets.families.family import FolderOptions
 from flowturbo.nets.sit import GUIDED_CHANNELS
 from flowturbo.nets.weights import CheckpointError, sha256
 from flowturbo.pipeline import Pipeline, read_pipeline
-from flowturbo.rows import Infer, Tensors, to_images, to_rows
+from flowturbo.rows import Tensors, to_images, to_rows
 from flowturbo.solver.calls import Network, PredictorCall, Variant
 from flowturbo.solver.guidance import Guidance, guide
 from flowturbo.solver.program import compile_program
@@ -143,11 +142,18 @@ class Engine(LocalPipeline):
         return Made(result.latent, result.image, *schedule_evaluations(schedule))
 
     def velocity(self, seeds: Array, guidance: Guidance) -> Velocity:
-        """The guided velocity of the subjects of `seeds` [n]."""
+        """The guided velocity of the subjects of `seeds` [n], by calls that do not move `x`."""
         asked = {**self.subject.tensors(seeds), SEED: seeds}
         condition, most = self.pipeline.condition, self.settings.max_images
         value = condition.parse(asked, most, guided=guidance.enabled)
-        return velocity(self._chunked, self.pipeline, value, guidance)
+        block = run_sync(image_block(awaited(self._chunked), self.pipeline, value, guidance))
+
+        async def evaluate(x: Array, t: float) -> Array:
+            rows = to_rows(x, guidance)
+            _, found = await block(PredictorCall(0, t, t, t), rows, np.zeros_like(rows))
+            return to_images(found, guidance)
+
+        return lambda x, t: run_sync(evaluate(x, t))
 
     def _chunked(self, role: Role, tensors: Tensors) -> tuple[Array, ...]:
         return run_sync(in_chunks(awaited(self._infer), self.pipeline.max_rows)(role, tensors))
@@ -163,19 +169,6 @@ def schedule_evaluations(schedule: Schedule) -> tuple[int, int]:
     """How often `schedule` evaluates the predictor and the refiner."""
     program = compile_program(schedule)
     return program.evaluations(Network.PREDICTOR), program.evaluations(Network.REFINER)
-
-
-def velocity(infer: Infer, pipeline: Pipeline, value: Any, guidance: Guidance) -> Velocity:
-    """The guided velocity of images with the condition's `value`, by calls that do not move `x`."""
-
-    block = run_sync(image_block(awaited(infer), pipeline, value, guidance))
-
-    async def evaluate(x: Array, t: float) -> Array:
-        rows = to_rows(x, guidance)
-        _, found = await block(PredictorCall(0, t, t, t), rows, np.zeros_like(rows))
-        return to_images(found, guidance)
-
-    return lambda x, t: run_sync(evaluate(x, t))
 
 
 class Exact(ABC):
@@ -296,31 +289,25 @@ class ExactText(Exact):
         family = load_family(folder)
         self.digest = digests[Role.PREDICTOR][:12]
         self.latent_shape = family.latent_shape(family.size)
-        self._network, self._encoder = family.network, family.text_encoder
-        self._tokenizers = open_tokenizers(family.tokenizers)
+        self._family = family
 
     @torch.inference_mode()
     def velocity(self, subject: Subject, seeds: Array, guidance: Guidance) -> Velocity:
         """As in the base class."""
         prompts = subject.asked(seeds)[PROMPT]
-        count, own = len(prompts), self._encode(prompts)
-        null = [each.expand(count, *each.shape[1:]) for each in self._encode([""])]
+        network, own = self._family.network, self._family.encode(prompts)
+        nothing = self._family.encode([""])
+        null = [each.expand(len(prompts), *each.shape[1:]) for each in nothing]
 
         @torch.inference_mode()
         def evaluate(x: Array, t: float) -> Array:
             rows, times = torch.from_numpy(x), torch.full((len(x),), t)
-            v: torch.Tensor = self._network(rows, times, *own)
+            v: torch.Tensor = network(rows, times, *own)
             if guidance.applies_at(t):
-                v = guide(v, self._network(rows, times, *null), guidance.scale)
+                v = guide(v, network(rows, times, *null), guidance.scale)
             return v.numpy()
 
         return evaluate
-
-    def _encode(self, texts: Sequence[str]) -> tuple[torch.Tensor, ...]:
-        tokens = [[each.encode(text) for each in self._tokenizers] for text in texts]
-        ids = encoder_tensors(self._tokenizers, tokens)
-        made: tuple[torch.Tensor, ...] = self._encoder(*map(torch.from_numpy, ids.values()))
-        return made
 
 
 def distances(one: Array, other: Array) -> Array:

@@ -38,7 +38,7 @@ from research.quality.judges import (
     load_reference,
 )
 from research.quality.metrics import Figures, figures
-from research.quality.subjects import Classes, ScenePrompts, Subject
+from research.quality.subjects import Classes, Subject
 from training.frechet import Reference
 from training.glyphs.pictures import CLASS_NAMES
 from training.judging import Features
@@ -176,9 +176,7 @@ def exact_latents(
     """Exact latents [count, C, h, w] of the first `count` seeds, cached in `folder`."""
     low, high = guidance.interval
     name = f"exact_{exact.digest}_within{EXACT_TOLERANCE:g}_g{guidance.scale:g}_{low:g}_{high:g}"
-    if isinstance(subject, ScenePrompts):
-        name += f"_{subject.name}"
-    path = folder / f"{name}_{count}.npy"
+    path = folder / f"{name}{subject.suffix}_{count}.npy"
 
     def solve() -> Array:
         parts = np.array_split(np.arange(count), -(-count // BATCH))

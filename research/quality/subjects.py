@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -27,7 +27,10 @@ SETS: dict[str, dict[str, Any]] = {
 
 
 class Subject(Protocol):
-    """What seed i asks for."""
+    """What seed i asks for. `suffix` of a file's name tells the subjects apart."""
+
+    @property
+    def suffix(self) -> str: ...
 
     @property
     def stated(self) -> Mapping[str, Any]:
@@ -55,6 +58,8 @@ class Classes:
 
     count: int
 
+    suffix: ClassVar[str] = ""
+
     @property
     def stated(self) -> Mapping[str, Any]:
         return {"num_classes": self.count}
@@ -74,8 +79,9 @@ class Classes:
 
 @dataclass(frozen=True)
 class ScenePrompts:
-    """Seed i has a prompt of random scene i in the set `name` of SETS; `new` sets are those whose
-    pairs of sign and colour training never shows.
+    """Seed i has a prompt of random scene i in the set `name` of SETS.
+
+    Training never shows the pairs of sign and colour of the `new` sets.
     """
 
     name: str = "mixed"
@@ -83,6 +89,10 @@ class ScenePrompts:
     def __post_init__(self) -> None:
         if self.name not in SETS:
             raise ValueError(f"scenes must be one of {', '.join(SETS)}, got {self.name!r}")
+
+    @property
+    def suffix(self) -> str:
+        return f"_{self.name}"
 
     @property
     def stated(self) -> Mapping[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.observe import spread
 from flowturbo.latents import noise
 from flowturbo.solver.guidance import Guidance
 from flowturbo.solver.sampler import Array
@@ -104,7 +105,7 @@ def summary(times: list[tuple[float, float]]) -> Figures:
     return {
         "ms_per_image": statistics.median(own),
         "baseline_ms_per_image": statistics.median(baseline),
-        "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+        "ratio": spread(ratios),
         "rounds": len(times),
     }
 

@@ -62,7 +62,7 @@ def test_requests_for_scenes_have_different_prompts(glyphs_repository: Path) -> 
     assert entries[0][SEED] == {"content": [0, 1], "shape": [2]}
     asked = images.arguments(5, 2)
     assert (asked["prompts"], asked["seeds"]) == (list(images.prompts[5:7]), [5, 6])
-    assert Images.of(glyphs_repository, "glyphs").arguments(5, 2)["labels"] == [0, 0]
+    assert Images.of(glyphs_repository, "glyphs").arguments(5, 2)["labels"] == [0, 1]
 
 
 def test_scenes_are_load_tested(glyphs_server: ServerAddress, glyphs_repository: Path) -> None:

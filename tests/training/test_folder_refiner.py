@@ -44,7 +44,7 @@ def growing(plan: TrajectoryPlan, *, guided: bool = True) -> Trajectories:
 
 
 def test_rows_are_the_euler_steps_of_the_guided_trajectory() -> None:
-    """With v = s x: x' = (1 + h s) x, so x' and v say x; its row learns h s x, and the null 0."""
+    """With v = s x, x' is (1 + h s) x. The prompt's row learns h s x, the null row 0."""
     plan = TrajectoryPlan(steps=(4, 4), scales=(2.0, 2.0), batches=1, batch=3)
     pool = growing(plan).pool(0)
     assert len(pool.t) == 4 * 3 * 2

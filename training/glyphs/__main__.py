@@ -14,8 +14,6 @@ from pathlib import Path
 
 import torch
 
-from flowturbo.command import run_command
-from flowturbo.errors import FlowTurboError
 from flowturbo.nets.sit import SiT, refiner_config
 from flowturbo.nets.vae import load_vae
 from flowturbo.nets.weights import sha256
@@ -25,11 +23,12 @@ from training.glyphs import classifier, predictor
 from training.glyphs.pictures import CLASS_NAMES, GlyphImages, load_images
 from training.judging import REFERENCE_IMAGES, reference
 from training.latents import Storage, Writer
-from training.loop import digest_of, processes, save_weights
+from training.loop import digest_of, save_weights
 from training.objective import RefinerObjective
-from training.plan import PlanError, TrainingConfig
+from training.plan import TrainingConfig
 from training.samples import RefinerPreview
 from training.shards import Shards
+from training.stages import run_stages
 
 IMAGES = 48_000
 PLANS = {
@@ -47,22 +46,13 @@ PLANS = {
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit status: 2, with one line on stderr, for errors that the user can fix."""
-    parser = argparse.ArgumentParser(prog="python -m training.glyphs", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("weights/glyphs"))
-    parser.add_argument("--runs", type=Path, default=Path("runs/glyphs"), help="data and states")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the data")
-    args = parser.parse_args(argv)
-    errors = (FlowTurboError, FloatingPointError, OSError)
-    return run_command("training.glyphs", lambda: _run(args), errors)
+    return run_stages("glyphs", __doc__, _run, argv)
 
 
 def _run(args: argparse.Namespace) -> None:
     """Runs every stage. Refuses a state of other data, or of another earlier network."""
-    if processes().num_processes > 1:
-        raise PlanError(f"one process is needed, got {processes().num_processes}")
     images = load_images(args.runs / "data", IMAGES, args.seed)
     data = {"images": hashlib.sha256(images.data).hexdigest()}
-    args.out.mkdir(parents=True, exist_ok=True)
 
     vae = autoencoder.train(images, 4, PLANS["vae"], args.runs, data)
     vae.save_pretrained(args.out / "vae")

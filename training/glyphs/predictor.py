@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from flowturbo.nets.sit import SiT, SiTConfig
 from training.data import Latents
-from training.flow_matching import dropped, logit_normal, path, uniform
-from training.loop import LossOf, device, digest_of, fit
+from training.flow_matching import dropped, logit_normal, loss, uniform
+from training.loop import LossOf, digest_of, fit
 from training.plan import TrainingConfig
 
 
@@ -65,8 +65,6 @@ def _loss(
         label = torch.where(dropped(batch, generator), null, labels[rows])
         noise = torch.randn(data.shape, generator=generator)
         t = draw_times(batch, generator)
-        x, velocity = path(data, noise, t)
-        x, velocity, t, label = (a.to(device()) for a in (x, velocity, t, label))
-        return (network(x, t, label).float() - velocity).square().mean()
+        return loss(network, data, noise, t, label)
 
     return loss_of

@@ -16,20 +16,19 @@ import torch
 from diffusers import AutoencoderKL
 from tqdm import tqdm
 
-from flowturbo.command import run_command
-from flowturbo.errors import FlowTurboError
 from flowturbo.nets.families.family import FolderOptions
 from flowturbo.nets.families.loading import load_family
 from flowturbo.solver.schedule import Schedule
 from training import autoencoder, folder_refiner
 from training.data import encode, vae_digest
 from training.judging import REFERENCE_IMAGES, reference
-from training.loop import processes, save_weights
-from training.plan import PlanError, TrainingConfig
+from training.loop import save_weights
+from training.plan import TrainingConfig
 from training.scenes import judge, predictor
 from training.scenes.grammar import scenes, vocabulary
 from training.scenes.network import LATENT_CHANNELS, make_tokenizer, save_folder
 from training.scenes.pictures import load_images
+from training.stages import run_stages
 from training.trajectories import TrajectoryPlan
 
 IMAGES = 80_000
@@ -48,27 +47,19 @@ TRAJECTORIES = TrajectoryPlan(steps=(6, 20), scales=(2.0, 5.0), batches=16, batc
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit status: 2, with one line on stderr, for errors that the user can fix."""
-    parser = argparse.ArgumentParser(prog="python -m training.scenes", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("weights/scenes"))
-    parser.add_argument("--runs", type=Path, default=Path("runs/scenes"), help="data and states")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the data")
-    args = parser.parse_args(argv)
-    errors = (FlowTurboError, FloatingPointError, OSError)
-    return run_command("training.scenes", lambda: _run(args), errors)
+    return run_stages("scenes", __doc__, _run, argv)
 
 
 def _run(args: argparse.Namespace) -> None:
     """Runs every stage. Refuses a state of other data, or of another earlier network."""
-    if processes().num_processes > 1:
-        raise PlanError(f"one process is needed, got {processes().num_processes}")
-    args.out.mkdir(parents=True, exist_ok=True)
     _judge(args)
     images = load_images(args.runs / "data", IMAGES, args.seed)
     data = {"images": hashlib.sha256(images.data).hexdigest()}
     vae = autoencoder.train(images, LATENT_CHANNELS, PLANS["vae"], args.runs, data)
     tokenizer = make_tokenizer(vocabulary(), args.runs / "tokenizer")
-    latents = encode_all(vae, images, args.runs / "data")
     identity = {**data, "vae": vae_digest(vae)}
+    name = hashlib.sha256("".join(identity.values()).encode()).hexdigest()[:12]
+    latents = encode_all(vae, images, args.runs / "data" / f"latents-{name}.npy")
     drawn = scenes(IMAGES, args.seed)
     model = predictor.train(latents, drawn, tokenizer, vae, PLANS, args.runs, identity)
     save_folder(model, vae, tokenizer, args.out / "model")
@@ -104,10 +95,8 @@ def _refiner(args: argparse.Namespace) -> None:
     folder_refiner.save(trained, made, args.out / "refiner", notes)
 
 
-def encode_all(vae: AutoencoderKL, images: np.ndarray, folder: Path) -> np.ndarray:
-    """The means of the latents of `images`, [N, C, h, w] float16, kept in a file in `folder`."""
-    digest = hashlib.sha256(vae_digest(vae).encode() + images.data).hexdigest()[:12]
-    path = folder / f"latents-{digest}.npy"
+def encode_all(vae: AutoencoderKL, images: np.ndarray, path: Path) -> np.ndarray:
+    """The means of the latents of `images`, [N, C, h, w] float16, kept in the file `path`."""
     if not path.exists():
         batches = [images[start : start + 256] for start in range(0, len(images), 256)]
         means = [encode(vae, batch)[0].half().numpy() for batch in tqdm(batches, "encode")]

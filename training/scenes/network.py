@@ -17,6 +17,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from tokenizers import Tokenizer, models, trainers
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -36,7 +37,7 @@ def make_tokenizer(prompts: Sequence[str], scratch: Path) -> CLIPTokenizer:
     backend = CLIPTokenizer().backend_tokenizer  # CLIP's own normalizer and splitting
     learned = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=_END))
     learned.normalizer, learned.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
-    alphabet = sorted(_byte_letters())
+    alphabet = sorted(ByteLevel.alphabet())  # letters that stand for the 256 bytes
     trainer = trainers.BpeTrainer(
         vocab_size=10_000,
         show_progress=False,
@@ -57,13 +58,6 @@ def make_tokenizer(prompts: Sequence[str], scratch: Path) -> CLIPTokenizer:
         model_max_length=TEXT_LENGTH,
         pad_token=_END,
     )
-
-
-def _byte_letters() -> list[str]:
-    """The letters that stand for the 256 bytes in CLIP's vocabulary."""
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    return ByteLevel.alphabet()
 
 
 class TextToImage(nn.Module):

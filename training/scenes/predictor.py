@@ -13,7 +13,7 @@ from flowturbo.nets.vae import Decoder
 from flowturbo.solver.calls import Network
 from flowturbo.solver.program import compile_program
 from flowturbo.solver.schedule import Schedule
-from training.flow_matching import dropped, either, path
+from training.flow_matching import dropped, either, loss
 from training.loop import LossOf, device, digest_of, fit
 from training.plan import TrainingConfig
 from training.samples import PromptSheet
@@ -69,9 +69,7 @@ def _loss(
         ids = torch.from_numpy(encode_prompts(tokenizer, prompts))
         noise = torch.randn(data.shape, generator=generator)
         t = either(batch, generator)
-        x, velocity = path(data, noise, t)
-        x, velocity, t, ids = (a.to(device()) for a in (x, velocity, t, ids))
-        return (network(x, t, ids).float() - velocity).square().mean()
+        return loss(network, data, noise, t, ids)
 
     return loss_of
 

@@ -5,6 +5,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from flowturbo.conditions.tokens import OpenTokenizer, TokenizerRecord
+from flowturbo.conditions.tokens import OpenTokenizer, TokenizerRecord, encoder_tensors
 from flowturbo.nets.weights import CheckpointError
 from flowturbo.solver.grid import GridRule
 
@@ -44,17 +45,6 @@ class Tokenizing:
 
     record: TokenizerRecord
     text: str
-
-
-def open_tokenizers(tokenizers: Sequence[Tokenizing]) -> list[OpenTokenizer]:
-    """The tokenizers of a family, as the service opens them."""
-    with tempfile.TemporaryDirectory() as scratch:
-        found = []
-        for number, each in enumerate(tokenizers):
-            name = f"tokenizer_{number}.json"
-            (Path(scratch) / name).write_text(each.text)
-            found.append(OpenTokenizer(replace(each.record, file=name), Path(scratch)))
-        return found
 
 
 @dataclass(frozen=True)
@@ -103,6 +93,28 @@ class Family(ABC):
 
         It is a reconstruction: FlowTurbo's public code has no refiner for text to image.
         """
+
+    @cached_property
+    def _open(self) -> list[OpenTokenizer]:
+        """The tokenizers, as the service opens them."""
+        with tempfile.TemporaryDirectory() as scratch:
+            found = []
+            for number, each in enumerate(self.tokenizers):
+                name = f"tokenizer_{number}.json"
+                (Path(scratch) / name).write_text(each.text)
+                found.append(OpenTokenizer(replace(each.record, file=name), Path(scratch)))
+            return found
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> tuple[torch.Tensor, ...]:
+        """The conditioning of `texts`, [n, ...] each, on the text encoder's device."""
+        tokens = [[each.encode(text) for each in self._open] for text in texts]
+        device = next(self.text_encoder.parameters()).device
+        ids = encoder_tensors(self._open, tokens).values()
+        made: tuple[torch.Tensor, ...] = self.text_encoder(
+            *(torch.from_numpy(each).to(device) for each in ids)
+        )
+        return made
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(C, h, w) for an image (H, W) of pixels. Raises CheckpointError."""
