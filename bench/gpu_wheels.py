@@ -15,11 +15,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 PACKAGES = (
-    *("diffusers", "huggingface_hub", "httpx2", "httpcore2", "truststore", "lazy-importer"),
+    *(
+        "diffusers",
+        "transformers",
+        "tokenizers",
+        "huggingface_hub",
+        "httpx2",
+        "httpcore2",
+        "truststore",
+        "lazy-importer",
+    ),
     *("importlib_metadata", "zipp", "safetensors", "regex", "filelock", "pillow", "requests"),
     *("certifi", "charset-normalizer", "idna", "tqdm", "PyYAML", "packaging", "anyio", "h11"),
     *("tritonclient", "python-rapidjson", "grpcio", "protobuf", "urllib3"),
-    *("numpy", "nvidia-pytriton"),
+    *("numpy", "scipy", "nvidia-pytriton"),
 )
 _GLIBC = (39, 35, 34, 31, 28, 27, 24, 17)  # manylinux_2_N: pip matches each N alone
 _STUBS = "pytriton/tritonserver/python_backend_stubs/"
