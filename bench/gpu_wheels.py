@@ -55,11 +55,10 @@ def main() -> None:
                 (target / wheel.name).write_bytes(wheel.read_bytes())
             size = sum(wheel.stat().st_size for wheel in part) / 1e6
             print(f"{target}: {size:.1f} MB: {', '.join(sorted(wheel.name for wheel in part))}")
-    print(
-        "On the GPU machine, install each part: python3 -m pip install --no-index --no-deps "
-        "--target SITE PART/*"
-    )
-    print("Then: export PYTHONPATH=SITE:client")
+    # Not --target: the server's models find only PyTorch's own environment.
+    print("On the GPU machine, install each part beside PyTorch:")
+    print("python3 -m pip install --no-index --no-deps PART/*")
+    print("Then: export PYTHONPATH=client")
 
 
 def download(folder: Path, python: str) -> None:
