@@ -6,8 +6,8 @@ SCENES := weights/scenes
 REPOSITORY := model_repository
 SOURCES := flowturbo export training tuning bench research examples client tests
 
-.PHONY: help demo test unit check format setup export serve quality study refiners train \
-  train-scenes fonts bench gpu-check gpu-profile gpu-serve-check xl-check sd35-check \
+.PHONY: help demo gallery test unit check format setup export serve quality editing study \
+  refiners train train-scenes fonts bench gpu-check gpu-profile gpu-serve-check xl-check sd35-check \
   rectified-check clean
 .DEFAULT_GOAL := help
 
@@ -51,6 +51,9 @@ export: setup  ## export both models to the model repository, if they are not up
 	$(BIN)/python -m export --name scenes --diffusers $(SCENES)/model --refiner $(SCENES)/refiner \
 	  --text-length 0 --presets $(SCENES)/presets.json --guidance-scale 3 --repository $(REPOSITORY)
 
+gallery: export  ## draw one page of examples from the served models, output/gallery.png
+	$(BIN)/python examples/gallery.py --repository $(REPOSITORY)
+
 serve: export  ## serve the model repository until Ctrl-C
 	$(BIN)/python -m flowturbo.serve --repository $(REPOSITORY)
 
@@ -60,6 +63,10 @@ quality: export  ## measure recognition and Fréchet distance of 1,000 images pe
 	for set in mixed single two single-new two-new; do $(BIN)/python -m research.quality \
 	  --repository $(REPOSITORY) --pipeline scenes --weights $(SCENES) --scenes $$set \
 	  --json $(SCENES)/quality-$$set.json || exit; done
+
+editing: export  ## measure inpainting, editing and inversion of both models
+	for pipeline in glyphs scenes; do $(BIN)/python -m research.editing --repository $(REPOSITORY) \
+	  --pipeline $$pipeline || exit; done
 
 study: export  ## measure image quality against time, docs/benchmarks/study.md; resumes, first prints its duration
 	$(BIN)/python -m research.study --repository $(REPOSITORY) --weights $(GLYPHS) \

@@ -257,9 +257,10 @@ def described_server(url: str, repository: Path, name: str | None = None) -> dic
         "settings": {name: value.string_value for name, value in config.parameters.items()},
         "models": {
             role.value: {
-                key: getattr(record, key) for key in ("engine", "runtime", "precision", "max_rows")
+                key: getattr(pipeline.models[role], key)
+                for key in ("engine", "runtime", "precision", "max_rows")
             }
-            for role, record in pipeline.models.items()
+            for role in pipeline.generating
         },
     }
 
@@ -272,7 +273,9 @@ def _models(known: Iterable[str], pipeline: str | None) -> dict[str, str]:
         if len(found) != 1:
             raise ValueError(f"the server serves {', '.join(sorted(found)) or 'nothing'}: name one")
         pipeline = found[0]
-    named = {role.value: contract.model_name(pipeline, role) for role in Role}
+    # Generation does not call the encoder of images.
+    roles = [role for role in Role if role is not Role.ENCODER]
+    named = {role.value: contract.model_name(pipeline, role) for role in roles}
     return {role: name for role, name in named.items() if name in known}
 
 

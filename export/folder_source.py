@@ -32,6 +32,7 @@ _SAMPLES = 16  # texts whose conditioning the checks of the networks use
 _PARTS = {
     Role.PREDICTOR: ("transformer", "unet"),
     Role.DECODER: ("vae",),
+    Role.ENCODER: ("vae",),
     Role.TEXT_ENCODER: ("text_encoder",),
 }
 DISTILLED_STEPS, DISTILLED_DEFAULT = "E", "E4"
@@ -106,7 +107,9 @@ class FolderSource:
         tiles = [Tiles.of(h, w, family.largest_decode).size for _, h, w in shapes]
         seen = [(family.latent_channels, *each) for each in dict.fromkeys(tiles)]
         decoder = DecoderBlock(family.decoder)
-        found.append(ExportTarget(Role.DECODER, decoder, seen[0], condition, tuple(seen[1:])))
+        of_images = seen[0], condition, tuple(seen[1:])
+        found.append(ExportTarget(Role.DECODER, decoder, *of_images))
+        found.append(ExportTarget(Role.ENCODER, family.encoder, *of_images, factor=family.factor))
         whole = tiles == [shape[1:] for shape in shapes]
         fields = {
             "family": family.title,

@@ -29,7 +29,7 @@ from flowturbo.pipeline import (
 from flowturbo.settings import Settings, orchestrator_config, read_config
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMITTED = ROOT / "model_repository" / contract.ORCHESTRATOR
+COMMITTED = ROOT / "model_repository"
 MODEL_PY = '''"""Evaluates the exported network beside this file."""
 
 from flowturbo.serving.block import TritonPythonModel
@@ -39,7 +39,9 @@ __all__ = ["TritonPythonModel"]
 _DEFAULT_PIPELINE = "default_pipeline"
 _RECORD = ".record"
 # Fields of the orchestrator's configuration that its code determines.
-_THIS_VERSIONS = ("name", "backend", "max_batch_size", "input", "output")
+_THIS_VERSIONS = (
+    *("name", "backend", "max_batch_size", "input", "output", "model_transaction_policy"),
+)
 _VERSIONED = (
     *("torch", "onnx", "onnxscript", "onnxruntime", "openvino"),
     *("diffusers", "transformers", "tokenizers"),
@@ -212,16 +214,17 @@ def folders_of(repository: Path, name: str) -> list[str]:
 
 
 def add_orchestrator(repository: Path) -> None:
-    """Adds the orchestrator to a new repository. Its default pipeline is not set yet."""
-    folder = repository / contract.ORCHESTRATOR
-    if folder.exists():
-        return
-    with staging(repository) as staged:
-        ignored = shutil.ignore_patterns("__pycache__", RECORDS.name)
-        shutil.copytree(COMMITTED, staged / contract.ORCHESTRATOR, ignore=ignored)
-        _set(staged / contract.ORCHESTRATOR / "config.pbtxt", _DEFAULT_PIPELINE, "")
-        repository.mkdir(parents=True, exist_ok=True)
-        (staged / contract.ORCHESTRATOR).rename(folder)
+    """Adds the orchestrator and its stream to a new repository. No default pipeline is set yet."""
+    ignored = shutil.ignore_patterns("__pycache__", RECORDS.name)
+    for name in (contract.ORCHESTRATOR, contract.STREAM):
+        if (repository / name).exists():
+            continue
+        with staging(repository) as staged:
+            shutil.copytree(COMMITTED / name, staged / name, ignore=ignored)
+            if name == contract.ORCHESTRATOR:
+                _set(staged / name / "config.pbtxt", _DEFAULT_PIPELINE, "")
+            repository.mkdir(parents=True, exist_ok=True)
+            (staged / name).rename(repository / name)
 
 
 def choose_default(repository: Path, name: str) -> bool:
@@ -252,23 +255,30 @@ def mend_orchestrator(repository: Path) -> bool:
     Its settings and instances stay. Returns whether anything changed. Raises RepositoryError for an
     invalid configuration.
     """
-    folder = repository / contract.ORCHESTRATOR
-    if not folder.is_dir():
+    if not (repository / contract.ORCHESTRATOR).is_dir():
         return False
+    return any([_mend(repository, name) for name in (contract.ORCHESTRATOR, contract.STREAM)])
+
+
+def _mend(repository: Path, name: str) -> bool:
+    folder = repository / name
+    if not folder.is_dir():  # made before there was one
+        add_orchestrator(repository)
+        return True
     code, config = Path("1") / "model.py", Path("config.pbtxt")
-    wanted = read_config(COMMITTED / config)
+    wanted = read_config(COMMITTED / name / config)
     found = read_config(folder / config) if (folder / config).is_file() else None
     mended = ModelConfig()
     mended.CopyFrom(wanted)
     if found:
-        for name, value in found.parameters.items():
-            mended.parameters[name].CopyFrom(value)
+        for key, value in found.parameters.items():
+            mended.parameters[key].CopyFrom(value)
         if found.instance_group:
             del mended.instance_group[:]
             mended.instance_group.extend(found.instance_group)
-    else:  # no configuration: as in a new repository
+    elif name == contract.ORCHESTRATOR:  # no configuration: as in a new repository
         mended.parameters[_DEFAULT_PIPELINE].string_value = ""
-    path, text = folder / code, (COMMITTED / code).read_text()
+    path, text = folder / code, (COMMITTED / name / code).read_text()
     same_code = path.is_file() and path.read_text() == text
     same_config = found is not None and all(
         getattr(found, name) == getattr(mended, name) for name in (*_THIS_VERSIONS, "parameters")

@@ -25,6 +25,7 @@ from flowturbo.contract import (
 from flowturbo.nets.blocks import InFloat32
 from flowturbo.rows import Tensors
 
+_OF_IMAGES = (Role.DECODER, Role.ENCODER)  # no step blocks: they take no conditioning
 _MASKED = -1e4  # a score whose softmax is 0 beside any other, within float16
 OPSET = 22  # the first version with bfloat16 in Conv
 # PyTorch's types. An fp8 model is exported in float16; export/quantize.py then converts it.
@@ -41,7 +42,8 @@ class ExportTarget:
     """A module to export: its role, the shape of its latents (C, h, w), and its condition.
 
     `other_shapes` are those of the other sizes that it serves. `conditioning` has real conditioning
-    tensors [k, ...] for checks; random ones are used without.
+    tensors [k, ...] for checks; random ones are used without. An image is `factor` times as wide as
+    its latent.
     """
 
     role: Role
@@ -50,6 +52,7 @@ class ExportTarget:
     condition: Condition
     other_shapes: tuple[tuple[int, int, int], ...] = ()
     conditioning: Tensors | None = None
+    factor: int = 1
 
     @property
     def tensors(self) -> tuple[Specs, Specs]:
@@ -62,11 +65,11 @@ class ExportTarget:
         free, specs = torch.export.Dim.DYNAMIC, self.tensors[0]
 
         def of(spec: TensorSpec) -> dict[int, Any]:
-            sides = {k: free for k, dim in enumerate(spec.dims, 1) if dim in ("h", "w")}
+            sides = {k: free for k, dim in enumerate(spec.dims, 1) if dim in ("h", "w", "H", "W")}
             return {0: free, **(sides if self.other_shapes else {})}
 
         found = tuple(map(of, specs))
-        if self.role is Role.DECODER:
+        if self.role in _OF_IMAGES:
             return found
         # The conditioning, and the ids of texts, are the variadic arguments.
         named = 0 if self.role is Role.TEXT_ENCODER else len(BLOCK_INPUTS)
@@ -79,6 +82,8 @@ class ExportTarget:
         sizes = latent_sizes(self.latent_shape)
         if self.role is Role.DECODER:
             sizes |= dict(zip("HW", outputs[IMAGE].shape[1:3], strict=True))
+        if self.role is Role.ENCODER:
+            sizes |= dict(zip("HW", self._image_size, strict=True))
         if self.other_shapes:
             sizes |= {letter: -1 for letter in sizes if letter != "C"}
         return sizes
@@ -93,6 +98,8 @@ class ExportTarget:
         if self.role is Role.TEXT_ENCODER:
             texts = self.condition.sample_encoder(rows, chance)
             return {name: torch.from_numpy(value) for name, value in texts.items()}
+        if self.role is Role.ENCODER:
+            return {IMAGE: torch.from_numpy(_random_images(rows, self._image_size, chance))}
         specs, _ = self.tensors
         sizes = latent_sizes(self.latent_shape)
         made: dict[str, Tensor] = {}
@@ -101,7 +108,7 @@ class ExportTarget:
             made[spec.name] = torch.rand(shape, generator=generator)
             if spec.dims[0] == "C":
                 made[spec.name] = torch.randn(shape, generator=generator)
-        if self.role is not Role.DECODER:
+        if self.role not in _OF_IMAGES:
             conditions = self._conditions(rows, chance)
             made |= {name: torch.from_numpy(value) for name, value in conditions.items()}
             made[PAIR] = _pairs(rows)
@@ -114,9 +121,23 @@ class ExportTarget:
         chosen = chance.integers(count, size=rows)
         return {name: value[chosen] for name, value in self.conditioning.items()}
 
+    @property
+    def _image_size(self) -> tuple[int, int]:
+        _, height, width = self.latent_shape
+        return height * self.factor, width * self.factor
+
     def at(self, latent_shape: tuple[int, int, int]) -> "ExportTarget":
         """The same module for another size."""
         return replace(self, latent_shape=latent_shape)
+
+
+def _random_images(rows: int, size: tuple[int, int], chance: np.random.Generator) -> np.ndarray:
+    """Images [rows, H, W, 3] uint8 of large squares and small differences, as photographs have."""
+    height, width = size
+    colours = chance.integers(256, size=(rows, 4, 4, 3))
+    y, x = (np.arange(side) * 4 // side for side in size)
+    noise = chance.normal(0, 8, (rows, height, width, 3))
+    return (colours[:, y][:, :, x] + noise).clip(0, 255).astype(np.uint8)
 
 
 def _pairs(rows: int) -> Tensor:

@@ -23,9 +23,9 @@ _OPENVINO_HINT = (
     "--runtime torch"
 )
 MEASURE_S = 0.5  # per batch size
-# How often a request with the default schedule calls each model.
+# How often a request with the default schedule calls each model. Edits call the encoder too.
 _DEFAULT = compile_program(built_in()[DEFAULT])
-_CALLS = Counter([*roles_called(_DEFAULT), Role.DECODER])
+_CALLS = Counter([*roles_called(_DEFAULT), Role.DECODER, Role.ENCODER])
 
 
 @dataclass(frozen=True)

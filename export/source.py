@@ -5,13 +5,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from diffusers import AutoencoderKL
+
 from export.onnx_graph import ExportTarget
 from flowturbo.conditions.class_label import ClassLabel
 from flowturbo.contract import Role
 from flowturbo.nets.blocks import DecoderBlock, PredictorBlock, RefinerBlock
 from flowturbo.nets.checkpoint import load_predictor, load_refiner
 from flowturbo.nets.sit import ByLabel, SiTConfig
-from flowturbo.nets.vae import Decoder, load_vae
+from flowturbo.nets.vae import Decoder, Encoder, latent_factor, load_vae
 from flowturbo.nets.weights import CheckpointError, sha256
 
 _PLACES = ("predictor", "refiner", "vae")
@@ -93,6 +95,7 @@ class Checkpoints:
             Role.PREDICTOR: self.predictor,
             Role.REFINER: self.refiner,
             Role.DECODER: self.vae,
+            Role.ENCODER: self.vae,
         }
         return {role: path for role, path in given.items() if path}
 
@@ -129,16 +132,18 @@ def modules(source: Checkpoints, class_names: Sequence[str] = ()) -> Iterator[Ex
         refine = RefinerBlock(ByLabel(refiner), channels)
         found.append(ExportTarget(Role.REFINER, refine, shape, condition))
     if source.vae:
-        decoder = DecoderBlock(_decoder(source.vae, config))
-        found.append(ExportTarget(Role.DECODER, decoder, shape, condition))
+        vae = _vae(source.vae, config)
+        found.append(ExportTarget(Role.DECODER, DecoderBlock(Decoder(vae)), shape, condition))
+        factor = latent_factor(vae)
+        found.append(ExportTarget(Role.ENCODER, Encoder(vae), shape, condition, factor=factor))
     yield from found
 
 
-def _decoder(folder: Path, config: SiTConfig) -> Decoder:
+def _vae(folder: Path, config: SiTConfig) -> AutoencoderKL:
     vae = load_vae(folder)
     channels = vae.config.latent_channels
     if channels != config.latent_channels:
         raise CheckpointError(
             f"the VAE has {channels} latent channels, the predictor has {config.latent_channels}"
         )
-    return Decoder(vae)
+    return vae

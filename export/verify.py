@@ -55,7 +55,8 @@ def _verify(loaded: Loaded, repository: Path, pipeline: Pipeline, schedule: str 
     request = _request(pipeline, chosen)
     allowed = {role: TOLERANCES[model.precision] for role, model in pipeline.models.items()}
     # The least exact network limits the accuracy of a trajectory.
-    networks = (of for role, of in allowed.items() if role is not Role.DECODER)
+    vae = (Role.DECODER, Role.ENCODER)
+    networks = (of for role, of in allowed.items() if role not in vae)
     widest = max(networks, key=lambda tolerance: tolerance.trajectory)
     tolerances = {role.value: of for role, of in allowed.items()} | {_TRAJECTORY: widest}
     exports = list(loaded.targets)

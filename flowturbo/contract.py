@@ -15,6 +15,7 @@ import numpy as np
 from flowturbo.errors import RequestError
 
 ORCHESTRATOR = "flowturbo"
+STREAM = "flowturbo_stream"  # the same, with previews; a model of its own: it answers many times
 
 
 class Role(StrEnum):
@@ -23,6 +24,7 @@ class Role(StrEnum):
     PREDICTOR = "predictor"
     REFINER = "refiner"
     DECODER = "decoder"
+    ENCODER = "encoder"
     TEXT_ENCODER = "text_encoder"
 
 
@@ -32,6 +34,7 @@ _MODELS = {
     Role.PREDICTOR: "velocity_predictor",
     Role.REFINER: "velocity_refiner",
     Role.DECODER: "vae_decoder",
+    Role.ENCODER: "vae_encoder",
     Role.TEXT_ENCODER: "text_encoder",
 }
 
@@ -63,6 +66,23 @@ GUIDANCE_INTERVAL = "guidance_interval"
 INITIAL_NOISE = "initial_noise"
 SIZE = "size"
 OUTPUT_FORMAT = "output_format"
+IMAGE = "image"
+IMAGE_FILE = "image_file"
+MASK = "mask"
+MASK_FILE = "mask_file"
+STRENGTH = "strength"
+INVERT = "invert"
+FEATHER = "feather"
+# Inputs of requests with an image, for pipelines with an encoder. Files are PNG, JPEG or WebP.
+EDIT_INPUTS = (
+    TensorSpec(IMAGE, np.uint8, (-1, -1, -1, 3), optional=True),
+    TensorSpec(IMAGE_FILE, np.object_, (-1,), optional=True),
+    TensorSpec(MASK, np.uint8, (-1, -1, -1), optional=True),  # 255: repaint
+    TensorSpec(MASK_FILE, np.object_, (-1,), optional=True),
+    TensorSpec(STRENGTH, np.float32, (1,), optional=True),
+    TensorSpec(INVERT, np.bool_, (1,), optional=True),
+    TensorSpec(FEATHER, np.int64, (1,), optional=True),  # pixels
+)
 COMMON_INPUTS = (
     TensorSpec(SEED, np.int64, (-1,), optional=True),
     TensorSpec(SCHEDULE, np.object_, (1,), optional=True),
@@ -72,12 +92,13 @@ COMMON_INPUTS = (
     TensorSpec(INITIAL_NOISE, np.float32, (-1, "C", "h", "w"), optional=True),
     TensorSpec(SIZE, np.int64, (2,), optional=True),  # height, width in pixels
     TensorSpec(OUTPUT_FORMAT, np.object_, (1,), optional=True),
+    *EDIT_INPUTS,
 )
 PIPELINE_INPUT = TensorSpec(PIPELINE, np.object_, (1,), optional=True)
 
-IMAGE = "image"
 ENCODED_IMAGE = "encoded_image"
 LATENT = "latent"
+START_TIME = "start_time"
 SETTINGS = "settings"
 PIPELINES = "pipelines"
 COMMON_OUTPUTS = (
@@ -85,10 +106,17 @@ COMMON_OUTPUTS = (
     TensorSpec(ENCODED_IMAGE, np.object_, (-1,)),
     TensorSpec(LATENT, np.float32, (-1, -1, -1, -1)),
     TensorSpec(SEED, np.int64, (-1,)),
+    TensorSpec(START_TIME, np.float32, (1,)),  # where the time grid starts: 0 is noise, 1 an image
     # JSON: the settings used, with defaults resolved; and the served pipelines (needs no input).
     TensorSpec(SETTINGS, np.object_, (1,)),
     TensorSpec(PIPELINES, np.object_, (1,)),
 )
+
+# What the stream takes and answers besides.
+PREVIEW_EVERY = "preview_every"
+STEP, FINAL = "step", "final"
+STREAM_INPUTS = (TensorSpec(PREVIEW_EVERY, np.int64, (1,), optional=True),)
+STREAM_OUTPUTS = (TensorSpec(STEP, np.int64, (1,)), TensorSpec(FINAL, np.bool_, (1,)))
 
 # Tensors of the step blocks: each row is a state with its own coefficients. The columns of
 # `scalars` are named in flowturbo.solver.calls.
@@ -106,7 +134,8 @@ DECODER_OUTPUTS = (
     TensorSpec(IMAGE, np.uint8, ("H", "W", 3)),
     TensorSpec(MAGNITUDE, np.float32, (1,)),
 )
-
+ENCODER_INPUTS = (TensorSpec(IMAGE, np.uint8, ("H", "W", 3)),)
+ENCODER_OUTPUTS = (TensorSpec(LATENT, np.float32, ("C", "h", "w")),)
 
 BLOCK_INPUTS = (
     TensorSpec(X, np.float32, ("C", "h", "w")),
@@ -126,6 +155,8 @@ def composed_tensors(
     """
     if role is Role.DECODER:
         return DECODER_INPUTS, DECODER_OUTPUTS
+    if role is Role.ENCODER:
+        return ENCODER_INPUTS, ENCODER_OUTPUTS
     if role is Role.TEXT_ENCODER:
         return encoder_inputs, conditioning
     return (*BLOCK_INPUTS, *conditioning), BLOCK_OUTPUTS

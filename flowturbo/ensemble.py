@@ -104,6 +104,8 @@ def ensemble_for(request: GenerationRequest, pipeline: Pipeline, variant: str) -
     whole = not guidance.enabled or guidance.interval == Guidance().interval
     if request.initial_noise is not None or request.times is not None or not whole:
         return None
+    if request.edit:
+        return None
     if pipeline.has(Role.TEXT_ENCODER):
         return None
     most = pipeline.max_rows if pipeline.on_gpu else min(_MAX_ROWS, pipeline.max_rows)
@@ -137,7 +139,7 @@ def plan(request: GenerationRequest, pipeline: Pipeline, program: Program) -> Te
     Raises RequestError for more rows than one batch holds, because an ensemble cannot split them.
     """
     guidance, condition = request.guidance, pipeline.condition
-    noise = to_rows(request.start(), guidance)
+    noise = to_rows(request.noise(), guidance)
     if len(noise) > pipeline.max_rows:
         raise RequestError(
             f"a request to this model has at most {pipeline.max_rows} rows (2 per guided image), "

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -14,21 +14,25 @@ from flowturbo.contract import (
     LATENT,
     SEED,
     SETTINGS,
+    START_TIME,
     Role,
 )
+from flowturbo.editing import OpenEdit, repainting
 from flowturbo.errors import NotFiniteError
 from flowturbo.latents import encode_images
 from flowturbo.pipeline import Pipeline
 from flowturbo.request import GenerationRequest
 from flowturbo.rows import AwaitedInfer, Infer, Tensors, guided_block, to_images, to_rows
 from flowturbo.settings import Settings
-from flowturbo.solver.calls import Network, Variant
+from flowturbo.solver.calls import BlockCall, Network, Variant
 from flowturbo.solver.guidance import Guidance
 from flowturbo.solver.program import LARGEST_TRAINED_STEP, Program, compile_program
 from flowturbo.solver.sampler import Array, AwaitedBlock, run_sync, sample_async
 from flowturbo.solver.schedule import Schedule
 from flowturbo.tiles import Tiles
 
+# Is shown the step that was done, and latents [n, C, h, w] of what will probably be the images.
+Show = Callable[[int, Array], Awaitable[None]]
 _ROLES = {network: Role(network) for network in Network}
 _logger = logging.getLogger(__name__)
 
@@ -41,8 +45,9 @@ def generate(
     infer: Infer,
 ) -> Tensors:
     """The output tensors that `request` asks for, by name."""
-    made = run_sync(make_images(request, pipeline, program, awaited(infer)))
-    return complete(request, pipeline, settings, made)
+    edit = request.edit.open() if request.edit else None
+    made = run_sync(make_images(request, pipeline, program, awaited(infer), edit))
+    return complete(request, pipeline, settings, made, edit)
 
 
 def awaited(infer: Infer) -> AwaitedInfer:
@@ -55,17 +60,38 @@ def awaited(infer: Infer) -> AwaitedInfer:
 
 
 async def make_images(
-    request: GenerationRequest, pipeline: Pipeline, program: Program, infer: AwaitedInfer
+    request: GenerationRequest,
+    pipeline: Pipeline,
+    program: Program,
+    infer: AwaitedInfer,
+    edit: OpenEdit | None = None,
+    show: Show | None = None,
 ) -> Tensors:
-    """The latent and the image that `request` needs, by these names."""
+    """The latent and the image that `request` needs, by these names; `edit` is its opened edit.
+
+    `show` is called after each step but the last.
+    """
     infer = in_chunks(infer, pipeline.rows_for(request.latent_shape))
     made: Tensors = {}
     if request.needs_decoder or LATENT in request.outputs:
-        made[LATENT] = await _latent(request, pipeline, program, infer)
+        made[LATENT] = await _latent(request, pipeline, program, infer, edit, show)
         check_finite(made[LATENT], "latent")
     if request.needs_decoder:
         made[IMAGE] = await decode(infer, made[LATENT], pipeline.largest_decode)
     return made
+
+
+async def encode(infer: AwaitedInfer, images: Array, pipeline: Pipeline) -> Array:
+    """Latents [n, C, h, w] of `images` [n, H, W, 3] uint8; raises NotFiniteError.
+
+    A latent with a side above `largest_decode` is encoded in tiles.
+    """
+    factor = pipeline.factor
+    tiles = Tiles.of(images.shape[1] // factor, images.shape[2] // factor, pipeline.largest_decode)
+    (parts,) = await infer(Role.ENCODER, {IMAGE: tiles.split_images(images, factor)})
+    latents = tiles.join_latents(parts)
+    check_finite(latents, "encoded latent")
+    return latents
 
 
 async def decode(infer: AwaitedInfer, latent: Array, largest: int = 0) -> Array:
@@ -90,10 +116,20 @@ def check_finite(values: Array, what: str) -> None:
 
 
 def complete(
-    request: GenerationRequest, pipeline: Pipeline, settings: Settings, made: Mapping[str, Array]
+    request: GenerationRequest,
+    pipeline: Pipeline,
+    settings: Settings,
+    made: Mapping[str, Array],
+    edit: OpenEdit | None = None,
 ) -> Tensors:
-    """The output tensors that `request` asks for; `made` has its image and latent."""
-    answer: Tensors = {SEED: request.seeds, **made}
+    """The output tensors that `request` asks for; `made` has its image and latent.
+
+    An image that was repainted is pasted into the given one.
+    """
+    start_time = np.array([request.start_time], dtype=np.float32)
+    answer: Tensors = {SEED: request.seeds, START_TIME: start_time, **made}
+    if edit and edit.masks is not None and IMAGE in made:
+        answer[IMAGE] = edit.pasted(made[IMAGE])
     if ENCODED_IMAGE in request.outputs:
         answer[ENCODED_IMAGE] = encode_images(answer[IMAGE], request.output_format)
     if SETTINGS in request.outputs:
@@ -109,11 +145,48 @@ def as_json(document: Any) -> Array:
 
 
 async def _latent(
-    request: GenerationRequest, pipeline: Pipeline, program: Program, infer: AwaitedInfer
+    request: GenerationRequest,
+    pipeline: Pipeline,
+    program: Program,
+    infer: AwaitedInfer,
+    edit: OpenEdit | None,
+    show: Show | None,
 ) -> Array:
-    block = await image_block(infer, pipeline, request.condition, request.guidance)
-    noise = to_rows(request.start(), request.guidance)
-    return to_images(await sample_async(program, noise, block), request.guidance)
+    guidance, t = request.guidance, request.start_time
+    block = await image_block(infer, pipeline, request.condition, guidance)
+    if edit is None or (t == 0 and edit.masks is None):  # nothing of the image is left
+        start = request.noise()
+    else:
+        data = await encode(infer, edit.images, pipeline)
+        data = np.broadcast_to(data, (request.images, *data.shape[1:]))
+        if request.edit and request.edit.invert:
+            start = data
+        else:
+            noise = request.noise()
+            start = (1 - t) * noise + t * data
+            if edit.masks is not None:
+                masks = edit.latent_masks
+                masks = np.broadcast_to(masks, (request.images, *masks.shape[1:]))
+                rows = (to_rows(each, guidance) for each in (masks, noise, data))
+                block = repainting(block, *rows)
+    if show:
+        block = _shown(block, program, guidance, show)
+    return to_images(await sample_async(program, to_rows(start, guidance), block), guidance)
+
+
+def _shown(block: AwaitedBlock, program: Program, guidance: Guidance, show: Show) -> AwaitedBlock:
+    """`block`, which shows after each step where its velocity leads: x + (1 - t) v."""
+    starts = [call.step for call in program.calls]
+    done = dict(zip(map(id, program.calls), [*starts[1:], len(program.schedule)], strict=True))
+
+    async def watched(call: BlockCall, x: Array, v: Array) -> tuple[Array, Array]:
+        x_next, v_next = await block(call, x, v)
+        if call.lands_at != call.starts_at and call is not program.calls[-1]:
+            ahead = x_next + (1 - call.lands_at) * v_next
+            await show(done[id(call)], to_images(ahead, guidance))
+        return x_next, v_next
+
+    return watched
 
 
 async def image_block(

@@ -10,14 +10,18 @@ import numpy as np
 from flowturbo.conditions.class_label import LABEL
 from flowturbo.conditions.prompt import NEGATIVE_PROMPT, PROMPT, TRUNCATED
 from flowturbo.contract import (
+    FEATHER,
     GUIDANCE_INTERVAL,
     GUIDANCE_SCALE,
     IMAGE,
     INITIAL_NOISE,
+    INVERT,
     LATENT,
+    MASK,
     SCHEDULE,
     SEED,
     SIZE,
+    STRENGTH,
     TIMES,
     Role,
 )
@@ -87,12 +91,19 @@ class LocalPipeline:
         prompt: str | Sequence[str] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         size: tuple[int, int] | None = None,
+        image: np.ndarray | None = None,
+        mask: np.ndarray | None = None,
+        strength: float | None = None,
+        feather: int | None = None,
+        invert: bool = False,
     ) -> LocalResult:
         """Images of the classes `label` [n] or of `prompt`; None means the service's default.
 
         One prompt serves all seeds. `size` is (width, height) in pixels. `schedule` may be the name
         of a preset. `initial_noise` [n, C, h, w] float32 replaces `seed` [n]. `times` is a time
-        grid with one time more than the schedule has steps. Raises RequestError as the server does.
+        grid with one time more than the schedule has steps. `image` [1 or n, H, W, 3] and `mask`
+        [1 or n, H, W] are uint8. With `invert` the latent is the noise of `image`, and there is no
+        image. Raises RequestError as the server does.
         """
         tensors: Tensors = {}
         if label is not None:
@@ -112,11 +123,19 @@ class LocalPipeline:
             GUIDANCE_INTERVAL: guidance_interval,
             INITIAL_NOISE: initial_noise,
             TIMES: times,
+            STRENGTH: None if strength is None else [strength],
         }
         for name, value in given.items():
             if value is not None:
                 tensors[name] = np.asarray(value, dtype=np.float32)
-        wanted = [LATENT, SEED] + [IMAGE] * self.pipeline.has(Role.DECODER)
+        for name, array in ((IMAGE, image), (MASK, mask)):
+            if array is not None:
+                tensors[name] = np.asarray(array)
+        if feather is not None:
+            tensors[FEATHER] = _integers(FEATHER, feather)
+        if invert:
+            tensors[INVERT] = np.array([True])
+        wanted = [LATENT, SEED] + [IMAGE] * (self.pipeline.has(Role.DECODER) and not invert)
         wanted += [TRUNCATED] * self.pipeline.has(Role.TEXT_ENCODER)
         request = parse_request(tensors, wanted, self.pipeline, self.settings)
         answer = self.run(request, self._program(request, variant))

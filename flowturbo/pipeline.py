@@ -148,6 +148,16 @@ class Pipeline:
         return (sizes["H"], sizes["W"]) if "H" in sizes else None
 
     @property
+    def generating(self) -> list[Role]:
+        """The roles of the models that make images: all but the encoder, which only reads them."""
+        return [role for role in self.models if role is not Role.ENCODER]
+
+    @property
+    def factor(self) -> int:
+        """How many pixels a latent pixel is wide; 1 if the pipeline makes latents only."""
+        return self.image_size[1] // self.latent_shape[2] if self.image_size else 1
+
+    @property
     def predictor(self) -> ModelRecord:
         return self.models[Role.PREDICTOR]
 
@@ -285,6 +295,7 @@ class Pipeline:
             "family": self.family,
             "latent_shape": self.latent_shape,
             "refiner": self.has(Role.REFINER),
+            "edits": self.has(Role.ENCODER),
             "steps": self.solver_steps or "".join(STEPS),
             "grid": asdict(self.grid),
             "presets": {name: str(schedule) for name, schedule in self.presets.items()},

@@ -9,35 +9,48 @@ import numpy as np
 from flowturbo.conditions import REQUEST_INPUTS, REQUEST_OUTPUTS, Condition, refuse_others
 from flowturbo.contract import (
     COMMON_OUTPUTS,
+    EDIT_INPUTS,
     ENCODED_IMAGE,
+    FEATHER,
     GUIDANCE_INTERVAL,
     GUIDANCE_SCALE,
     IMAGE,
     INITIAL_NOISE,
+    INVERT,
     LATENT,
     OUTPUT_FORMAT,
     PIPELINE,
+    PREVIEW_EVERY,
     SCHEDULE,
     SEED,
     SETTINGS,
     SIZE,
+    START_TIME,
+    STRENGTH,
     TIMES,
     Role,
     latent_sizes,
     shown_dims,
     text_of,
 )
+from flowturbo.editing import FILL_NOISE, Edit, inverts, parse_edit
 from flowturbo.errors import RequestError
 from flowturbo.latents import FORMATS, MAX_SEED, draw_seeds, noise
 from flowturbo.pipeline import Pipeline
 from flowturbo.settings import Settings
-from flowturbo.solver.grid import checked_grid
+from flowturbo.solver.grid import checked_grid, time_grid, unshifted
 from flowturbo.solver.guidance import Guidance
 from flowturbo.solver.schedule import Schedule
 
 _SPECS = {spec.name: spec for spec in REQUEST_INPUTS}
 LARGEST_NOISE = 10.0  # 10^20 standard normal numbers have none larger than this
-_TYPE_NAMES = {np.int64: "INT64", np.float32: "FP32", np.object_: "BYTES"}
+_TYPE_NAMES = {
+    np.int64: "INT64",
+    np.float32: "FP32",
+    np.uint8: "UINT8",
+    np.bool_: "BOOL",
+    np.object_: "BYTES",
+}
 _IMAGES = {IMAGE, ENCODED_IMAGE}
 
 
@@ -49,7 +62,7 @@ class GenerationRequest:
     `initial_noise` [n, C, h, w] float32 is given, it replaces the seeds, which are then 0.
     `latent_shape` is (C, h, w), and `size` is (H, W) of the image, None if there is none. `times`
     is a time grid in place of the schedule's, or None. `outputs`
-    names the output tensors, in order.
+    names the output tensors, in order. `edit` is the image to start from, or None.
     """
 
     condition: Any
@@ -62,6 +75,7 @@ class GenerationRequest:
     guidance: Guidance
     output_format: str
     outputs: tuple[str, ...]
+    edit: Edit | None = None
 
     @property
     def images(self) -> int:
@@ -77,8 +91,13 @@ class GenerationRequest:
     def needs_decoder(self) -> bool:
         return bool(_IMAGES & set(self.outputs))
 
-    def start(self) -> np.ndarray:
-        """The noise to start from, [n, C, h, w] float32."""
+    @property
+    def start_time(self) -> float:
+        """Where the time grid starts: 0 is noise, 1 is an image."""
+        return self.times[0] if self.times else 0.0
+
+    def noise(self) -> np.ndarray:
+        """The noise of each image, [n, C, h, w] float32."""
         if self.initial_noise is not None:
             return self.initial_noise
         return noise(self.seeds, self.latent_shape)
@@ -94,7 +113,18 @@ class GenerationRequest:
             "size": self.size,
             "variant": settings.variant,
             "output_format": self.output_format,
+            **({"edit": self._edit_settings(self.edit)} if self.edit else {}),
         }
+
+    def _edit_settings(self, edit: Edit) -> dict[str, Any]:
+        if edit.invert:
+            return {INVERT: True}
+        found: dict[str, Any] = {START_TIME: self.start_time}
+        if edit.fill:
+            found["fill"] = True
+        elif edit.strength is not None:
+            found[STRENGTH] = edit.strength
+        return found | ({FEATHER: edit.feather} if edit.masks and edit.feather is not None else {})
 
 
 def named_pipeline(tensors: Mapping[str, np.ndarray], names: Iterable[str], default: str) -> str:
@@ -107,6 +137,22 @@ def named_pipeline(tensors: Mapping[str, np.ndarray], names: Iterable[str], defa
     if name not in known:
         raise RequestError(f"pipeline {name[:40]!r} is unknown, known are {', '.join(known)}")
     return name
+
+
+def read_preview_every(tensors: Mapping[str, np.ndarray]) -> int:
+    """After how many steps a stream shows a preview; 1 if the request does not say.
+
+    Raises RequestError.
+    """
+    if PREVIEW_EVERY not in tensors:
+        return 1
+    value = tensors[PREVIEW_EVERY]
+    if value.dtype != np.int64 or value.shape != (1,) or value[0] < 1:
+        raise RequestError(
+            f"{PREVIEW_EVERY} must be a number of steps, INT64 [1], from 1 on, got "
+            f"{value.dtype} {value.tolist()}"
+        )
+    return int(value[0])
 
 
 def parse_request(
@@ -129,14 +175,18 @@ def parse_request(
         _check_type(name, tensor)
         _check_shape(name, tensor, sizes)
     refuse_others(pipeline.name, tensors, conditions or {pipeline.name: pipeline.condition})
+    _check_encoder(tensors, pipeline)
     guidance = _guidance(tensors, pipeline, settings)
     condition = pipeline.condition.parse(tensors, settings.max_images, guided=guidance.enabled)
     schedule, times = pipeline.on_own_grid(_schedule(tensors, pipeline, settings), latent_shape)
     _check_start(tensors, len(condition))
+    edit = parse_edit(tensors, len(condition), size, pipeline.factor)
+    if edit:
+        times = _edit_times(edit, schedule, pipeline, latent_shape) or times
     given_noise = tensors.get(INITIAL_NOISE)
     if SEED in tensors:
         seeds = tensors[SEED]
-    elif given_noise is None:
+    elif given_noise is None and not (edit and edit.invert):
         seeds = draw_seeds(len(condition))
     else:
         seeds = np.zeros(len(condition), dtype=np.int64)
@@ -148,10 +198,11 @@ def parse_request(
         latent_shape=latent_shape,
         size=size,
         schedule=schedule,
-        times=_times(tensors, schedule) or times,
+        times=_times(tensors, schedule, falling=bool(edit and edit.invert)) or times,
         guidance=guidance,
         output_format=output_format,
-        outputs=_wanted(tuple(dict.fromkeys(outputs)), output_format, pipeline),
+        outputs=_wanted(tuple(dict.fromkeys(outputs)), output_format, pipeline, edit),
+        edit=edit,
     )
     _check_outputs(request, pipeline)
     return request
@@ -191,14 +242,42 @@ def _schedule(
     tensors: Mapping[str, np.ndarray], pipeline: Pipeline, settings: Settings
 ) -> Schedule:
     if SCHEDULE not in tensors:
-        return pipeline.default_schedule(settings)
+        usual = pipeline.default_schedule(settings)
+        return usual.without_refiner() if inverts(tensors) else usual
     return pipeline.find_schedule(text_of(SCHEDULE, tensors[SCHEDULE][0]))
 
 
-def _times(tensors: Mapping[str, np.ndarray], schedule: Schedule) -> tuple[float, ...] | None:
+def _times(
+    tensors: Mapping[str, np.ndarray], schedule: Schedule, *, falling: bool
+) -> tuple[float, ...] | None:
     if TIMES not in tensors:
         return None
-    return checked_grid(len(schedule), tensors[TIMES].tolist())
+    return checked_grid(len(schedule), tensors[TIMES].tolist(), falling=falling)
+
+
+def _edit_times(
+    edit: Edit, schedule: Schedule, pipeline: Pipeline, latent_shape: tuple[int, int, int]
+) -> tuple[float, ...] | None:
+    """The part of the grid that an edit runs, backwards for an inversion; None for all of it."""
+    steps = len(schedule)
+    shift = schedule.shift or pipeline.grid.shift_for(pipeline.tokens(latent_shape), steps)
+    if edit.invert:
+        if schedule.refines:
+            raise RequestError(
+                f"schedule {schedule} has refiner steps, which an inversion cannot take: leave R "
+                "out"
+            )
+        return time_grid(steps, shift)[::-1]
+    strength = unshifted(FILL_NOISE, shift) if edit.fill else edit.strength or 1.0
+    return time_grid(steps, shift, strength) if strength < 1 else None
+
+
+def _check_encoder(tensors: Mapping[str, np.ndarray], pipeline: Pipeline) -> None:
+    given = [spec.name for spec in EDIT_INPUTS if spec.name in tensors]
+    if given and not pipeline.has(Role.ENCODER):
+        raise RequestError(
+            f"pipeline {pipeline.name} has no encoder for images and takes no {given[0]}"
+        )
 
 
 def _text(tensors: Mapping[str, np.ndarray], name: str, default: str) -> str:
@@ -208,7 +287,8 @@ def _text(tensors: Mapping[str, np.ndarray], name: str, default: str) -> str:
 def _guidance(
     tensors: Mapping[str, np.ndarray], pipeline: Pipeline, settings: Settings
 ) -> Guidance:
-    scale = pipeline.default_guidance_scale(settings)
+    # Guided trajectories do not lead back to the noise that they came from.
+    scale = 1.0 if inverts(tensors) else pipeline.default_guidance_scale(settings)
     if GUIDANCE_SCALE in tensors:
         scale = float(tensors[GUIDANCE_SCALE][0])
     interval = Guidance().interval
@@ -244,11 +324,15 @@ def _check_start(tensors: Mapping[str, np.ndarray], count: int) -> None:
         )
 
 
-def _wanted(outputs: tuple[str, ...], output_format: str, pipeline: Pipeline) -> tuple[str, ...]:
+def _wanted(
+    outputs: tuple[str, ...], output_format: str, pipeline: Pipeline, edit: Edit | None
+) -> tuple[str, ...]:
     if set(outputs) != {spec.name for spec in REQUEST_OUTPUTS}:
         return outputs
     image = IMAGE if output_format == "raw" else ENCODED_IMAGE
-    wanted = {image if pipeline.has(Role.DECODER) else LATENT, SEED, SETTINGS}
+    shows = pipeline.has(Role.DECODER) and not (edit and edit.invert)
+    wanted = {image if shows else LATENT, SEED, SETTINGS}
+    wanted |= {START_TIME} if edit else set()
     wanted |= {spec.name for spec in pipeline.condition.request_outputs}
     return tuple(name for name in outputs if name in wanted)
 
@@ -267,6 +351,8 @@ def _check_outputs(request: GenerationRequest, pipeline: Pipeline) -> None:
         raise RequestError(
             f"pipeline {pipeline.name} has no decoder and answers latents only: ask for {LATENT}"
         )
+    if request.needs_decoder and request.edit and request.edit.invert:
+        raise RequestError(f"an inversion answers noise: ask for {LATENT}, not for an image")
     known = {spec.name for spec in (*COMMON_OUTPUTS, *pipeline.condition.request_outputs)}
     if other := [name for name in request.outputs if name not in known]:
         raise RequestError(f"pipeline {pipeline.name} does not answer {other[0]}")

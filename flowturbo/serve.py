@@ -30,6 +30,7 @@ from flowturbo.settings import Settings, orchestrator_config
 _OPTIONAL = {  # optional roles, and what is lost without them
     Role.REFINER: "schedules with R steps are refused",
     Role.DECODER: "only latents are served, no images",
+    Role.ENCODER: "requests with an image are refused",
 }
 _MODEL_FILES = ("model.plan", "model.onnx", "model.pt2")
 _STDERR = 2

@@ -29,14 +29,41 @@ class Tiles:
         found = [latent[:, :, y : y + high, x : x + wide] for y in self.rows for x in self.columns]
         return np.stack(found, 1).reshape(-1, latent.shape[1], high, wide)
 
+    def split_images(self, images: np.ndarray, factor: int) -> np.ndarray:
+        """[n, H, W, 3] to the images of its tiles; a latent pixel is `factor` pixels wide."""
+        high, wide = (side * factor for side in self.size)
+        if images.shape[1:3] == (high, wide):
+            return images
+        found = [
+            images[:, y * factor : y * factor + high, x * factor : x * factor + wide]
+            for y in self.rows
+            for x in self.columns
+        ]
+        return np.stack(found, 1).reshape(-1, high, wide, images.shape[3])
+
     def join(self, parts: np.ndarray) -> np.ndarray:
         """The images of all tiles, [n * tiles, H, W, 3] uint8, to images [n, ., ., 3] uint8.
 
         Each tile fades out linearly where it overlaps others.
         """
-        count = len(self.rows) * len(self.columns)
-        if count == 1:
+        if self.count == 1:
             return parts
+        return self._joined(parts).round().astype(np.uint8)
+
+    def join_latents(self, parts: np.ndarray) -> np.ndarray:
+        """The latents of all tiles, [n * tiles, C, h, w] float32, to latents [n, C, ., .]."""
+        if self.count == 1:
+            return parts
+        return self._joined(parts.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+
+    @property
+    def count(self) -> int:
+        """The number of tiles."""
+        return len(self.rows) * len(self.columns)
+
+    def _joined(self, parts: np.ndarray) -> np.ndarray:
+        """Tiles [n * tiles, ., ., k] to the whole, [n, ., ., k] float32."""
+        count = self.count
         tiles = parts.reshape(-1, count, *parts.shape[1:])
         factor = parts.shape[1] // self.size[0]
         down, across = (
@@ -45,12 +72,12 @@ class Tiles:
         )
         height = (self.rows[-1] + self.size[0]) * factor
         width = (self.columns[-1] + self.size[1]) * factor
-        joined = np.zeros((len(tiles), height, width, 3), dtype=np.float32)
+        joined = np.zeros((len(tiles), height, width, parts.shape[3]), dtype=np.float32)
         for k, (i, j) in enumerate(np.ndindex(len(self.rows), len(self.columns))):
             y, x = self.rows[i] * factor, self.columns[j] * factor
             weight = (down[i][:, None] * across[j])[:, :, None]
             joined[:, y : y + len(down[i]), x : x + len(across[j])] += weight * tiles[:, k]
-        return joined.round().astype(np.uint8)
+        return joined
 
 
 def _starts(side: int, tile: int) -> tuple[int, ...]:

@@ -8,7 +8,15 @@ from flowturbo_client import protocol
 from support import check_tensors, read_config
 
 from flowturbo.conditions import REQUEST_INPUTS, REQUEST_OUTPUTS
-from flowturbo.contract import LABEL_ROLES, Role, model_name
+from flowturbo.contract import (
+    LABEL_ROLES,
+    ORCHESTRATOR,
+    STREAM,
+    STREAM_INPUTS,
+    STREAM_OUTPUTS,
+    Role,
+    model_name,
+)
 from flowturbo.errors import RepositoryError
 from flowturbo.pipeline import read_pipeline
 from flowturbo.settings import Settings
@@ -33,7 +41,18 @@ def test_names_of_models() -> None:
     ]
 
 
-@pytest.mark.parametrize("role", LABEL_ROLES)
+def test_stream() -> None:
+    """As the orchestrator, with many answers, and no settings of its own."""
+    one, many = (
+        read_config(MODEL_REPOSITORY / name / "config.pbtxt") for name in (ORCHESTRATOR, STREAM)
+    )
+    assert many.name == STREAM and many.model_transaction_policy.decoupled
+    check_tensors(many.input, (*REQUEST_INPUTS, *STREAM_INPUTS), {"C": -1, "h": -1, "w": -1})
+    check_tensors(many.output, (*REQUEST_OUTPUTS, *STREAM_OUTPUTS), {})
+    assert not many.parameters and many.instance_group == one.instance_group
+
+
+@pytest.mark.parametrize("role", (*LABEL_ROLES, Role.ENCODER))
 def test_composed(role: Role, glyphs_repository: Path) -> None:
     pipeline = read_pipeline(glyphs_repository, "glyphs")
     config = read_config(glyphs_repository / pipeline.model(role) / "config.pbtxt")
@@ -52,12 +71,16 @@ def test_client() -> None:
         dtype, dims = protocol._CONTRACT[spec.name]
         assert (dtype, len(dims)) == (spec.dtype, len(spec.dims))
     noise = np.zeros((1, 4, 2, 2), dtype=np.float32)
+    pixels = np.zeros((2, 2, 3), dtype=np.uint8)
     every = {"seeds": 1, "schedule": "H1", "guidance_scale": 2.0, "guidance_interval": (0, 1)}
     every |= {"pipeline": "glyphs", "times": (0, 1), "output_format": "png"}
     requests = [
         protocol.build_request(prompts="a", negative_prompts="b", size="32x16"),
+        protocol.build_request(prompts="a", prompts_to="b", mix=[0.5]),
         protocol.build_request("A", **every),
         protocol.build_request(1, initial_noise=noise),
+        protocol.build_request(1, image=b"file", mask=b"file", strength=0.5, feather=1),
+        protocol.build_request(1, image=pixels, mask=pixels[..., 0], invert=True),
         protocol.pipelines_request(),
     ]
     sent = {tensor.name(): tensor for request in requests for tensor in request.inputs}
@@ -69,6 +92,8 @@ def test_client() -> None:
             == {
                 np.int64: "INT64",
                 np.float32: "FP32",
+                np.uint8: "UINT8",
+                np.bool_: "BOOL",
                 np.object_: "BYTES",
             }[specs[name].dtype]
         )

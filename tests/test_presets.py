@@ -15,7 +15,7 @@ from support import GOLDEN_EXPORT, run_export
 from export import install
 from flowturbo import LocalPipeline
 from flowturbo.conditions.class_label import ClassLabel
-from flowturbo.contract import Role
+from flowturbo.contract import ORCHESTRATOR, STREAM, Role
 from flowturbo.errors import RepositoryError, RequestError
 from flowturbo.pipeline import (
     Defaults,
@@ -190,13 +190,15 @@ def test_another_repository_does_not_get_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A new orchestrator has the settings of the source tree, and none of its pipelines."""
-    template, repository = tmp_path / "committed" / "flowturbo", tmp_path / "models"
-    shutil.copytree(install.COMMITTED, template, ignore=shutil.ignore_patterns("pipelines"))
+    template, repository = tmp_path / "committed", tmp_path / "models"
+    for name in (ORCHESTRATOR, STREAM):
+        without = shutil.ignore_patterns("pipelines")
+        shutil.copytree(install.COMMITTED / name, template / name, ignore=without)
     committed = pipeline_with(OWN)
-    record = record_path(template.parent, committed.name)
+    record = record_path(template, committed.name)
     record.parent.mkdir()
     record.write_text(record_text(committed))
-    config = template / "config.pbtxt"
+    config = template / ORCHESTRATOR / "config.pbtxt"
     config.write_text(config.read_text().replace('"1.5"', '"2.5"'))
     monkeypatch.setattr(install, "COMMITTED", template)
     install.add_orchestrator(repository)

@@ -63,7 +63,7 @@ def test_defaults_are_the_settings() -> None:
     assert request.times is None
     assert request.guidance.scale == SETTINGS.default_guidance_scale
     assert len(set(request.seeds.tolist())) == 2
-    np.testing.assert_array_equal(request.start(), noise(request.seeds, (4, 16, 16)))
+    np.testing.assert_array_equal(request.noise(), noise(request.seeds, (4, 16, 16)))
 
 
 def test_the_defaults_of_a_pipeline_come_before_the_settings() -> None:

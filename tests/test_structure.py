@@ -23,8 +23,9 @@ pytestmark = pytest.mark.unit
 
 # Names that are nothing else: `schedule` or `image` may well be a key of a report.
 PLAIN = {"schedule", "times", "guidance_scale", "guidance_interval", "output_format", "size"}
+PLAIN |= {"image", "mix"}  # words of messages and reports
 TENSORS = {spec.name for spec in (*COMMON_INPUTS, *BLOCK_OUTPUTS)} - PLAIN
-TENSORS |= {spec.name for kind in KINDS.values() for spec in kind.request_inputs}
+TENSORS |= {spec.name for kind in KINDS.values() for spec in kind.request_inputs} - PLAIN
 TENSORS |= {SEED, ENCODED_IMAGE, MAGNITUDE, PAIR, SCALARS}
 FOLDERS = ("flowturbo", "export", "tuning", "bench", "research", "examples")
 

@@ -172,7 +172,7 @@ def _times(
 ) -> BlockTimes:
     if args.times:
         times = BlockTimes.read(args.times, args.engine, args.precision)
-        if missing := set(pipeline.pipeline.models) - times.times_ms.keys():
+        if missing := set(pipeline.pipeline.generating) - times.times_ms.keys():
             raise ValueError(f"{args.times} has no times of {min(missing)}")
         return times
     if args.engine or args.precision:

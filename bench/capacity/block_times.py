@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from flowturbo.contract import Role, latent_sizes
-from flowturbo.local import open_models
+from flowturbo.local import open_role
 from flowturbo.pipeline import Pipeline, read_pipeline
 from flowturbo.textfile import read_json
 
@@ -110,11 +110,13 @@ def measure(
 ) -> dict[str, dict[int, float]]:
     """Median milliseconds of a pipeline's models by rows, measured in turn in this process.
 
+    The encoder of images is left out: generation does not call it.
+
     `name` None is the default pipeline of `repository`. Row counts are those `sizes` that the
     models allow. `clock` returns seconds.
     """
     pipeline = read_pipeline(repository, name)
-    models = open_models(repository, pipeline)
+    models = {role: open_role(repository, pipeline, role) for role in pipeline.generating}
     taken: dict[tuple[str, int], list[float]] = defaultdict(list)
     for _ in range(repetitions + 1):
         for rows in (n for n in sizes if n <= pipeline.max_rows):

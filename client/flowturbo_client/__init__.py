@@ -14,6 +14,7 @@ from .errors import (
 )
 from .protocol import Generation
 from .settings import Health
+from .stream import Update
 
 __all__ = [
     "AsyncFlowTurboClient",
@@ -28,4 +29,5 @@ __all__ = [
     "RequestCancelledError",
     "ServerBusyError",
     "ServerError",
+    "Update",
 ]

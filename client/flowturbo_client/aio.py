@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
@@ -19,16 +19,20 @@ from .errors import (
     ModelNotReadyError,
     RequestCancelledError,
 )
+from .pictures import Pictures, noise_between
 from .protocol import (
     Generation,
     Request,
     build_request,
+    latent_shape,
     parse_pipelines,
     pipelines_request,
 )
 from .retry import RetryPlan
 from .settings import Health, Settings, check_timeout_s, closed_error
-from .tensors import Labels, Prompts, Seeds, Size
+from .stream import SUFFIX, Update, updates
+from .tensors import Labels, Prompts, Seeds, Size, repeated
+from .verbs import Verbs
 
 
 def _being_cancelled() -> bool:
@@ -37,7 +41,7 @@ def _being_cancelled() -> bool:
     return bool(task and hasattr(task, "cancelling") and task.cancelling())
 
 
-class AsyncFlowTurboClient:
+class AsyncFlowTurboClient(Verbs):
     """A connection to a FlowTurbo server; each event loop that uses it has its own channel.
 
     Cancelling a task that awaits `generate` cancels the request on the server too.
@@ -67,11 +71,18 @@ class AsyncFlowTurboClient:
         *,
         prompts: Prompts | None = None,
         negative_prompts: Prompts | None = None,
+        prompts_to: Prompts | None = None,
+        mix: Sequence[float] | None = None,
         size: Size | None = None,
         pipeline: str | None = None,
         times: Sequence[float] | None = None,
         guidance_interval: Sequence[float] | None = None,
         initial_noise: NDArray[Any] | None = None,
+        image: Pictures | None = None,
+        mask: Pictures | None = None,
+        strength: float | None = None,
+        feather: int | None = None,
+        invert: bool = False,
         output_format: str | None = None,
         outputs: Sequence[str] = ("image",),
         timeout_s: float | None = None,
@@ -84,11 +95,18 @@ class AsyncFlowTurboClient:
             guidance_scale,
             prompts=prompts,
             negative_prompts=negative_prompts,
+            prompts_to=prompts_to,
+            mix=mix,
             size=size,
             pipeline=pipeline,
             times=times,
             guidance_interval=guidance_interval,
             initial_noise=initial_noise,
+            image=image,
+            mask=mask,
+            strength=strength,
+            feather=feather,
+            invert=invert,
             output_format=output_format,
             outputs=outputs,
         )
@@ -100,6 +118,49 @@ class AsyncFlowTurboClient:
             except FlowTurboError as error:
                 delay_s = plan.delay_s(error)
             await asyncio.sleep(delay_s)
+
+    async def stream(
+        self,
+        labels: Labels | None = None,
+        *,
+        preview_every: int = 1,
+        timeout_s: float | None = None,
+        **more: Any,
+    ) -> AsyncIterator[Update]:
+        """As `FlowTurboClient.stream`."""
+        request = build_request(labels, preview_every=preview_every, **more)
+        limit_s = check_timeout_s(self._settings.timeout_s if timeout_s is None else timeout_s)
+        model, started_s = self._settings.model + SUFFIX, time.perf_counter()
+        with self._call(limit_s, model):
+            found: Any = updates(
+                self._triton(), request, model, limit_s, lambda: time.perf_counter() - started_s
+            )
+            try:
+                async for update in found:
+                    yield update
+            except asyncio.CancelledError:
+                if _being_cancelled() or not self._closed:
+                    raise
+                raise RequestCancelledError("the client was closed during the stream") from None
+            finally:
+                await found.aclose()
+
+    async def interpolate(
+        self, first: int, last: int, count: int, labels: Labels | None = None, **more: Any
+    ) -> Generation:
+        """Images of `count` noises on the arc from seed `first` to seed `last`.
+
+        `labels` are one class, or `prompts` one text, for all. With `prompts_to` the text changes
+        to that one on the way. `more` are arguments of `generate`.
+        """
+        found = await self.pipelines()
+        shape = latent_shape(found, more.get("pipeline"), more.get("size"))
+        noise = noise_between(first, last, count, shape)
+        if labels is not None:
+            labels = repeated(labels, count)
+        if more.get("prompts_to") is not None:
+            more.setdefault("mix", [k / (count - 1) for k in range(count)])
+        return await self.generate(labels, initial_noise=noise, **more)
 
     async def pipelines(self, *, timeout_s: float = 5.0) -> list[dict[str, Any]]:
         """As `FlowTurboClient.pipelines`."""
@@ -170,10 +231,10 @@ class AsyncFlowTurboClient:
                 raise RequestCancelledError(told) from None
             return request.parse(result, time.perf_counter() - started_s)
 
-    def _call(self, timeout_s: float) -> AbstractContextManager[None]:
+    def _call(self, timeout_s: float, model: str = "") -> AbstractContextManager[None]:
         if self._closed:
             raise closed_error()
-        return self._settings.translated(timeout_s)
+        return self._settings.translated(timeout_s, model)
 
     def _triton(self) -> Any:
         # Made at a loop's first call: a gRPC aio channel belongs to the running loop.

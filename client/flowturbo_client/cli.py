@@ -1,4 +1,4 @@
-"""The command `flowturbo-client`: generate images into files, or ask for health."""
+"""The command `flowturbo-client`: generate and edit images in files, or ask for health."""
 
 import argparse
 import secrets
@@ -11,8 +11,10 @@ import grpc
 
 from .client import FlowTurboClient
 from .errors import FlowTurboError, InvalidRequestError
-from .gallery import Row, generate_row, write_grid, write_row
+from .gallery import Row, generate_row, row_of, write_grid, write_row
 from .manifest import Wanted, generate_file, read_prompts
+from .verb_commands import VERBS, add_verb
+from .watch import watch, write_animation
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,8 +36,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="flowturbo-client", description="Generate images with a FlowTurbo server."
     )
-    commands = parser.add_subparsers(required=True, metavar="generate|pipelines|health")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _generate_parser(commands.add_parser("generate", help="write images and a labelled grid"))
+    for name, verb in VERBS.items():
+        add_verb(commands.add_parser(name, help=verb.help), verb, _server_options)
     pipelines = commands.add_parser("pipelines", help="show the pipelines of the server")
     _server_options(pipelines, default_timeout_s=5.0)
     pipelines.set_defaults(run=_pipelines)
@@ -99,6 +103,11 @@ def _generate_parser(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="first send one request per schedule; its latency does not count",
     )
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="show the images as they form, and write forming.webp; one request, one schedule",
+    )
     _server_options(parser, default_timeout_s=60.0)
     parser.set_defaults(run=_generate)
 
@@ -137,6 +146,8 @@ def _generate(client: FlowTurboClient, args: argparse.Namespace) -> int:
     named = args.labels or args.ids or args.prompt or list(args.characters)
     labels = [each for each in named for _ in range(args.count)]
     schedules = list(dict.fromkeys(args.schedule or [None]))
+    if args.watch:
+        return _watch(client, args, labels, schedules)
     base_seed = args.seed
     if base_seed is None and len(schedules) > 1:
         # Rows can be compared only if they start from the same noise.
@@ -148,6 +159,29 @@ def _generate(client: FlowTurboClient, args: argparse.Namespace) -> int:
         for path in write_row(rows[-1], args.output):
             print(path)
     print(write_grid(rows, args.output))
+    return 0
+
+
+def _watch(
+    client: FlowTurboClient,
+    args: argparse.Namespace,
+    labels: Sequence[int] | Sequence[str],
+    schedules: Sequence[str | None],
+) -> int:
+    if len(schedules) > 1 or len(labels) > args.batch or args.warmup:
+        raise InvalidRequestError(
+            f"--watch takes one schedule, at most --batch {args.batch} images and no --warmup"
+        )
+    args.output.mkdir(parents=True, exist_ok=True)
+    seeds = None if args.seed is None else [args.seed + k for k in range(len(labels))]
+    what: dict[str, Any] = {"prompts" if args.prompt else "labels": labels, **_options(args)}
+    scale = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
+    updates = client.stream(**what, **scale, seeds=seeds, schedule=schedules[0])
+    generation, frames = watch(updates, sys.stderr)
+    row = row_of(generation, labels, schedules[0])
+    for path in (*write_row(row, args.output), write_grid([row], args.output)):
+        print(path)
+    print(write_animation(frames, args.output))
     return 0
 
 
@@ -198,8 +232,8 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 def _from_file(client: FlowTurboClient, args: argparse.Namespace) -> int:
     if args.schedule and len(args.schedule) > 1:
         raise InvalidRequestError("--prompts takes one schedule")
-    if args.warmup:
-        raise InvalidRequestError("--warmup does not go with --prompts")
+    if args.warmup or args.watch:
+        raise InvalidRequestError("--warmup and --watch do not go with --prompts")
     texts = read_prompts(args.prompts)
     options = {"schedule": (args.schedule or [None])[0], "guidance_scale": args.guidance_scale}
     wanted = [
@@ -236,6 +270,7 @@ def _pipelines(client: FlowTurboClient, args: argparse.Namespace) -> int:
             table["classes"] = ", ".join(names)
         elif "num_classes" in condition:
             table["classes"] = f"0 to {condition['num_classes'] - 1}"
+        table["images"] = "edits, inpaints and inverts" if each.get("edits") else "takes none"
         print(each["name"])
         for name, value in table.items():
             print(f"  {name:<10}{value}")

@@ -1,7 +1,7 @@
 """The blocking client."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
@@ -16,19 +16,23 @@ from .errors import (
     FlowTurboError,
     ModelNotReadyError,
 )
+from .pictures import Pictures, noise_between
 from .protocol import (
     Generation,
     Request,
     build_request,
+    latent_shape,
     parse_pipelines,
     pipelines_request,
 )
 from .retry import RetryPlan
 from .settings import Health, Settings, check_timeout_s, closed_error
-from .tensors import Labels, Prompts, Seeds, Size
+from .stream import SUFFIX, Running, Update, updates
+from .tensors import Labels, Prompts, Seeds, Size, repeated
+from .verbs import Verbs
 
 
-class FlowTurboClient:
+class FlowTurboClient(Verbs):
     """A connection to a FlowTurbo server; may be shared between threads."""
 
     def __init__(
@@ -47,6 +51,7 @@ class FlowTurboClient:
         """
         self._settings = Settings(url, model, timeout_s, retries, credentials)
         self._closed = False
+        self._streams: set[Running] = set()
         self._triton = tritonclient.grpc.InferenceServerClient(**self._settings.channel())
 
     def generate(
@@ -58,11 +63,18 @@ class FlowTurboClient:
         *,
         prompts: Prompts | None = None,
         negative_prompts: Prompts | None = None,
+        prompts_to: Prompts | None = None,
+        mix: Sequence[float] | None = None,
         size: Size | None = None,
         pipeline: str | None = None,
         times: Sequence[float] | None = None,
         guidance_interval: Sequence[float] | None = None,
         initial_noise: NDArray[Any] | None = None,
+        image: Pictures | None = None,
+        mask: Pictures | None = None,
+        strength: float | None = None,
+        feather: int | None = None,
+        invert: bool = False,
         output_format: str | None = None,
         outputs: Sequence[str] = ("image",),
         timeout_s: float | None = None,
@@ -71,10 +83,16 @@ class FlowTurboClient:
 
         `labels`: class ids or class names, one or n of them. `prompts`: texts in their place, one
         for all seeds or one per image. `negative_prompts`: what guidance leads away from, one or n
-        texts. `size`: (width, height) in pixels, or "WIDTHxHEIGHT". `pipeline`: the name of a
+        texts. `prompts_to`, `mix`: second texts and their shares of the conditioning (0 to 1), one
+        or n each. `size`: (width, height) in pixels, or "WIDTHxHEIGHT". `pipeline`: the name of a
         pipeline of the server. `times`: the time grid, one time more than the schedule has steps.
         `seeds`: one per image, >= 0; if None the server chooses and reports them.
         `initial_noise`: float [n, C, h, w], instead of seeds.
+        `image`: what to start from, one or n: paths, bytes of files, PIL images or uint8 arrays.
+        `mask`: where to repaint it (white), one or n, or "alpha": where it is transparent.
+        `strength` in (0, 1]: the share of the schedule's noise that is added to the image.
+        `feather`: pixels inside the mask over which the new image fades in. `invert`: return the
+        noise of the image in `Generation.latents`.
         `output_format`: raw; or png, jpeg or webp for files in `Generation.encoded`; or
         png_base64, jpeg_base64 or webp_base64 for the files as text.
         `outputs`: "image", "latent" or both. Raises subclasses of FlowTurboError.
@@ -86,11 +104,18 @@ class FlowTurboClient:
             guidance_scale,
             prompts=prompts,
             negative_prompts=negative_prompts,
+            prompts_to=prompts_to,
+            mix=mix,
             size=size,
             pipeline=pipeline,
             times=times,
             guidance_interval=guidance_interval,
             initial_noise=initial_noise,
+            image=image,
+            mask=mask,
+            strength=strength,
+            feather=feather,
+            invert=invert,
             output_format=output_format,
             outputs=outputs,
         )
@@ -102,6 +127,61 @@ class FlowTurboClient:
             except FlowTurboError as error:
                 delay_s = plan.delay_s(error)
             time.sleep(delay_s)
+
+    def stream(
+        self,
+        labels: Labels | None = None,
+        *,
+        preview_every: int = 1,
+        timeout_s: float | None = None,
+        **more: Any,
+    ) -> Iterator[Update]:
+        """Yield previews after every `preview_every` steps, then the images.
+
+        `more` are arguments of `generate`. A slow reader misses previews, never the images. Leaving
+        the iterator cancels the request. There are no retries.
+        """
+        request = build_request(labels, preview_every=preview_every, **more)
+        limit_s = check_timeout_s(self._settings.timeout_s if timeout_s is None else timeout_s)
+        model, started_s = self._settings.model + SUFFIX, time.perf_counter()
+
+        async def made() -> AsyncIterator[Update]:
+            async with self._settings.connection() as triton:
+                found: Any = updates(
+                    triton, request, model, limit_s, lambda: time.perf_counter() - started_s
+                )
+                try:
+                    async for update in found:
+                        yield update
+                finally:
+                    await found.aclose()
+
+        with self._call(limit_s, model):
+            running = Running(made)
+            self._streams.add(running)
+            try:
+                yield from running
+            finally:
+                running.cancel()
+                running.join()
+                self._streams.discard(running)
+
+    def interpolate(
+        self, first: int, last: int, count: int, labels: Labels | None = None, **more: Any
+    ) -> Generation:
+        """Images of `count` noises on the arc from seed `first` to seed `last`.
+
+        `labels` are one class, or `prompts` one text, for all. With `prompts_to` the text changes
+        to that one on the way. `more` are arguments of `generate`.
+        """
+        found = self.pipelines()
+        shape = latent_shape(found, more.get("pipeline"), more.get("size"))
+        noise = noise_between(first, last, count, shape)
+        if labels is not None:
+            labels = repeated(labels, count)
+        if more.get("prompts_to") is not None:
+            more.setdefault("mix", [k / (count - 1) for k in range(count)])
+        return self.generate(labels, initial_noise=noise, **more)
 
     def pipelines(self, *, timeout_s: float = 5.0) -> list[dict[str, Any]]:
         """Ask for the server's pipelines: one description per pipeline."""
@@ -142,6 +222,8 @@ class FlowTurboClient:
     def close(self) -> None:
         """Close the connection; calls in other threads raise RequestCancelledError."""
         self._closed = True
+        for running in list(self._streams):
+            running.cancel()
         self._triton.close()
 
     def __enter__(self) -> "FlowTurboClient":
@@ -164,7 +246,7 @@ class FlowTurboClient:
             result = self._triton.infer(**arguments)
             return request.parse(result, time.perf_counter() - started_s)
 
-    def _call(self, timeout_s: float) -> AbstractContextManager[None]:
+    def _call(self, timeout_s: float, model: str = "") -> AbstractContextManager[None]:
         if self._closed:
             raise closed_error()
-        return self._settings.translated(timeout_s)
+        return self._settings.translated(timeout_s, model)

@@ -85,6 +85,19 @@ def generate_row(
     )
 
 
+def row_of(
+    generation: Generation, labels: Sequence[int] | Sequence[str], schedule: str | None
+) -> Row:
+    """The row of one answered request."""
+    return Row(
+        schedule=schedule,
+        images=tuple(_images(generation)),
+        seeds=tuple(int(seed) for seed in generation.seeds),
+        class_names=generation.class_names or tuple(map(str, labels)),
+        latency_ms=1e3 * generation.latency_s / len(labels),
+    )
+
+
 def _images(generation: Generation) -> NDArray[np.uint8]:
     assert generation.images is not None, "raw images were requested"
     return generation.images

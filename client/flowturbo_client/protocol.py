@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tritonclient.grpc import InferInput, InferRequestedOutput, InferResult
 
-from . import tensors
+from . import pictures, tensors
 from .errors import InvalidRequestError, ServerError
 
 OUTPUTS = ("image", "latent")
@@ -40,6 +40,8 @@ class Generation:
     """n names, for images of classes; else empty."""
     truncated: tuple[bool, ...]
     """n, for images of prompts: whether the text was too long and was cut; else empty."""
+    start_time: float
+    """Where the time grid started: 0 is noise; an edit of little strength starts near 1."""
     settings: dict[str, Any]
     """What the server used, including defaults: pipeline, schedule, guidance_scale, ..."""
     latency_s: float
@@ -50,7 +52,7 @@ class Generation:
         if self.images is not None:
             return [Image.fromarray(image) for image in self.images]
         if self.encoded is not None:
-            return [_decoded(data) for data in self.encoded]
+            return [decoded(data) for data in self.encoded]
         raise InvalidRequestError('there are no images: request them with outputs=("image",)')
 
 
@@ -88,6 +90,7 @@ class Request:
             seeds=found["seed"],
             class_names=class_names,
             truncated=tuple(bool(cut) for cut in found.get("truncated", ())),
+            start_time=float(found["start_time"][0]) if "start_time" in found else 0.0,
             settings=settings,
             latency_s=latency_s,
         )
@@ -101,11 +104,19 @@ def build_request(
     *,
     prompts: tensors.Prompts | None = None,
     negative_prompts: tensors.Prompts | None = None,
+    prompts_to: tensors.Prompts | None = None,
+    mix: Sequence[float] | None = None,
     size: tensors.Size | None = None,
     pipeline: str | None = None,
     times: Sequence[float] | None = None,
     guidance_interval: Sequence[float] | None = None,
     initial_noise: NDArray[Any] | None = None,
+    image: pictures.Pictures | None = None,
+    mask: pictures.Pictures | None = None,
+    strength: float | None = None,
+    feather: int | None = None,
+    invert: bool = False,
+    preview_every: int | None = None,
     output_format: str | None = None,
     outputs: Sequence[str] = ("image",),
 ) -> Request:
@@ -127,8 +138,14 @@ def build_request(
             n = tensors.count(seeds)
         elif initial_noise is not None:
             n = len(initial_noise)
+        elif image is not None:
+            n = pictures.count(image)
     if negative_prompts is not None:
         inputs.append(tensors.prompt_tensor("negative_prompt", negative_prompts))
+    if prompts_to is not None:
+        inputs.append(tensors.prompt_tensor("prompt_to", prompts_to))
+    if mix is not None:
+        inputs.append(tensors.times_tensor("mix", mix))
     if size is not None:
         inputs.append(tensors.size_tensor(size))
     if pipeline is not None:
@@ -145,10 +162,20 @@ def build_request(
         inputs.append(tensors.interval_tensor("guidance_interval", guidance_interval))
     if initial_noise is not None:
         inputs.append(tensors.noise_tensor(initial_noise, n))
+    inputs += pictures.picture_tensors(image, mask, n)
+    if strength is not None:
+        inputs.append(tensors.float_tensor("strength", [strength]))
+    if feather is not None:
+        inputs.append(tensors.integer_tensor("feather", feather))
+    if invert:
+        inputs.append(tensors.true_tensor("invert"))
+    if preview_every is not None:
+        inputs.append(tensors.integer_tensor("preview_every", preview_every))
     if output_format is not None:
         inputs.append(tensors.text_tensor("output_format", [output_format]))
     named = "class_name" if prompts is None else "truncated"
-    return Request(n, tuple(inputs), (*_output_names(outputs, output_format), named))
+    edits = ("start_time",) if image is not None else ()
+    return Request(n, tuple(inputs), (*_output_names(outputs, output_format), *edits, named))
 
 
 def pipelines_request() -> Request:
@@ -163,6 +190,26 @@ def parse_pipelines(result: InferResult) -> list[dict[str, Any]]:
     except (ValueError, TypeError, struct.error) as error:
         raise ServerError(f"the server's answer cannot be read: {error}") from error
     return found
+
+
+def latent_shape(
+    pipelines: Sequence[dict[str, Any]], name: str | None, size: tensors.Size | None = None
+) -> list[int]:
+    """Return the latent shape (C, h, w) of the pipeline `name`, else of the server's default.
+
+    `size` is that of the images, if not the pipeline's. Raises InvalidRequestError for an unknown
+    name.
+    """
+    for each in pipelines:
+        if each["name"] == name or (name is None and each["default"]):
+            channels, height, width = each["latent_shape"]
+            if size is not None:
+                high, wide = tensors.height_width(size)
+                height = height * high // each["size"][0]
+                width = width * wide // each["size"][1]
+            return [channels, height, width]
+    known = ", ".join(each["name"] for each in pipelines)
+    raise InvalidRequestError(f"pipeline {name!r} is unknown, known are {known}")
 
 
 def _output_names(outputs: Sequence[str], output_format: str | None) -> tuple[str, ...]:
@@ -180,6 +227,7 @@ _CONTRACT: dict[str, tuple[type[np.generic], tuple[int | str | None, ...]]] = {
     "encoded_image": (np.object_, ("n",)),
     "latent": (np.float32, ("n", None, None, None)),
     "seed": (np.int64, ("n",)),
+    "start_time": (np.float32, (1,)),
     "class_name": (np.object_, ("n",)),
     "truncated": (np.bool_, ("n",)),
     "settings": (np.object_, (1,)),
@@ -205,6 +253,16 @@ def _array(result: InferResult, name: str, n: int) -> Any:
     return array
 
 
+def has(result: InferResult, name: str) -> bool:
+    """Whether the answer has an output `name`."""
+    return result.get_output(name) is not None
+
+
+def preview_arrays(result: InferResult, names: Sequence[str]) -> dict[str, Any]:
+    """Return a preview's outputs by name."""
+    return {name: result.as_numpy(name) for name in names}
+
+
 def _json(array: Any, kind: type, what: str) -> Any:
     found = json.loads(bytes(array[0]))
     if not isinstance(found, kind):
@@ -212,7 +270,8 @@ def _json(array: Any, kind: type, what: str) -> Any:
     return found
 
 
-def _decoded(data: bytes) -> Image.Image:
+def decoded(data: bytes) -> Image.Image:
+    """Return an image file, or its base64 text, as a PIL image."""
     with suppress(binascii.Error):  # not base64: already a file
         data = base64.b64decode(data, validate=True)
     with Image.open(io.BytesIO(data)) as image:

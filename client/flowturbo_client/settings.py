@@ -1,11 +1,13 @@
 """The settings of a client, and the health of its server."""
 
 import math
-from contextlib import AbstractContextManager
+from collections.abc import AsyncIterator
+from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
+import tritonclient.grpc.aio
 
 from .address import is_local
 from .errors import FlowTurboError, InvalidRequestError, translated
@@ -77,9 +79,18 @@ class Settings:
             "channel_args": [*_CHANNEL_ARGS, *direct],
         }
 
-    def translated(self, timeout_s: float) -> AbstractContextManager[None]:
-        """Turn tritonclient's exceptions into this package's, naming this server."""
-        return translated(url=self.url, model=self.model, timeout_s=timeout_s)
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[Any]:
+        """A connection for the running event loop alone."""
+        triton = tritonclient.grpc.aio.InferenceServerClient(**self.channel())
+        try:
+            yield triton
+        finally:
+            await triton.close()
+
+    def translated(self, timeout_s: float, model: str = "") -> AbstractContextManager[None]:
+        """Turn tritonclient's exceptions into this package's, naming this server and `model`."""
+        return translated(url=self.url, model=model or self.model, timeout_s=timeout_s)
 
     def health(
         self, *, live: bool, ready: bool, model_ready: bool, server: Any, metadata: Any

@@ -44,6 +44,11 @@ def prompt_tensor(name: str, prompts: Prompts) -> InferInput:
 
 def size_tensor(size: Size) -> InferInput:
     """Return `size` INT64 [2], height then width, of (width, height) or "WIDTHxHEIGHT"."""
+    return _tensor("size", _int64("size", list(height_width(size)), lowest=1))
+
+
+def height_width(size: Size) -> tuple[int, int]:
+    """Return (height, width) of (width, height) or "WIDTHxHEIGHT"."""
     parts: Any = size.lower().split("x") if isinstance(size, str) else size
     try:
         width, height = (int(part) for part in parts)
@@ -51,7 +56,20 @@ def size_tensor(size: Size) -> InferInput:
         raise InvalidRequestError(
             f'size must be "WIDTHxHEIGHT" or (width, height) in pixels, got {size!r}'
         ) from None
-    return _tensor("size", _int64("size", [height, width], lowest=1))
+    return height, width
+
+
+def whole(name: str, value: Any, least: int) -> int:
+    """Return `value` if it is an integer from `least` on."""
+    if not _is_integer(value) or value < least:
+        raise InvalidRequestError(f"{name} must be an integer from {least} on, got {value!r}")
+    return int(value)
+
+
+def repeated(labels: Labels, times: int) -> Any:
+    """Return one label `times` times; several labels unchanged."""
+    items = _items("labels", labels)
+    return items * times if len(items) == 1 else items
 
 
 def count(value: Any) -> int:
@@ -82,6 +100,18 @@ def float_tensor(name: str, values: Sequence[float]) -> InferInput:
             raise InvalidRequestError(f"{name} must be a number, got {value!r}")
     with np.errstate(over="ignore"):  # becomes inf, which the server refuses
         return _tensor(name, np.array([float(value) for value in values], dtype=np.float32))
+
+
+def integer_tensor(name: str, value: int) -> InferInput:
+    """Return INT64 [1], >= 0."""
+    if not _is_integer(value):
+        raise InvalidRequestError(f"{name} must be an integer, got {value!r}")
+    return _tensor(name, _int64(name, [value], lowest=0))
+
+
+def true_tensor(name: str) -> InferInput:
+    """Return BOOL [1]: true."""
+    return _tensor(name, np.array([True]))
 
 
 def times_tensor(name: str, times: Sequence[float]) -> InferInput:

@@ -34,6 +34,8 @@ PIPELINES: list[dict[str, Any]] = [
         "size": [4, 6],
         "latent_shape": [2, 1, 1],
         "refiner": True,
+        "edits": True,
+        "default": True,
         "presets": {"fast": "H1P5R3", "best": "H8P9R5"},
         "default_schedule": "H1P5R3",
         "default_guidance_scale": 3.0,
@@ -50,6 +52,8 @@ PIPELINES: list[dict[str, Any]] = [
         "size": None,
         "latent_shape": [2, 1, 1],
         "refiner": False,
+        "edits": False,
+        "default": False,
         "presets": {"fast": "H1P5"},
         "default_schedule": "H1P5",
         "default_guidance_scale": 1.0,
@@ -96,6 +100,27 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
             if outputs[name] is not None:
                 _append(response, name, outputs[name])
         return response
+
+    def ModelStreamInfer(self, requests: Any, context: Any) -> Iterator[Any]:
+        """Two previews, and the answer; a script's arrays are those of the answer."""
+        for request in requests:
+            self.requests.append(request)
+            action = self.script.pop(0) if self.script else {}
+            if isinstance(action, tuple):
+                context.abort(*action)
+            places = [(1, False), (2, False), (3, True)]
+            for step, final in places:
+                if callable(action):
+                    action(context)
+                outputs = _answer(_inputs(request)) | (action if isinstance(action, dict) else {})
+                outputs |= {"step": np.array([step]), "final": np.array([final])}
+                if final and outputs.get("none"):
+                    return
+                response = service_pb2.ModelInferResponse(model_name=request.model_name)
+                for name in (tensor.name for tensor in request.outputs):
+                    if final or name in ("image", "encoded_image", "step", "final"):
+                        _append(response, name, outputs[name])
+                yield service_pb2.ModelStreamInferResponse(infer_response=response)
 
     def ServerLive(self, request: Any, context: Any) -> Any:
         return service_pb2.ServerLiveResponse(live=self.live)
@@ -144,7 +169,10 @@ def _answer(inputs: dict[str, np.ndarray]) -> dict[str, Any]:
     names = inputs.get("class_name")
     if "prompt" in inputs:
         texts = inputs["prompt"]
-        n = len(inputs["seed"]) if "seed" in inputs else len(texts)
+        counted = [
+            len(inputs[name]) for name in ("seed", "initial_noise", "image") if name in inputs
+        ]
+        n = counted[0] if counted else len(texts)
         cut = np.resize([len(text) > 40 for text in texts], n)
     else:
         if names is None:
@@ -157,6 +185,7 @@ def _answer(inputs: dict[str, np.ndarray]) -> dict[str, Any]:
         "encoded_image": np.array([_png(image) for image in images], dtype=object),
         "latent": np.full((n, 2, 1, 1), 0.5, np.float32),
         "seed": seeds,
+        "start_time": np.array([0.5], np.float32),
         "class_name": names,
         "truncated": cut,
         "settings": _json_tensor(_settings(inputs)),

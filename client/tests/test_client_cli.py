@@ -76,12 +76,14 @@ def test_pipelines_are_shown(triton, capsys):
         "  schedules fast H1P5R3, best H8P9R5; or steps such as H1P5R3",
         "  defaults  H1P5R3, guidance 3",
         "  classes   A, B, C, D, E, F, G, H",
+        "  images    edits, inpaints and inverts",
         "latents",
         "  condition class_label, takes label or class_name",
         "  size      latents only",
         "  schedules fast H1P5; or steps such as H1P5",
         "  defaults  H1P5, guidance 1",
         "  classes   0 to 999",
+        "  images    takes none",
     ]
 
 

@@ -15,12 +15,23 @@ from flowturbo.conditions.tokens import (
     encoder_names,
     encoder_tensors,
 )
-from flowturbo.contract import INITIAL_NOISE, SEED, Role, Specs, TensorSpec, text_of
+from flowturbo.contract import (
+    IMAGE,
+    IMAGE_FILE,
+    INITIAL_NOISE,
+    SEED,
+    Role,
+    Specs,
+    TensorSpec,
+    text_of,
+)
 from flowturbo.errors import RequestError
 from flowturbo.rows import AwaitedInfer, Tensors
 
 PROMPT = "prompt"
 NEGATIVE_PROMPT = "negative_prompt"
+PROMPT_TO = "prompt_to"
+MIX = "mix"
 TRUNCATED = "truncated"
 MAX_BYTES = 8192  # of a text
 NULL = ""  # the text of the unconditional rows
@@ -35,7 +46,9 @@ _TYPES: dict[str, type[np.generic]] = {
 class Prompts:
     """The texts of a request, [n] each; `negatives` is empty without guidance.
 
-    `tokens` has each different text once. `rows` and `null_rows` say which of them is whose.
+    `tokens` has each different text once. `rows`, `to_rows` and `null_rows` say which of them is
+    whose. The conditioning of an image is mixed of both its texts, with the share `mix` [n] of the
+    second; without `to_rows` there is no second.
     """
 
     texts: tuple[str, ...]
@@ -44,6 +57,9 @@ class Prompts:
     tokens: Tensors
     rows: tuple[int, ...]
     null_rows: tuple[int, ...]
+    to_rows: tuple[int, ...] = ()
+    mix: np.ndarray | None = None
+    texts_to: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -69,6 +85,8 @@ class Prompt:
     request_inputs: ClassVar[Specs] = (
         TensorSpec(PROMPT, np.object_, (-1,), optional=True),
         TensorSpec(NEGATIVE_PROMPT, np.object_, (-1,), optional=True),
+        TensorSpec(PROMPT_TO, np.object_, (-1,), optional=True),
+        TensorSpec(MIX, np.float32, (-1,), optional=True),
     )
     request_outputs: ClassVar[Specs] = (TensorSpec(TRUNCATED, np.bool_, (-1,)),)
 
@@ -107,12 +125,13 @@ class Prompt:
     def parse(self, tensors: Mapping[str, np.ndarray], max_images: int, *, guided: bool) -> Prompts:
         """The texts asked for, as tokens; raises RequestError.
 
-        One prompt serves all seeds, or all of the initial noise.
+        One prompt serves all seeds, all of the initial noise, or all images to edit.
         """
         if PROMPT not in tensors:
             raise RequestError(f"give {PROMPT} (a text, BYTES [1] or one per image), got none")
         texts = [_text(PROMPT, entry) for entry in tensors[PROMPT]]
-        given = [len(tensors[name]) for name in (SEED, INITIAL_NOISE) if name in tensors]
+        counted = (SEED, INITIAL_NOISE, IMAGE, IMAGE_FILE)
+        given = [len(tensors[name]) for name in counted if name in tensors]
         count = given[0] if given and len(texts) == 1 else len(texts)
         if not 1 <= count <= max_images:
             raise RequestError(f"a request asks for 1 to {max_images} images, got {count}")
@@ -131,23 +150,54 @@ class Prompt:
                 f"{NEGATIVE_PROMPT} must have one entry, or one per image, {count} here, got "
                 f"{len(negatives)}"
             )
-        return self._value(texts, negatives or [NULL] * guided, count)
+        second = self._second(tensors, count)
+        return self._value(texts, negatives or [NULL] * guided, count, second, tensors.get(MIX))
 
-    def _check(self, text: str) -> None:
+    def _second(self, tensors: Mapping[str, np.ndarray], count: int) -> list[str]:
+        """The texts to lead to; empty without any."""
+        if (PROMPT_TO in tensors) != (MIX in tensors):
+            given, lacking = (PROMPT_TO, MIX) if PROMPT_TO in tensors else (MIX, PROMPT_TO)
+            raise RequestError(f"{given} needs {lacking}: give both or none")
+        if PROMPT_TO not in tensors:
+            return []
+        texts = [_text(PROMPT_TO, entry) for entry in tensors[PROMPT_TO]]
+        for name, size in ((PROMPT_TO, len(texts)), (MIX, len(tensors[MIX]))):
+            if size not in (1, count):
+                raise RequestError(
+                    f"{name} must have one entry, or one per image, {count} here, got {size}"
+                )
+        for text in texts:
+            self._check(text, PROMPT_TO)
+        wrong = tensors[MIX][~((tensors[MIX] >= 0) & (tensors[MIX] <= 1))]
+        if len(wrong):
+            raise RequestError(f"{MIX} must be 0 to 1, got {wrong[0]:g}")
+        return texts * count if len(texts) == 1 else texts
+
+    def _check(self, text: str, name: str = PROMPT) -> None:
         content = text
         for special in self._special:
             content = content.replace(special, " ")
         if not any(tokenizer.has_content(content) for tokenizer in self._open):
             what = "an empty text" if not text.strip() else repr(text[:40])
-            raise RequestError(f"{PROMPT} must have content besides special tokens, got {what}")
+            raise RequestError(f"{name} must have content besides special tokens, got {what}")
 
-    def _value(self, texts: Sequence[str], negatives: Sequence[str], count: int) -> Prompts:
-        different = list(dict.fromkeys([*texts, *negatives]))
+    def _value(
+        self,
+        texts: Sequence[str],
+        negatives: Sequence[str],
+        count: int,
+        second: Sequence[str] = (),
+        mix: np.ndarray | None = None,
+    ) -> Prompts:
+        different = list(dict.fromkeys([*texts, *negatives, *second]))
         tokens = [self._tokens(text) for text in different]
         rows = [different.index(text) for text in texts]
         null_rows = [different.index(text) for text in negatives]
         cut = np.array([any(each.cut for each in of_text) for of_text in tokens])
         truncated = cut[rows] if not null_rows else cut[rows] | cut[null_rows]
+        to_rows = [different.index(text) for text in second]
+        if to_rows:
+            truncated = np.resize(truncated, count) | cut[to_rows]
         every = [texts[0]] * count if len(texts) == 1 else texts
         return Prompts(
             texts=tuple(every),
@@ -156,6 +206,9 @@ class Prompt:
             tokens=encoder_tensors(self._open, tokens),
             rows=tuple(rows * count if len(rows) == 1 else rows),
             null_rows=tuple(null_rows),
+            to_rows=tuple(to_rows),
+            mix=None if mix is None else np.resize(mix, count),
+            texts_to=tuple(second),
         )
 
     def _tokens(self, text: str) -> list[Tokens]:
@@ -168,6 +221,10 @@ class Prompt:
         outputs = await infer(Role.TEXT_ENCODER, value.tokens)
         named = dict(zip([name for name, _, _ in self.conditioning], outputs, strict=True))
         conditioning = {name: array[list(value.rows)] for name, array in named.items()}
+        if value.mix is not None:
+            for name, array in named.items():
+                second = array[list(value.to_rows)]
+                conditioning[name] = _mixed(conditioning[name], second, value.mix)
         if not guided:
             return conditioning, {}
         return conditioning, {name: array[list(value.null_rows)] for name, array in named.items()}
@@ -179,6 +236,8 @@ class Prompt:
     def request(self, value: Prompts) -> Tensors:
         """The texts."""
         found = {PROMPT: _texts(value.texts)}
+        if value.mix is not None:
+            found |= {PROMPT_TO: _texts(value.texts_to), MIX: value.mix}
         return found | ({NEGATIVE_PROMPT: _texts(value.negatives)} if value.negatives else {})
 
     def answer(self, value: Prompts) -> Tensors:
@@ -221,9 +280,19 @@ class Prompt:
 
     def described(self) -> dict[str, Any]:
         """What it takes, and the longest text in tokens."""
-        takes = [spec.name for spec in self.request_inputs[: 1 + self.can_guide]]
+        unguided = () if self.can_guide else (NEGATIVE_PROMPT,)
+        takes = [spec.name for spec in self.request_inputs if spec.name not in unguided]
         longest = max(each.length for each in self.tokenizers)
         return {"kind": self.kind, "takes": takes, "text_length": longest, "max_bytes": MAX_BYTES}
+
+
+def _mixed(first: np.ndarray, second: np.ndarray, mix: np.ndarray) -> np.ndarray:
+    """(1 - mix) first + mix second, [n, ...] each. Lengths (integers) are those of the longer."""
+    if first.dtype == np.int64:
+        return np.maximum(first, second)
+    share = mix.astype(np.float32).reshape(-1, *[1] * (first.ndim - 1))
+    mixed: np.ndarray = ((1 - share) * first + share * second).astype(first.dtype)
+    return mixed
 
 
 def _text(name: str, entry: Any) -> str:

@@ -189,7 +189,8 @@ class Decoder(nn.Module):
     def __init__(self, vae: Any, scale: tuple[Tensor, Tensor] | None = None) -> None:
         """`scale` is the mean and the standard deviation of latents, if not `latent_scale`."""
         super().__init__()
-        self.vae = vae
+        # Not the whole VAE: the encoder's part may have another precision.
+        self.decoder, self.post_quant_conv = vae.decoder, vae.post_quant_conv
         mean, std = scale or latent_scale(vae)
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
@@ -200,14 +201,45 @@ class Decoder(nn.Module):
     def pixels(self, latent: Tensor) -> Tensor:
         """Images [B, 3, H, W] float32; visible levels are in [-1, 1]."""
         z = self.unpacked(latent * self.std + self.mean)
-        z = z.to(self.vae.decoder.conv_in.weight.dtype)
-        if self.vae.post_quant_conv is not None:
-            z = self.vae.post_quant_conv(z)
-        out: Tensor = self.vae.decoder(z).float()
+        z = z.to(self.decoder.conv_in.weight.dtype)
+        if self.post_quant_conv is not None:
+            z = self.post_quant_conv(z)
+        out: Tensor = self.decoder(z).float()
         return out
 
     def unpacked(self, z: Tensor) -> Tensor:
         """The VAE's own latents; another decoder may have packed ones."""
+        return z
+
+
+class Encoder(nn.Module):
+    """Images [B, H, W, 3] uint8 to latents [B, C, h, w] float32 in the flow model's scale.
+
+    A latent is the mean of the VAE's posterior, so the same image always has the same latent.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, vae: Any, scale: tuple[Tensor, Tensor] | None = None) -> None:
+        """`scale` as in `Decoder`."""
+        super().__init__()
+        self.encoder, self.quant_conv = vae.encoder, vae.quant_conv
+        mean, std = scale or latent_scale(vae)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        # TensorRT does nothing with bytes but casting them.
+        pixels = image.float().permute(0, 3, 1, 2) / 127.5 - 1
+        z = self.encoder(pixels.to(self.encoder.conv_in.weight.dtype))
+        if self.quant_conv is not None:
+            z = self.quant_conv(z)
+        mean, _ = z.float().chunk(2, 1)
+        return (self.packed(mean) - self.mean) / self.std
+
+    def packed(self, z: Tensor) -> Tensor:
+        """The flow model's channels of the VAE's own latents; another encoder may pack them."""
         return z
 
 

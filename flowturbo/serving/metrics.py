@@ -17,20 +17,25 @@ LATENCY_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
 class TritonMetrics:
-    """By pipeline: requests in flight, their latency and outcome, and the rows of each model."""
+    """By pipeline: requests in flight, their latency and outcome, and the rows of each model.
 
-    def __init__(self, pipelines: Mapping[str, Pipeline]) -> None:
+    The names of the families start with that of the `orchestrator`.
+    """
+
+    def __init__(self, pipelines: Mapping[str, Pipeline], orchestrator: str) -> None:
         # Updating one metric from two threads at once crashes the server (seen on 24.10).
         self._lock = threading.Lock()
         family, counter = pb_utils.MetricFamily, pb_utils.MetricFamily.COUNTER
         # A family must outlive its metrics.
         self._families = [
-            family("flowturbo_requests_in_flight", "Requests being worked on", family.GAUGE),
-            family("flowturbo_requests_total", "Requests by outcome", counter),
-            family("flowturbo_rows_total", "Rows executed by model", counter),
-            family("flowturbo_texts_total", "Texts by whether their encoding was kept", counter),
+            family(f"{orchestrator}_requests_in_flight", "Requests being worked on", family.GAUGE),
+            family(f"{orchestrator}_requests_total", "Requests by outcome", counter),
+            family(f"{orchestrator}_rows_total", "Rows executed by model", counter),
             family(
-                "flowturbo_request_duration_seconds",
+                f"{orchestrator}_texts_total", "Texts by whether their encoding was kept", counter
+            ),
+            family(
+                f"{orchestrator}_request_duration_seconds",
                 "Time from arrival to answer of requests that succeeded",
                 family.HISTOGRAM,
             ),

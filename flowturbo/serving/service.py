@@ -1,5 +1,7 @@
 """The orchestrator without Triton: admission, deadlines, cancellation, and one answer per request.
 
+A stream sends previews before its one answer.
+
 `handle` checks and admits a request and returns at once. Each admitted one is a coroutine under the
 batcher or, if it is alone, one call of an ensemble. Steps of different requests, at different
 places of different schedules, of whichever pipeline, share batches and the device.
@@ -12,14 +14,23 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 
 from flowturbo.conditions import REQUEST_OUTPUTS
-from flowturbo.contract import IMAGE, LATENT, PIPELINES, Role
+from flowturbo.contract import (
+    ENCODED_IMAGE,
+    IMAGE,
+    LATENT,
+    PIPELINES,
+    PREVIEW_EVERY,
+    STREAM_OUTPUTS,
+    Role,
+)
+from flowturbo.editing import OpenEdit
 from flowturbo.ensemble import ensemble_for, ensemble_inputs
 from flowturbo.errors import (
     BusyError,
@@ -29,25 +40,35 @@ from flowturbo.errors import (
     UnavailableError,
 )
 from flowturbo.generate import (
+    Show,
     as_json,
     complete,
+    decode,
+    in_chunks,
     make_images,
     program_for,
     roles_called,
 )
 from flowturbo.pipeline import UNKNOWN, Pipeline, default_name
-from flowturbo.request import GenerationRequest, named_pipeline, parse_request
+from flowturbo.request import (
+    GenerationRequest,
+    named_pipeline,
+    parse_request,
+    read_preview_every,
+)
 from flowturbo.rows import AwaitedInfer, Tensors
 from flowturbo.serving.batcher import Batcher
 from flowturbo.serving.deadlines import Deadlines
 from flowturbo.serving.encodings import Encodings
 from flowturbo.serving.outcomes import outcome_of
+from flowturbo.serving.previews import Previews, place
 from flowturbo.settings import Settings
 from flowturbo.solver.calls import Variant
 from flowturbo.solver.program import Program
 
 IDLE_BEFORE_ENSEMBLE_S = 1.0  # after so long alone, a request need not wait to share its batches
 CANCEL_CHECK_S = 0.02  # asking the server whether a caller is still there costs a round trip
+_OF_STREAMS = [spec.name for spec in STREAM_OUTPUTS]
 _logger = logging.getLogger(__name__)
 
 # Evaluates a Triton model: its name, inputs and the wanted outputs, to these in order.
@@ -63,6 +84,10 @@ class Sender(Protocol):
 
     def send(self, response: Any) -> None:
         """Sends the one final answer; nothing may follow."""
+        ...
+
+    def preview(self, response: Any) -> None:
+        """Sends something before the answer; only streams can."""
         ...
 
     def is_cancelled(self) -> bool:
@@ -86,7 +111,7 @@ class Metrics(Protocol):
 class Job:
     """One request on its way: when it came and must be done (monotonic s), and its sender.
 
-    `executed` counts its rows in each model's calls.
+    `executed` counts its rows in each model's calls. `preview_every` is 0 without previews.
     """
 
     sender: Sender
@@ -97,6 +122,7 @@ class Job:
     executed: Counter[str] = field(default_factory=Counter)
     lock: threading.Lock = field(default_factory=threading.Lock)
     answered: bool = False
+    preview_every: int = 0
     last_cancel_check: float = field(default_factory=time.monotonic)
     cancelled: bool = False
 
@@ -127,6 +153,8 @@ class Job:
 class Service:
     """Serves `pipelines` by `call`; `check` raises before the first answer if a model is off.
 
+    With `streams` requests get previews.
+
     `instances` batches of each model run at a time where models have GPUs of their own. Raises
     RepositoryError for settings that the pipelines do not allow.
     """
@@ -139,7 +167,10 @@ class Service:
         metrics: Metrics,
         check: Callable[[], None] = lambda: None,
         instances: int = 1,
+        *,
+        streams: bool = False,
     ) -> None:
+        self._streams = streams
         self._pipelines = pipelines
         self._settings = settings
         self._call = call
@@ -147,7 +178,12 @@ class Service:
         self._check = check
         self._default = default_name(pipelines, settings)
         # Fail fast: what no request could use is an error now.
-        self._described = as_json([each.described(settings) for each in pipelines.values()])
+        self._described = as_json(
+            [
+                each.described(settings) | {"default": each.name == self._default}
+                for each in pipelines.values()
+            ]
+        )
         composed = [(each, role) for each in pipelines.values() for role in each.models]
         self._outputs = {
             pipeline.model(role): [spec.name for spec in pipeline.tensors(role)[1]]
@@ -195,6 +231,10 @@ class Service:
                     )
                 self._answer(job, {PIPELINES: self._described})
                 return
+            if self._streams:
+                job.preview_every = read_preview_every(tensors)
+                tensors = {name: of for name, of in tensors.items() if name != PREVIEW_EVERY}
+                wanted = [name for name in wanted if name not in _OF_STREAMS]
             job.pipeline = named_pipeline(tensors, self._pipelines, self._default)
             pipeline = self._pipelines[job.pipeline]
             request = parse_request(tensors, wanted, pipeline, self._settings, self._conditions)
@@ -254,27 +294,35 @@ class Service:
     def _work(self, job: Job, ticket: int, request: GenerationRequest) -> None:
         """Runs one admitted request; whatever happens, its one response is sent."""
 
+        edit: OpenEdit | None = None
+
         def made(result: Tensors | BaseException) -> None:
             # On a thread that has batches to run: what remains is for another.
-            self._workers.submit(self._finish, job, ticket, request, result)
+            self._workers.submit(self._finish, job, ticket, request, result, edit)
 
         pipeline = self._pipelines[job.pipeline]
         try:
             self._check()
+            if request.edit:
+                edit = request.edit.open(lambda: job.check(self._workers))
+                if edit.masks is not None:
+                    _ = edit.latent_masks  # here: the batcher's thread serves others too
             variant = Variant(self._settings.variant)
             program = program_for(request.schedule, variant, request.times, pipeline.trained_step)
             ensemble = ensemble_for(request, pipeline, self._settings.variant)
             idle_s = time.monotonic() - self._last_concurrent_at
-            if ensemble and idle_s > IDLE_BEFORE_ENSEMBLE_S:
-                images = self._by_ensemble(job, request, program, ensemble)
+            if ensemble and idle_s > IDLE_BEFORE_ENSEMBLE_S and not job.preview_every:
+                answer = self._by_ensemble(job, request, program, ensemble)
             else:
                 infer = self._infer_for(job, pipeline, request)
-                self._batcher.start(make_images(request, pipeline, program, infer), made)
+                show = self._show_for(job, request, pipeline, infer, edit)
+                images = make_images(request, pipeline, program, infer, edit, show)
+                self._batcher.start(images, made)
                 return
         except BaseException as error:
             self._finish(job, ticket, request, error)
         else:
-            self._finish(job, ticket, request, images)
+            self._finish(job, ticket, request, answer)
 
     def _by_ensemble(
         self, job: Job, request: GenerationRequest, program: Program, ensemble: str
@@ -312,12 +360,47 @@ class Service:
 
         return infer
 
+    def _show_for(
+        self,
+        job: Job,
+        request: GenerationRequest,
+        pipeline: Pipeline,
+        infer: AwaitedInfer,
+        edit: OpenEdit | None,
+    ) -> Show | None:
+        """What shows a stream's previews; None without any."""
+        if not (job.preview_every and request.needs_decoder):
+            return None
+        chunked = in_chunks(infer, pipeline.rows_for(request.latent_shape))
+        outputs = tuple(name for name in request.outputs if name in (IMAGE, ENCODED_IMAGE))
+        seen = replace(request, outputs=outputs)
+
+        def send(preview: Tensors) -> None:
+            response = job.sender.response(preview)
+            with job.lock:
+                if not job.answered:
+                    job.sender.preview(response)
+
+        previews = Previews(
+            job.preview_every,
+            lambda latent: decode(chunked, latent, pipeline.largest_decode),
+            lambda made: complete(seen, pipeline, self._settings, made, edit),
+            self._workers.submit,
+            send,
+        )
+        return previews.show
+
     def _call_block(self, model: str, tensors: Tensors) -> tuple[np.ndarray, ...]:
         """One blocking evaluation of a composed model, its outputs in the contract's order."""
         return self._call(model, tensors, self._outputs[model])
 
     def _finish(
-        self, job: Job, ticket: int, request: GenerationRequest, made: Tensors | BaseException
+        self,
+        job: Job,
+        ticket: int,
+        request: GenerationRequest,
+        made: Tensors | BaseException,
+        edit: OpenEdit | None = None,
     ) -> None:
         """Answers with what was made for the request, or why nothing was."""
         result = made
@@ -325,7 +408,10 @@ class Service:
             try:
                 if PIPELINES in request.outputs:
                     result = {**result, PIPELINES: self._described}
-                result = complete(request, self._pipelines[job.pipeline], self._settings, result)
+                pipeline = self._pipelines[job.pipeline]
+                result = complete(request, pipeline, self._settings, result, edit)
+                if job.preview_every:
+                    result |= place(len(request.schedule), final=True)
             except BaseException as error:
                 result = error
         in_time = self._deadlines.done(ticket)
@@ -357,7 +443,8 @@ class Service:
 
 def in_contract_order(asked: Sequence[str]) -> list[str]:
     """The outputs `asked` for, in the contract's order."""
-    return [spec.name for spec in REQUEST_OUTPUTS if spec.name in asked]
+    known = (*REQUEST_OUTPUTS, *STREAM_OUTPUTS)
+    return [spec.name for spec in known if spec.name in asked]
 
 
 def _all_threads(count: int) -> ThreadPoolExecutor:

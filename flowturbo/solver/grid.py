@@ -9,14 +9,19 @@ import numpy as np
 from flowturbo.errors import RequestError
 
 
-def time_grid(steps: int, shift: float | None = None) -> tuple[float, ...]:
-    """`steps` + 1 times on [0, 1], uniform (None) or shifted towards the noise.
+def time_grid(steps: int, shift: float | None = None, strength: float = 1.0) -> tuple[float, ...]:
+    """`steps` + 1 times that end at 1, uniform (None) or shifted towards the noise.
 
-    The uniform grid has the share of noise s = 1 - t. The grid shifted by a has the share
-    a s / (1 + (a - 1) s) (Esser et al., arXiv 2403.03206, Eq. 23).
+    The uniform grid has the share of noise s = 1 - t, from `strength` to 0. The grid shifted by a
+    has the share a s / (1 + (a - 1) s) (Esser et al., arXiv 2403.03206, Eq. 23).
     """
-    t, shift = np.linspace(0.0, 1.0, steps + 1), shift or 1.0
+    t, shift = np.linspace(1.0 - strength, 1.0, steps + 1), shift or 1.0
     return tuple(float(shifted) for shifted in t / (t + shift * (1 - t)))
+
+
+def unshifted(share: float, shift: float) -> float:
+    """The share of noise on the uniform grid where the grid shifted by `shift` has `share`."""
+    return share / (shift - (shift - 1) * share)
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,11 @@ def _flux2_mu(tokens: int, steps: int) -> float:
     return slope * steps + many - 200 * slope
 
 
-def checked_grid(steps: int, times: Sequence[float]) -> tuple[float, ...]:
-    """`times`, which must be `steps` + 1 that rise within [0, 1]; raises RequestError."""
+def checked_grid(steps: int, times: Sequence[float], *, falling: bool = False) -> tuple[float, ...]:
+    """`times`, which must be `steps` + 1 that rise within [0, 1]; raises RequestError.
+
+    With `falling` they must fall: from an image to noise.
+    """
     grid = np.asarray(times, dtype=np.float64)
     if grid.shape != (steps + 1,):
         raise RequestError(
@@ -63,9 +71,11 @@ def checked_grid(steps: int, times: Sequence[float]) -> tuple[float, ...]:
         )
     if not np.all(np.isfinite(grid)):
         raise RequestError(f"times must be finite, got {grid[~np.isfinite(grid)][0]}")
-    if not np.all(rises := np.diff(grid) > 0):
-        low, high = grid[rises.argmin() :][:2]
-        raise RequestError(f"times must rise strictly, got {low} and then {high}")
-    if grid[0] < 0 or grid[-1] > 1:
+    steady = np.diff(grid) < 0 if falling else np.diff(grid) > 0
+    if not np.all(steady):
+        one, after = grid[steady.argmin() :][:2]
+        word = "fall" if falling else "rise"
+        raise RequestError(f"times must {word} strictly, got {one} and then {after}")
+    if grid.min() < 0 or grid.max() > 1:
         raise RequestError(f"times must lie within [0, 1], got {grid[0]} to {grid[-1]}")
     return tuple(float(t) for t in grid)

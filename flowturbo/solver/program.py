@@ -7,6 +7,7 @@ the step of the call before it longer. The calls and their equations are in flow
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from flowturbo.errors import RequestError
 from flowturbo.solver.calls import BlockCall, Network, RefinerCall, Variant
 from flowturbo.solver.grid import checked_grid, time_grid
 from flowturbo.solver.schedule import Schedule
@@ -39,11 +40,22 @@ def compile_program(
 ) -> Program:
     """The block calls of `schedule` on the grid `times` (a time more than steps).
 
-    Without `times` it is the grid of the schedule's shift, uniform if it has none. Raises
-    RequestError for a grid of another length, or one that does not rise within [0, 1].
+    Without `times` it is the grid of the schedule's shift, uniform if it has none. A falling grid
+    leads from an image to noise, without refiner steps: the refiner knows rising ones only. Raises
+    RequestError for a grid of another length, or one that neither rises nor falls within [0, 1].
     """
     steps = len(schedule)
-    grid = time_grid(steps, schedule.shift) if times is None else checked_grid(steps, times)
+    falling = times is not None and len(times) > 1 and times[0] > times[-1]
+    if falling and schedule.refines:
+        raise RequestError(
+            f"schedule {schedule} has refiner steps, and the refiner knows no way from images to "
+            "noise: leave R out"
+        )
+    grid = (
+        time_grid(steps, schedule.shift)
+        if times is None
+        else checked_grid(steps, times, falling=falling)
+    )
     calls: list[BlockCall] = []
     cached_at: float | None = None
     for index, letter in enumerate(schedule.steps):

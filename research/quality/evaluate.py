@@ -112,8 +112,11 @@ def models_digest(repository: Path, name: str | None = None) -> str:
     options = {name: of for name, of in made_from["options"].items() if (name, of) not in _UNSET}
     # Keys as before pipelines had names, so that stored figures stay valid.
     digests = {model_name("", Role(role))[1:]: of for role, of in made_from["sha256"].items()}
-    # Without the text encoder's role for classes, so that stored figures stay valid.
-    for role in Role if pipeline.has(Role.TEXT_ENCODER) else LABEL_ROLES:
+    # Without the text encoder's role for classes, so that stored figures stay valid. The encoder of
+    # images has no part in them.
+    digests.pop(model_name("", Role.ENCODER)[1:], None)
+    texts = [Role.TEXT_ENCODER] * pipeline.has(Role.TEXT_ENCODER)
+    for role in (*LABEL_ROLES, *texts):
         record = pipeline.models.get(role)
         keys = ("engine", "runtime", "precision")
         stated.append([getattr(record, key) if record else None for key in keys])

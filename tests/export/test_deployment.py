@@ -41,7 +41,8 @@ from flowturbo.serving.engines import check_engines, check_gpus, check_memory
 from flowturbo.serving.installation import SetupError
 
 SIZES: dict[int | str, int] = {"C": 4, "h": 32, "w": 32, "H": 256, "W": 256}
-TENSORS = {role: composed_tensors(role, ClassLabel.block_inputs) for role in LABEL_ROLES}
+ROLES = (*LABEL_ROLES, Role.ENCODER)
+TENSORS = {role: composed_tensors(role, ClassLabel.block_inputs) for role in ROLES}
 PREDICTOR, REFINER = "sit_velocity_predictor", "sit_velocity_refiner"
 FORMS = [
     Deployment(engine="python"),
@@ -53,7 +54,7 @@ FORMS = [
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form.engine}-{form.provider}")
-@pytest.mark.parametrize("role", LABEL_ROLES)
+@pytest.mark.parametrize("role", ROLES)
 def test_every_form_has_the_contract(role: Role, form: Deployment) -> None:
     model, (inputs, outputs) = model_name("glyphs", role), TENSORS[role]
     files = {"8.9": "model.plan", "9.0": "model.sm90.plan"} if form.engine == "tensorrt" else {}
@@ -127,7 +128,7 @@ def test_engines_of_several_gpus_in_one_repository(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
     files = {"8.0": "model.plan", "8.9": "model.sm89.plan", "12.0": "model.sm120.plan"}
     pipeline = read_pipeline(repository)
-    assert set(pipeline.models) == set(LABEL_ROLES)
+    assert set(pipeline.models) == {*LABEL_ROLES, Role.ENCODER}
     for role, record in pipeline.models.items():
         model = pipeline.model(role)
         config = read_config(repository / model / "config.pbtxt")

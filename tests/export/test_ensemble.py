@@ -88,9 +88,9 @@ def scale(value: float) -> np.ndarray:
 
 def test_repository_has_the_ensembles_asked_for_last(repository: Path) -> None:
     pipeline = read_pipeline(repository)
-    composed = {pipeline.model(role) for role in LABEL_ROLES}
+    composed = {pipeline.model(role) for role in (*LABEL_ROLES, Role.ENCODER)}
     every = {path.name for path in repository.iterdir() if not path.name.startswith("scenes_")}
-    generated = every - {contract.ORCHESTRATOR, *composed}
+    generated = every - {contract.ORCHESTRATOR, contract.STREAM, *composed}
     names = {ensemble_name("glyphs", schedule) for schedule in SCHEDULES}
     assert names == {H1P5R3, "glyphs_e2a2_shift2_5"}
     around = {FINISHER, *(f"{name}_planner" for name in names)}
@@ -289,7 +289,7 @@ def test_export_option(tmp_path: Path) -> None:
     generated = {path.name for path in repository.iterdir()}
     models = {"sit_e2", "sit_h1p5"}
     around = {"sit_finisher", *(f"{model}_planner" for model in models)}
-    kept = {contract.ORCHESTRATOR, "sit_velocity_predictor"}
+    kept = {contract.ORCHESTRATOR, contract.STREAM, "sit_velocity_predictor"}
     assert generated == {*kept, *models, *around}
     assert read_pipeline(repository).ensembles == {"E2": "sit_e2", "H1P5": "sit_h1p5"}
     (output,) = read_config(repository / "sit_e2" / "config.pbtxt").output

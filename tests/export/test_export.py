@@ -26,7 +26,7 @@ from export.parity import torch_figures
 from flowturbo import LocalPipeline
 from flowturbo.conditions import REQUEST_INPUTS, REQUEST_OUTPUTS
 from flowturbo.conditions.class_label import ClassLabel
-from flowturbo.contract import GUIDANCE_INTERVAL, ORCHESTRATOR, Role, model_name
+from flowturbo.contract import GUIDANCE_INTERVAL, ORCHESTRATOR, STREAM, Role, model_name
 from flowturbo.errors import RepositoryError
 from flowturbo.nets.blocks import PredictorBlock
 from flowturbo.nets.sit import ByLabel, SiT
@@ -201,6 +201,9 @@ def test_what_is_damaged_around_the_networks_is_mended(repository: Path) -> None
         (f"{ORCHESTRATOR}/1/model.py", lambda path: path.write_text("")),
         (f"{ORCHESTRATOR}/config.pbtxt", older),
         (f"{ORCHESTRATOR}/config.pbtxt", Path.unlink),
+        (f"{STREAM}/1/model.py", Path.unlink),
+        (f"{STREAM}/config.pbtxt", Path.unlink),
+        (f"{STREAM}/config.pbtxt", lambda path: shutil.rmtree(path.parent)),
     ]
     for file, damage in damages:
         damage(repository / file)
@@ -217,7 +220,8 @@ def test_what_is_damaged_around_the_networks_is_mended(repository: Path) -> None
             found = bytes_of()
             different = [path for path in whole if found.get(path) != whole[path]]
             # The orchestrator's configuration has no comments any more.
-            assert set(different) <= {f"{ORCHESTRATOR}/config.pbtxt"}, file
+            configs = {f"{front}/config.pbtxt" for front in (ORCHESTRATOR, STREAM)}
+            assert set(different) <= configs, file
             assert Settings.load(repository).default_pipeline == "sit"
             assert "up to date" in run_export(*again).stdout
     orchestrator_config(repository).write_text("parameters [ {")
@@ -479,7 +483,7 @@ def test_pipelines_are_listed(repository: Path, tmp_path: Path) -> None:
 def test_images_are_listed_by_their_size(glyphs_repository: Path) -> None:
     done = run_export("list", "--repository", glyphs_repository)
     assert re.match(r"glyphs( \(default\))?: class_label, 64x64 images\n", done.stdout)
-    assert "  models: predictor, refiner, decoder; python " in done.stdout
+    assert "  models: predictor, refiner, decoder, encoder; python " in done.stdout
 
 
 def test_a_pipeline_is_removed(repository: Path) -> None:
@@ -509,7 +513,7 @@ def test_a_pipeline_is_removed(repository: Path) -> None:
     note = "default_pipeline still names sit: set it in flowturbo/config.pbtxt"
     assert done.stdout.splitlines()[1:] == [f"export: {note}"]
     assert not record_path(repository, "sit").exists()
-    assert [path.name for path in repository.iterdir()] == [ORCHESTRATOR]
+    assert {path.name for path in repository.iterdir()} == {ORCHESTRATOR, STREAM}
     done = run_export("remove", "sit", "--repository", repository)
     assert done.returncode == 2
     assert "has no pipeline 'sit'; installed: none" in done.stderr
@@ -558,7 +562,7 @@ def test_two_pipelines_side_by_side(repository: Path) -> None:
     owned = {
         folder for name in ("sit", "sit_b") for folder in read_pipeline(repository, name).folders
     }
-    assert {path.name for path in repository.iterdir()} == {ORCHESTRATOR, *owned}
+    assert {path.name for path in repository.iterdir()} == {ORCHESTRATOR, STREAM, *owned}
 
     assert run_export("remove", "sit", "--repository", repository).returncode == 0
     assert content(repository, "sit_*") == sit_b

@@ -54,7 +54,7 @@ def test_the_fastest_that_every_model_has() -> None:
 
 def test_the_record_has_the_times_that_were_chosen_by(glyphs_repository: Path) -> None:
     models = read_pipeline(glyphs_repository, "glyphs").models
-    assert set(models) == set(LABEL_ROLES)
+    assert set(models) == {*LABEL_ROLES, Role.ENCODER}
     (chosen,) = {Runtime(model.runtime, model.precision) for model in models.values()}
     trials = {
         role: {

@@ -2,7 +2,9 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -35,8 +37,9 @@ def close(found: np.ndarray, want: np.ndarray) -> bool:
 def test_the_pipeline_of_diffusers(
     name: str, size: tuple[int, int], cases: dict[str, Case], repository: Path
 ) -> None:
-    """With its own times; and its decoder's pixels."""
+    """With its own times; its decoder's pixels, and its encoder's latents."""
     family = load_family(cases[name].options)
+    vae = load_vae(cases[name].options.path / "vae")
     pipeline = LocalPipeline(repository, name)
     for guidance in (1.0, 4.0):
         asked = wanted(family, guidance, size)
@@ -51,14 +54,47 @@ def test_the_pipeline_of_diffusers(
         )
         assert close(made.latent, want)
         with torch.inference_mode():
-            pixels = decoded(family, torch.from_numpy(made.latent))
+            pixels = decoded(vae, torch.from_numpy(made.latent))
         assert made.image is not None and made.image.shape == (2, *size, 3)
         assert np.abs(made.image.astype(int) - pixels).max() <= 1
+        # A step that hardly moves: the latent of the image.
+        known = pipeline.generate(
+            prompt=PROMPTS[0],
+            schedule="E1",
+            guidance_scale=1.0,
+            image=made.image,
+            times=[1.0, 0.999999],
+            invert=True,
+            size=size[::-1],
+        )
+        with torch.inference_mode():
+            want = encoded(vae, torch.from_numpy(made.image)).numpy()
+        assert np.abs(known.latent - want).max() < 1e-3 * np.abs(want).max()
 
 
-def decoded(family: Family, latent: torch.Tensor) -> np.ndarray:
+def load_vae(folder: Path) -> Any:
+    """The VAE as diffusers reads it."""
+    kind = json.loads((folder / "config.json").read_text())["_class_name"]
+    return getattr(diffusers, kind).from_pretrained(folder, torch_dtype=torch.float32).eval()
+
+
+def encoded(vae: Any, images: torch.Tensor) -> torch.Tensor:
+    """As diffusers' pipelines for editing do it, with the mean of the posterior."""
+    config = vae.config
+    pixels = images.permute(0, 3, 1, 2).float() / 127.5 - 1
+    z: torch.Tensor = vae.encode(pixels).latent_dist.mean
+    if "batch_norm_eps" not in config:
+        return (z - (config.shift_factor or 0)) * config.scaling_factor
+    rows, channels, high, wide = z.shape
+    z = z.view(rows, channels, high // 2, 2, wide // 2, 2).permute(0, 1, 3, 5, 2, 4)
+    z = z.reshape(rows, channels * 4, high // 2, wide // 2)
+    std = (vae.bn.running_var + config.batch_norm_eps).sqrt().view(1, -1, 1, 1)
+    return (z - vae.bn.running_mean.view(1, -1, 1, 1)) / std
+
+
+def decoded(vae: Any, latent: torch.Tensor) -> np.ndarray:
     """As diffusers' pipelines do it, from the configuration of the VAE."""
-    vae, config = family.decoder.vae, family.decoder.vae.config
+    config = vae.config
     if "batch_norm_eps" in config:
         std = (vae.bn.running_var + config.batch_norm_eps).sqrt().view(1, -1, 1, 1)
         z = latent * std + vae.bn.running_mean.view(1, -1, 1, 1)

@@ -136,6 +136,15 @@ def test_equal_texts_are_encoded_once(
             {"prompts": ["a", "b"], "negative_prompts": ["a", "b", "c"]},
             "negative_prompt must have one entry, or one per image, 2 here, got 3",
         ),
+        ({"prompts": "a", "prompts_to": "b"}, "prompt_to needs mix: give both or none"),
+        ({"prompts": "a", "mix": [0.5]}, "mix needs prompt_to: give both or none"),
+        ({"prompts": "a", "prompts_to": " ", "mix": [0.5]}, "prompt_to must have content"),
+        ({"prompts": "a", "prompts_to": "b", "mix": [1.5]}, "mix must be 0 to 1, got 1.5"),
+        ({"prompts": "a", "prompts_to": "b", "mix": [float("nan")]}, "mix must be 0 to 1, got nan"),
+        (
+            {"prompts": ["a", "b", "c"], "prompts_to": "b", "mix": [0, 1]},
+            "mix must have one entry, or one per image, 3 here, got 2",
+        ),
         ({"prompts": "a", "size": "100x16"}, "size 100x16 .* the nearest is 24x16"),
         ({"prompts": "a", "schedule": "H1P5R3"}, "pipeline golden has no refiner"),
         (
@@ -155,6 +164,34 @@ def test_a_prompt_must_be_utf8(server: ServerAddress) -> None:
     with Caller(server.grpc) as caller:
         with pytest.raises(triton.InferenceServerException, match="prompt must be UTF-8"):
             caller.infer(ORCHESTRATOR, ["seed"], prompt=text, pipeline="golden")
+
+
+def test_a_mix_leads_from_text_to_text(client: FlowTurboClient) -> None:
+    """Of every family; the ends are the texts alone, whatever shares the batch."""
+    for name in NAMES:
+        same = {"pipeline": name, "schedule": "E2", "outputs": ("latent",)}
+        ends = client.generate(prompts=["a red b", "7 on blue"], seeds=[1, 1], **same).latents
+        made = client.interpolate(1, 1, 3, prompts="a red b", prompts_to="7 on blue", **same)
+        assert made.latents is not None and ends is not None
+        limit = 1e-4 * np.abs(ends).max()
+        assert np.abs(made.latents[[0, 2]] - ends).max() < limit
+        if np.abs(ends[0] - ends[1]).max() > 10 * limit:  # the text matters
+            assert np.abs(made.latents[1] - ends).max((1, 2, 3)).min() > limit
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_edits_of_every_family(client: FlowTurboClient, name: str) -> None:
+    same = {"pipeline": name, "schedule": "E3", "prompts": "a red b", "seeds": [1, 2]}
+    plain = client.generate(**same, outputs=("image", "latent"))
+    assert plain.images is not None and plain.latents is not None
+    image = plain.images[0]
+    whole = client.generate(**same, image=image, strength=1.0, outputs=("latent",)).latents
+    assert np.abs(whole - plain.latents).max() < 1e-4 * np.abs(plain.latents).max()
+    mask = np.zeros(image.shape[:2], np.uint8)
+    mask[:, mask.shape[1] // 2 :] = 255
+    made = client.generate(**same, image=image, mask=mask)
+    assert made.images is not None and made.start_time == pytest.approx(0.2)
+    assert (made.images[:, mask == 0] == image[mask == 0]).all()
 
 
 def test_long_texts_are_cut_and_told(client: FlowTurboClient) -> None:
@@ -188,6 +225,8 @@ def test_what_is_served(client: FlowTurboClient) -> None:
     found = {each["name"]: each for each in client.pipelines()}
     assert sorted(found) == sorted(NAMES)
     golden = found["golden"]
-    assert golden["condition"]["takes"] == ["prompt", "negative_prompt"]
+    assert golden["condition"]["takes"] == ["prompt", "negative_prompt", "prompt_to", "mix"]
+    assert all(each["edits"] for each in found.values())
+    assert [each["name"] for each in found.values() if each["default"]] == [NAMES[0]]
     assert golden["sizes"] == [[16, 16], [16, 24]] and golden["family"] == "sd3"
     assert golden["default_guidance_scale"] == 4.5

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from support import GLYPHS
 from torch import Tensor
 
-from flowturbo.nets.vae import Decoder, load_vae, sample_size
+from flowturbo.nets.vae import Decoder, Encoder, load_vae, sample_size
 from flowturbo.nets.weights import CheckpointError
 from flowturbo.textfile import TextFileError
 from training.data import encode, vae_digest
@@ -145,8 +145,10 @@ def test_the_latents_scale_in_both_directions(
         difference = Decoder(vae)(latent).int() - shown.round().int().permute(0, 2, 3, 1)
         posterior = vae.encode(pixels).latent_dist
         got_mean, got_std = encode(vae, image)
+        latent_of_image = Encoder(vae)(torch.from_numpy(image))
     assert difference.abs().max() <= 1
     assert torch.allclose(got_mean, (posterior.mean - m) / s, atol=1e-6)
+    assert torch.allclose(latent_of_image, got_mean, atol=1e-6)
     assert torch.allclose(got_std, posterior.std / s, atol=1e-6)
 
 

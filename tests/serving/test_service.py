@@ -287,6 +287,7 @@ def times(schedule: str, *values: float) -> dict[str, np.ndarray]:
 
 
 LABEL = np.array([1], dtype=np.int64)
+PIXELS = np.full((1, 64, 64, 3), 90, dtype=np.uint8)
 MALFORMED: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"label": np.array([1.0], dtype=np.float32)}, {}),
     ({"label": np.array([1], dtype=np.int32)}, {}),
@@ -329,6 +330,24 @@ MALFORMED: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"label": LABEL, **times("H1", 0, 1.1)}, {}),
     ({"label": LABEL, **times("H250", *range(250, -1, -1))}, {}),
     ({"label": LABEL, "times": np.zeros(100_000, dtype=np.float32)}, {}),
+    ({"label": LABEL, "mask": PIXELS[..., 0]}, {}),
+    ({"label": LABEL, "image": PIXELS.astype(np.float32)}, {}),
+    ({"label": LABEL, "image": PIXELS[0]}, {}),
+    ({"label": LABEL, "image": PIXELS[:, :0]}, {}),
+    ({"label": LABEL, "image": PIXELS[:0]}, {}),
+    ({"label": LABEL, "image": np.repeat(PIXELS, 3, 0)}, {}),
+    ({"label": LABEL, "image": PIXELS, "image_file": text(b"x")}, {}),
+    ({"label": LABEL, "image_file": text(b"")}, {}),
+    ({"label": LABEL, "image_file": text(b"\x89PNG\r\n\x1a\n" + bytes(5000))}, {}),
+    ({"label": LABEL, "image_file": text(b"\xff\xd8\xff\xe0" + bytes(5000))}, {}),
+    ({"label": LABEL, "image_file": text(b"RIFF\x10\0\0\0WEBPVP8 " + bytes(5000))}, {}),
+    ({"label": LABEL, "image": PIXELS, "mask": np.zeros((1, 64, 64), np.uint8)}, {}),
+    ({"label": LABEL, "image": PIXELS, "mask": np.zeros((1, 64, 63), np.uint8)}, {}),
+    ({"label": LABEL, "image": PIXELS, "mask_file": text(b"no mask")}, {}),
+    ({"label": LABEL, "image": PIXELS, "strength": np.array([np.nan], np.float32)}, {}),
+    ({"label": LABEL, "image": PIXELS, "strength": np.array([2], np.float32)}, {}),
+    ({"label": LABEL, "image": PIXELS, "feather": np.array([2])}, {}),
+    ({"label": LABEL, "image": PIXELS, "invert": np.array([True]), "seed": LABEL}, {}),
     ({"label": LABEL}, {"parameters": {"steps": 20}}),
     ({}, {}),
     ({"label": LABEL}, {"outputs": [triton.InferRequestedOutput("picture")]}),

@@ -114,8 +114,8 @@ def test_network_calls(text: str, predictor: int, refiner: int, variant: Variant
 
 # Every letter, first or repeated or after another; steps that evaluate nothing prolong a call.
 _JOINED = [
-    *("H3", "P3", "E3", "A3", "H1R3", "H1Z3", "A2T3", "E1Z1T2"),
-    *("H1P2Z1A2T1R1E1", "P1T2Z1R2H1", "H1P5R3@2", "H1P2Z1A2T1R1E1@0.5"),
+    *("H3", "P3", "E3", "A3", "H1R3", "H1Z3", "A2T3", "E1Z1T2", "M3"),
+    *("H1P1M2A1M1Z1P1", "H1P2Z1A2T1R1E1", "P1T2Z1R2H1", "H1P5R3@2", "H1P2Z1A2T1R1E1@0.5"),
 ]
 
 

@@ -53,15 +53,17 @@ class Family(ABC):
 
     `network` maps (x [B, C, h, w], t [B], conditioning) to the velocity, with noise at t = 0.
     `text_encoder` maps token ids (and masks) to the tensors of `conditioning`: name and dimensions
-    of a row. `decoder` has `pixels`. `factor` is how many pixels a latent pixel is wide; sizes are
-    multiples of `multiple`, at most `largest` on a side (0: any). `text_length` is what diffusers
-    calls max_sequence_length. `ignored` are the parts of the folder that are not needed.
+    of a row. `decoder` has `pixels`, and `encoder` maps images to latents. `factor` is how many
+    pixels a latent pixel is wide; sizes are multiples of `multiple`, at most `largest` on a side
+    (0: any). `text_length` is what diffusers calls max_sequence_length. `ignored` are the parts of
+    the folder that are not needed.
     """
 
     network: nn.Module
     refiner: nn.Module | None
     text_encoder: nn.Module
     decoder: nn.Module
+    encoder: nn.Module
     tokenizers: tuple[Tokenizing, ...]
     conditioning: tuple[tuple[str, tuple[int, ...]], ...]
     latent_channels: int

@@ -83,15 +83,33 @@ class TextEncoder(nn.Module):
 class Decoder(vae.Decoder):
     """From the state, in patches and normalized by the VAE's batch norm, to pixels."""
 
-    def __init__(self, decoder: Any) -> None:
-        norm = decoder.bn
-        std = (norm.running_var + decoder.config.batch_norm_eps).sqrt()
-        super().__init__(decoder, (norm.running_mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)))
+    def __init__(self, kl: Any) -> None:
+        super().__init__(kl, _scale(kl))
 
     def unpacked(self, z: Tensor) -> Tensor:
         rows, channels, height, width = z.shape
         z = z.reshape(rows, channels // _PATCH**2, _PATCH, _PATCH, height, width)
         return z.permute(0, 1, 4, 2, 5, 3).reshape(rows, -1, height * _PATCH, width * _PATCH)
+
+
+class Encoder(vae.Encoder):
+    """From pixels to the state, in patches and normalized by the VAE's batch norm."""
+
+    def __init__(self, kl: Any) -> None:
+        super().__init__(kl, _scale(kl))
+
+    def packed(self, z: Tensor) -> Tensor:
+        rows, channels, height, width = z.shape
+        z = z.reshape(rows, channels, height // _PATCH, _PATCH, width // _PATCH, _PATCH)
+        return z.permute(0, 1, 3, 5, 2, 4).reshape(
+            rows, channels * _PATCH**2, height // _PATCH, width // _PATCH
+        )
+
+
+def _scale(kl: Any) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of packed latents, [1, C, 1, 1]: those of the batch norm."""
+    std = (kl.bn.running_var + kl.config.batch_norm_eps).sqrt()
+    return kl.bn.running_mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
 
 
 class Flux2(Family):
@@ -176,6 +194,7 @@ def load(folder: DiffusersFolder, options: FolderOptions) -> Flux2:
         refiner=refiner,
         text_encoder=TextEncoder(qwen, transformer),
         decoder=Decoder(kl),
+        encoder=Encoder(kl),
         tokenizers=(tokenizing,),
         conditioning=((CONTEXT, (length, inner)),),
         latent_channels=config.in_channels,

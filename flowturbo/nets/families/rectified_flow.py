@@ -24,7 +24,7 @@ from flowturbo.nets.families.family import (
     zero,
 )
 from flowturbo.nets.families.folder import DiffusersFolder, load_network
-from flowturbo.nets.vae import Decoder, latent_factor, tile_size
+from flowturbo.nets.vae import Decoder, Encoder, latent_factor, tile_size
 from flowturbo.nets.weights import CheckpointError
 
 
@@ -142,6 +142,7 @@ def load(folder: DiffusersFolder, options: FolderOptions) -> RectifiedFlow:
         refiner=refiner,
         text_encoder=TextEncoder(clip),
         decoder=Decoder(vae),
+        encoder=Encoder(vae),
         tokenizers=(tokenizing,),
         conditioning=((CONTEXT, (length, clip.config.hidden_size)),),
         latent_channels=config.in_channels,

@@ -31,7 +31,7 @@ from flowturbo.nets.families.family import (
     zero,
 )
 from flowturbo.nets.families.folder import DiffusersFolder, load_network
-from flowturbo.nets.vae import Decoder, latent_factor, tile_size
+from flowturbo.nets.vae import Decoder, Encoder, latent_factor, tile_size
 from flowturbo.nets.weights import CheckpointError
 
 _TEXT_PARTS = ("context_embedder", "time_text_embed.text_embedder")
@@ -151,6 +151,7 @@ def load(folder: DiffusersFolder, options: FolderOptions) -> SD3:
         refiner=refiner,
         text_encoder=TextEncoder(clips, t5, transformer, length),
         decoder=Decoder(vae),
+        encoder=Encoder(vae),
         tokenizers=tuple(made for _, made in pairs),
         conditioning=(
             (CONTEXT, (lengths[0] + length, config.caption_projection_dim)),

@@ -36,7 +36,7 @@ from flowturbo.nets.families.family import (
 )
 from flowturbo.nets.families.folder import DiffusersFolder, load_network
 from flowturbo.nets.families.qwen import Qwen
-from flowturbo.nets.vae import Decoder, latent_factor, tile_size
+from flowturbo.nets.vae import Decoder, Encoder, latent_factor, tile_size
 from flowturbo.nets.weights import CheckpointError
 
 _TEXT_LENGTH = 512  # diffusers' default
@@ -246,6 +246,7 @@ def load(folder: DiffusersFolder, options: FolderOptions) -> ZImage:
         refiner=refiner,
         text_encoder=TextEncoder(qwen, transformer),
         decoder=Decoder(vae),
+        encoder=Encoder(vae),
         tokenizers=(tokenizing,),
         conditioning=((CONTEXT, (length, config.dim)), (CONTEXT_LENGTH, (1,))),
         latent_channels=config.in_channels,

@@ -1,0 +1,47 @@
+"""Requests with an image, in the words of their purpose: both clients have these methods."""
+
+from typing import Any
+
+from .pictures import Pictures
+from .tensors import Labels
+
+
+class Verbs:
+    """Methods over `generate`; of the asynchronous client they return what is to be awaited."""
+
+    generate: Any
+
+    def edit(
+        self, image: Pictures, labels: Labels | None = None, *, strength: float = 0.6, **more: Any
+    ) -> Any:
+        """Change `image` towards `labels`, or towards `prompts`: SDEdit.
+
+        `strength` in (0, 1] is the share of the schedule's noise that is added: little keeps the
+        image, 1 ignores it. `more` are arguments of `generate`.
+        """
+        return self.generate(labels, image=image, strength=strength, **more)
+
+    def inpaint(
+        self, image: Pictures, mask: Pictures, labels: Labels | None = None, **more: Any
+    ) -> Any:
+        """Repaint `image` where `mask` is white; other pixels stay as they are.
+
+        `mask` "alpha" repaints where the image is transparent.
+        """
+        return self.generate(labels, image=image, mask=mask, **more)
+
+    def vary(
+        self, image: Pictures, labels: Labels | None = None, *, strength: float = 0.7, **more: Any
+    ) -> Any:
+        """Make variations of `image`: edits with other seeds.
+
+        One image serves all labels, or all seeds of one prompt.
+        """
+        return self.generate(labels, image=image, strength=strength, **more)
+
+    def invert(self, image: Pictures, labels: Labels | None = None, **more: Any) -> Any:
+        """Return the noise of `image` as `latents`: `generate` with it as `initial_noise`.
+
+        Guidance is off unless `guidance_scale` is given. Then use the same scale for both.
+        """
+        return self.generate(labels, image=image, invert=True, outputs=("latent",), **more)
