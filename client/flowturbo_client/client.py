@@ -163,7 +163,6 @@ class FlowTurboClient(Verbs):
                 yield from running
             finally:
                 running.cancel()
-                running.join()
                 self._streams.discard(running)
 
     def interpolate(

@@ -2,9 +2,12 @@
 
 import asyncio
 import queue
+import re
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import grpc
@@ -19,8 +22,10 @@ from .protocol import Generation, Request, decoded, has, preview_arrays
 
 SUFFIX = "_stream"  # of the model's name
 _STEP, _FINAL = "step", "final"
-# Errors then come as gRPC statuses, as without a stream.
-_HEADERS = {"triton_grpc_error": "true"}
+# Answers of a stream have no codes, so the service writes them into its messages. Triton's own
+# header for codes, triton_grpc_error, can end a server of release 24.10.
+_CODED = re.compile(r"\[([A-Z_]+)\] (.*)", re.DOTALL)
+_CLOSING_S = 2.0
 _MARGIN_S = 0.5  # the server's own deadline error says more than the transport's
 
 
@@ -67,23 +72,44 @@ async def updates(
     async def requests() -> AsyncIterator[dict[str, Any]]:
         yield asked
 
-    answers = triton.stream_infer(
-        inputs_iterator=requests(), stream_timeout=limit_s + _MARGIN_S, headers=_HEADERS
-    )
+    answers = triton.stream_infer(inputs_iterator=requests(), stream_timeout=limit_s + _MARGIN_S)
+    answered = False
     try:
         async for result, error in answers:
             if error is not None:
-                raise error
+                answered = True
+                raise _with_status(error)
             update = _update(request, result, seconds())
+            answered = answered or update.final
             yield update
-            if update.final:
-                return
     except grpc.RpcError as error:  # tritonclient translates none of a stream
         status: Any = error
         raise InferenceServerException(msg=status.details(), status=str(status.code())) from error
     finally:
-        answers.cancel()
-    raise ServerError(f"the stream of {model} ended without its answer")
+        # The server closes an answered stream itself. A cancellation at that moment can end
+        # a server of release 24.10.
+        if answered:
+            await _drained(answers)
+        else:
+            answers.cancel()
+    if not answered:
+        raise ServerError(f"the stream of {model} ended without its answer")
+
+
+def _with_status(error: InferenceServerException) -> InferenceServerException:
+    """`error` with the status that its message states."""
+    if found := _CODED.fullmatch(error.message() or ""):
+        return InferenceServerException(msg=found[2], status=f"StatusCode.{found[1]}")
+    return error
+
+
+async def _drained(answers: Any) -> None:
+    async def rest() -> None:
+        async for _ in answers:
+            pass
+
+    with suppress(grpc.RpcError, asyncio.TimeoutError):
+        await asyncio.wait_for(rest(), _CLOSING_S)
 
 
 def _update(request: Request, result: Any, seconds: float) -> Update:
@@ -105,18 +131,15 @@ def _update(request: Request, result: Any, seconds: float) -> Update:
 
 
 class Running:
-    """A stream that runs in a thread of its own, for callers without an event loop.
+    """A stream that runs in this module's event loop, for callers without one.
 
-    `make` makes the asynchronous iterator within that thread's loop.
+    `make` makes the asynchronous iterator within that loop.
     """
 
     def __init__(self, make: Callable[[], AsyncIterator[Update]]) -> None:
-        self._make = make
         self._found: queue.Queue[Update | BaseException | None] = queue.Queue()
-        self._started = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="flowturbo stream", daemon=True)
-        self._thread.start()
-        self._started.wait()
+        self._running = asyncio.run_coroutine_threadsafe(self._pump(make), _event_loop())
+        self._running.add_done_callback(lambda _: self._found.put(None))
 
     def __iter__(self) -> Iterator[Update]:
         """Yield the updates; raise what ended them."""
@@ -127,35 +150,24 @@ class Running:
 
     def cancel(self) -> None:
         """End the stream, from any thread; does nothing if it has ended."""
-        if self._thread.is_alive():
-            try:
-                self._loop.call_soon_threadsafe(self._task.cancel)
-            except RuntimeError:  # the loop has ended meanwhile
-                return
-
-    def join(self) -> None:
-        """Wait for the thread to end."""
-        self._thread.join()
-
-    def _run(self) -> None:
-        try:
-            asyncio.run(self._pump())
-        except asyncio.CancelledError:
+        if not self._running.done():
             self._found.put(RequestCancelledError("the stream was closed"))
-        except BaseException as error:
-            self._found.put(error)
-        finally:
-            self._started.set()
-            self._found.put(None)
+            self._running.cancel()
 
-    async def _pump(self) -> None:
-        task = asyncio.current_task()
-        assert task
-        self._loop, self._task = asyncio.get_running_loop(), task
-        self._started.set()
-        found: Any = self._make()
+    async def _pump(self, make: Callable[[], AsyncIterator[Update]]) -> None:
+        found: Any = make()
         try:
             async for update in found:
                 self._found.put(update)
+        except Exception as error:
+            self._found.put(error)
         finally:
             await found.aclose()
+
+
+@cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """One loop for all streams, in a thread of its own: gRPC loses events of loops that end."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="flowturbo streams", daemon=True).start()
+    return loop

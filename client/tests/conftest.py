@@ -107,7 +107,10 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):
             self.requests.append(request)
             action = self.script.pop(0) if self.script else {}
             if isinstance(action, tuple):
-                context.abort(*action)
+                code, message = action
+                told = f"[{code.name}] {message}"
+                yield service_pb2.ModelStreamInferResponse(error_message=told)
+                return
             places = [(1, False), (2, False), (3, True)]
             for step, final in places:
                 if callable(action):

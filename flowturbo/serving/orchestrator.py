@@ -89,7 +89,7 @@ class _Sender:
 
     def response(self, result: Tensors | BaseException) -> Any:
         if isinstance(result, BaseException):
-            return error_response(self._model, result)
+            return error_response(self._model, result, coded=self._model == STREAM)
         return pb_utils.InferenceResponse([pb_utils.Tensor(*item) for item in result.items()])
 
     def preview(self, response: Any) -> None:

@@ -14,6 +14,8 @@ from flowturbo.rows import Tensors
 from flowturbo.serving.outcomes import CODES, as_told, failure, incomplete, outcome_of
 from flowturbo.settings import Settings
 
+_GRPC_NAMES = {"INVALID_ARG": "INVALID_ARGUMENT"}
+
 
 def repository_of(args: dict[str, str]) -> Path:
     """The model repository of the model with these `initialize` arguments."""
@@ -41,8 +43,12 @@ def _array(tensor: Any) -> np.ndarray:
     return array.copy()
 
 
-def error_response(model: str, error: BaseException) -> Any:
-    """The response with `error`. It is logged if the server is at fault."""
+def error_response(model: str, error: BaseException, *, coded: bool = False) -> Any:
+    """The response with `error`. It is logged if the server is at fault.
+
+    With `coded` its gRPC code stands before the message, as in "[INVALID_ARGUMENT] ...": the
+    answers of a stream have no codes.
+    """
     told = as_told(error)
     outcome = outcome_of(told)
     if told is not error:
@@ -50,8 +56,10 @@ def error_response(model: str, error: BaseException) -> Any:
         pb_utils.Logger.log_error(f"{model}: {told}\n{lines}")
     elif outcome in ("error", "unavailable"):
         pb_utils.Logger.log_error(f"{model}: {told}")
-    code = getattr(pb_utils.TritonError, CODES[outcome])
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(told), code))
+    code = CODES[outcome]
+    said = f"[{_GRPC_NAMES.get(code, code)}] {told}" if coded else str(told)
+    status = getattr(pb_utils.TritonError, code)
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(said, status))
 
 
 def call_model(model: str, tensors: Tensors, names: Sequence[str]) -> tuple[np.ndarray, ...]:
