@@ -15,16 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 PACKAGES = (
-    *(
-        "diffusers",
-        "transformers",
-        "tokenizers",
-        "huggingface_hub",
-        "httpx2",
-        "httpcore2",
-        "truststore",
-        "lazy-importer",
-    ),
+    *("diffusers", "transformers", "tokenizers", "huggingface_hub", "httpx2", "httpcore2"),
+    *("truststore", "lazy-importer"),
     *("importlib_metadata", "zipp", "safetensors", "regex", "filelock", "pillow", "requests"),
     *("certifi", "charset-normalizer", "idna", "tqdm", "PyYAML", "packaging", "anyio", "h11"),
     *("tritonclient", "python-rapidjson", "grpcio", "protobuf", "urllib3"),

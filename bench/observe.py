@@ -13,7 +13,7 @@ import re
 import statistics
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -239,6 +239,16 @@ def connect(url: str) -> Any:
     """Triton's own client. Like flowturbo_client, it uses no proxy for this machine."""
     settings = Settings(url, contract.ORCHESTRATOR, timeout_s=60, retries=0, credentials=None)
     return tritonclient.grpc.InferenceServerClient(**settings.channel())
+
+
+def processor() -> dict[str, Any]:
+    """The machine in reports of quality: without its memory, which changes nothing."""
+    return {name: value for name, value in hardware().items() if name != "gib"}
+
+
+def in_words(hardware: Mapping[str, Any]) -> str:
+    """A machine as text: cpu AMD EPYC, cores 2."""
+    return ", ".join(f"{name} {value}" for name, value in hardware.items())
 
 
 def spread(ratios: Sequence[float]) -> dict[str, float]:

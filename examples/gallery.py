@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from flowturbo_client import FlowTurboClient, Generation
-from flowturbo_client.grid import labelled_grid
+from flowturbo_client.grid import labelled_grid, marked
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -68,7 +68,7 @@ def inpainting(client: FlowTurboClient) -> Image.Image:
         client.inpaint(glyph, mask, ["R"] * 4, seeds=seeds),
     ]
     rows = [
-        [image, _marked(image, mask), *_images(each)]
+        [image, marked(image, mask), *_images(each)]
         for image, each in zip((scene, glyph), made, strict=True)
     ]
     names = ["original", "masked", *(f"seed {seed}" for seed in seeds)]
@@ -126,12 +126,6 @@ def main() -> int:
 def _images(made: Generation) -> Images:
     assert made.images is not None
     return list(made.images)
-
-
-def _marked(image: NDArray[np.uint8], mask: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """`image`, red where it is repainted."""
-    red = 0.5 * image + 0.5 * np.array([255, 0, 0])
-    return np.where(mask[..., None] > 0, red, image).astype(np.uint8)
 
 
 def _lines(text: str) -> str:

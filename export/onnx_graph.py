@@ -16,6 +16,7 @@ from flowturbo.contract import (
     BLOCK_INPUTS,
     IMAGE,
     PAIR,
+    VAE_ROLES,
     Role,
     Specs,
     TensorSpec,
@@ -25,7 +26,6 @@ from flowturbo.contract import (
 from flowturbo.nets.blocks import InFloat32
 from flowturbo.rows import Tensors
 
-_OF_IMAGES = (Role.DECODER, Role.ENCODER)  # no step blocks: they take no conditioning
 _MASKED = -1e4  # a score whose softmax is 0 beside any other, within float16
 OPSET = 22  # the first version with bfloat16 in Conv
 # PyTorch's types. An fp8 model is exported in float16; export/quantize.py then converts it.
@@ -69,7 +69,7 @@ class ExportTarget:
             return {0: free, **(sides if self.other_shapes else {})}
 
         found = tuple(map(of, specs))
-        if self.role in _OF_IMAGES:
+        if self.role in VAE_ROLES:
             return found
         # The conditioning, and the ids of texts, are the variadic arguments.
         named = 0 if self.role is Role.TEXT_ENCODER else len(BLOCK_INPUTS)
@@ -108,7 +108,7 @@ class ExportTarget:
             made[spec.name] = torch.rand(shape, generator=generator)
             if spec.dims[0] == "C":
                 made[spec.name] = torch.randn(shape, generator=generator)
-        if self.role not in _OF_IMAGES:
+        if self.role not in VAE_ROLES:
             conditions = self._conditions(rows, chance)
             made |= {name: torch.from_numpy(value) for name, value in conditions.items()}
             made[PAIR] = _pairs(rows)

@@ -25,7 +25,7 @@ from export.runtime import Runtime, TrialResult, candidates, choose, export_for,
 from export.source import Loaded, Source, source_digests
 from export.whole import WholeCheck
 from flowturbo.conditions.class_label import ClassLabel
-from flowturbo.contract import ORCHESTRATOR, Role, model_name
+from flowturbo.contract import ORCHESTRATOR, VAE_ROLES, Role, model_name
 from flowturbo.errors import RepositoryError
 from flowturbo.nets.weights import CheckpointError
 from flowturbo.parity import TOLERANCES, Figures, VerificationError, batches_up_to
@@ -42,7 +42,6 @@ from flowturbo.tiles import Tiles
 _HIDDEN = ("Cc", "Cf", "Cs")
 # PyTorch's answers at the default size, and at the others.
 _Reference = tuple[Figures, list[tuple[Tensors, Tensors]]]
-_VAE = (Role.DECODER, Role.ENCODER)
 _JOINERS = "\u200c\u200d"  # some languages need these between other characters
 
 
@@ -348,7 +347,8 @@ def _write_models(options: Options, fingerprint: dict[str, Any], staged: Path) -
     except VerificationError as error:
         # Each model may pass in bfloat16, and all of them together not. The VAE has no part.
         exact = {
-            role: model if role in _VAE else model.in_float32() for role, model in written.items()
+            role: model if role in VAE_ROLES else model.in_float32()
+            for role, model in written.items()
         }
         if options.deployment.precision != AUTO or not all(each.trials for each in exact.values()):
             raise
@@ -475,7 +475,7 @@ def _device_bytes(figures: Figures, deployment: Deployment, version: Path) -> in
 
 def _precisions(role: Role, deployment: Deployment) -> list[str]:
     """The precisions to try for a model, in order: the first that verifies is used."""
-    if role in _VAE and (deployment.engine, deployment.precision) == ("tensorrt", "bf16"):
+    if role in VAE_ROLES and (deployment.engine, deployment.precision) == ("tensorrt", "bf16"):
         return ["fp16", "bf16"]  # fp16 has three more bits, and its convolutions are as fast
     if role is Role.TEXT_ENCODER and deployment.precision in (*HALVES, "bf16"):
         # Not float16: T5's values leave its range (diffusers #8673).
@@ -515,7 +515,7 @@ def _export_as(
     print(f"{form} in {stored} ... ", end="", flush=True)
     to_precision(exported.module, stored)
     path = export_for(deployment.runtime, exported, version)
-    if stored == "fp8" and exported.role not in _VAE:
+    if stored == "fp8" and exported.role not in VAE_ROLES:
         from export.quantize import quantize
 
         quantize(exported, path)
@@ -576,7 +576,7 @@ def _profiles(
     rows: dict[tuple[int, int], int] = {}
     for size in pipeline.image_sizes:
         shape = pipeline.latent_shape_of(size)
-        largest = pipeline.largest_decode if role in _VAE else 0
+        largest = pipeline.largest_decode if role in VAE_ROLES else 0
         sides = Tiles.of(shape[1], shape[2], largest).size
         if role is Role.ENCODER:
             sides = sides[0] * pipeline.factor, sides[1] * pipeline.factor

@@ -11,7 +11,7 @@ from export.onnx_graph import ExportTarget, to_precision
 from export.parity import torch_evaluation, torch_figures
 from export.source import Loaded, Source, source_digests
 from export.whole import WholeCheck
-from flowturbo.contract import GUIDANCE_SCALE, LATENT, SCHEDULE, SEED, Role
+from flowturbo.contract import GUIDANCE_SCALE, LATENT, SCHEDULE, SEED, VAE_ROLES, Role
 from flowturbo.errors import RepositoryError
 from flowturbo.generate import generate, program_for
 from flowturbo.local import open_models
@@ -55,8 +55,7 @@ def _verify(loaded: Loaded, repository: Path, pipeline: Pipeline, schedule: str 
     request = _request(pipeline, chosen)
     allowed = {role: TOLERANCES[model.precision] for role, model in pipeline.models.items()}
     # The least exact network limits the accuracy of a trajectory.
-    vae = (Role.DECODER, Role.ENCODER)
-    networks = (of for role, of in allowed.items() if role not in vae)
+    networks = (of for role, of in allowed.items() if role not in VAE_ROLES)
     widest = max(networks, key=lambda tolerance: tolerance.trajectory)
     tolerances = {role.value: of for role, of in allowed.items()} | {_TRAJECTORY: widest}
     exports = list(loaded.targets)

@@ -5,7 +5,7 @@ any size. A letter is a size of the pipeline (C, h, w of a latent; H, W of an im
 also have a leading row dimension, which belongs to Triton's batcher.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -30,6 +30,8 @@ class Role(StrEnum):
 
 # The roles of a pipeline with classes. Prompts also need a text encoder.
 LABEL_ROLES = (Role.PREDICTOR, Role.REFINER, Role.DECODER)
+# The VAE's models: no step blocks, so they take no condition and have no part in a trajectory.
+VAE_ROLES = (Role.DECODER, Role.ENCODER)
 _MODELS = {
     Role.PREDICTOR: "velocity_predictor",
     Role.REFINER: "velocity_refiner",
@@ -235,6 +237,14 @@ def latent_sizes(shape: tuple[int, int, int]) -> dict[int | str, int]:
 def shown_dims(dims: Sequence[int | str]) -> str:
     """Dimensions as text for messages: n means any size."""
     return ", ".join("n" if dim == -1 else str(dim) for dim in dims)
+
+
+def check_entries(name: str, entries: Sized, images: int) -> None:
+    """Raises RequestError unless there is one entry for all `images`, or one for each."""
+    if len(entries) not in (1, images):
+        raise RequestError(
+            f"{name} must have one entry, or one per image, {images} here, got {len(entries)}"
+        )
 
 
 def text_of(name: str, entry: Any) -> str:

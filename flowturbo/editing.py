@@ -1,15 +1,15 @@
 """Requests with an image: editing (SDEdit), inpainting, inversion.
 
-Editing starts between noise and the image: x = (1 - t0) n + t0 z for the image's latent z and the
-noise n (SDEdit, arXiv 2108.01073). Inpainting solves the same flow inside the mask. Outside, the
-path is known: the straight line from n to z, with the velocity z - n. Both the state and the cached
-velocity are set to it after each block call, so every schedule keeps its order of convergence.
-Inversion runs the schedule from the image to noise.
+Editing starts between noise and the image, at x = (1 - t0) n + t0 z (SDEdit, arXiv 2108.01073).
+Here z is the image's latent, n the noise. Inpainting solves the same flow inside the mask. Outside,
+the path is known: the straight line from n to z, with the velocity z - n. Both the state and the
+cached velocity are set to it after each block call, so every schedule keeps its order of
+convergence. Inversion runs the schedule from the image to noise.
 
-A hole is filled before it is repainted, unless the request says with which strength: the colours
-beside it are continued into it, and the flow starts with a share of FILL_NOISE noise. A flow that
-starts from noise alone has chosen its colours before it can see those around it. The new pixels are
-also moved by the difference that remains beside the mask, where both images are known.
+A hole is filled before it is repainted, unless the request gives a strength. The colours beside the
+hole are continued into it, and the flow starts with a share of FILL_NOISE noise. A flow that starts
+from noise alone has chosen its colours before it can see those around it. The new pixels are also
+moved by the difference that remains beside the mask, where both images are known.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +30,7 @@ from flowturbo.contract import (
     SEED,
     STRENGTH,
     TIMES,
+    check_entries,
 )
 from flowturbo.errors import RequestError
 from flowturbo.holes import continued
@@ -52,7 +53,7 @@ class Edit:
     `pictures` and `masks` have one entry, or one per image; without a mask there is none. `size`
     is (H, W) of the images to make. `strength` is the share of the unshifted time grid that is run;
     None if the request gave times. With `fill` the masked part of an image is not used, but filled
-    from around it, and the share of noise is FILL_NOISE on every grid. The result is pasted into
+    from around it. The share of noise is then FILL_NOISE on every grid. The result is pasted into
     the image over `feather` pixels inside the mask; None for a filled hole. A latent pixel is
     `factor` pixels wide.
     """
@@ -250,10 +251,7 @@ def _pictures(
     if name not in tensors:
         return ()
     entries = tensors[name]
-    if len(entries) not in (1, images):
-        raise RequestError(
-            f"{name} must have one entry, or one per image, {images} here, got {len(entries)}"
-        )
+    check_entries(name, entries, images)
     make = Picture.of_array if name == array else Picture.of_file
     return tuple(make(name, entry) for entry in entries)
 

@@ -152,26 +152,37 @@ async def _latent(
     edit: OpenEdit | None,
     show: Show | None,
 ) -> Array:
-    guidance, t = request.guidance, request.start_time
+    guidance = request.guidance
     block = await image_block(infer, pipeline, request.condition, guidance)
-    if edit is None or (t == 0 and edit.masks is None):  # nothing of the image is left
-        start = request.noise()
+    if edit is None or (request.start_time == 0 and edit.masks is None):
+        start = request.noise()  # nothing of an image is left
     else:
-        data = await encode(infer, edit.images, pipeline)
-        data = np.broadcast_to(data, (request.images, *data.shape[1:]))
-        if request.edit and request.edit.invert:
-            start = data
-        else:
-            noise = request.noise()
-            start = (1 - t) * noise + t * data
-            if edit.masks is not None:
-                masks = edit.latent_masks
-                masks = np.broadcast_to(masks, (request.images, *masks.shape[1:]))
-                rows = (to_rows(each, guidance) for each in (masks, noise, data))
-                block = repainting(block, *rows)
+        start, block = await _from_image(request, pipeline, infer, edit, block)
     if show:
         block = _shown(block, program, guidance, show)
     return to_images(await sample_async(program, to_rows(start, guidance), block), guidance)
+
+
+async def _from_image(
+    request: GenerationRequest,
+    pipeline: Pipeline,
+    infer: AwaitedInfer,
+    edit: OpenEdit,
+    block: AwaitedBlock,
+) -> tuple[Array, AwaitedBlock]:
+    """The state [n, C, h, w] that an edit starts from, and its form of `block`."""
+
+    def per_image(values: Array) -> Array:
+        return np.broadcast_to(values, (request.images, *values.shape[1:]))
+
+    data, t = per_image(await encode(infer, edit.images, pipeline)), request.start_time
+    if request.edit and request.edit.invert:
+        return data, block
+    noise = request.noise()
+    if edit.masks is not None:
+        known = (per_image(edit.latent_masks), noise, data)
+        block = repainting(block, *(to_rows(each, request.guidance) for each in known))
+    return (1 - t) * noise + t * data, block
 
 
 def _shown(block: AwaitedBlock, program: Program, guidance: Guidance, show: Show) -> AwaitedBlock:

@@ -23,23 +23,24 @@ class Tiles:
 
     def split(self, latent: np.ndarray) -> np.ndarray:
         """[n, C, h, w] to its tiles, [n * tiles, C, high, wide]: those of an image are adjacent."""
-        high, wide = self.size
-        if latent.shape[2:] == self.size:
-            return latent
-        found = [latent[:, :, y : y + high, x : x + wide] for y in self.rows for x in self.columns]
-        return np.stack(found, 1).reshape(-1, latent.shape[1], high, wide)
+        return self._cut(latent, 1, rows_at=2)
 
     def split_images(self, images: np.ndarray, factor: int) -> np.ndarray:
         """[n, H, W, 3] to the images of its tiles; a latent pixel is `factor` pixels wide."""
+        return self._cut(images, factor, rows_at=1)
+
+    def _cut(self, whole: np.ndarray, factor: int, rows_at: int) -> np.ndarray:
+        """The tiles of `whole`, whose axis number `rows_at` is its height, the next its width."""
+        if self.count == 1:
+            return whole
         high, wide = (side * factor for side in self.size)
-        if images.shape[1:3] == (high, wide):
-            return images
+        before = (slice(None),) * rows_at
         found = [
-            images[:, y * factor : y * factor + high, x * factor : x * factor + wide]
-            for y in self.rows
-            for x in self.columns
+            whole[(*before, slice(y, y + high), slice(x, x + wide))]
+            for y in (row * factor for row in self.rows)
+            for x in (column * factor for column in self.columns)
         ]
-        return np.stack(found, 1).reshape(-1, high, wide, images.shape[3])
+        return np.stack(found, 1).reshape(-1, *found[0].shape[1:])
 
     def join(self, parts: np.ndarray) -> np.ndarray:
         """The images of all tiles, [n * tiles, H, W, 3] uint8, to images [n, ., ., 3] uint8.

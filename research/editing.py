@@ -15,10 +15,11 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+from flowturbo_client.grid import labelled_grid, marked
 from PIL import Image
 from tqdm import tqdm
 
-from bench.observe import hardware, write_json
+from bench.observe import in_words, processor, write_json
 from flowturbo import generate as product
 from flowturbo.command import run_command
 from flowturbo.conditions.prompt import PROMPT
@@ -83,7 +84,7 @@ def _run(args: argparse.Namespace) -> None:
     originals = _originals(engine, args.images)
     found: dict[str, Any] = {
         "pipeline": args.pipeline,
-        "hardware": {name: value for name, value in hardware().items() if name != "gib"},
+        "hardware": processor(),
         "precision": engine.pipeline.precision,
         "images": args.images,
         "originals": ORIGINALS,
@@ -107,11 +108,15 @@ def _run(args: argparse.Namespace) -> None:
     print(report)
 
 
+def _batches(count: int) -> list[Array]:
+    """The seeds 0 to `count` - 1 in batches."""
+    return np.array_split(np.arange(count), -(-count // BATCH))
+
+
 def _originals(engine: Engine, count: int) -> Array:
-    seeds = np.arange(count)
     parts = [
         engine.generate(seed=of, schedule=ORIGINALS, **engine.subject.asked(of)).image
-        for of in tqdm(np.array_split(seeds, -(-count // BATCH)), desc="originals")
+        for of in tqdm(_batches(count), desc="originals")
     ]
     return np.concatenate([part for part in parts if part is not None])
 
@@ -182,7 +187,7 @@ def _inpainting(
     opened = OpenEdit(task.images, task.masks > 0, 0, engine.pipeline.factor)
     cells = opened.latent_masks
     found: dict[str, Any] = {EXACT: _seen(eyes, task, image)}
-    row = [task.images, _marked(task), image]
+    row = [task.images, marked(task.images, task.masks), image]
     for schedule in tqdm(schedules, desc=task.name):
         latent, image = _repainted(engine, task, schedule)
         with patch.object(product, "repainting", blending_states):
@@ -203,8 +208,8 @@ def _inpainting(
 
 def _repainted(engine: Engine, task: Task, schedule: str) -> tuple[Array, Array]:
     """Latents and images of the task by `schedule`, in batches."""
-    count, latents, images = len(task.images), [], []
-    for seeds in np.array_split(np.arange(count), -(-count // BATCH)):
+    latents, images = [], []
+    for seeds in _batches(len(task.images)):
         asked: dict[str, Any] = {name: np.array(of)[seeds] for name, of in task.asked.items()}
         if PROMPT in asked:
             asked[PROMPT] = asked[PROMPT].tolist()
@@ -268,7 +273,7 @@ def _strengths(engine: Engine, eyes: Evaluator, images: Array) -> dict[str, Any]
     found: dict[str, Any] = {}
     for strength in tqdm(STRENGTHS, desc="strengths"):
         parts = []
-        for of in np.array_split(seeds, -(-len(seeds) // BATCH)):
+        for of in _batches(len(seeds)):
             asked = subject.asked(of + _OTHER_CLASS)
             made = engine.generate(
                 seed=_SEED_OF_REPAINTING + of,
@@ -314,16 +319,7 @@ def _inversions(engine: Engine, images: Array) -> dict[str, Any]:
     return found
 
 
-def _marked(task: Task) -> Array:
-    """The originals, red where they are repainted."""
-    masks = np.broadcast_to(task.masks, task.images.shape[:3])[..., None] > 0
-    red = 0.5 * task.images + 0.5 * np.array([255, 0, 0])
-    return np.where(masks, red, task.images).astype(np.uint8)
-
-
 def _draw(shown: list[tuple[str, Array]], path: Path) -> None:
-    from flowturbo_client.grid import labelled_grid
-
     rows = [list(images[:_SHOWN]) for _, images in shown]
     captions = [name.replace(": ", ":\n") for name, _ in shown]
     grid: Image.Image = labelled_grid(rows, captions, [str(k) for k in range(len(rows[0]))])
@@ -332,19 +328,19 @@ def _draw(shown: list[tuple[str, Array]], path: Path) -> None:
 
 def markdown(found: dict[str, Any], stem: str) -> str:
     """The report."""
-    hardware_text = ", ".join(f"{name} {value}" for name, value in found["hardware"].items())
     lines = [
         f"# Inpainting, editing and inversion: {found['pipeline']}",
         "",
         f"{found['images']} images of {found['originals']}; models in {found['precision']}, "
-        f"{hardware_text}, {found['date']}. The exact solution is {found['exact']}.",
+        f"{in_words(found['hardware'])}, {found['date']}. The exact solution is {found['exact']}.",
         "",
         "## Inpainting",
         "",
-        "“Velocity” blends the state and the cached velocity, “state” the state alone: RMS "
-        "distance of latents to the exact solution inside the mask. “Nearer” is their ratio with "
-        "its 95% interval, paired. “Seam” is the mean difference of neighbours across the mask's "
-        "border, divided by the original's. “Outside” is the largest change of a pixel outside.",
+        "“Velocity” blends the state and the cached velocity, “state” the state alone. Both "
+        "columns are the RMS distance of latents to the exact solution inside the mask. “Nearer” "
+        "is their ratio with its 95% interval, paired. “Seam” is the mean difference of neighbours "
+        "across the mask's border, divided by the original's. “Outside” is the largest change of a "
+        "pixel outside.",
     ]
     for task, schedules in found["inpainting"].items():
         names = list(next(iter(schedules.values()))["right"])

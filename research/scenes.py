@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.observe import hardware, write_json
+from bench.observe import in_words, processor, write_json
 from flowturbo.command import run_command
 from flowturbo.errors import FlowTurboError
 from flowturbo.textfile import read_json
@@ -57,7 +57,7 @@ def _run(args: argparse.Namespace) -> None:
     eyes = Evaluator.open(args.weights, None, None, engine.subject)
     bench = Bench({MAIN: engine}, {MAIN: args.repository}, exact, eyes, args.work, args.rounds)
     settings = {
-        "hardware": {name: value for name, value in hardware().items() if name != "gib"},
+        "hardware": processor(),
         "models": models_digest(args.repository, args.pipeline),
         "precision": engine.pipeline.precision,
         "runtime": engine.pipeline.runtime,
@@ -93,15 +93,15 @@ def markdown(study: dict[str, Any], stem: str) -> str:
     head = ["schedule", "predictor + refiner", "time / H8", "all right", "− H8", "Fréchet", "− H8"]
     head += ["to exact", *parts, "swapped", "shuffled"]
     rows = sorted(known, key=lambda name: known[name]["ratio"]["median"])
-    hardware_text = ", ".join(f"{name} {value}" for name, value in study["hardware"].items())
     presets = ", ".join(f"`{name}` is `{of}`" for name, of in study["presets"].items())
+    machine = in_words(study["hardware"])
     return "\n".join(
         [
             "# Schedules on glyph scenes",
             "",
             f"{study['images']} prompts as in training (paraphrases, one or two signs), seeds 0 to "
             f"{study['images'] - 1}, guidance {study['guidance_scale']:g}. The service's models in "
-            f"{study['precision']} ({study['runtime']}), {hardware_text}, {study['date']}.",
+            f"{study['precision']} ({study['runtime']}), {machine}, {study['date']}.",
             "",
             f"Times are medians over {study['rounds']} batches of 25 images, in turns with H8; "
             "brackets have the range. “− H8” is paired by seeds; ± is half of the 95% interval. "

@@ -2,8 +2,8 @@
 
 The paper takes the states x_t from images and noise. The states of a trajectory are those that the
 refiner meets in sampling, guided as in sampling, and need prompts only. A step of Heun's method
-has all that a row needs: the velocity v at its start, the state x' after Eq. 6's Euler step, and
-the velocity at x'. Steps are those of the model's own time grid, which may be shifted.
+has all that a row needs. That is the velocity v at its start, the state x' after Eq. 6's Euler
+step, and the velocity at x'. Steps are those of the model's own time grid, which may be shifted.
 """
 
 from collections.abc import Callable

@@ -13,7 +13,7 @@ from .client import FlowTurboClient
 from .errors import FlowTurboError, InvalidRequestError
 from .gallery import Row, generate_row, row_of, write_grid, write_row
 from .manifest import Wanted, generate_file, read_prompts
-from .verb_commands import VERBS, add_verb
+from .verb_commands import VERBS, add_verb, positive
 from .watch import watch, write_animation
 
 
@@ -65,7 +65,7 @@ def _generate_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", metavar="WIDTHxHEIGHT", help="in pixels (default: the server's)")
     parser.add_argument(
         "--count",
-        type=_positive,
+        type=positive,
         default=1,
         metavar="N",
         help="images per class or prompt (default: %(default)s)",
@@ -93,7 +93,7 @@ def _generate_parser(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--batch",
-        type=_positive,
+        type=positive,
         default=8,
         metavar="N",
         help="maximum images per request (default: %(default)s)",
@@ -299,13 +299,3 @@ def _text(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("expected at least one character")
     return text
-
-
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text!r}")
-    return value

@@ -16,20 +16,19 @@ from .errors import (
     FlowTurboError,
     ModelNotReadyError,
 )
-from .pictures import Pictures, noise_between
+from .pictures import Pictures
 from .protocol import (
     Generation,
     Request,
     build_request,
-    latent_shape,
     parse_pipelines,
     pipelines_request,
 )
 from .retry import RetryPlan
 from .settings import Health, Settings, check_timeout_s, closed_error
 from .stream import SUFFIX, Running, Update, updates
-from .tensors import Labels, Prompts, Seeds, Size, repeated
-from .verbs import Verbs
+from .tensors import Labels, Prompts, Seeds, Size
+from .verbs import Verbs, interpolated
 
 
 class FlowTurboClient(Verbs):
@@ -174,13 +173,7 @@ class FlowTurboClient(Verbs):
         to that one on the way. `more` are arguments of `generate`.
         """
         found = self.pipelines()
-        shape = latent_shape(found, more.get("pipeline"), more.get("size"))
-        noise = noise_between(first, last, count, shape)
-        if labels is not None:
-            labels = repeated(labels, count)
-        if more.get("prompts_to") is not None:
-            more.setdefault("mix", [k / (count - 1) for k in range(count)])
-        return self.generate(labels, initial_noise=noise, **more)
+        return self.generate(**interpolated(found, (first, last), count, labels, more))
 
     def pipelines(self, *, timeout_s: float = 5.0) -> list[dict[str, Any]]:
         """Ask for the server's pipelines: one description per pipeline."""

@@ -45,6 +45,12 @@ def labelled_grid(
     return picture
 
 
+def marked(images: NDArray[np.uint8], masks: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return `images` [..., H, W, 3], red where `masks` [..., H, W] are not black."""
+    red = 0.5 * images + 0.5 * np.array([255, 0, 0])
+    return np.where(masks[..., None] > 0, red, images).astype(np.uint8)
+
+
 @dataclass(frozen=True)
 class _Layout:
     """All lengths in pixels; `columns` has the lines of each column's caption."""

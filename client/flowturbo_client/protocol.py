@@ -253,16 +253,6 @@ def _array(result: InferResult, name: str, n: int) -> Any:
     return array
 
 
-def has(result: InferResult, name: str) -> bool:
-    """Whether the answer has an output `name`."""
-    return result.get_output(name) is not None
-
-
-def preview_arrays(result: InferResult, names: Sequence[str]) -> dict[str, Any]:
-    """Return a preview's outputs by name."""
-    return {name: result.as_numpy(name) for name in names}
-
-
 def _json(array: Any, kind: type, what: str) -> Any:
     found = json.loads(bytes(array[0]))
     if not isinstance(found, kind):

@@ -18,7 +18,7 @@ from tritonclient.grpc import InferRequestedOutput
 from tritonclient.utils import InferenceServerException
 
 from .errors import RequestCancelledError, ServerError
-from .protocol import Generation, Request, decoded, has, preview_arrays
+from .protocol import Generation, Request, decoded
 
 SUFFIX = "_stream"  # of the model's name
 _STEP, _FINAL = "step", "final"
@@ -120,7 +120,8 @@ def _update(request: Request, result: Any, seconds: float) -> Update:
     if bool(final):
         made = request.parse(result, seconds)
         return Update(int(step), made.images, made.encoded, made)
-    found = preview_arrays(result, [name for name in request.output_names if has(result, name)])
+    given = [name for name in request.output_names if result.get_output(name) is not None]
+    found = {name: result.as_numpy(name) for name in given}
     encoded = found.get("encoded_image")
     return Update(
         step=int(step),

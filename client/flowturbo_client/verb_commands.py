@@ -56,7 +56,8 @@ def add_verb(
     parser.set_defaults(run=run)
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """Return an integer of the command line, at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text!r}")
     return int(text)
@@ -108,7 +109,7 @@ def _edit_options(add: _Add) -> None:
 def _vary_options(add: _Add) -> None:
     _image(add)
     _strength(add, 0.7)
-    add("--count", type=_positive, default=4, metavar="N", help="default: %(default)s")
+    add("--count", type=positive, default=4, metavar="N", help="default: %(default)s")
     add("--seed", type=int, default=0, metavar="N", help="variation i has seed N + i")
 
 

@@ -2,8 +2,27 @@
 
 from typing import Any
 
-from .pictures import Pictures
-from .tensors import Labels
+from .pictures import Pictures, noise_between
+from .protocol import latent_shape
+from .tensors import Labels, repeated
+
+
+def interpolated(
+    pipelines: list[dict[str, Any]],
+    ends: tuple[int, int],
+    count: int,
+    labels: Labels | None,
+    more: dict[str, Any],
+) -> dict[str, Any]:
+    """Return the arguments of `generate` for an interpolation between the seeds `ends`."""
+    shape = latent_shape(pipelines, more.get("pipeline"), more.get("size"))
+    # Not a display: with it, an `initial_noise` in `more` would silently replace the noise.
+    found = dict(initial_noise=noise_between(*ends, count, shape), **more)
+    if labels is not None:
+        found["labels"] = repeated(labels, count)
+    if more.get("prompts_to") is not None:
+        found.setdefault("mix", [k / (count - 1) for k in range(count)])
+    return found
 
 
 class Verbs:

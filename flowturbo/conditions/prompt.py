@@ -23,6 +23,7 @@ from flowturbo.contract import (
     Role,
     Specs,
     TensorSpec,
+    check_entries,
     text_of,
 )
 from flowturbo.errors import RequestError
@@ -145,11 +146,8 @@ class Prompt:
                 f"{NEGATIVE_PROMPT} needs guidance: guidance_scale must not be 1, got "
                 f"{negatives[0][:40]!r} without guidance"
             )
-        if NEGATIVE_PROMPT in tensors and len(negatives) not in (1, count):
-            raise RequestError(
-                f"{NEGATIVE_PROMPT} must have one entry, or one per image, {count} here, got "
-                f"{len(negatives)}"
-            )
+        if NEGATIVE_PROMPT in tensors:
+            check_entries(NEGATIVE_PROMPT, negatives, count)
         second = self._second(tensors, count)
         return self._value(texts, negatives or [NULL] * guided, count, second, tensors.get(MIX))
 
@@ -161,11 +159,8 @@ class Prompt:
         if PROMPT_TO not in tensors:
             return []
         texts = [_text(PROMPT_TO, entry) for entry in tensors[PROMPT_TO]]
-        for name, size in ((PROMPT_TO, len(texts)), (MIX, len(tensors[MIX]))):
-            if size not in (1, count):
-                raise RequestError(
-                    f"{name} must have one entry, or one per image, {count} here, got {size}"
-                )
+        check_entries(PROMPT_TO, texts, count)
+        check_entries(MIX, tensors[MIX], count)
         for text in texts:
             self._check(text, PROMPT_TO)
         wrong = tensors[MIX][~((tensors[MIX] >= 0) & (tensors[MIX] <= 1))]

@@ -177,23 +177,32 @@ def latent_scale(vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
     return mean.view(1, count, 1, 1), std.view(1, count, 1, 1)
 
 
-class Decoder(nn.Module):
-    """Latents [B, C, h, w] float32 in the flow model's scale to images [B, H, W, 3] uint8.
+class _Scaled(nn.Module):
+    """A part of a VAE beside the scale of the flow model's latents.
 
-    The VAE computes in the type of its parameters. The rounding to levels is in float32.
+    `scale` is the mean and the standard deviation of latents, if not `latent_scale`. Not the whole
+    VAE: its other part may have another precision.
     """
 
     mean: Tensor
     std: Tensor
 
     def __init__(self, vae: Any, scale: tuple[Tensor, Tensor] | None = None) -> None:
-        """`scale` is the mean and the standard deviation of latents, if not `latent_scale`."""
         super().__init__()
-        # Not the whole VAE: the encoder's part may have another precision.
-        self.decoder, self.post_quant_conv = vae.decoder, vae.post_quant_conv
         mean, std = scale or latent_scale(vae)
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
+
+
+class Decoder(_Scaled):
+    """Latents [B, C, h, w] float32 in the flow model's scale to images [B, H, W, 3] uint8.
+
+    The VAE computes in the type of its parameters. The rounding to levels is in float32.
+    """
+
+    def __init__(self, vae: Any, scale: tuple[Tensor, Tensor] | None = None) -> None:
+        super().__init__(vae, scale)
+        self.decoder, self.post_quant_conv = vae.decoder, vae.post_quant_conv
 
     def forward(self, latent: Tensor) -> Tensor:
         return to_levels(self.pixels(latent))
@@ -212,22 +221,15 @@ class Decoder(nn.Module):
         return z
 
 
-class Encoder(nn.Module):
+class Encoder(_Scaled):
     """Images [B, H, W, 3] uint8 to latents [B, C, h, w] float32 in the flow model's scale.
 
     A latent is the mean of the VAE's posterior, so the same image always has the same latent.
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, vae: Any, scale: tuple[Tensor, Tensor] | None = None) -> None:
-        """`scale` as in `Decoder`."""
-        super().__init__()
+        super().__init__(vae, scale)
         self.encoder, self.quant_conv = vae.encoder, vae.quant_conv
-        mean, std = scale or latent_scale(vae)
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("std", std, persistent=False)
 
     def forward(self, image: Tensor) -> Tensor:
         # TensorRT does nothing with bytes but casting them.

@@ -28,9 +28,9 @@ class Stand:
         """The step's length: below 0 on a falling grid, from an image to noise."""
         return self.end - self.start
 
-    def comes_after(self, time: float | None, at: float) -> bool:
-        """Whether the grid reaches the time `at` after `time`; False without a `time`."""
-        return time is not None and (at - time) * self.size > 0
+    def comes_after(self, time: float, at: float) -> bool:
+        """Whether the grid reaches the time `at` after `time`."""
+        return (at - time) * self.size > 0
 
     def evaluate(self) -> BlockCall:
         """The velocity at the start, moving nothing."""

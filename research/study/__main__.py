@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench.observe import hardware, write_json
+from bench.observe import processor, write_json
 from flowturbo.contract import Role
 from flowturbo.errors import FlowTurboError
 from flowturbo.pipeline import read_pipeline
@@ -114,7 +114,7 @@ def _measure(study: Study, args: argparse.Namespace) -> None:
         guided = read_pipeline(args.repository).default_guidance_scale(served)
     bench = _bench(args)
     settings = {
-        "hardware": {name: value for name, value in hardware().items() if name != "gib"},
+        "hardware": processor(),
         "precision": bench.engines[MAIN].pipeline.precision,
         "models": models_digest(args.repository),
         "flow": bench.exact.digest,

@@ -83,9 +83,6 @@ class TextEncoder(nn.Module):
 class Decoder(vae.Decoder):
     """From the state, in patches and normalized by the VAE's batch norm, to pixels."""
 
-    def __init__(self, kl: Any) -> None:
-        super().__init__(kl, _scale(kl))
-
     def unpacked(self, z: Tensor) -> Tensor:
         rows, channels, height, width = z.shape
         z = z.reshape(rows, channels // _PATCH**2, _PATCH, _PATCH, height, width)
@@ -94,9 +91,6 @@ class Decoder(vae.Decoder):
 
 class Encoder(vae.Encoder):
     """From pixels to the state, in patches and normalized by the VAE's batch norm."""
-
-    def __init__(self, kl: Any) -> None:
-        super().__init__(kl, _scale(kl))
 
     def packed(self, z: Tensor) -> Tensor:
         rows, channels, height, width = z.shape
@@ -185,7 +179,7 @@ def load(folder: DiffusersFolder, options: FolderOptions) -> Flux2:
         )
     layers = tuple(depth * k // (count + 1) for k in range(1, count + 1))
     qwen = Qwen(model, layers)
-    factor = vae.latent_factor(kl) * _PATCH
+    factor, scale = vae.latent_factor(kl) * _PATCH, _scale(kl)
     scheduler, grid = folder.scheduler()
     distilled = options.distilled or bool(folder.index.get("is_distilled"))
     inner = config.num_attention_heads * config.attention_head_dim
@@ -193,8 +187,8 @@ def load(folder: DiffusersFolder, options: FolderOptions) -> Flux2:
         network=Network(transformer),
         refiner=refiner,
         text_encoder=TextEncoder(qwen, transformer),
-        decoder=Decoder(kl),
-        encoder=Encoder(kl),
+        decoder=Decoder(kl, scale),
+        encoder=Encoder(kl, scale),
         tokenizers=(tokenizing,),
         conditioning=((CONTEXT, (length, inner)),),
         latent_channels=config.in_channels,
