@@ -23,6 +23,7 @@ from bench.observe import in_words, processor, write_json
 from flowturbo import generate as product
 from flowturbo.command import run_command
 from flowturbo.conditions.prompt import PROMPT
+from flowturbo.contract import IMAGE, MASK, STRENGTH
 from flowturbo.editing import OpenEdit
 from flowturbo.errors import FlowTurboError
 from flowturbo.generate import awaited, encode
@@ -184,6 +185,7 @@ def _inpainting(
     shown: list[tuple[str, Array]],
 ) -> dict[str, Any]:
     exact, image = _repainted(engine, task, EXACT)
+    plain = _repainted(engine, task, EXACT, masked=False)[0] if task.strength == 1 else None
     opened = OpenEdit(task.images, task.masks > 0, 0, engine.pipeline.factor)
     cells = opened.latent_masks
     found: dict[str, Any] = {EXACT: _seen(eyes, task, image)}
@@ -197,8 +199,12 @@ def _inpainting(
             "velocity": _rms(errors[0]),
             "state": _rms(errors[1]),
             "ratio": _ratio(*errors),
+            "typical": _typical_ratio(*errors),
             **_seen(eyes, task, image),
         }
+        if plain is not None:
+            generated, _ = _repainted(engine, task, schedule, masked=False)
+            found[schedule]["generation"] = _rms(_error(generated, plain, cells))
         if schedule == "H1P5R3":
             row += [image, other]
     names = ("original", "masked", f"exact ({EXACT})", "H1P5R3", "H1P5R3, states alone")
@@ -206,22 +212,19 @@ def _inpainting(
     return found
 
 
-def _repainted(engine: Engine, task: Task, schedule: str) -> tuple[Array, Array]:
-    """Latents and images of the task by `schedule`, in batches."""
+def _repainted(
+    engine: Engine, task: Task, schedule: str, *, masked: bool = True
+) -> tuple[Array, Array]:
+    """Latents and images of the task by `schedule`, in batches; without `masked` from noise."""
     latents, images = [], []
     for seeds in _batches(len(task.images)):
         asked: dict[str, Any] = {name: np.array(of)[seeds] for name, of in task.asked.items()}
         if PROMPT in asked:
             asked[PROMPT] = asked[PROMPT].tolist()
-        masks = task.masks if len(task.masks) == 1 else task.masks[seeds]
-        made = engine.generate(
-            seed=_SEED_OF_REPAINTING + seeds,
-            schedule=schedule,
-            image=task.images[seeds],
-            mask=masks,
-            strength=task.strength,
-            **asked,
-        )
+        if masked:
+            masks = task.masks if len(task.masks) == 1 else task.masks[seeds]
+            asked |= {IMAGE: task.images[seeds], MASK: masks, STRENGTH: task.strength}
+        made = engine.generate(seed=_SEED_OF_REPAINTING + seeds, schedule=schedule, **asked)
         assert made.image is not None
         latents.append(made.latent)
         images.append(made.image)
@@ -240,11 +243,24 @@ def _rms(squares: Array) -> float:
 
 def _ratio(velocity: Array, state: Array) -> list[float]:
     """How many times nearer velocity blending is, with its 95% interval (bootstrap, paired)."""
-    rng = np.random.default_rng(0)
-    chosen = rng.integers(len(velocity), size=(_RESAMPLES, len(velocity)))
+    chosen = _resampled(len(velocity))
     ratios = np.sqrt(state[chosen].mean(1) / velocity[chosen].mean(1))
-    low, high = np.percentile(ratios, [2.5, 97.5])
-    return [_rms(state) / _rms(velocity), float(low), float(high)]
+    return [_rms(state) / _rms(velocity), *_bounds(ratios)]
+
+
+def _typical_ratio(velocity: Array, state: Array) -> list[float]:
+    """The same for the median image: few images whose path splits dominate the RMS."""
+    ratios = np.sqrt(state / velocity)
+    return [float(np.median(ratios)), *_bounds(np.median(ratios[_resampled(len(ratios))], axis=1))]
+
+
+def _resampled(count: int) -> Array:
+    return np.random.default_rng(0).integers(count, size=(_RESAMPLES, count))
+
+
+def _bounds(values: Array) -> list[float]:
+    """The 95% interval of resampled `values`."""
+    return [float(bound) for bound in np.percentile(values, [2.5, 97.5])]
 
 
 def _seen(eyes: Evaluator, task: Task, image: Array) -> dict[str, Any]:
@@ -338,19 +354,25 @@ def markdown(found: dict[str, Any], stem: str) -> str:
         "",
         "“Velocity” blends the state and the cached velocity, “state” the state alone. Both "
         "columns are the RMS distance of latents to the exact solution inside the mask. “Nearer” "
-        "is their ratio with its 95% interval, paired. “Seam” is the mean difference of neighbours "
-        "across the mask's border, divided by the original's. “Outside” is the largest change of a "
-        "pixel outside.",
+        "is their ratio with its 95% interval, paired, “per image” the median of the ratios per "
+        "image. “Generation” is the distance of the same schedule without image and mask, in the "
+        "same place. “Seam” is the mean difference of neighbours across the mask's border, divided "
+        "by the original's. “Outside” is the largest change of a pixel outside.",
     ]
     for task, schedules in found["inpainting"].items():
         names = list(next(iter(schedules.values()))["right"])
-        head = ["schedule", "velocity", "state", "nearer", *names, "seam", "outside"]
+        errors = ["velocity", "state"]
+        errors += ["generation"] if any("generation" in of for of in schedules.values()) else []
+        head = ["schedule", *errors, "nearer", "per image", *names, "seam", "outside"]
         lines += ["", f"### {task}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
         for schedule, of in schedules.items():
-            ratio = "{:.1f} ({:.1f} to {:.1f})".format(*of["ratio"]) if "ratio" in of else ""
-            errors = [f"{of[key]:.3f}" if key in of else "" for key in ("velocity", "state")]
+            distances = [f"{of[key]:.3f}" if key in of else "" for key in errors]
+            ratios = [
+                "{:.1f} ({:.1f} to {:.1f})".format(*of[key]) if key in of else ""
+                for key in ("ratio", "typical")
+            ]
             shares = [f"{100 * of['right'][name]:.1f}%" for name in names]
-            cells = [f"`{schedule}`", *errors, ratio, *shares, f"{of['seam']:.2f}"]
+            cells = [f"`{schedule}`", *distances, *ratios, *shares, f"{of['seam']:.2f}"]
             lines.append(f"| {' | '.join([*cells, str(of['outside'])])} |")
     if "strengths" in found:
         lines += ["", "## Editing", "", "Recognised by strength, H1P5R3; ± is half of the 95% "]

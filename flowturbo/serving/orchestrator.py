@@ -1,12 +1,12 @@
 """Triton Python-backend models `flowturbo` and `flowturbo_stream`.
 
 Of `flowturbo` a request gets one response, of the stream also previews before it. This is Triton's
-side alone: the work is done by `flowturbo.serving.service`.
+side alone: the work is done by `flowturbo.serving.service`, in the process of `flowturbo`.
 """
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from flowturbo.rows import Tensors
 from flowturbo.serving.answers import StoredAnswers
 from flowturbo.serving.forwarded import Forwarded, as_asked
 from flowturbo.serving.metrics import TritonMetrics
+from flowturbo.serving.relay import Asked, Endpoint, Relay, Reply, endpoint
 from flowturbo.serving.service import Service, in_contract_order
 from flowturbo.serving.triton_io import (
     call_model,
@@ -26,58 +27,77 @@ from flowturbo.serving.triton_io import (
     read_settings,
     read_tensors,
     repository_of,
+    told,
 )
-from flowturbo.settings import Settings
 
 
 class TritonPythonModel:
     """The orchestrator; its settings are the `parameters` of its config.pbtxt."""
 
-    model = ORCHESTRATOR
-
-    def settings(self, args: dict[str, str]) -> Settings:
-        """Those of this model."""
-        return read_settings(args)
-
     def initialize(self, args: dict[str, str]) -> None:
         """Reads the settings and the records of all pipelines."""
-        logging.getLogger("flowturbo").addHandler(_TritonLog(self.model))
-        repository, settings = repository_of(args), self.settings(args)
+        logging.getLogger("flowturbo").addHandler(_TritonLog(ORCHESTRATOR))
+        repository, settings = repository_of(args), read_settings(args)
         pipelines = read_pipelines(repository)
         # Composed models on GPUs have an instance on each.
         on_gpu = any(pipeline.on_gpu for pipeline in pipelines.values())
         instances = max(1, gpu_count()) if on_gpu else 1
         answers = StoredAnswers(repository, pipelines.values(), call_model, instances)
-        metrics = TritonMetrics(pipelines, self.model)
-        streams = self.model == STREAM
-        common = pipelines, settings, call_model, metrics, answers.check, instances
-        self._service = Service(*common, streams=streams)
+        metrics = TritonMetrics(pipelines, ORCHESTRATOR)
+        self._service = Service(pipelines, settings, call_model, metrics, answers.check, instances)
+        self._streams = Endpoint(endpoint(os.getppid()), self._stream)
         self._forwarded = Forwarded.by_server(os.getpid())
 
     def execute(self, requests: list[Any]) -> None:
         """Takes requests over; each is answered exactly once, by its sender."""
         for request in requests:
-            sender = _Sender(request.get_response_sender(), self.model)
-            self._service.handle(sender, partial(self._read, request), request.timeout() / 1e6)
+            sender = _Sender(request.get_response_sender(), ORCHESTRATOR)
+            read = partial(_read, request, self._forwarded)
+            self._service.handle(sender, read, request.timeout() / 1e6)
 
     def finalize(self) -> None:
         """Lets the requests in flight finish."""
         self._service.close()
+        self._streams.close()
 
-    def _read(self, request: Any) -> tuple[Tensors, Sequence[str]]:
-        parameters = self._forwarded.check(request.parameters)
-        names = in_contract_order(request.requested_output_names())
-        return read_tensors(request), as_asked(names, parameters)
+    def _stream(self, asked: Asked, post: Callable[[bytes], None]) -> Reply:
+        reply = Reply(post, partial(told, STREAM))
+        self._service.handle(
+            reply, lambda: (asked.tensors, asked.outputs), asked.timeout_s, streams=True
+        )
+        return reply
 
 
-class StreamPythonModel(TritonPythonModel):
-    """The orchestrator with previews. Its settings are those of `flowturbo`."""
+class StreamPythonModel:
+    """The way of streams to the orchestrator."""
 
-    model = STREAM
+    def initialize(self, args: dict[str, str]) -> None:
+        """Starts to pass requests on."""
+        logging.getLogger("flowturbo").addHandler(_TritonLog(STREAM))
+        self._relay = Relay(endpoint(os.getppid()))
+        self._forwarded = Forwarded.by_server(os.getpid())
 
-    def settings(self, args: dict[str, str]) -> Settings:
-        """Those of the orchestrator."""
-        return Settings.load(repository_of(args))
+    def execute(self, requests: list[Any]) -> None:
+        """Takes requests over; each is answered by previews and one answer."""
+        for request in requests:
+            sender = _Sender(request.get_response_sender(), STREAM)
+            try:
+                asked = Asked(*_read(request, self._forwarded), request.timeout() / 1e6 or None)
+            except Exception as error:
+                sender.send(sender.response(error))
+            else:
+                self._relay.start(asked, sender)
+
+    def finalize(self) -> None:
+        """Lets the requests in flight finish."""
+        self._relay.close()
+
+
+def _read(request: Any, forwarded: Forwarded) -> tuple[Tensors, Sequence[str]]:
+    """The input tensors of a request and the outputs it asks for. Raises RequestError."""
+    parameters = forwarded.check(request.parameters)
+    names = in_contract_order(request.requested_output_names())
+    return read_tensors(request), as_asked(names, parameters)
 
 
 class _Sender:

@@ -153,8 +153,6 @@ class Job:
 class Service:
     """Serves `pipelines` by `call`; `check` raises before the first answer if a model is off.
 
-    With `streams` requests get previews.
-
     `instances` batches of each model run at a time where models have GPUs of their own. Raises
     RepositoryError for settings that the pipelines do not allow.
     """
@@ -167,10 +165,7 @@ class Service:
         metrics: Metrics,
         check: Callable[[], None] = lambda: None,
         instances: int = 1,
-        *,
-        streams: bool = False,
     ) -> None:
-        self._streams = streams
         self._pipelines = pipelines
         self._settings = settings
         self._call = call
@@ -213,11 +208,13 @@ class Service:
         sender: Sender,
         read: Callable[[], tuple[Tensors, Sequence[str]]],
         timeout_s: float | None = None,
+        *,
+        streams: bool = False,
     ) -> None:
         """Takes a request over; it is answered exactly once, by `sender`.
 
         `read` gives its input tensors and the names of the outputs asked for. Its errors are
-        answers too.
+        answers too. With `streams` previews are sent before the answer.
         """
         arrived = time.monotonic()
         timeout_s = timeout_s or self._settings.default_timeout_s
@@ -231,7 +228,7 @@ class Service:
                     )
                 self._answer(job, {PIPELINES: self._described})
                 return
-            if self._streams:
+            if streams:
                 job.preview_every = read_preview_every(tensors)
                 tensors = {name: of for name, of in tensors.items() if name != PREVIEW_EVERY}
                 wanted = [name for name in wanted if name not in _OF_STREAMS]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from flowturbo.errors import RequestError
+from flowturbo.errors import FlowTurboError, RequestError
 from flowturbo.rows import Tensors
 from flowturbo.serving.outcomes import CODES, as_told, failure, incomplete, outcome_of
 from flowturbo.settings import Settings
@@ -43,21 +43,26 @@ def _array(tensor: Any) -> np.ndarray:
     return array.copy()
 
 
+def told(model: str, error: BaseException) -> FlowTurboError:
+    """`error` as a caller is told it. It is logged if the server is at fault."""
+    found = as_told(error)
+    if found is not error:
+        lines = "".join(traceback.format_exception(error)).rstrip()
+        pb_utils.Logger.log_error(f"{model}: {found}\n{lines}")
+    elif outcome_of(found) in ("error", "unavailable"):
+        pb_utils.Logger.log_error(f"{model}: {found}")
+    return found
+
+
 def error_response(model: str, error: BaseException, *, coded: bool = False) -> Any:
-    """The response with `error`. It is logged if the server is at fault.
+    """The response with `error`, which is logged if the server is at fault.
 
     With `coded` its gRPC code stands before the message, as in "[INVALID_ARGUMENT] ...": the
     answers of a stream have no codes.
     """
-    told = as_told(error)
-    outcome = outcome_of(told)
-    if told is not error:
-        lines = "".join(traceback.format_exception(error)).rstrip()
-        pb_utils.Logger.log_error(f"{model}: {told}\n{lines}")
-    elif outcome in ("error", "unavailable"):
-        pb_utils.Logger.log_error(f"{model}: {told}")
-    code = CODES[outcome]
-    said = f"[{_GRPC_NAMES.get(code, code)}] {told}" if coded else str(told)
+    found = told(model, error)
+    code = CODES[outcome_of(found)]
+    said = f"[{_GRPC_NAMES.get(code, code)}] {found}" if coded else str(found)
     status = getattr(pb_utils.TritonError, code)
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(said, status))
 

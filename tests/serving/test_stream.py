@@ -22,7 +22,7 @@ from flowturbo.contract import STREAM
 from flowturbo.serving.tritonserver import ServerAddress
 
 TOLERANCE = 0.05  # of the largest value: bf16's rounding in other batches
-IN_FLIGHT = 'flowturbo_stream_requests_in_flight{pipeline="glyphs"}'
+IN_FLIGHT = 'flowturbo_requests_in_flight{pipeline="glyphs"}'
 ReadMetrics = Callable[[ServerAddress], dict[str, float]]
 
 
@@ -153,6 +153,32 @@ def test_a_slow_reader_gets_the_answer(
     time.sleep(2)
     *_, last = updates
     assert last.final
+
+
+def test_streams_share_batches_with_other_requests(
+    client: FlowTurboClient, glyphs_server: ServerAddress, read_metrics: ReadMetrics
+) -> None:
+    """Sixteen requests of the same length, half of them streams: few calls carry many rows."""
+
+    def executions() -> float:
+        return read_metrics(glyphs_server)[
+            'nv_inference_exec_count{model="glyphs_velocity_predictor",version="1"}'
+        ]
+
+    together = threading.Barrier(16)
+
+    def one(k: int) -> None:
+        together.wait()
+        if k % 2:
+            client.generate("A", seeds=[k], schedule="E100")
+        else:
+            *_, last = client.stream("A", seeds=[k], schedule="E100", preview_every=100)
+            assert last.final
+
+    before = executions()
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(one, range(16)))
+    assert executions() - before < 2 * 100  # two batchers would make 100 calls each
 
 
 def test_many_streams_at_once(glyphs_server: ServerAddress, read_metrics: ReadMetrics) -> None:

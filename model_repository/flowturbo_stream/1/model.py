@@ -1,4 +1,4 @@
-"""As the model `flowturbo`, with previews; the code is the installed package's."""
+"""The way of streams to the model `flowturbo`; the code is the installed package's."""
 
 from flowturbo.serving.orchestrator import StreamPythonModel as TritonPythonModel
 
