@@ -30,11 +30,42 @@ def _pulled(sums: Array, weights: Array) -> Array:
 
 
 def _relaxed(values: Array, known: Array) -> Array:
+    """`values` [h, w, k]; those not `known` [h, w, 1] approach the mean of their neighbours."""
+    (top, bottom), (left, right) = (_extent(~known[..., 0], axis) for axis in (1, 0))
+    if top == bottom:
+        return values
+    around = np.pad(values, ((1, 1), (1, 1), (0, 0)))
+    around = around[top : bottom + 2, left : right + 2]  # only here something changes
+    inner, fixed = around[1:-1, 1:-1], known[top:bottom, left:right]
+    height, width = values.shape[:2]
     for _ in range(_RELAXATIONS):
-        around = np.pad(values, ((1, 1), (1, 1), (0, 0)), mode="edge")
-        mean = around[:-2, 1:-1] + around[2:, 1:-1] + around[1:-1, :-2] + around[1:-1, 2:]
-        values = np.where(known, values, 0.25 * mean)
+        _continue_edges(around, top == 0, bottom == height, left == 0, right == width)
+        mean = around[:-2, 1:-1] + around[2:, 1:-1]
+        mean += around[1:-1, :-2]
+        mean += around[1:-1, 2:]
+        mean *= 0.25
+        np.copyto(inner, mean, where=~fixed)
+    values = values.copy()
+    values[top:bottom, left:right] = inner
     return values
+
+
+def _extent(chosen: Array, axis: int) -> tuple[int, int]:
+    """Where `chosen` [h, w] bool begins and ends along the other axis than `axis`."""
+    (found,) = np.nonzero(chosen.any(axis))
+    return (int(found[0]), int(found[-1]) + 1) if len(found) else (0, 0)
+
+
+def _continue_edges(around: Array, top: bool, bottom: bool, left: bool, right: bool) -> None:
+    """The outermost values of `around` become those beside them, where the image ends."""
+    if top:
+        around[0] = around[1]
+    if bottom:
+        around[-1] = around[-2]
+    if left:
+        around[:, 0] = around[:, 1]
+    if right:
+        around[:, -1] = around[:, -2]
 
 
 def _quarters(values: Array) -> Array:
