@@ -21,7 +21,15 @@ from export.ensemble import ensembles_are_installed, with_ensembles, write_ensem
 from export.onnx_graph import ExportTarget, count_attentions, to_precision
 from export.parity import size_figures, torch_figures
 from export.peaks import HALVES, LARGEST, watched_figures
-from export.runtime import Runtime, TrialResult, candidates, choose, export_for, try_runtimes
+from export.runtime import (
+    Runtime,
+    TrialResult,
+    block_times,
+    candidates,
+    choose,
+    export_for,
+    try_runtimes,
+)
 from export.source import Loaded, Source, source_digests
 from export.whole import WholeCheck
 from flowturbo.conditions.class_label import ClassLabel
@@ -341,7 +349,7 @@ def _write_models(options: Options, fingerprint: dict[str, Any], staged: Path) -
     )
     pipeline = _with_runtimes(base, written, options)
     if whole is None:
-        return pipeline
+        return _with_block_times(pipeline, options, staged)
     try:
         whole.hold(pipeline, staged)
     except VerificationError as error:
@@ -355,7 +363,27 @@ def _write_models(options: Options, fingerprint: dict[str, Any], staged: Path) -
         print(f"{error}: float32 instead")
         pipeline = _with_runtimes(base, exact, options)
         whole.hold(pipeline, staged)
-    return pipeline
+    return _with_block_times(pipeline, options, staged)
+
+
+def _with_block_times(pipeline: Pipeline, options: Options, staged: Path) -> Pipeline:
+    """`pipeline` with the times per call that the service plans with, measured on this CPU.
+
+    Engines and GPUs are left out: the service learns their times from its calls.
+    """
+    deployment = options.deployment
+    if deployment.engine != "python" or deployment.on_gpu:
+        return pipeline
+    print("export: block times ... ", end="", flush=True)
+    models = {}
+    for role, record in pipeline.models.items():
+        folder = staged / pipeline.model(role)
+        runtime = Runtime(record.runtime, record.precision)
+        path = folder / "1" / model_file(record.runtime)
+        times = block_times(path, runtime, Figures.load(folder), record.max_rows)
+        models[role] = replace(record, block_ms=times)
+    print("done")
+    return replace(pipeline, models=models)
 
 
 def _with_runtimes(

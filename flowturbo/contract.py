@@ -17,6 +17,10 @@ from flowturbo.errors import RequestError
 ORCHESTRATOR = "flowturbo"
 STREAM = "flowturbo_stream"  # the same, with previews; a model of its own: it answers many times
 
+# The header with the name of the caller whose share of the time a request uses. It must come from a
+# trusted front end. `flowturbo.serve` lets Triton forward it.
+CALLER_HEADER = "flowturbo-caller"
+
 
 class Role(StrEnum):
     """The role of a composed model in its pipeline."""

@@ -39,7 +39,8 @@ class ModelRecord:
 
     `engine` is the Triton backend. `runtime` runs the network within the Python backend.
     `precision` is the precision of the network. `max_rows` is the largest batch of one execution.
-    `sizes` has the values of the contract's letters.
+    `sizes` has the values of the contract's letters. `block_ms` has milliseconds per call by rows,
+    as measured where it was exported; it is empty for engines and GPUs.
 
     The other fields are provenance:
 
@@ -57,6 +58,7 @@ class ModelRecord:
     on_gpu: bool = False
     max_rows: int = 64
     sizes: Mapping[str, int] = field(default_factory=dict)
+    block_ms: Mapping[str, float] = field(default_factory=dict)
     source: str = ""
     files: Mapping[str, str] = field(default_factory=dict)
     engines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -175,6 +177,14 @@ class Pipeline:
     def max_rows(self) -> int:
         """The largest batch in rows that every model of the pipeline accepts."""
         return min(model.max_rows for model in self.models.values())
+
+    @property
+    def block_seconds(self) -> dict[str, dict[int, float]]:
+        """Seconds per call by Triton model and rows, as far as the export measured them."""
+        return {
+            self.model(role): {int(rows): ms / 1e3 for rows, ms in record.block_ms.items()}
+            for role, record in self.models.items()
+        }
 
     def rows_for(self, latent_shape: tuple[int, int, int]) -> int:
         """The largest batch in rows of this shape: larger latents have smaller batches."""

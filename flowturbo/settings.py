@@ -1,7 +1,9 @@
 """The service's settings: `parameters` of the orchestrator's config.pbtxt."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +55,16 @@ class Settings:
     max_images: int = 64
     text_cache_mb: int = 256
     default_timeout_s: float = 120.0
+    caller_weights: str = ""
+
+    @cached_property
+    def weights(self) -> dict[str, float]:
+        """Callers' shares by name. Raises ValueError."""
+        pairs = [part.partition("=") for part in self.caller_weights.split(",") if part.strip()]
+        found = {name.strip(): float(share) for name, _, share in pairs}
+        if wrong := [name for name, share in found.items() if not (name and 0 < share < math.inf)]:
+            raise ValueError(f"the share of {wrong[0]!r} must be above 0, got {found[wrong[0]]:g}")
+        return found
 
     def __post_init__(self) -> None:
         try:
@@ -62,6 +74,13 @@ class Settings:
             Variant(self.variant)
         except (RequestError, ValueError) as error:
             raise RepositoryError(f"orchestrator config: {error}") from error
+        try:
+            _ = self.weights
+        except ValueError as error:
+            raise RepositoryError(
+                "orchestrator config: caller_weights must be like 'alice=3,bob=0.5', got "
+                f"{self.caller_weights!r}: {error}"
+            ) from error
         for name in ("max_inflight", "max_images", "text_cache_mb", "default_timeout_s"):
             if not getattr(self, name) > 0:
                 raise RepositoryError(

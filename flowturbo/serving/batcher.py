@@ -1,27 +1,26 @@
-"""Batches the rows of all in-flight requests at every step.
+"""Batches the rows of in-flight requests at every step.
 
 Each request is a coroutine that waits for calls of models. Triton's dynamic batcher starts a batch
 whenever an engine is free. Requests in a loop then fall into cohorts: some wait while others run,
 and no batch is ever full. Here the thread that ran a batch takes all its requests to their next
 calls, then looks for the next batch. Those requests stay together, and no thread is woken between
-two calls of a request. On a shared device the model with the most waiting calls goes first.
-So a few early requests wait for the many behind them, and cohorts merge.
+two calls of a request. Which calls are next is the scheduler's choice (scheduling.py).
 """
 
 import logging
-import math
 import threading
-from collections import deque
-from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from flowturbo.rows import Tensors
+from flowturbo.serving.scheduling import Need, Scheduler, Times, Turns, Work
 
 _logger = logging.getLogger(__name__)
-MAX_SKIPPED = 8  # turns in a row; about as many as a request makes of the predictor
 
 Outputs = tuple[np.ndarray, ...]
 Evaluate = Callable[[str, Tensors], Outputs]
@@ -31,6 +30,18 @@ _Ready = tuple[Request, "Done", Any]  # a request, and what it is given to go on
 Done = Callable[[Any], None]  # takes a request's result, or the exception that ended it
 
 
+@dataclass(frozen=True)
+class Owner:
+    """The request that a call belongs to: its work, and a check that raises once it is over.
+
+    `scale` is the size of its latents beside that of the default size.
+    """
+
+    work: Work
+    check: Callable[[], None] = lambda: None
+    scale: float = 1.0
+
+
 @dataclass(eq=False)
 class _Call:
     """A call that a request waits for: `model` evaluates `tensors` [rows, ...]."""
@@ -38,11 +49,7 @@ class _Call:
     model: str
     tensors: Tensors
     most: int  # rows of a batch of such calls
-
-    @property
-    def key(self) -> Key:
-        """Calls of one key can be joined to one batch."""
-        return self.model, *[value.shape[1:] for value in self.tensors.values()]
+    owner: Owner | None
 
     def __await__(self) -> Generator["_Call", Outputs, Outputs]:
         return (yield self)
@@ -66,16 +73,29 @@ class Shared:
 
 @dataclass(eq=False)
 class _Waiting:
-    """A request that waits for a call, which is the `number`th of all calls."""
+    """A request that waits for a call (`flowturbo.serving.scheduling.Waiting`)."""
 
-    number: int
     call: _Call
     request: Request
     done: Done
 
-    @property
-    def rows(self) -> int:
-        return len(next(iter(self.call.tensors.values())))
+    def __post_init__(self) -> None:
+        self.model = self.call.model
+        self.most = self.call.most
+        shapes = [value.shape[1:] for value in self.call.tensors.values()]
+        self.key: Key = (self.model, *shapes)
+        self.rows = len(next(iter(self.call.tensors.values())))
+        self.work = self.call.owner.work if self.call.owner else None
+        self.scale = self.call.owner.scale if self.call.owner else 1.0
+
+    def over(self) -> BaseException | None:
+        """Why the request need not go on; None if it must."""
+        try:
+            if self.call.owner:
+                self.call.owner.check()
+        except BaseException as error:
+            return error
+        return None
 
 
 @dataclass(eq=False)
@@ -88,40 +108,8 @@ class _Device:
     threads: int
     models: Sequence[str]
     free: int = 0
-    queues: dict[Key, deque[_Waiting]] = field(default_factory=dict)
-    skipped: int = 0  # how often in a row the oldest call was
-
-    def next(self) -> Key:
-        """The key for which most calls wait; of several, the one of the later model.
-
-        The oldest call's, once that has been skipped too often.
-        """
-        if len(self.queues) == 1:
-            self.skipped = 0
-            return next(iter(self.queues))
-        order = self.models
-        longest = max(self.queues, key=lambda key: (len(self.queues[key]), order.index(key[0])))
-        oldest = min(self.queues, key=lambda key: self.queues[key][0].number)
-        if oldest != longest and self.skipped < MAX_SKIPPED:
-            self.skipped += 1
-            return longest
-        self.skipped = 0
-        return oldest
-
-    def take(self) -> tuple[str, list[_Waiting]]:
-        """A model and one of `free` equal shares of its calls, in order, up to its most rows."""
-        key = self.next()
-        queue, model = self.queues[key], key[0]
-        waiting_rows = sum(waiting.rows for waiting in queue)
-        share = min(queue[0].call.most, math.ceil(waiting_rows / self.free))
-        batch = [queue.popleft()]
-        rows = batch[0].rows
-        while queue and rows + queue[0].rows <= share:
-            batch.append(queue.popleft())
-            rows += batch[-1].rows
-        if not queue:
-            del self.queues[key]
-        return model, batch
+    waiting: list[_Waiting] = field(default_factory=list)
+    turns: Turns = field(default_factory=Turns)
 
 
 class Batcher:
@@ -131,6 +119,8 @@ class Batcher:
     models in `shared` take turns on one device: on a CPU, where two at a time are slower than one
     after the other. Of each other model `instances` batches run at a time, and those that are free
     share what is queued. An exception of `call` reaches every request in the batch.
+
+    `scheduler` is used under the batcher's lock (`planning`) only. `clock` returns seconds.
     """
 
     def __init__(
@@ -140,10 +130,13 @@ class Batcher:
         *,
         shared: Iterable[str] = (),
         instances: int = 1,
+        scheduler: Scheduler | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._call = call
         self._max_rows = max_rows
-        self._count = 0
+        self._scheduler = scheduler or Scheduler(Times({}))
+        self._clock = clock
         self._closed = False
         self._changed = threading.Condition()  # and the lock of all devices
         together = list(shared)
@@ -159,12 +152,20 @@ class Batcher:
         for thread in self._threads:
             thread.start()
 
-    async def infer(self, model: str, tensors: Tensors, most: int | None = None) -> Outputs:
+    @contextmanager
+    def planning(self) -> Iterator[Scheduler]:
+        """The scheduler, while nobody else uses it."""
+        with self._changed:
+            yield self._scheduler
+
+    async def infer(
+        self, model: str, tensors: Tensors, most: int | None = None, owner: Owner | None = None
+    ) -> Outputs:
         """The outputs for `tensors` [rows, ...]; for coroutines given to `start` alone.
 
         `most` is the most rows of a batch of these shapes, if that is fewer than of others.
         """
-        outputs: Outputs = await _Call(model, tensors, most or self._max_rows[model])
+        outputs: Outputs = await _Call(model, tensors, most or self._max_rows[model], owner)
         return outputs
 
     def share(self) -> Shared:
@@ -207,27 +208,54 @@ class Batcher:
                     if isinstance(call, Shared):
                         (self._ready if call.done else call.waiting).append((request, done, None))
                     elif call is not None:
-                        self._count += 1
-                        waiting = _Waiting(self._count, call, request, done)
-                        queues = self._devices[call.model].queues
-                        queues.setdefault(call.key, deque()).append(waiting)
+                        waiting = _Waiting(call, request, done)
+                        self._devices[call.model].waiting.append(waiting)
                 ready, self._ready = self._ready, []
                 self._changed.notify_all()
 
     def _serve(self, device: _Device) -> None:
-        while taken := self._next_batch(device):
-            model, batch = taken
-            results = self._evaluate(model, [waiting.call.tensors for waiting in batch])
+        while (batch := self._next_batch(device)) is not None:
+            started = self._clock()
+            results = self._evaluate(batch[0].model, [waiting.call.tensors for waiting in batch])
             self._advance((w.request, w.done, r) for w, r in zip(batch, results, strict=True))
+            # With the way to the next calls: that long the device was not free for others.
+            self._ran(batch, self._clock() - started)
 
-    def _next_batch(self, device: _Device) -> tuple[str, list[_Waiting]] | None:
+    def _ran(self, batch: Sequence[_Waiting], seconds: float) -> None:
         with self._changed:
-            device.free += 1
-            try:
-                self._changed.wait_for(lambda: device.queues or self._closed)
-                return device.take() if device.queues else None
-            finally:
-                device.free -= 1
+            self._scheduler.ran(batch, seconds, batch[0].scale)
+            for each in batch:
+                if each.work:
+                    need = Need(each.model, each.rows, each.most, scale=each.scale)
+                    self._scheduler.progressed(each.work, need)
+
+    def _next_batch(self, device: _Device) -> list[_Waiting] | None:
+        """Waits for calls; None once there are none and there will be none."""
+        while True:
+            with self._changed:
+                device.free += 1
+                try:
+                    self._changed.wait_for(lambda: device.waiting or self._closed)
+                    if not device.waiting:
+                        return None
+                    over = {w: why for w in device.waiting if (why := w.over()) is not None}
+                    batch: list[_Waiting] = []
+                    if len(over) < len(device.waiting):
+                        batch = self._scheduler.next_batch(
+                            [w for w in device.waiting if w not in over],
+                            device.models,
+                            device.turns,
+                            self._clock(),
+                            device.free,
+                        )
+                    gone = {*batch, *over}
+                    device.waiting = [w for w in device.waiting if w not in gone]
+                finally:
+                    device.free -= 1
+            if over:
+                self._advance((w.request, w.done, why) for w, why in over.items())
+            if batch:
+                return batch
 
     def _evaluate(self, model: str, parts: list[Tensors]) -> list[Outputs] | list[BaseException]:
         """The outputs for each of `parts`, evaluated together, or for each the error."""

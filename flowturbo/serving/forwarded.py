@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flowturbo.contract import CALLER_HEADER
 from flowturbo.errors import RequestError
 
 # The server's flags, and the shortest abbreviations that it accepts.
@@ -25,6 +26,7 @@ _FLAGS = {
     "--grpc-header-forward-pattern": "--grpc-he",
 }
 _SERVER = "tritonserver"
+_MOST_LETTERS = 100  # of a caller's name
 _ASKED = "flowturbo_output_"  # followed by the output's name: see server_guard.c
 _logger = logging.getLogger(__name__)
 
@@ -64,6 +66,12 @@ class Forwarded:
     def __contains__(self, name: str) -> bool:
         # search(), because the server (RE2's PartialMatch) finds a pattern anywhere in a name.
         return any(pattern.search(name) for pattern in self._patterns)
+
+
+def caller_of(parameters: Mapping[str, Any]) -> str:
+    """The caller's name in the header CALLER_HEADER, if the server forwards it; else empty."""
+    found = (of for name, of in parameters.items() if name.lower() == CALLER_HEADER)
+    return str(next(found, ""))[:_MOST_LETTERS]
 
 
 def as_asked(names: Iterable[str], parameters: Mapping[str, Any]) -> list[str]:

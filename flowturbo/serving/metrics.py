@@ -6,6 +6,7 @@ request.
 
 import threading
 from collections.abc import Mapping
+from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
@@ -39,8 +40,18 @@ class TritonMetrics:
                 "Time from arrival to answer of requests that succeeded",
                 family.HISTOGRAM,
             ),
+            family(
+                f"{orchestrator}_work_seconds",
+                "Device time that the requests in flight still need",
+                family.GAUGE,
+            ),
+            family(
+                f"{orchestrator}_block_seconds", "Time of a call by model and rows", family.GAUGE
+            ),
         ]
-        inflight, requests, rows, texts, duration = self._families
+        inflight, requests, rows, texts, duration, work, self._of_blocks = self._families
+        self._work = work.Metric(labels={})
+        self._blocks: dict[tuple[str, int], Any] = {}
         self._inflight = {p: inflight.Metric(labels={"pipeline": p}) for p in pipelines}
         self._requests = {
             (pipeline, outcome): requests.Metric(labels={"pipeline": pipeline, "outcome": outcome})
@@ -87,3 +98,13 @@ class TritonMetrics:
             self._requests[pipeline, outcome].increment(1)
             if outcome == "ok":
                 self._duration[pipeline].observe(seconds)
+
+    def planned(self, left_s: float, blocks: Mapping[tuple[str, int], float]) -> None:
+        """States the work that is left, and the times of calls by model and rows."""
+        with self._lock:
+            self._work.set(left_s)
+            for (model, rows), seconds in blocks.items():
+                if (model, rows) not in self._blocks:
+                    labels = {"model": model, "rows": str(rows)}
+                    self._blocks[model, rows] = self._of_blocks.Metric(labels=labels)
+                self._blocks[model, rows].set(seconds)

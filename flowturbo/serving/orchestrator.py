@@ -6,7 +6,7 @@ side alone: the work is done by `flowturbo.serving.service`, in the process of `
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,10 +17,10 @@ from flowturbo.gpu import gpu_count
 from flowturbo.pipeline import read_pipelines
 from flowturbo.rows import Tensors
 from flowturbo.serving.answers import StoredAnswers
-from flowturbo.serving.forwarded import Forwarded, as_asked
+from flowturbo.serving.forwarded import Forwarded, as_asked, caller_of
 from flowturbo.serving.metrics import TritonMetrics
-from flowturbo.serving.relay import Asked, Endpoint, Relay, Reply, endpoint
-from flowturbo.serving.service import Service, in_contract_order
+from flowturbo.serving.relay import Endpoint, Relay, Reply, endpoint
+from flowturbo.serving.service import Asked, Service, in_contract_order
 from flowturbo.serving.triton_io import (
     call_model,
     error_response,
@@ -53,7 +53,7 @@ class TritonPythonModel:
         for request in requests:
             sender = _Sender(request.get_response_sender(), ORCHESTRATOR)
             read = partial(_read, request, self._forwarded)
-            self._service.handle(sender, read, request.timeout() / 1e6)
+            self._service.handle(sender, read)
 
     def finalize(self) -> None:
         """Lets the requests in flight finish."""
@@ -62,9 +62,7 @@ class TritonPythonModel:
 
     def _stream(self, asked: Asked, post: Callable[[bytes], None]) -> Reply:
         reply = Reply(post, partial(told, STREAM))
-        self._service.handle(
-            reply, lambda: (asked.tensors, asked.outputs), asked.timeout_s, streams=True
-        )
+        self._service.handle(reply, lambda: asked, streams=True)
         return reply
 
 
@@ -82,7 +80,7 @@ class StreamPythonModel:
         for request in requests:
             sender = _Sender(request.get_response_sender(), STREAM)
             try:
-                asked = Asked(*_read(request, self._forwarded), request.timeout() / 1e6 or None)
+                asked = _read(request, self._forwarded)
             except Exception as error:
                 sender.send(sender.response(error))
             else:
@@ -93,11 +91,16 @@ class StreamPythonModel:
         self._relay.close()
 
 
-def _read(request: Any, forwarded: Forwarded) -> tuple[Tensors, Sequence[str]]:
-    """The input tensors of a request and the outputs it asks for. Raises RequestError."""
+def _read(request: Any, forwarded: Forwarded) -> Asked:
+    """A request with copies of its tensors. Raises RequestError."""
     parameters = forwarded.check(request.parameters)
     names = in_contract_order(request.requested_output_names())
-    return read_tensors(request), as_asked(names, parameters)
+    return Asked(
+        read_tensors(request),
+        as_asked(names, parameters),
+        request.timeout() / 1e6 or None,
+        caller_of(parameters),
+    )
 
 
 class _Sender:

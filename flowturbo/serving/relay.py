@@ -16,7 +16,7 @@ import stat
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from flowturbo.errors import (
     UnavailableError,
 )
 from flowturbo.rows import Tensors
-from flowturbo.serving.service import Sender
+from flowturbo.serving.service import Asked, Sender
 
 _LENGTH_BYTES = 8
 _CANCEL_CHECK_S = 0.05  # asking the server whether a caller is still there costs a round trip
@@ -37,15 +37,6 @@ _LATE_S = 2.0  # after its deadline a request has been answered, or the other pr
 _CLOSING_S = 5.0
 _BACKLOG = 1024
 _OTHER = "the orchestrator's process"
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A request on its way: its tensors, the outputs asked for, and how long it may take."""
-
-    tensors: Tensors
-    outputs: Sequence[str]
-    timeout_s: float | None
 
 
 @dataclass(frozen=True)

@@ -57,22 +57,40 @@ from flowturbo.request import (
     read_preview_every,
 )
 from flowturbo.rows import AwaitedInfer, Tensors
-from flowturbo.serving.batcher import Batcher
+from flowturbo.serving.batcher import Batcher, Owner
 from flowturbo.serving.deadlines import Deadlines
 from flowturbo.serving.encodings import Encodings
 from flowturbo.serving.outcomes import outcome_of
 from flowturbo.serving.previews import Previews, place
+from flowturbo.serving.scheduling import Need, Scheduler, Times, Work
 from flowturbo.settings import Settings
 from flowturbo.solver.calls import Variant
 from flowturbo.solver.program import Program
 
 IDLE_BEFORE_ENSEMBLE_S = 1.0  # after so long alone, a request need not wait to share its batches
 CANCEL_CHECK_S = 0.02  # asking the server whether a caller is still there costs a round trip
+_WAITING_CHECK_S = 0.2  # the same, for requests that wait
+_FULL_S = 0.5  # a full server may have a place by then
+_METRICS_S = 1.0  # between two reports of block times
 _OF_STREAMS = [spec.name for spec in STREAM_OUTPUTS]
 _logger = logging.getLogger(__name__)
 
 # Evaluates a Triton model: its name, inputs and the wanted outputs, to these in order.
 Call = Callable[[str, Tensors, Sequence[str]], tuple[np.ndarray, ...]]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request as it comes: its tensors and the outputs asked for.
+
+    `timeout_s` is how long it may take, None for the service's default. `caller` is a name that the
+    front end forwards, empty without one.
+    """
+
+    tensors: Tensors
+    outputs: Sequence[str]
+    timeout_s: float | None = None
+    caller: str = ""
 
 
 class Sender(Protocol):
@@ -106,37 +124,42 @@ class Metrics(Protocol):
 
     def finished(self, pipeline: str, outcome: str, seconds: float) -> None: ...
 
+    def planned(self, left_s: float, blocks: Mapping[tuple[str, int], float]) -> None: ...
+
 
 @dataclass
 class Job:
     """One request on its way: when it came and must be done (monotonic s), and its sender.
 
-    `executed` counts its rows in each model's calls. `preview_every` is 0 without previews.
+    `executed` counts its rows in each model's calls. `preview_every` is 0 without previews. `work`
+    is what it was taken for.
     """
 
     sender: Sender
     arrived: float
-    deadline: float
-    timeout_s: float
+    deadline: float = math.inf
+    timeout_s: float = math.inf
     pipeline: str = UNKNOWN
     executed: Counter[str] = field(default_factory=Counter)
     lock: threading.Lock = field(default_factory=threading.Lock)
     answered: bool = False
     preview_every: int = 0
+    work: Work | None = None
     last_cancel_check: float = field(default_factory=time.monotonic)
     cancelled: bool = False
 
-    def check(self, workers: ThreadPoolExecutor) -> None:
+    def check(self, workers: ThreadPoolExecutor, every_s: float = CANCEL_CHECK_S) -> None:
         """Raises once the deadline has passed or the caller is known to have gone.
 
-        One of `workers` asks whether it has: this thread has batches to run.
+        One of `workers` asks whether it has, at most after `every_s`: this thread has batches to
+        run.
         """
         now = time.monotonic()
         if now >= self.deadline:
             raise self.expired()
         if self.cancelled:
             raise CancelledError("the request was cancelled by its caller")
-        if now - self.last_cancel_check >= CANCEL_CHECK_S:
+        if now - self.last_cancel_check >= every_s:
             self.last_cancel_check = now
             workers.submit(self._look)
 
@@ -180,6 +203,9 @@ class Service:
             ]
         )
         composed = [(each, role) for each in pipelines.values() for role in each.models]
+        stated: dict[str, dict[int, float]] = {}
+        for each in pipelines.values():
+            stated |= each.block_seconds
         self._outputs = {
             pipeline.model(role): [spec.name for spec in pipeline.tensors(role)[1]]
             for pipeline, role in composed
@@ -189,6 +215,7 @@ class Service:
             {pipeline.model(role): pipeline.max_rows for pipeline, role in composed},
             shared=[pipeline.model(role) for pipeline, role in composed if not pipeline.on_gpu],
             instances=instances,
+            scheduler=Scheduler(Times(stated), instances, settings.weights),
         )
         self._encodings = Encodings(settings.text_cache_mb << 20, self._batcher.share)
         for pipeline in pipelines.values():
@@ -200,27 +227,21 @@ class Service:
         self._inflight: Counter[str] = Counter()
         self._closing = False
         self._last_concurrent_at = -math.inf  # when requests were last together here (monotonic s)
+        self._last_report_at = -math.inf
         self._left = threading.Condition()  # and the lock of these four
         self._workers = _all_threads(settings.max_inflight)
 
-    def handle(
-        self,
-        sender: Sender,
-        read: Callable[[], tuple[Tensors, Sequence[str]]],
-        timeout_s: float | None = None,
-        *,
-        streams: bool = False,
-    ) -> None:
+    def handle(self, sender: Sender, read: Callable[[], Asked], *, streams: bool = False) -> None:
         """Takes a request over; it is answered exactly once, by `sender`.
 
-        `read` gives its input tensors and the names of the outputs asked for. Its errors are
-        answers too. With `streams` previews are sent before the answer.
+        The errors of `read` are answers too. With `streams` previews are sent before the answer.
         """
-        arrived = time.monotonic()
-        timeout_s = timeout_s or self._settings.default_timeout_s
-        job = Job(sender, arrived, arrived + timeout_s, timeout_s)
+        job = Job(sender, time.monotonic())
         try:
-            tensors, wanted = read()
+            asked = read()
+            tensors, wanted = asked.tensors, asked.outputs
+            job.timeout_s = asked.timeout_s or self._settings.default_timeout_s
+            job.deadline = job.arrived + job.timeout_s
             if list(wanted) == [PIPELINES]:
                 if tensors:
                     raise RequestError(
@@ -235,7 +256,7 @@ class Service:
             job.pipeline = named_pipeline(tensors, self._pipelines, self._default)
             pipeline = self._pipelines[job.pipeline]
             request = parse_request(tensors, wanted, pipeline, self._settings, self._conditions)
-            self._start(job, request)
+            self._start(job, request, asked.caller)
         except Exception as error:
             self._answer(job, error)
 
@@ -248,19 +269,26 @@ class Service:
         self._workers.shutdown(wait=True)
         self._deadlines.close()
 
-    def _start(self, job: Job, request: GenerationRequest) -> None:
+    def _start(self, job: Job, request: GenerationRequest, caller: str) -> None:
+        pipeline = self._pipelines[job.pipeline]
+        variant = Variant(self._settings.variant)
+        program = program_for(request.schedule, variant, request.times, pipeline.trained_step)
         self._admit(job)
         ticket = None
         try:
+            needs = calls_needed(request, pipeline, program, job.preview_every)
+            with self._batcher.planning() as scheduler:
+                now = time.monotonic()
+                job.work = scheduler.take(needs, request.images, job.deadline, now, caller)
             ticket = self._deadlines.add(job, job.deadline)
-            self._workers.submit(self._work, job, ticket, request)
+            self._workers.submit(self._work, job, ticket, request, program)
         except BaseException:
             self._leave(job)
             if ticket is None or self._deadlines.done(ticket):
                 raise
 
     def _admit(self, job: Job) -> None:
-        """Takes a place in flight, or raises: there is no queue, so that refusal comes at once."""
+        """Takes a place in flight, or raises: there are at most so many."""
         with self._left:
             if self._closing:
                 raise UnavailableError("the server is stopping: ask another, or try again later")
@@ -268,7 +296,7 @@ class Service:
             if together >= self._settings.max_inflight:
                 raise BusyError(
                     f"server is full: {together} requests in flight, at most "
-                    f"{self._settings.max_inflight} are allowed; try again later"
+                    f"{self._settings.max_inflight} are allowed; retry after {_FULL_S:.1f} s"
                 )
             self._inflight[job.pipeline] += 1
             if together:
@@ -276,19 +304,27 @@ class Service:
             self._metrics.inflight(job.pipeline, self._inflight[job.pipeline])
 
     def _leave(self, job: Job) -> None:
+        self._forget(job)
         with self._left:
             self._inflight[job.pipeline] -= 1
             self._metrics.inflight(job.pipeline, self._inflight[job.pipeline])
             self._left.notify_all()
 
+    def _forget(self, job: Job) -> None:
+        """Its work need not be done any more."""
+        if job.work:
+            with self._batcher.planning() as scheduler:
+                scheduler.leave(job.work)
+
     def _expire(self, job: Job) -> None:
         """Answers at the deadline, whatever the worker waits for; its own answer is dropped."""
         try:
+            self._forget(job)
             self._answer(job, job.expired())
         except Exception:
             _logger.exception("answer at a deadline failed")
 
-    def _work(self, job: Job, ticket: int, request: GenerationRequest) -> None:
+    def _work(self, job: Job, ticket: int, request: GenerationRequest, program: Program) -> None:
         """Runs one admitted request; whatever happens, its one response is sent."""
 
         edit: OpenEdit | None = None
@@ -304,8 +340,6 @@ class Service:
                 edit = request.edit.open(lambda: job.check(self._workers))
                 if edit.masks is not None:
                     _ = edit.latent_masks  # here: the batcher's thread serves others too
-            variant = Variant(self._settings.variant)
-            program = program_for(request.schedule, variant, request.times, pipeline.trained_step)
             ensemble = ensemble_for(request, pipeline, self._settings.variant)
             idle_s = time.monotonic() - self._last_concurrent_at
             if ensemble and idle_s > IDLE_BEFORE_ENSEMBLE_S and not job.preview_every:
@@ -340,22 +374,39 @@ class Service:
     def _infer_for(self, job: Job, pipeline: Pipeline, request: GenerationRequest) -> AwaitedInfer:
         models = {role: pipeline.model(role) for role in pipeline.models}
         most = pipeline.rows_for(request.latent_shape)
+        assert job.work
+        owner = Owner(job.work, partial(self._check_job, job), _scale(request, pipeline))
 
         async def call(role: Role, tensors: Tensors) -> tuple[np.ndarray, ...]:
             job.check(self._workers)
             model = models[role]
-            outputs = await self._batcher.infer(model, tensors, most)
+            outputs = await self._batcher.infer(model, tensors, most, owner)
             job.executed[model] += len(outputs[0])
             return outputs
 
+        with self._batcher.planning() as scheduler:
+            sizes = {role: scheduler.times.best_rows(models[role], most) for role in models}
+        # Large calls in parts, so that other requests can run in between.
+        parts = {role: in_chunks(call, rows) for role, rows in sizes.items()}
+
         async def infer(role: Role, tensors: Tensors) -> tuple[np.ndarray, ...]:
             if role is not Role.TEXT_ENCODER:
-                return await call(role, tensors)
+                return await parts[role](role, tensors)
             outputs, count = await self._encodings.infer(models[role], tensors, partial(call, role))
             self._metrics.encoded(pipeline.name, count.hits, count.misses)
             return outputs
 
         return infer
+
+    def _check_job(self, job: Job) -> None:
+        """Raises once a waiting request need not go on: it is over, or cannot be done in time."""
+        job.check(self._workers, _WAITING_CHECK_S)
+        with self._batcher.planning() as scheduler:
+            if job.work and scheduler.is_hopeless(job.work, time.monotonic()):
+                raise DeadlineError(
+                    f"the deadline of {job.timeout_s:g} s cannot be met any more: the server is "
+                    "slower than it was"
+                )
 
     def _show_for(
         self,
@@ -419,6 +470,17 @@ class Service:
             if in_time:
                 self._answer(job, result)
         self._metrics.executed(job.pipeline, job.executed)
+        self._report()
+
+    def _report(self) -> None:
+        """Tells the metrics what is planned, from time to time."""
+        now = time.monotonic()
+        if now - self._last_report_at < _METRICS_S:
+            return
+        self._last_report_at = now
+        with self._batcher.planning() as scheduler:
+            left_s, blocks = scheduler.left_s, scheduler.times.measured()
+        self._metrics.planned(left_s, blocks)
 
     def _answer(self, job: Job, result: Tensors | BaseException) -> None:
         """Sends the one final response; the request must not be touched afterwards."""
@@ -436,6 +498,30 @@ class Service:
         except Exception:
             # The way back is closed by now: nothing more can be sent.
             _logger.exception("an answer could not be sent")
+
+
+def calls_needed(
+    request: GenerationRequest, pipeline: Pipeline, program: Program, preview_every: int = 0
+) -> list[Need]:
+    """The calls that `request` makes. Texts are left out: most encodings are kept."""
+    rows: Counter[tuple[Role, int]] = Counter()
+    if request.needs_decoder or LATENT in request.outputs:
+        rows += Counter((role, request.rows) for role in roles_called(program))
+        rows[Role.ENCODER, request.images] += bool(request.edit)
+    if request.needs_decoder:
+        previews = len(request.schedule) // preview_every if preview_every else 0
+        rows[Role.DECODER, request.images] += 1 + previews
+    most, scale = pipeline.rows_for(request.latent_shape), _scale(request, pipeline)
+    return [
+        Need(pipeline.model(role), count, most, times, scale)
+        for (role, count), times in rows.items()
+        if times
+    ]
+
+
+def _scale(request: GenerationRequest, pipeline: Pipeline) -> float:
+    """The size of the request's latents beside that of the default size."""
+    return pipeline.tokens(request.latent_shape) / pipeline.tokens(pipeline.latent_shape)
 
 
 def in_contract_order(asked: Sequence[str]) -> list[str]:

@@ -139,6 +139,8 @@ def _arguments(
         "--allow-sagemaker=false",
         "--allow-vertex-ai=false",
         "--disable-auto-complete-config",
+        f"--grpc-header-forward-pattern=(?i)^{contract.CALLER_HEADER}$",
+        f"--http-header-forward-pattern=(?i)^{contract.CALLER_HEADER}$",
         *options.extra_args,
     ]
 

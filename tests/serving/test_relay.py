@@ -19,7 +19,8 @@ from flowturbo.errors import (
 from flowturbo.rows import Tensors
 from flowturbo.serving import relay
 from flowturbo.serving.outcomes import as_told
-from flowturbo.serving.relay import Asked, Endpoint, Relay, Reply
+from flowturbo.serving.relay import Endpoint, Relay, Reply
+from flowturbo.serving.service import Asked
 
 WAIT_S = 20
 IMAGES = np.arange(2 * 300 * 300 * 3, dtype=np.uint8).reshape(2, 300, 300, 3)  # above a buffer
