@@ -1,10 +1,12 @@
-"""Event simulation of a replica under load; docs/sizing.md has the model."""
+"""Event simulation of a replica under load, with the service's own scheduler.
+
+docs/sizing.md has the model.
+"""
 
 import heapq
 import math
 import statistics
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -12,7 +14,11 @@ import numpy as np
 
 from bench.capacity.replica import Replica
 from flowturbo.contract import Role
+from flowturbo.errors import BusyError, DeadlineError
+from flowturbo.serving.scheduling import Need, Scheduler, Times, Turns, Work
+from flowturbo.settings import Settings
 
+_STATED = (2, 4, 8, 16, 32, 64)  # the rows that an export measures
 WARM_UP = 0.1  # share of the requests that are not counted
 
 
@@ -34,20 +40,58 @@ class Point:
     p95_ms: float
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True)
+class Arrival:
+    """A simulated request: its images, seconds until its deadline, and its caller."""
+
+    images: int = 1
+    timeout_s: float = Settings.default_timeout_s
+    caller: str = ""
+
+
+@dataclass(slots=True, eq=False)
 class _Request:
+    """A request on its way. `left` are the calls that remain: a model and rows, the next one last.
+
+    A large call is made in parts, as in the service.
+    """
+
     arrived: float
-    done: int = 0  # calls
+    asked: Arrival
+    work: Work
+    left: list[tuple[str, int]]
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    """A call that waits for a device (`flowturbo.serving.scheduling.Waiting`)."""
+
+    request: _Request
+    model: str
+    rows: int
+    most: int
+    work: Work
+    key: str
 
 
 @dataclass(slots=True)
 class _Execution:
-    batch: list[_Request]
+    batch: list[_Waiting]
     left_ms: float  # if it has the device for itself
 
 
+@dataclass(slots=True)
+class _Device:
+    """Models that take turns, and what waits for them; `taken` while a batch is sent or runs."""
+
+    models: list[str]
+    waiting: list[_Waiting] = field(default_factory=list)
+    turns: Turns = field(default_factory=Turns)
+    taken: bool = False
+
+
 @dataclass
-class _Simulation:
+class Simulation:
     """The state of a replica between two events; times are in milliseconds."""
 
     replica: Replica
@@ -55,17 +99,31 @@ class _Simulation:
     now: float = 0.0
     inflight: int = 0
     busy_ms: float = 0.0
-    refused: list[float] = field(default_factory=list)  # arrival times
-    answered: list[tuple[float, float]] = field(default_factory=list)  # (arrival, end)
+    weights: Mapping[str, float] = field(default_factory=dict)
+    refused: list[tuple[float, Arrival]] = field(default_factory=list)  # when
+    answered: list[tuple[float, float, Arrival]] = field(default_factory=list)  # arrival, end
     batches: list[tuple[str, float, int]] = field(default_factory=list)  # (model, start, rows)
 
     def __post_init__(self) -> None:
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
         self._running: dict[str, _Execution] = {}
-        self._queues: dict[str, deque[_Request]] = {m: deque() for m in self.replica.times_ms}
-        self._taken: set[str] = set()  # models whose batch is being sent or running
-        self._rows = dict(self.replica.calls)
+        self._since: dict[str, float] = {}  # when the batch of a model was sent
+        models = list(self.replica.times_ms)
+        groups = [models] if self.replica.turns else [[model] for model in models]
+        self._devices = [_Device(group) for group in groups]
+        self._device_of = {model: each for each in self._devices for model in each.models}
+        times = Times(
+            {
+                model: {
+                    rows: (ms + self.replica.overhead_ms) / 1e3
+                    for rows, ms in enumerate(table)
+                    if rows in _STATED or rows == self.replica.max_rows
+                }
+                for model, table in self.replica.times_ms.items()
+            }
+        )
+        self._scheduler = Scheduler(times, weights=self.weights)
 
     def at(self, when: float, event: Callable[[], None]) -> None:
         """Schedules `event` for the time `when`."""
@@ -85,19 +143,29 @@ class _Simulation:
                 when, _, event = heapq.heappop(self._events)
                 self._advance(when)
                 event()
-            if self.replica.turns:
-                self._take_turn()
-            else:
-                for model in self._queues:
-                    self._start(model)
+            for device in self._devices:
+                self._start(device)
 
-    def arrive(self) -> None:
-        """A request arrives; it is refused if `max_inflight` requests are in flight."""
+    def arrive(self, asked: Arrival = Arrival()) -> None:
+        """A request arrives; it is refused as the service would refuse it."""
         if self.inflight >= self.replica.max_inflight:
-            self.refused.append(self.now)
+            self.refused.append((self.now, asked))
+            return
+        most, count = self.replica.max_rows, asked.images
+        needs = [Need(model, rows * count, most) for model, rows in self.replica.calls]
+        now_s = self.now / 1e3
+        try:
+            work = self._scheduler.take(needs, count, now_s + asked.timeout_s, now_s, asked.caller)
+        except (BusyError, DeadlineError):
+            self.refused.append((self.now, asked))
             return
         self.inflight += 1
-        self._next_call(_Request(self.now))
+        parts = [(need.model, rows) for need in needs for rows in self._parts(need)]
+        self._next_call(_Request(self.now, asked, work, parts[::-1]))
+
+    def _parts(self, need: Need) -> list[int]:
+        size = self._scheduler.chunk(need)
+        return [min(size, need.rows - k) for k in range(0, need.rows, size)]
 
     def _advance(self, when: float) -> None:
         """Moves the time to `when`. k executions share the device, each at 1/k of its speed."""
@@ -109,44 +177,50 @@ class _Simulation:
                 execution.left_ms -= passed / len(self._running)
 
     def _next_call(self, request: _Request) -> None:
-        self._queues[self.replica.calls[request.done][0]].append(request)
+        model, rows = request.left.pop()
+        most = self.replica.max_rows
+        call = _Waiting(request, model, rows, most, request.work, model)
+        self._device_of[model].waiting.append(call)
 
-    def _take_turn(self) -> None:
-        """Starts the model with most waiting calls, if none runs; on a tie, the later model."""
-        if not self._taken:  # without fairness: starvation hardly occurs with one schedule
-            self._start(max(reversed(self._queues), key=lambda model: len(self._queues[model])))
-
-    def _start(self, model: str) -> None:
-        """Batches the waiting calls that fit; the device starts after the call's overhead."""
-        queue, fit = self._queues[model], self.replica.max_rows // self._rows[model]
-        if not queue or model in self._taken:
+    def _start(self, device: _Device) -> None:
+        """Batches waiting calls if the device is free; it starts after the call's overhead."""
+        if not device.waiting or device.taken:
             return
-        self._taken.add(model)
-        batch = [queue.popleft() for _ in range(min(fit, len(queue)))]
-        self.at(self.now + self.replica.overhead_ms, partial(self._execute, model, batch))
+        device.taken = True
+        batch = self._scheduler.next_batch(
+            device.waiting, device.models, device.turns, self.now / 1e3
+        )
+        chosen = set(batch)
+        device.waiting = [call for call in device.waiting if call not in chosen]
+        self.at(self.now + self.replica.overhead_ms, partial(self._execute, batch, self.now))
 
-    def _execute(self, model: str, batch: list[_Request]) -> None:
-        rows = len(batch) * self._rows[model]
+    def _execute(self, batch: list[_Waiting], since: float) -> None:
+        model, rows = batch[0].model, sum(call.rows for call in batch)
         self._running[model] = _Execution(batch, self.replica.times_ms[model][rows])
+        self._since[model] = since
         self.batches.append((model, self.now, rows))
 
     def _finish(self, model: str) -> None:
-        self._taken.remove(model)
-        for request in self._running.pop(model).batch:
-            request.done += 1
-            if request.done < len(self.replica.calls):
+        self._device_of[model].taken = False
+        batch = self._running.pop(model).batch
+        self._scheduler.ran(batch, (self.now - self._since[model]) / 1e3)
+        for call in batch:
+            self._scheduler.progressed(call.work, model, call.rows)
+            request = call.request
+            if request.left:
                 self._next_call(request)
                 continue
+            self._scheduler.leave(request.work)
             self.inflight -= 1
-            self.answered.append((request.arrived, self.now))
+            self.answered.append((request.arrived, self.now, request.asked))
             self.on_done()
 
     def point(self, load: float, start: float, end: float) -> Point:
         """Figures from `start` to `end`: throughput by end, latencies by arrival."""
-        waits = [done - came for came, done in self.answered if start <= came <= end]
-        lost = sum(start <= came <= end for came in self.refused)
+        waits = [done - came for came, done, _ in self.answered if start <= came <= end]
+        lost = sum(start <= came <= end for came, _ in self.refused)
         sizes = [rows for m, at, rows in self.batches if m == Role.PREDICTOR and start <= at <= end]
-        made = sum(start < done <= end for _, done in self.answered)
+        made = sum(start < done <= end for _, done, _ in self.answered)
         p50, p95 = np.percentile(waits + [math.inf] * lost, [50, 95], method="higher")
         return Point(
             load,
@@ -164,7 +238,7 @@ def open_loop(replica: Replica, rate: float, requests: int = 4000, seed: int = 0
     """Requests of one image with Poisson arrivals, `rate` per second."""
     gaps = np.random.default_rng(seed).exponential(1e3 / rate, requests)
     arrivals = np.cumsum(gaps)
-    simulation = _Simulation(replica)
+    simulation = Simulation(replica)
     for when in arrivals:
         simulation.at(float(when), simulation.arrive)
     simulation.run()
@@ -178,7 +252,7 @@ def closed_loop(replica: Replica, clients: int, requests: int = 4000, seed: int 
             f"{clients} clients in a closed loop, allowed are 1 to {replica.max_inflight} "
             "(max_inflight)"
         )
-    simulation = _Simulation(replica)
+    simulation = Simulation(replica)
     simulation.on_done = lambda: simulation.arrive()
     for when in np.random.default_rng(seed).uniform(0, replica.lone_ms(), clients):
         simulation.at(float(when), simulation.arrive)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from flowturbo.rows import Tensors
-from flowturbo.serving.scheduling import Need, Scheduler, Times, Turns, Work
+from flowturbo.serving.scheduling import Scheduler, Times, Turns, Work
 
 _logger = logging.getLogger(__name__)
 
@@ -226,8 +226,7 @@ class Batcher:
             self._scheduler.ran(batch, seconds, batch[0].scale)
             for each in batch:
                 if each.work:
-                    need = Need(each.model, each.rows, each.most, scale=each.scale)
-                    self._scheduler.progressed(each.work, need)
+                    self._scheduler.progressed(each.work, each.model, each.rows, each.scale)
 
     def _next_batch(self, device: _Device) -> list[_Waiting] | None:
         """Waits for calls; None once there are none and there will be none."""

@@ -12,9 +12,10 @@ All times are in seconds. Nothing here waits, locks or reads a clock.
   the time whatever happens.
 """
 
+import itertools
 import math
-from bisect import bisect_left
-from collections import defaultdict
+from bisect import bisect_left, insort
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
@@ -28,9 +29,11 @@ MAX_SKIPPED = 8  # turns in a row; about as many as a request makes of the predi
 _JOINS_AT = 1.25  # times as long a batch of few images may take for the rows of others
 _LEARNING = 0.1  # the weight of a new measurement
 _SURE = 5  # measurements until a time is trusted
-_SPARE, _SPARE_UNSURE, _SPARE_S = 1.02, 1.1, 0.01  # what is planned beyond the estimate
+_SPARE, _SPARE_UNSURE = 1.03, 1.1  # beside the estimate, is planned
 _OWED_S = 0.5  # requests with many images wait so long for their share
-_CONTENDING_S = 1.0  # a refused caller counts as waiting, beyond the time it was told to wait
+_CONTENDING_S = (
+    10.0  # after a refusal, and the time it was told to wait, a caller counts as waiting
+)
 _PROBE_S = 5.0  # between two requests that an idle server takes against its own estimate
 _HOPELESS = 0.8  # of the estimate: if less time than that is left, a request is given up
 
@@ -44,8 +47,9 @@ class Times:
 
     def __init__(self, stated: Mapping[str, Mapping[int, float]]) -> None:
         self._stated = {model: sorted(times.items()) for model, times in stated.items() if times}
-        self._factors: dict[tuple[str, int], float] = {}
-        self._counts: dict[tuple[str, int], int] = defaultdict(int)
+        self._factors: dict[str, dict[int, float]] = defaultdict(dict)  # by model and bucket
+        self._counts: Counter[tuple[str, int]] = Counter()
+        self._best: dict[tuple[str, int], int] = {}
 
     def seconds(self, model: str, rows: int, scale: float = 1.0) -> float:
         """Of one call; `scale` is the size of its latents beside that of the default size."""
@@ -55,14 +59,14 @@ class Times:
         """Corrects the estimate: a call of `rows` took `seconds`."""
         if model not in self._stated:
             self._stated[model] = [(rows, seconds / scale)]
-        key = model, _bucket(rows)
+        bucket = _bucket(rows)
         ratio = seconds / scale / self._expected(model, rows)
         had = self._factor(model, rows)
         # One call in a hundred is held up by something else. A real change comes again.
         ratio = min(max(ratio, had / 2), had * 2)
-        self._counts[key] += 1
-        weight = max(_LEARNING, 1 / self._counts[key])
-        self._factors[key] = had + weight * (ratio - had)
+        self._counts[model, bucket] += 1
+        weight = max(_LEARNING, 1 / self._counts[model, bucket])
+        self._factors[model][bucket] = had + weight * (ratio - had)
 
     def is_sure(self, model: str, rows: int) -> bool:
         """Whether enough calls of about so many rows were seen here."""
@@ -70,7 +74,7 @@ class Times:
 
     def measured(self) -> dict[tuple[str, int], float]:
         """Seconds by model and rows, of the numbers of rows that were seen here."""
-        keys = [(model, 1 << bucket) for model, bucket in self._factors]
+        keys = [(model, 1 << bucket) for model, of in self._factors.items() for bucket in of]
         return {(model, rows): self.seconds(model, rows) for model, rows in keys}
 
     def best_rows(self, model: str, most: int) -> int:
@@ -78,30 +82,37 @@ class Times:
 
         As stated at export: it does not change while the service runs.
         """
-        stated = [(rows, s) for rows, s in self._stated.get(model, ()) if rows <= most]
-        if len(stated) < 2:
+        found = self._best.get((model, most))
+        if found is None:
+            found = self._best[model, most] = self._find_best(model, most)
+        return found
+
+    def _find_best(self, model: str, most: int) -> int:
+        speeds = [(rows, rows / s) for rows, s in self._stated.get(model, ()) if rows <= most]
+        if len(speeds) < 2:
             return most
-        best = max(rows / s for rows, s in stated)
-        return next(rows for rows, s in stated if rows / s >= NEAR_BEST * best)
+        best = max(speed for _, speed in speeds)
+        return next(rows for rows, speed in speeds if speed >= NEAR_BEST * best)
 
     def _expected(self, model: str, rows: int) -> float:
         """As stated: linear between the stated rows, and through the last two beyond."""
         stated = self._stated.get(model)
         if not stated:
             return 0.0
-        k = min(max(bisect_left(stated, (rows, 0.0)), 1), len(stated) - 1)
         if len(stated) == 1 or rows <= stated[0][0]:
             return stated[0][1] * max(1.0, rows / stated[0][0])
+        k = min(max(bisect_left(stated, (rows, 0.0)), 1), len(stated) - 1)
         (low, fast), (high, slow) = stated[k - 1], stated[k]
         return fast + (slow - fast) * (rows - low) / (high - low)
 
     def _factor(self, model: str, rows: int) -> float:
         """The correction for so many rows, else that for the nearest number of rows."""
-        bucket = _bucket(rows)
-        known = [each for of, each in self._factors if of == model]
+        known, bucket = self._factors.get(model), _bucket(rows)
         if not known:
             return 1.0
-        return self._factors[model, min(known, key=lambda each: abs(each - bucket))]
+        if bucket in known:
+            return known[bucket]
+        return known[min(known, key=lambda each: abs(each - bucket))]
 
 
 def _bucket(rows: int) -> int:
@@ -127,22 +138,28 @@ class Need:
 class Work:
     """The work of a taken request. `number` is its place in the order of arrival.
 
-    `left_s` is the device time that is left if batches are shared, `alone_s` if it runs alone.
-    `is_sure` says whether enough calls like its own were seen to rely on that.
+    `left` are the rows that each model still has to run for it, scaled to the default size. `rows`
+    are those of its largest call, as a share of a full batch. Alone they take `alone` times as long
+    as in full batches. `is_sure` says whether enough such calls were seen to rely on that.
     """
 
     caller: str
     images: int
     deadline: float
     number: int
-    left_s: float
-    alone_s: float
+    left: dict[str, float]
+    rows: float
+    alone: float
     is_sure: bool
 
     @property
     def has_few(self) -> bool:
         """Whether somebody probably waits for it: it has few images."""
         return self.images <= FEW_IMAGES
+
+    @property
+    def kind(self) -> tuple[str, bool]:
+        return self.caller, self.has_few
 
     @property
     def place(self) -> tuple[float, int]:
@@ -197,7 +214,9 @@ class Scheduler:
     weights: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._taken: dict[Work, None] = {}
+        self._taken: list[Work] = []  # by deadline
+        self._kinds: Counter[tuple[str, bool]] = Counter()  # of taken work: caller, few images
+        self._most: dict[str, int] = {}  # rows of a batch, by model
         self._count = 0
         self._used: dict[str, float] = {}  # weighted seconds by caller
         self._owed_s = 0.0  # to requests with many images
@@ -209,19 +228,25 @@ class Scheduler:
     ) -> Work:
         """Takes a request. Raises BusyError or DeadlineError if it cannot be done in time."""
         needs = list(needs)
-        shared_s = sum(self.shared_s(need) * need.count for need in needs)
-        alone_s = sum(self._alone_s(need) * need.count for need in needs)
+        left: dict[str, float] = defaultdict(float)
+        for need in needs:
+            self._most[need.model] = max(need.most, self._most.get(need.model, 0))
+            left[need.model] += need.rows * need.count * need.scale
         sure = all(self.times.is_sure(need.model, self.chunk(need)) for need in needs)
         self._count += 1
-        work = Work(caller, images, deadline, self._count, shared_s, alone_s, sure)
+        rows = max((need.rows / self.chunk(need) for need in needs), default=0.0)
+        work = Work(caller, images, deadline, self._count, left, rows, 1.0, sure)
+        if shared_s := self._left_s(work):
+            alone_s = sum(self._alone_s(need) * need.count for need in needs)
+            work.alone = max(1.0, alone_s / shared_s)
         if not self._is_probe(now):
             self._refuse_late(work, now)
-        self._contending.pop(caller, None)
-        if caller not in self._used or not any(each.caller == caller for each in self._taken):
-            # Nobody saves up time by not asking.
-            present = [self._used[each.caller] for each in self._taken]
-            self._used[caller] = max([self._used.get(caller, 0.0), min(present, default=0.0)])
-        self._taken[work] = None
+        present = {who for who, _ in self._kinds}
+        if caller not in present:  # nobody saves up time by not asking
+            least = min((self._used[who] for who in present), default=0.0)
+            self._used[caller] = max(self._used.get(caller, 0.0), least)
+        insort(self._taken, work, key=_place)
+        self._kinds[work.kind] += 1
         return work
 
     def _is_probe(self, now: float) -> bool:
@@ -233,16 +258,15 @@ class Scheduler:
 
     def _refuse_late(self, work: Work, now: float) -> None:
         given_s = work.deadline - now
-        if work.is_sure and work.alone_s > given_s:
+        if work.is_sure and self._needed_s(work) > given_s:
             raise DeadlineError(
-                f"the request needs {_shown(work.alone_s)} here, its deadline of "
+                f"the request needs {_shown(self._needed_s(work))} here, its deadline of "
                 f"{_shown(given_s)} cannot be met: ask for fewer images, a shorter schedule or "
                 "more time"
             )
         if not self._taken:
             return
-        spare = _SPARE if work.is_sure else _SPARE_UNSURE
-        late_s = max(self._late_s(work, now, spare), self._beyond_share_s(work, now))
+        late_s = max(self._worst_s(now, work), self._beyond_share_s(work, now))
         if late_s > 0:
             self._contending[work.caller] = now + late_s + _CONTENDING_S
             raise BusyError(
@@ -251,29 +275,28 @@ class Scheduler:
             )
 
     def leave(self, work: Work) -> None:
-        """The request is answered."""
-        self._taken.pop(work, None)
+        """The request is answered; may be told twice."""
+        if work not in self._taken:
+            return
+        self._taken.remove(work)
+        self._kinds[work.kind] -= 1
+        self._kinds = +self._kinds
         if not self._taken:
             self._owed_s = 0.0
 
     @property
     def left_s(self) -> float:
         """The device time that all taken requests still need."""
-        return sum(work.left_s for work in self._taken) / self.devices
+        return sum(map(self._left_s, self._taken)) / self.devices
 
-    def progressed(self, work: Work, need: Need) -> None:
+    def progressed(self, work: Work, model: str, rows: int, scale: float = 1.0) -> None:
         """A call of `work` is done."""
-        work.left_s = max(0.0, work.left_s - self.shared_s(need))
-        work.alone_s = max(0.0, work.alone_s - self._alone_s(need))
+        if model in work.left:
+            work.left[model] = max(0.0, work.left[model] - rows * scale)
 
     def is_hopeless(self, work: Work, now: float) -> bool:
         """Whether the deadline cannot be met any more, even alone."""
-        return work.is_sure and work.alone_s * _HOPELESS > work.deadline - now
-
-    def shared_s(self, need: Need) -> float:
-        """Device time of one call whose batch is shared with others."""
-        best = self.chunk(need)
-        return self.times.seconds(need.model, best, need.scale) * need.rows / best
+        return work.is_sure and self._needed_s(work) * _HOPELESS > work.deadline - now
 
     def chunk(self, need: Need) -> int:
         """The rows of the parts in which larger calls run, so that others can run in between."""
@@ -292,18 +315,16 @@ class Scheduler:
         `models` are those of the device, in the order in which programs call them. `free` devices
         share what waits.
         """
-        ordered = sorted(waiting, key=self._order(waiting, now))
-        first = ordered[0]
-        together = self._together(ordered, first)
-        by_key: dict[Hashable, list[Call]] = defaultdict(list)
-        for call in together:
-            by_key[call.key].append(call)
-        key = self._key_of(by_key, models, turns)
-        batch = by_key[key]
-        turns.skipped = {each: turns.skipped.get(each, 0) + 1 for each in by_key if each != key}
-        same = [call for call in ordered if call.key == batch[0].key]
-        limit = min(self._limit(batch[0]), math.ceil(sum(call.rows for call in same) / free))
-        return self._filled(batch, same, limit)
+        # Requests of one kind are in order of their deadlines anyway.
+        tight = len(self._kinds) > 1 and self._worst_s(now) >= 0
+        ordered = sorted(waiting, key=self._order(waiting, tight=tight))
+        key = ordered[0].key if tight else self._key_of(self._together(ordered), models, turns)
+        if tight:
+            same = list(itertools.takewhile(lambda call: call.key == key, ordered))
+        else:
+            same = [call for call in ordered if call.key == key]
+        limit = min(self._limit(same[0]), math.ceil(sum(call.rows for call in same) / free))
+        return self._filled(same, limit, now, tight=tight)
 
     def ran(self, batch: Sequence[Waiting], seconds: float, scale: float = 1.0) -> None:
         """A batch took `seconds`: corrects the estimate, and charges its callers."""
@@ -316,59 +337,74 @@ class Scheduler:
         works = [call.work for call in batch if call.work]
         if any(not work.has_few for work in works):
             self._owed_s = max(0.0, self._owed_s - seconds)
-        elif works and any(not work.has_few for work in self._taken):
+        elif works and any(not few for _, few in self._kinds):
             self._owed_s += seconds * MANY_IMAGES_SHARE / (1 - MANY_IMAGES_SHARE)
 
-    def _order(self, waiting: Sequence[Waiting], now: float) -> "_Key":
-        tight = self._least_spare_s(now) <= 0
+    def _order(self, waiting: Sequence[Waiting], *, tight: bool) -> "_Key":
         many_first = self._owed_s > _OWED_S and any(
             call.work and not call.work.has_few for call in waiting
         )
         return _Key(self._used, tight=tight, many_first=many_first)
 
-    def _key_of(
-        self, by_key: Mapping[Hashable, Sequence[Waiting]], models: Sequence[str], turns: Turns
-    ) -> Hashable:
+    def _key_of(self, together: Sequence[Waiting], models: Sequence[str], turns: Turns) -> Hashable:
         """The key with the most calls; of several, that of the later model.
 
         A few early requests wait for the many behind them, and cohorts merge. But no key is left
         out too often.
         """
-        late = max(by_key, key=lambda key: turns.skipped.get(key, 0))
-        if turns.skipped.get(late, 0) >= MAX_SKIPPED:
-            return late
-        return max(by_key, key=lambda key: (len(by_key[key]), models.index(by_key[key][0].model)))
+        counts = Counter(call.key for call in together)
+        place = {call.key: models.index(call.model) for call in together}
+        late = max(counts, key=lambda key: turns.skipped.get(key, 0))
+        most = max(counts, key=lambda key: (counts[key], place[key]))
+        chosen = late if turns.skipped.get(late, 0) >= MAX_SKIPPED else most
+        turns.skipped = {key: turns.skipped.get(key, 0) + 1 for key in counts if key != chosen}
+        return chosen
 
-    def _together(self, ordered: Sequence[Call], first: Call) -> list[Call]:
+    def _together(self, ordered: Sequence[Call]) -> list[Call]:
         """The calls that may run now: as many rows as still raise the images per second."""
         chosen: list[Call] = []
-        share = 0.0
+        share, few = 0.0, _has_few(ordered[0])
         for call in ordered:
             more = call.rows / self._limit(call)
-            if (not chosen or share + more <= 1) and self._joins(call, first, chosen):
+            if not chosen or (share + more <= 1 and (not few or _has_few(call))):
                 chosen.append(call)
                 share += more
         return chosen
 
-    def _filled(self, batch: list[Call], same: Sequence[Call], limit: int) -> list[Call]:
-        """`batch` with more of the `same` calls, up to `limit` rows; at least its first call."""
-        chosen, known = [batch[0]], set(batch)
-        rows = batch[0].rows
-        for call in [*batch[1:], *(call for call in same if call not in known)]:
-            if rows + call.rows <= limit and self._joins(call, batch[0], chosen):
+    def _filled(self, same: Sequence[Call], limit: int, now: float, *, tight: bool) -> list[Call]:
+        """The first calls of `same`, up to `limit` rows; at least one.
+
+        A call is left out if it would make a call before it too slow: for its deadline, or because
+        that one has few images. If it is `tight`, nothing overtakes a call that is left out.
+        """
+        chosen, rows, longest_s = [same[0]], same[0].rows, self._bearable_s(same[0], now)
+        model, few = same[0].model, _has_few(same[0])
+        for call in same[1:]:
+            if rows + call.rows > limit:
+                if tight:
+                    break
+                continue
+            batch_s = self.times.seconds(model, rows + call.rows)
+            bearable_s = min(longest_s, self._bearable_s(call, now))
+            if few and not _has_few(call):
+                bearable_s = min(bearable_s, _JOINS_AT * self.times.seconds(model, rows))
+            if batch_s <= bearable_s:
                 chosen.append(call)
-                rows += call.rows
+                rows, longest_s = rows + call.rows, bearable_s
+            elif tight:
+                break
         return chosen
 
-    def _joins(self, call: Call, first: Call, chosen: Sequence[Call]) -> bool:
-        """Whether `call` may run beside `chosen`: many images do not hold up few."""
-        if not (first.work and first.work.has_few and call.work and not call.work.has_few):
-            return True
-        if call.key != first.key:
-            return False
-        rows = sum(each.rows for each in chosen if each.key == first.key)
-        model, times = call.model, self.times
-        return times.seconds(model, rows + call.rows) <= _JOINS_AT * times.seconds(model, rows)
+    def _bearable_s(self, call: Waiting, now: float) -> float:
+        """How long a batch with `call` may take so that its request still ends in time."""
+        work = call.work
+        if work is None or not work.is_sure:
+            return math.inf
+        needed_s = self._needed_s(work) * _SPARE
+        if not needed_s:
+            return math.inf
+        slower = max(1.0, (work.deadline - now) / needed_s)
+        return self.times.seconds(call.model, call.rows) * slower
 
     def _limit(self, call: Waiting) -> int:
         return self.times.best_rows(call.model, call.most)
@@ -380,24 +416,46 @@ class Scheduler:
         full = whole * times.seconds(need.model, best, need.scale)
         return full + (times.seconds(need.model, rest, need.scale) if rest else 0.0)
 
-    def _late_s(self, new: Work, now: float, spare: float) -> float:
-        """How much too late the first deadline that fails would be missed; 0 if none is."""
-        return self._worst_s([*self._taken, new], now, spare, since=new.place)
+    def _left_s(self, work: Work) -> float:
+        """The device time that is left, in shared batches."""
+        return sum(rows * self._row_s(model) for model, rows in work.left.items())
 
-    def _least_spare_s(self, now: float) -> float:
-        return (
-            -self._worst_s(self._taken, now, _SPARE, since=(-math.inf, 0)) if self._taken else 1.0
-        )
+    def _needed_s(self, work: Work) -> float:
+        """How long it takes at least."""
+        return self._left_s(work) * work.alone / self.devices
 
-    def _worst_s(
-        self, works: Iterable[Work], now: float, spare: float, since: tuple[float, int]
-    ) -> float:
-        """The largest lateness by deadline order, of works from the place `since` on."""
-        total, worst = 0.0, -math.inf
-        for work in sorted(works, key=lambda each: each.place):
-            total += work.left_s / self.devices
-            if work.place >= since:
-                needed = max(total, work.alone_s) * spare + _SPARE_S
+    def _row_s(self, model: str) -> float:
+        best = self.times.best_rows(model, self._most[model])
+        return self.times.seconds(model, best) / best
+
+    def _worst_s(self, now: float, new: Work | None = None) -> float:
+        """The largest lateness if all taken work is done in order of the deadlines.
+
+        With `new`: if it is done too, and only from its place on.
+        """
+        row_s, step_s = {}, 0.0
+        for model in self._most:
+            best = self.times.best_rows(model, self._most[model])
+            spare = _SPARE if self.times.is_sure(model, best) else _SPARE_UNSURE
+            batch_s = self.times.seconds(model, best) * spare / self.devices
+            row_s[model], step_s = batch_s / best, max(step_s, batch_s)
+        works, start = self._taken, 0
+        if new:
+            start = bisect_left(works, _place(new), key=_place)
+            works = [*works[:start], new, *works[start:]]
+        # A full batch has no room for others.
+        together = {
+            few: sum(w.rows for w in works if w.has_few is few and w.rows <= 0.5)
+            for few in (True, False)
+        }
+        total, worst = step_s, -math.inf  # what runs now is not interrupted
+        for k, work in enumerate(works):
+            own = sum(rows * row_s[model] for model, rows in work.left.items())
+            # Batches are full only if there are others of its kind to fill them.
+            filled = min(1.0, max(0.0, together[work.has_few] - work.rows))
+            total += own * (work.alone + (1 - work.alone) * filled)
+            if k >= start:
+                needed = max(total, step_s + own * work.alone)
                 worst = max(worst, needed - (work.deadline - now))
         return worst
 
@@ -412,7 +470,7 @@ class Scheduler:
         own = [work for work in self._taken if work.caller == new.caller]
         if not own:
             return 0.0
-        needed = (sum(work.left_s for work in own) + new.left_s) / self.devices
+        needed = sum(map(self._left_s, [*own, new])) / self.devices
         return max(0.0, needed - share * (new.deadline - now))
 
     def _weight(self, caller: str) -> float:
@@ -434,6 +492,14 @@ class _Key:
         if self._tight:
             return (False, 0.0, *work.place)
         return (work.has_few == self._many_first, self._used.get(work.caller, 0.0), *work.place)
+
+
+def _has_few(call: Waiting) -> bool:
+    return call.work is not None and call.work.has_few
+
+
+def _place(work: Work) -> tuple[float, int]:
+    return work.place
 
 
 def _shown(seconds: float) -> str:
