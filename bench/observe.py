@@ -237,7 +237,7 @@ def write_json(document: Any, path: Path) -> None:
 
 def connect(url: str) -> Any:
     """Triton's own client. Like flowturbo_client, it uses no proxy for this machine."""
-    settings = Settings(url, contract.ORCHESTRATOR, timeout_s=60, retries=0, credentials=None)
+    settings = Settings.of(url, contract.ORCHESTRATOR, timeout_s=60, retries=0, credentials=None)
     return tritonclient.grpc.InferenceServerClient(**settings.channel())
 
 

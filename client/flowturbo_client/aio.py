@@ -48,17 +48,19 @@ class AsyncFlowTurboClient(Verbs):
 
     def __init__(
         self,
-        url: str = "localhost:8001",
+        url: str | Sequence[str] = "localhost:8001",
         *,
         model: str = "flowturbo",
         timeout_s: float = 60.0,
-        retries: int = 2,
+        retries: int | None = None,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         """As `FlowTurboClient`."""
-        self._settings = Settings(url, model, timeout_s, retries, credentials)
+        self._settings = Settings.of(url, model, timeout_s, retries, credentials)
         self._closed = False
-        self._channels: dict[asyncio.AbstractEventLoop, Any] = {}
+        self._reached = False
+        self._server = 0  # the one that answered last
+        self._channels: dict[asyncio.AbstractEventLoop, dict[int, Any]] = {}
         self._lock = threading.Lock()  # loops may run in several threads
 
     async def generate(
@@ -110,7 +112,7 @@ class AsyncFlowTurboClient(Verbs):
             outputs=outputs,
         )
         limit_s = check_timeout_s(self._settings.timeout_s if timeout_s is None else timeout_s)
-        plan = RetryPlan(self._settings.retries, limit_s)
+        plan = self._settings.plan(limit_s, self._server, reached=self._reached)
         while True:
             try:
                 return await self._attempt(request, plan, limit_s)
@@ -130,9 +132,14 @@ class AsyncFlowTurboClient(Verbs):
         request = build_request(labels, preview_every=preview_every, **more)
         limit_s = check_timeout_s(self._settings.timeout_s if timeout_s is None else timeout_s)
         model, started_s = self._settings.model + SUFFIX, time.perf_counter()
-        with self._call(limit_s, model):
+        server = self._server
+        with self._call(limit_s, model, server):
             found: Any = updates(
-                self._triton(), request, model, limit_s, lambda: time.perf_counter() - started_s
+                self._triton(server),
+                request,
+                model,
+                limit_s,
+                lambda: time.perf_counter() - started_s,
             )
             try:
                 async for update in found:
@@ -157,19 +164,28 @@ class AsyncFlowTurboClient(Verbs):
 
     async def pipelines(self, *, timeout_s: float = 5.0) -> list[dict[str, Any]]:
         """As `FlowTurboClient.pipelines`."""
-        arguments = pipelines_request().arguments(self._settings.model, check_timeout_s(timeout_s))
-        with self._call(timeout_s):
-            return parse_pipelines(await self._triton().infer(**arguments))
+        plan = self._settings.plan(check_timeout_s(timeout_s), self._server, reached=self._reached)
+        while True:
+            arguments = pipelines_request().arguments(self._settings.model, plan.remaining_s())
+            try:
+                with self._call(timeout_s, server=plan.server):
+                    found = parse_pipelines(await self._triton(plan.server).infer(**arguments))
+                    self._server, self._reached = plan.server, True
+                    return found
+            except FlowTurboError as error:
+                delay_s = plan.delay_s(error)
+            await asyncio.sleep(delay_s)
 
     async def health(self, *, timeout_s: float = 5.0) -> Health:
         """As `FlowTurboClient.health`."""
-        model, asked = self._settings.model, {"client_timeout": timeout_s}
-        with self._call(check_timeout_s(timeout_s)):
-            triton = self._triton()
+        server, model, asked = self._server, self._settings.model, {"client_timeout": timeout_s}
+        with self._call(check_timeout_s(timeout_s), server=server):
+            triton = self._triton(server)
             live = await triton.is_server_live(**asked)
             model_ready = await triton.is_model_ready(model, **asked)
             metadata = await triton.get_model_metadata(model, **asked) if model_ready else None
             return self._settings.health(
+                self._settings.urls[server],
                 live=live,
                 ready=await triton.is_server_ready(**asked),
                 model_ready=model_ready,
@@ -180,22 +196,25 @@ class AsyncFlowTurboClient(Verbs):
     async def is_ready(self, *, timeout_s: float = 5.0) -> bool:
         """As `FlowTurboClient.is_ready`."""
         asked = {"client_timeout": check_timeout_s(timeout_s)}
-        try:
-            with self._call(timeout_s):
-                return bool(
-                    await self._triton().is_server_live(**asked)
-                    and await self._triton().is_model_ready(self._settings.model, **asked)
-                )
-        except (ConnectionFailedError, DeadlineExceededError, ModelNotReadyError):
-            return False
+        for server in range(len(self._settings.urls)):
+            try:
+                with self._call(timeout_s, server=server):
+                    triton = self._triton(server)
+                    if await triton.is_server_live(**asked) and await triton.is_model_ready(
+                        self._settings.model, **asked
+                    ):
+                        return True
+            except (ConnectionFailedError, DeadlineExceededError, ModelNotReadyError):
+                continue
+        return False
 
     async def close(self) -> None:
         """Close the connection; requests still awaited in this event loop are cancelled."""
         self._closed = True
         with self._lock:
-            channel = self._channels.pop(asyncio.get_running_loop(), None)
+            channels = self._channels.pop(asyncio.get_running_loop(), {})
             self._channels.clear()  # the channels of other loops end with them
-        if channel is not None:
+        for channel in channels.values():
             await channel.close()
 
     async def __aenter__(self) -> "AsyncFlowTurboClient":
@@ -213,29 +232,34 @@ class AsyncFlowTurboClient(Verbs):
 
     async def _attempt(self, request: Request, plan: RetryPlan, limit_s: float) -> Generation:
         arguments = request.arguments(self._settings.model, plan.remaining_s())
-        with self._call(limit_s):
+        with self._call(limit_s, server=plan.server):
             started_s = time.perf_counter()
             try:
-                result = await self._triton().infer(**arguments)
+                result = await self._triton(plan.server).infer(**arguments)
             except asyncio.CancelledError:
                 if not self._closed or _being_cancelled():
                     raise
-                told = f"the request to {self._settings.url} was cancelled: the client was closed"
+                url = self._settings.urls[plan.server]
+                told = f"the request to {url} was cancelled: the client was closed"
                 raise RequestCancelledError(told) from None
+            self._server, self._reached = plan.server, True
             return request.parse(result, time.perf_counter() - started_s)
 
-    def _call(self, timeout_s: float, model: str = "") -> AbstractContextManager[None]:
+    def _call(
+        self, timeout_s: float, model: str = "", server: int = 0
+    ) -> AbstractContextManager[None]:
         if self._closed:
             raise closed_error()
-        return self._settings.translated(timeout_s, model)
+        return self._settings.translated(timeout_s, model, server)
 
-    def _triton(self) -> Any:
+    def _triton(self, server: int) -> Any:
         # Made at a loop's first call: a gRPC aio channel belongs to the running loop.
         loop = asyncio.get_running_loop()
         with self._lock:
             for ended in [each for each in self._channels if each.is_closed()]:
                 del self._channels[ended]  # a channel refers to its loop: both would stay in memory
-            if loop not in self._channels:
-                channel = tritonclient.grpc.aio.InferenceServerClient(**self._settings.channel())
-                self._channels[loop] = channel
-            return self._channels[loop]
+            channels = self._channels.setdefault(loop, {})
+            if server not in channels:
+                connect = tritonclient.grpc.aio.InferenceServerClient
+                channels[server] = connect(**self._settings.channel(server))
+            return channels[server]

@@ -116,8 +116,8 @@ def _server_options(parser: argparse.ArgumentParser, default_timeout_s: float) -
     parser.add_argument(
         "--url",
         default="localhost:8001",
-        metavar="HOST:PORT",
-        help="gRPC endpoint (default: %(default)s)",
+        metavar="HOST:PORT[,HOST:PORT]",
+        help="gRPC endpoint; of several, each takes over if another fails (default: %(default)s)",
     )
     parser.add_argument("--model", default="flowturbo", help="default: %(default)s")
     parser.add_argument(
@@ -136,7 +136,7 @@ def _client(args: argparse.Namespace) -> FlowTurboClient:
     if args.tls or args.ca:
         credentials = grpc.ssl_channel_credentials(args.ca.read_bytes() if args.ca else None)
     return FlowTurboClient(
-        args.url, model=args.model, timeout_s=args.timeout, credentials=credentials
+        args.url.split(","), model=args.model, timeout_s=args.timeout, credentials=credentials
     )
 
 

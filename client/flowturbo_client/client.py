@@ -36,22 +36,28 @@ class FlowTurboClient(Verbs):
 
     def __init__(
         self,
-        url: str = "localhost:8001",
+        url: str | Sequence[str] = "localhost:8001",
         *,
         model: str = "flowturbo",
         timeout_s: float = 60.0,
-        retries: int = 2,
+        retries: int | None = None,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         """Connect to `url` (host:port of the gRPC endpoint) when first used.
 
-        `timeout_s` bounds a whole generation, retries included. `credentials`, from
-        `grpc.ssl_channel_credentials`, turns TLS on. Raises InvalidRequestError.
+        `url` may be a list: if one server fails or is busy, the next is asked. `timeout_s` bounds a
+        whole generation, retries included. `retries` None means as many as fit into it.
+        `credentials`, from `grpc.ssl_channel_credentials`, turns TLS on. Raises
+        InvalidRequestError.
         """
-        self._settings = Settings(url, model, timeout_s, retries, credentials)
+        self._settings = Settings.of(url, model, timeout_s, retries, credentials)
         self._closed = False
+        self._reached = False
+        self._server = 0  # the one that answered last
         self._streams: set[Running] = set()
-        self._triton = tritonclient.grpc.InferenceServerClient(**self._settings.channel())
+        count = range(len(self._settings.urls))
+        connect = tritonclient.grpc.InferenceServerClient
+        self._tritons = [connect(**self._settings.channel(k)) for k in count]
 
     def generate(
         self,
@@ -119,7 +125,7 @@ class FlowTurboClient(Verbs):
             outputs=outputs,
         )
         limit_s = check_timeout_s(self._settings.timeout_s if timeout_s is None else timeout_s)
-        plan = RetryPlan(self._settings.retries, limit_s)
+        plan = self._settings.plan(limit_s, self._server, reached=self._reached)
         while True:
             try:
                 return self._attempt(request, plan, limit_s)
@@ -143,9 +149,10 @@ class FlowTurboClient(Verbs):
         request = build_request(labels, preview_every=preview_every, **more)
         limit_s = check_timeout_s(self._settings.timeout_s if timeout_s is None else timeout_s)
         model, started_s = self._settings.model + SUFFIX, time.perf_counter()
+        server = self._server
 
         async def made() -> AsyncIterator[Update]:
-            async with self._settings.connection() as triton:
+            async with self._settings.connection(server) as triton:
                 found: Any = updates(
                     triton, request, model, limit_s, lambda: time.perf_counter() - started_s
                 )
@@ -155,7 +162,7 @@ class FlowTurboClient(Verbs):
                 finally:
                     await found.aclose()
 
-        with self._call(limit_s, model):
+        with self._call(limit_s, model, server):
             running = Running(made)
             self._streams.add(running)
             try:
@@ -177,21 +184,31 @@ class FlowTurboClient(Verbs):
 
     def pipelines(self, *, timeout_s: float = 5.0) -> list[dict[str, Any]]:
         """Ask for the server's pipelines: one description per pipeline."""
-        arguments = pipelines_request().arguments(self._settings.model, check_timeout_s(timeout_s))
-        with self._call(timeout_s):
-            return parse_pipelines(self._triton.infer(**arguments))
+        plan = self._settings.plan(check_timeout_s(timeout_s), self._server, reached=self._reached)
+        while True:
+            arguments = pipelines_request().arguments(self._settings.model, plan.remaining_s())
+            try:
+                with self._call(timeout_s, server=plan.server):
+                    found = parse_pipelines(self._tritons[plan.server].infer(**arguments))
+                    self._server, self._reached = plan.server, True
+                    return found
+            except FlowTurboError as error:
+                delay_s = plan.delay_s(error)
+            time.sleep(delay_s)
 
     def health(self, *, timeout_s: float = 5.0) -> Health:
-        """Ask for the server's and the model's state, `timeout_s` per call.
+        """Ask for the state of the server that answered last and of the model, per call.
 
         Raises ConnectionFailedError if the server cannot be reached.
         """
-        triton, model, asked = self._triton, self._settings.model, {"client_timeout": timeout_s}
-        with self._call(check_timeout_s(timeout_s)):
+        server, model, asked = self._server, self._settings.model, {"client_timeout": timeout_s}
+        triton = self._tritons[server]
+        with self._call(check_timeout_s(timeout_s), server=server):
             live = triton.is_server_live(**asked)
             model_ready = triton.is_model_ready(model, **asked)
             metadata = triton.get_model_metadata(model, **asked) if model_ready else None
             return self._settings.health(
+                self._settings.urls[server],
                 live=live,
                 ready=triton.is_server_ready(**asked),
                 model_ready=model_ready,
@@ -200,23 +217,26 @@ class FlowTurboClient(Verbs):
             )
 
     def is_ready(self, *, timeout_s: float = 5.0) -> bool:
-        """Whether the server is live and the model ready; False if it cannot be reached."""
+        """Whether a server is live and has the model ready; False if none can be reached."""
         asked = {"client_timeout": check_timeout_s(timeout_s)}
-        try:
-            with self._call(timeout_s):
-                return bool(
-                    self._triton.is_server_live(**asked)
-                    and self._triton.is_model_ready(self._settings.model, **asked)
-                )
-        except (ConnectionFailedError, DeadlineExceededError, ModelNotReadyError):
-            return False
+        for server, triton in enumerate(self._tritons):
+            try:
+                with self._call(timeout_s, server=server):
+                    if triton.is_server_live(**asked) and triton.is_model_ready(
+                        self._settings.model, **asked
+                    ):
+                        return True
+            except (ConnectionFailedError, DeadlineExceededError, ModelNotReadyError):
+                continue
+        return False
 
     def close(self) -> None:
         """Close the connection; calls in other threads raise RequestCancelledError."""
         self._closed = True
         for running in list(self._streams):
             running.cancel()
-        self._triton.close()
+        for triton in self._tritons:
+            triton.close()
 
     def __enter__(self) -> "FlowTurboClient":
         """Return this client."""
@@ -233,12 +253,15 @@ class FlowTurboClient(Verbs):
 
     def _attempt(self, request: Request, plan: RetryPlan, limit_s: float) -> Generation:
         arguments = request.arguments(self._settings.model, plan.remaining_s())
-        with self._call(limit_s):
+        with self._call(limit_s, server=plan.server):
             started_s = time.perf_counter()
-            result = self._triton.infer(**arguments)
+            result = self._tritons[plan.server].infer(**arguments)
+            self._server, self._reached = plan.server, True
             return request.parse(result, time.perf_counter() - started_s)
 
-    def _call(self, timeout_s: float, model: str = "") -> AbstractContextManager[None]:
+    def _call(
+        self, timeout_s: float, model: str = "", server: int = 0
+    ) -> AbstractContextManager[None]:
         if self._closed:
             raise closed_error()
-        return self._settings.translated(timeout_s, model)
+        return self._settings.translated(timeout_s, model, server)

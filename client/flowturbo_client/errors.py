@@ -1,5 +1,6 @@
 """All errors that the client raises; `FlowTurboError` is their base."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,6 +11,7 @@ from .address import proxy_hint
 # Server messages when a model's process has ended or memory is full. The transport has no such
 # messages.
 _STUB_GONE = "is not healthy"  # Triton's own message for a process that has ended
+_RETRY_AFTER = re.compile(r"retry after (\d+(?:\.\d+)?) s$")  # a busy server's hint
 _GONE = ("has to be restarted", "out of memory", "no memory for this request")
 
 
@@ -22,7 +24,10 @@ class InvalidRequestError(FlowTurboError, ValueError):
 
 
 class ServerBusyError(FlowTurboError):
-    """The server is full and refused the request before it began; try again later."""
+    """The server is busy and refused the request before it began; try again later."""
+
+    retry_after_s: float | None = None
+    """After how many seconds the server expects to take the request; None if it did not say."""
 
 
 class ConnectionFailedError(FlowTurboError):
@@ -76,8 +81,11 @@ def from_status(
 
 def _unavailable(message: str, url: str) -> FlowTurboError:
     # The server and the transport share this status, so only the text tells them apart.
-    if message.lower().startswith("server is full"):
-        return ServerBusyError(f"{url} refused the request ({message}): try again later")
+    hint = _RETRY_AFTER.search(message)
+    if hint or message.lower().startswith("server is full"):
+        busy = ServerBusyError(f"{url} refused the request ({message}): try again later")
+        busy.retry_after_s = float(hint[1]) if hint else None
+        return busy
     if any(part in message for part in _GONE):
         return ConnectionFailedError(f"the server at {url} cannot answer: {message}")
     return ConnectionFailedError(

@@ -4,6 +4,7 @@ import base64
 import binascii
 import io
 import json
+import secrets
 import struct
 from collections.abc import Sequence
 from contextlib import suppress
@@ -19,6 +20,7 @@ from . import pictures, tensors
 from .errors import InvalidRequestError, ServerError
 
 OUTPUTS = ("image", "latent")
+_SEED_BITS = 32  # of drawn seeds: short enough to write down
 # The server's own deadline error says more than gRPC's, so the transport waits a little longer.
 _REPORT_MARGIN_S = 0.5
 
@@ -150,6 +152,9 @@ def build_request(
         inputs.append(tensors.size_tensor(size))
     if pipeline is not None:
         inputs.append(tensors.text_tensor("pipeline", [pipeline]))
+    if seeds is None and initial_noise is None and not invert:
+        # Fixed before the first attempt: every attempt asks for the same images.
+        seeds = [secrets.randbits(_SEED_BITS) for _ in range(n)]
     if seeds is not None:
         inputs.append(tensors.seed_tensor(seeds, n))
     if schedule is not None:

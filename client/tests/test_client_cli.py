@@ -44,8 +44,9 @@ def test_no_image_takes_the_place_of_another(triton, tmp_path):
 def test_text_ids_and_the_seeds_of_several_rows(triton, tmp_path):
     assert _generate(triton, tmp_path, "--characters", "AB") == 0
     assert triton.inputs()["class_name"].tolist() == [b"A", b"B"]
-    assert "seed" not in triton.inputs()
-    assert (tmp_path / "A_seed100_default.png").exists()
+    first, second = triton.inputs()["seed"].tolist()
+    assert first != second
+    assert (tmp_path / f"A_seed{first}_default.png").exists()
     assert _generate(triton, tmp_path, "--ids", "1", "--schedule", "H4", "--schedule", "H5") == 0
     assert triton.inputs()["label"].tolist() == [1]
     assert triton.inputs(-1)["seed"] == triton.inputs(-2)["seed"]

@@ -1,9 +1,11 @@
 """Statuses to exceptions, retries, deadlines, health: against a real gRPC server."""
 
+import asyncio
 import threading
 
 import pytest
 from flowturbo_client import (
+    AsyncFlowTurboClient,
     ConnectionFailedError,
     DeadlineExceededError,
     FlowTurboClient,
@@ -15,7 +17,7 @@ from flowturbo_client import (
     ServerError,
 )
 from flowturbo_client.protocol import build_request
-from flowturbo_client.retry import RetryPlan
+from flowturbo_client.retry import FIRST_CONTACT_S, RetryPlan
 from grpc import StatusCode
 from tritonclient.utils import InferenceServerException
 
@@ -168,6 +170,89 @@ def test_jitter_covers_everything_from_zero():
     plan = RetryPlan(7, 60.0, uniform=uniform)
     assert [plan.delay_s(ServerBusyError("full")) for _ in range(7)] == [0] * 7
     assert bounds == [(0, high) for high in (0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0)]
+
+
+def test_attempts_end_with_the_deadline_by_default():
+    now_s = 0.0
+    plan = RetryPlan(None, 3600.0, clock_s=lambda: now_s, uniform=lambda low, high: high)
+    count = 0
+    with pytest.raises(ServerBusyError):
+        while True:
+            now_s += plan.delay_s(ServerBusyError("full"))
+            count += 1
+    assert count > 1000 and plan.remaining_s() <= 2.0
+
+
+def test_an_address_that_was_never_reached_is_given_up_early():
+    now_s = 0.0
+    plan = RetryPlan(
+        None, 60.0, reached=False, clock_s=lambda: now_s, uniform=lambda low, high: high
+    )
+    with pytest.raises(ConnectionFailedError):
+        while True:
+            now_s += plan.delay_s(ConnectionFailedError("refused"))
+    assert FIRST_CONTACT_S <= now_s < FIRST_CONTACT_S + 2.0
+    known = RetryPlan(None, 60.0, reached=True)
+    assert known.delay_s(ModelNotReadyError("it starts again")) <= 0.1
+
+
+def test_a_hint_is_waited_for():
+    busy = ServerBusyError("busy")
+    busy.retry_after_s = 1.2
+    plan = RetryPlan(None, 60.0, uniform=lambda low, high: high)
+    assert plan.delay_s(busy) == pytest.approx(1.3)
+    assert plan.delay_s(ServerBusyError("full")) == pytest.approx(0.2)
+    short = RetryPlan(None, 1.0, uniform=lambda low, high: high)
+    with pytest.raises(ServerBusyError):  # the deadline would pass before
+        short.delay_s(busy)
+
+
+def test_the_next_server_is_asked_at_once_and_the_least_hint_counts():
+    plan = RetryPlan(None, 60.0, servers=3, first=1, uniform=lambda low, high: 0.0)
+    asked, delays_s = [plan.server], []
+    for hint_s in (3.0, 2.0, 4.0, None):
+        busy = ServerBusyError("busy")
+        busy.retry_after_s = hint_s
+        delays_s.append(plan.delay_s(busy))
+        asked.append(plan.server)
+    assert asked == [1, 2, 0, 1, 2] and delays_s == [0.0, 0.0, 2.0, 0.0]
+
+
+def test_the_hint_is_read_from_the_message(triton):
+    said = "the server is busy and would miss this or another request's deadline; retry after 2.5 s"
+    triton.script = [(StatusCode.UNAVAILABLE, said)]
+    with FlowTurboClient(triton.url, retries=0) as client:
+        with pytest.raises(ServerBusyError) as caught:
+            client.generate(0)
+    assert caught.value.retry_after_s == 2.5
+
+
+def test_every_attempt_asks_for_the_same_images(triton):
+    triton.script = [FULL, FULL]
+    with FlowTurboClient(triton.url) as client:
+        client.generate([0, 1])
+    seeds = [triton.inputs(k)["seed"].tolist() for k in range(3)]
+    assert seeds[0] == seeds[1] == seeds[2] and seeds[0][0] != seeds[0][1]
+
+
+def test_another_server_takes_over(triton, nobody):
+    with FlowTurboClient([nobody, triton.url]) as client:
+        assert client.generate(0, 5).seeds.tolist() == [5]
+        assert client.pipelines() and client.is_ready()
+        assert client.health().url == triton.url  # the one that answered last
+    with pytest.raises(InvalidRequestError, match="empty list"):
+        FlowTurboClient([])
+    with pytest.raises(InvalidRequestError, match="without http://"):
+        FlowTurboClient([triton.url, "http://elsewhere"])
+
+
+def test_another_server_takes_over_async(triton, nobody):
+    async def scenario():
+        async with AsyncFlowTurboClient([nobody, triton.url]) as client:
+            return await client.generate(0, 5), await client.pipelines(), await client.is_ready()
+
+    generation, pipelines, ready = asyncio.run(scenario())
+    assert generation.seeds.tolist() == [5] and pipelines and ready
 
 
 def test_health(triton):

@@ -139,6 +139,8 @@ def _arguments(
         "--allow-sagemaker=false",
         "--allow-vertex-ai=false",
         "--disable-auto-complete-config",
+        # The client's pings while a call waits are no attack.
+        "--grpc-http2-min-recv-ping-interval-without-data=10000",
         f"--grpc-header-forward-pattern=(?i)^{contract.CALLER_HEADER}$",
         f"--http-header-forward-pattern=(?i)^{contract.CALLER_HEADER}$",
         *options.extra_args,
