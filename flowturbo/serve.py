@@ -24,6 +24,7 @@ from flowturbo.pipeline import (
 from flowturbo.runtimes import RUNTIMES
 from flowturbo.serving.engines import check_gpus, tensorrt_version
 from flowturbo.serving.installation import Installation, ServerError, SetupError, find_server
+from flowturbo.serving.supervision import Restarts, Watch
 from flowturbo.serving.tritonserver import ServerOptions, TritonServer
 from flowturbo.settings import Settings, orchestrator_config
 
@@ -34,6 +35,8 @@ _OPTIONAL = {  # optional roles, and what is lost without them
 }
 _MODEL_FILES = ("model.plan", "model.onnx", "model.pt2")
 _STDERR = 2
+_RESTARTS = 5
+_POLL_S = 0.2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns 0 after a requested stop, 1 if the server failed, 2 if the user must fix something
     before the server can start.
     """
-    options, check_alone = _parse(sys.argv[1:] if argv is None else list(argv))
+    options, most_restarts, check_alone = _parse(sys.argv[1:] if argv is None else list(argv))
     try:
         pipelines, notes = check_repository(options.repository)
         _note(notes)
@@ -53,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if check_alone:
             print(f"{options.repository} can be served here", flush=True)
         else:
-            _serve(options, installation)
+            _serve(options, installation, most_restarts)
     except ServerError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, SetupError) else 1
@@ -162,38 +165,61 @@ class _Signals:
         self.count += 1
 
 
-def _serve(options: ServerOptions, installation: Installation) -> None:
-    signals = _Signals()
-    server = TritonServer(options, installation, _STDERR)
+def _serve(options: ServerOptions, installation: Installation, most_restarts: int) -> None:
+    """Runs a server, and another one on the same ports whenever it has died."""
+    signals, restarts = _Signals(), Restarts(most_restarts)
+    was_ready = False
+    while not signals.count:
+        restarts.started()
+        try:
+            server = TritonServer(options, installation, _STDERR)
+            options = options.at(server.address)
+            fault = _run(server, signals)
+            was_ready = True
+        except ServerError as error:
+            if not was_ready:  # the first start: nothing that another could mend
+                raise
+            fault = str(error)
+        if signals.count:
+            return
+        delay_s = restarts.delay_s()
+        if delay_s is None:
+            quick = f"given up after {most_restarts + 1} quick deaths in a row"
+            raise ServerError(f"{fault}: {quick if most_restarts else 'it is no longer serving'}")
+        print(f"error: {fault}: starting again in {delay_s:.1f} s", file=sys.stderr, flush=True)
+        until = time.monotonic() + delay_s
+        while time.monotonic() < until and not signals.count:
+            time.sleep(_POLL_S)
+
+
+def _run(server: TritonServer, signals: _Signals) -> str:
+    """Waits until the server is ready, and then until it dies or a signal comes.
+
+    Returns why it died. Afterwards nothing of it is left. Raises ServerError if it is never ready,
+    or does not end by itself after a signal.
+    """
+    fault = ""
     try:
-        ready = server.wait_ready(give_up=lambda: signals.count > 0)
-        models = server.model_processes()
-        if ready:
-            at = server.address
+        if server.wait_ready(give_up=lambda: signals.count > 0):
+            watch, at = Watch(server), server.address
             print(f"ready: gRPC {at.grpc}, HTTP {at.http}, metrics {at.metrics}", flush=True)
-        while signals.count == 0 and server.exit_code is None:
-            if lost := models.keys() - server.living(models):
-                signals.count = 2  # requests in that process never end: do not wait for them
-                model = models[min(lost)]
-                raise ServerError(
-                    f"the process of {model} died ({min(lost)}): the server was stopped"
-                )
-            time.sleep(0.2)
-        if signals.count == 0:
-            raise ServerError(f"tritonserver {server.ending}: it is no longer serving")
+            while not signals.count and not (fault := watch.fault() or ""):
+                time.sleep(_POLL_S)
+        if signals.count and not server.stop(hurry=lambda: signals.count > 1):
+            raise ServerError(f"tritonserver did not stop cleanly: it {server.ending}")
     finally:
-        unforced = server.stop(hurry=lambda: signals.count > 1)  # a second Ctrl-C hurries
-    if not unforced:
-        raise ServerError(f"tritonserver did not stop cleanly: it {server.ending}")
+        server.kill()  # after a fault nobody waits: requests may never end
+    return fault
 
 
-def _parse(argv: list[str]) -> tuple[ServerOptions, bool]:
-    """The server's options, and whether to check only."""
+def _parse(argv: list[str]) -> tuple[ServerOptions, int, bool]:
+    """The server's options, how often to start it again, and whether to check only."""
     cut = argv.index("--") if "--" in argv else len(argv)
     parser = _parser()
     values = vars(parser.parse_args(argv[:cut]))
-    check_alone = values.pop("check")
-    return ServerOptions(**values, extra_args=tuple(argv[cut + 1 :])), check_alone
+    check_alone, most_restarts = values.pop("check"), values.pop("restarts")
+    options = ServerOptions(**values, extra_args=tuple(argv[cut + 1 :]))
+    return options, most_restarts, check_alone
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -227,6 +253,13 @@ def _parser() -> argparse.ArgumentParser:
         type=_integer(0, 86400),
         default=default.exit_timeout_s,
         help="seconds to let in-flight requests finish when the server stops",
+    )
+    add(
+        "--restarts",
+        type=_integer(0, 1000),
+        default=_RESTARTS,
+        help="give up after so many restarts, each within a minute of the one before; 0: never "
+        "start again",
     )
     add("--check", action="store_true", help="check whether the repository can be served, and exit")
     add("--log-verbose", type=_integer(0, 99), default=default.log_verbose, help="0 is off")

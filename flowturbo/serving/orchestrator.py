@@ -17,9 +17,10 @@ from flowturbo.gpu import gpu_count
 from flowturbo.pipeline import read_pipelines
 from flowturbo.rows import Tensors
 from flowturbo.serving.answers import StoredAnswers
+from flowturbo.serving.endpoint import endpoint
 from flowturbo.serving.forwarded import Forwarded, as_asked, caller_of
 from flowturbo.serving.metrics import TritonMetrics
-from flowturbo.serving.relay import Endpoint, Relay, Reply, endpoint
+from flowturbo.serving.relay import Endpoint, Relay, Reply
 from flowturbo.serving.service import Asked, Service, in_contract_order
 from flowturbo.serving.triton_io import (
     call_model,

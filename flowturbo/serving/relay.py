@@ -13,7 +13,6 @@ import os
 import pickle
 import shutil
 import stat
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Coroutine
@@ -45,11 +44,6 @@ class Message:
 
     result: Tensors | FlowTurboError
     final: bool
-
-
-def endpoint(server: int) -> Path:
-    """The socket of the orchestrator under the server with this process id."""
-    return Path(tempfile.gettempdir()) / f"flowturbo_{os.getuid()}_{server}" / "socket"
 
 
 class Reply:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,12 +17,13 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 from flowturbo import contract
 from flowturbo.pipeline import Pipeline, installed, read_pipeline
+from flowturbo.serving.endpoint import endpoint
 from flowturbo.serving.installation import (
     Installation,
     ServerError,
@@ -75,6 +77,13 @@ class ServerOptions:
     log_verbose: int = 0
     exit_timeout_s: int = 30
     extra_args: tuple[str, ...] = ()
+
+    def at(self, address: ServerAddress) -> ServerOptions:
+        """The same, on the ports of `address`."""
+        grpc, http, metrics = (
+            int(of.rsplit(":", 1)[1]) for of in (address.grpc, address.http, address.metrics)
+        )
+        return replace(self, grpc_port=grpc, http_port=http, metrics_port=metrics)
 
 
 @dataclass(frozen=True)
@@ -219,7 +228,23 @@ class TritonServer:
 
     def living(self, pids: Iterable[int]) -> set[int]:
         """The processes in `pids` that are alive and belong to this server's Python backend."""
-        return {pid for pid in pids if _is_live(pid, self._process.pid, _STUB_NAME)}
+        session = self._process.pid
+        found = ((pid, _Process.find(pid)) for pid in pids)
+        return {
+            pid
+            for pid, each in found
+            if each and each.session == session and each.state != "Z" and each.name == _STUB_NAME
+        }
+
+    def stopped(self, pids: Iterable[int]) -> set[int]:
+        """Those of the server's process and of `pids` that a signal has stopped."""
+        found = {pid: _Process.find(pid) for pid in (self._process.pid, *pids)}
+        return {pid for pid, each in found.items() if each and each.state in "Tt"}
+
+    @property
+    def pid(self) -> int:
+        """The id of the server's process."""
+        return self._process.pid
 
     def _is_ready(self) -> bool:
         try:
@@ -274,12 +299,17 @@ class TritonServer:
         while self.exit_code is None and time.monotonic() < deadline_s and not hurry():
             time.sleep(_POLL_S)
         unforced = self.exit_code in (0, -signal.SIGTERM)
+        self.kill()
+        return unforced
+
+    def kill(self) -> None:
+        """Ends everything at once. Callers see their connections break."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         for region in _SHARED_MEMORY.glob(f"{self._shm_prefix}*"):
             region.unlink(missing_ok=True)
-        return unforced
+        shutil.rmtree(endpoint(self._process.pid).parent, ignore_errors=True)
 
 
 def _first_request(pipeline: Pipeline) -> dict[str, Any]:
@@ -316,14 +346,24 @@ def _model_of(pid: int) -> str:
     return next((m[1] for word in words if (m := re.fullmatch(_INSTANCE, word))), "a model")
 
 
-def _is_live(pid: int, session: int, name: str) -> bool:
-    try:
-        # "pid (name) state parent group session ...": proc(5)
-        head, _, tail = Path(f"/proc/{pid}/stat").read_text().rpartition(")")
-    except OSError:  # it ended
-        return False
-    state, _, _, its_session = tail.split()[:4]
-    return int(its_session) == session and state != "Z" and head.endswith(f"({name}")
+@dataclass(frozen=True)
+class _Process:
+    """A process: its name in the kernel (15 characters), state and session."""
+
+    name: str
+    state: str
+    session: int
+
+    @classmethod
+    def find(cls, pid: int) -> _Process | None:
+        """None if there is no such process any more."""
+        try:
+            # "pid (name) state parent group session ...": proc(5)
+            head, _, tail = Path(f"/proc/{pid}/stat").read_text().rpartition(")")
+        except OSError:
+            return None
+        state, _, _, session = tail.split()[:4]
+        return cls(head.partition("(")[2], state, int(session))
 
 
 @contextlib.contextmanager

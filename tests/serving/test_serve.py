@@ -27,6 +27,7 @@ from flowturbo.contract import Role
 from flowturbo.pipeline import ModelRecord, Pipeline, record_path, record_text
 from flowturbo.serve import check_backends, check_repository
 from flowturbo.serving.installation import Installation, ServerError, SetupError, find_server
+from flowturbo.serving.supervision import STABLE_S, Restarts
 from flowturbo.serving.tritonserver import ServerAddress, TritonServer, running_server
 
 CONFIG = """name: "{name}"
@@ -116,11 +117,19 @@ class Cli:
     regions: list[Path] = field(default_factory=list)
 
     @classmethod
-    def start(cls, repository: Path, log: Path) -> "Cli":
+    def start(cls, repository: Path, log: Path, *options: str) -> "Cli":
         ports = [f"--{name}-port=0" for name in ("http", "grpc", "metrics")]
         with log.open("w") as stderr:
             process = subprocess.Popen(
-                [sys.executable, "-m", "flowturbo.serve", "--repository", repository, *ports],
+                [
+                    sys.executable,
+                    "-m",
+                    "flowturbo.serve",
+                    "--repository",
+                    repository,
+                    *ports,
+                    *options,
+                ],
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 text=True,
@@ -198,27 +207,81 @@ def test_ctrl_c_during_the_start_is_a_clean_stop(tmp_path: Path) -> None:
         cli.end()
 
 
-def test_a_server_that_dies_is_an_error(cli: Cli, repository: Path) -> None:
-    cli.wait_ready()
-    os.kill(cli.server_pid, signal.SIGKILL)
-    assert cli.process.wait(START_S) == 1
-    assert cli.log.read_text().splitlines()[-1] == (
-        "error: tritonserver was killed by SIGKILL: it is no longer serving"
-    )
-    assert wait_until_gone(str(repository), END_S) == []
-    assert cli.shared_memory() == []
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("victim", ["tritonserver", PREDICTOR, "flowturbo"])
+def test_what_dies_or_hangs_is_started_again(
+    repository: Path, tmp_path: Path, victim: str, number: signal.Signals
+) -> None:
+    """On the same ports; nothing of the dead server is left."""
+    cli = Cli.start(repository, tmp_path / "log")
+    try:
+        cli.wait_ready()
+        address, server, regions = cli.grpc, cli.server_pid, cli.regions
+        pid = server if victim == "tritonserver" else stub_of(repository / victim)
+        os.kill(pid, number)
+        cli.wait_ready()
+        assert cli.grpc == address and cli.server_pid != server
+        x = np.arange(5, dtype=np.float32)
+        np.testing.assert_array_equal(infer(cli.grpc, x), x)
+        assert not set(regions) & set(cli.shared_memory())
+        told = {signal.SIGKILL: "died", signal.SIGSTOP: "was stopped by a signal"}[number]
+        expected = f"error: the process of {victim} {told} ({pid}): starting again in "
+        if (victim, number) == ("tritonserver", signal.SIGKILL):
+            expected = "error: tritonserver was killed by SIGKILL: starting again in "
+        assert expected in cli.log.read_text()
+        cli.process.send_signal(signal.SIGTERM)
+        assert cli.process.wait(START_S) == 0, cli.log.read_text()
+        assert wait_until_gone(str(repository), END_S) == []
+        assert cli.shared_memory() == []
+    finally:
+        cli.end()
 
 
-def test_a_model_that_dies_is_an_error(cli: Cli, repository: Path) -> None:
-    cli.wait_ready()
-    model = str(repository / PREDICTOR)
-    stub = next(pid for pid in processes_with(model) if is_stub(pid))
-    os.kill(stub, signal.SIGKILL)
-    assert cli.process.wait(START_S) == 1
-    (last,) = cli.log.read_text().splitlines()[-1:]
-    assert f"the process of {PREDICTOR} died ({stub})" in last
-    assert wait_until_gone(str(repository), END_S) == []
-    assert cli.shared_memory() == []
+def test_a_server_that_dies_again_and_again_is_given_up(repository: Path, tmp_path: Path) -> None:
+    cli = Cli.start(repository, tmp_path / "log", "--restarts=1")
+    try:
+        for _ in range(2):
+            cli.wait_ready()
+            os.kill(cli.server_pid, signal.SIGKILL)
+        assert cli.process.wait(START_S) == 1
+        assert cli.log.read_text().splitlines()[-1] == (
+            "error: tritonserver was killed by SIGKILL: given up after 2 quick deaths in a row"
+        )
+        assert wait_until_gone(str(repository), END_S) == []
+        assert cli.shared_memory() == []
+    finally:
+        cli.end()
+
+
+def test_without_restarts_a_server_that_dies_is_an_error(repository: Path, tmp_path: Path) -> None:
+    cli = Cli.start(repository, tmp_path / "log", "--restarts=0")
+    try:
+        cli.wait_ready()
+        os.kill(stub_of(repository / PREDICTOR), signal.SIGKILL)
+        assert cli.process.wait(START_S) == 1
+        last = cli.log.read_text().splitlines()[-1]
+        assert f"the process of {PREDICTOR} died" in last
+        assert last.endswith("it is no longer serving")
+    finally:
+        cli.end()
+
+
+def test_restarts_come_later_and_end() -> None:
+    now_s = 0.0
+    restarts = Restarts(4, clock_s=lambda: now_s, uniform=lambda low, high: high)
+    delays = []
+    for _ in range(4):
+        restarts.started()
+        delays.append(restarts.delay_s())
+    assert delays == [0.25, 0.5, 1.0, 2.0]
+    restarts.started()
+    assert restarts.delay_s() is None
+    now_s += STABLE_S  # that one had run for long
+    assert restarts.delay_s() == 0.25
+
+
+def stub_of(model: Path) -> int:
+    return next(pid for pid in processes_with(f"{model}/") if is_stub(pid))
 
 
 def is_stub(pid: int) -> bool:
