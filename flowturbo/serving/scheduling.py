@@ -23,6 +23,7 @@ from typing import Protocol, TypeVar
 from flowturbo.errors import BusyError, DeadlineError
 
 NEAR_BEST = 0.98  # of the most rows per second: more rows at a time only make others wait
+MIN_ROWS = 32  # fewer at a time gain little, and a time that was measured badly could cost much
 FEW_IMAGES = 4  # of an interactive request
 MANY_IMAGES_SHARE = 0.2  # of the time, for requests with more images
 MAX_SKIPPED = 8  # turns in a row; about as many as a request makes of the predictor
@@ -92,7 +93,8 @@ class Times:
         if len(speeds) < 2:
             return most
         best = max(speed for _, speed in speeds)
-        return next(rows for rows, speed in speeds if speed >= NEAR_BEST * best)
+        found = next(rows for rows, speed in speeds if speed >= NEAR_BEST * best)
+        return max(found, min(MIN_ROWS, most))
 
     def _expected(self, model: str, rows: int) -> float:
         """As stated: linear between the stated rows, and through the last two beyond."""

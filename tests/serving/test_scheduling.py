@@ -12,7 +12,7 @@ import pytest
 from bench.capacity.replica import Replica
 from bench.capacity.simulation import Arrival, Simulation
 from flowturbo.errors import BusyError, DeadlineError
-from flowturbo.serving.scheduling import MANY_IMAGES_SHARE, Need, Scheduler, Times
+from flowturbo.serving.scheduling import MANY_IMAGES_SHARE, MIN_ROWS, Need, Scheduler, Times
 
 ROWS = 64
 # Milliseconds at 0 to 64 rows: a fixed part, and a part per row.
@@ -212,7 +212,7 @@ def test_best_rows() -> None:
     """The fewest rows with nearly the most rows per second; all of them if nobody measured."""
     flat = {2: 0.008, 4: 0.008, 8: 0.010, 16: 0.016, 32: 0.032, 64: 0.064}
     times = Times({"flat": flat, "growing": {2: 0.002, 64: 0.032}})
-    assert times.best_rows("flat", 64) == 16
+    assert times.best_rows("flat", 64) == MIN_ROWS
     assert times.best_rows("flat", 8) == 8
     assert times.best_rows("growing", 64) == 64
     assert times.best_rows("unknown", 48) == 48
