@@ -7,6 +7,7 @@ are evaluated as one batch.
 
 import itertools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from flowturbo.parity import TOLERANCES, Figures, batches_up_to
 from flowturbo.runtimes import Model, model_file, open_model
 from flowturbo.serving.triton_io import error_response
 
+# On a CPU the networks fill all cores. The processes that take requests and answer them come first:
+# they need little, but at once.
+_NICE = 5
 _MAGNITUDE = contract.DECODER_OUTPUTS[1].name
 
 
@@ -48,6 +52,7 @@ class TritonPythonModel:
             )
             figures.check(config["name"], self._model, allowed, batches)
         else:
+            os.nice(_NICE)
             self._model = open_model(path, stated["precision"], runtime=runtime)
         self._name = config["name"]
         self._inputs = [entry["name"] for entry in config["input"]]

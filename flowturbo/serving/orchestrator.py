@@ -6,6 +6,7 @@ side alone: the work is done by `flowturbo.serving.service`, in the process of `
 
 import logging
 import os
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -31,6 +32,10 @@ from flowturbo.serving.triton_io import (
     told,
 )
 
+# For so long a thread may keep the interpreter while another has a request to take or a batch to
+# run. Python's own 5 ms, paid several times per request, would be felt.
+_SWITCH_S = 0.001
+
 
 class TritonPythonModel:
     """The orchestrator; its settings are the `parameters` of its config.pbtxt."""
@@ -38,6 +43,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Reads the settings and the records of all pipelines."""
         logging.getLogger("flowturbo").addHandler(_TritonLog(ORCHESTRATOR))
+        sys.setswitchinterval(_SWITCH_S)
         repository, settings = repository_of(args), read_settings(args)
         pipelines = read_pipelines(repository)
         # Composed models on GPUs have an instance on each.

@@ -71,6 +71,7 @@ IDLE_BEFORE_ENSEMBLE_S = 1.0  # after so long alone, a request need not wait to 
 CANCEL_CHECK_S = 0.02  # asking the server whether a caller is still there costs a round trip
 _WAITING_CHECK_S = 0.2  # the same, for requests that wait
 _FULL_S = 0.5  # a full server may have a place by then
+_STARTING = 2  # requests that draw their noise at a time
 _METRICS_S = 1.0  # between two reports of block times
 _OF_STREAMS = [spec.name for spec in STREAM_OUTPUTS]
 _logger = logging.getLogger(__name__)
@@ -229,6 +230,8 @@ class Service:
         self._last_concurrent_at = -math.inf  # when requests were last together here (monotonic s)
         self._last_report_at = -math.inf
         self._left = threading.Condition()  # and the lock of these four
+        # Many that draw their noise at once would keep the interpreter from taking requests.
+        self._starting = threading.Semaphore(_STARTING)
         self._workers = _all_threads(settings.max_inflight)
 
     def handle(self, sender: Sender, read: Callable[[], Asked], *, streams: bool = False) -> None:
@@ -348,7 +351,8 @@ class Service:
                 infer = self._infer_for(job, pipeline, request)
                 show = self._show_for(job, request, pipeline, infer, edit)
                 images = make_images(request, pipeline, program, infer, edit, show)
-                self._batcher.start(images, made)
+                with self._starting:
+                    self._batcher.start(images, made)
                 return
         except BaseException as error:
             self._finish(job, ticket, request, error)
