@@ -8,6 +8,7 @@ two calls of a request. Which calls are next is the scheduler's choice (scheduli
 """
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ import numpy as np
 from flowturbo.rows import Tensors
 from flowturbo.serving.scheduling import Scheduler, Times, Turns, Work
 
+_CHECK_S = 0.05  # between two looks at what waits
 _logger = logging.getLogger(__name__)
 
 Outputs = tuple[np.ndarray, ...]
@@ -110,6 +112,14 @@ class _Device:
     free: int = 0
     waiting: list[_Waiting] = field(default_factory=list)
     turns: Turns = field(default_factory=Turns)
+    checked_at: float = -math.inf
+
+    def over(self, now: float) -> dict[_Waiting, BaseException]:
+        """The waiting requests that need not go on, and why; looked for from time to time."""
+        if now - self.checked_at < _CHECK_S:
+            return {}
+        self.checked_at = now
+        return {each: why for each in self.waiting if (why := each.over()) is not None}
 
 
 class Batcher:
@@ -237,7 +247,7 @@ class Batcher:
                     self._changed.wait_for(lambda: device.waiting or self._closed)
                     if not device.waiting:
                         return None
-                    over = {w: why for w in device.waiting if (why := w.over()) is not None}
+                    over = device.over(self._clock())
                     batch: list[_Waiting] = []
                     if len(over) < len(device.waiting):
                         batch = self._scheduler.next_batch(

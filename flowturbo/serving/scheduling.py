@@ -51,10 +51,15 @@ class Times:
         self._factors: dict[str, dict[int, float]] = defaultdict(dict)  # by model and bucket
         self._counts: Counter[tuple[str, int]] = Counter()
         self._best: dict[tuple[str, int], int] = {}
+        self._seconds: dict[tuple[str, int], float] = {}  # until the next correction
 
     def seconds(self, model: str, rows: int, scale: float = 1.0) -> float:
         """Of one call; `scale` is the size of its latents beside that of the default size."""
-        return self._expected(model, rows) * self._factor(model, rows) * scale
+        key = model, rows
+        found = self._seconds.get(key)
+        if found is None:
+            found = self._seconds[key] = self._expected(model, rows) * self._factor(model, rows)
+        return found * scale
 
     def ran(self, model: str, rows: int, seconds: float, scale: float = 1.0) -> None:
         """Corrects the estimate: a call of `rows` took `seconds`."""
@@ -68,6 +73,7 @@ class Times:
         self._counts[model, bucket] += 1
         weight = max(_LEARNING, 1 / self._counts[model, bucket])
         self._factors[model][bucket] = had + weight * (ratio - had)
+        self._seconds.clear()
 
     def is_sure(self, model: str, rows: int) -> bool:
         """Whether enough calls of about so many rows were seen here."""
@@ -117,6 +123,9 @@ class Times:
         return known[min(known, key=lambda each: abs(each - bucket))]
 
 
+_FIRST = -math.inf, 0  # the place of calls that nobody planned
+
+
 def _bucket(rows: int) -> int:
     return max(rows - 1, 0).bit_length()
 
@@ -153,20 +162,13 @@ class Work:
     rows: float
     alone: float
     is_sure: bool
+    needed_s: float = 0.0  # at the beginning, at least
 
-    @property
-    def has_few(self) -> bool:
-        """Whether somebody probably waits for it: it has few images."""
-        return self.images <= FEW_IMAGES
-
-    @property
-    def kind(self) -> tuple[str, bool]:
-        return self.caller, self.has_few
-
-    @property
-    def place(self) -> tuple[float, int]:
-        """Its place by deadline."""
-        return self.deadline, self.number
+    def __post_init__(self) -> None:
+        # Plain attributes: they are read for each waiting call before each batch.
+        self.has_few = self.images <= FEW_IMAGES  # somebody probably waits for it
+        self.kind = self.caller, self.has_few
+        self.place = self.deadline, self.number  # by deadline
 
 
 class Waiting(Hashable, Protocol):
@@ -241,6 +243,7 @@ class Scheduler:
         if shared_s := self._left_s(work):
             alone_s = sum(self._alone_s(need) * need.count for need in needs)
             work.alone = max(1.0, alone_s / shared_s)
+            work.needed_s = self._needed_s(work)
         if not self._is_probe(now):
             self._refuse_late(work, now)
         present = {who for who, _ in self._kinds}
@@ -319,7 +322,7 @@ class Scheduler:
         """
         # Requests of one kind are in order of their deadlines anyway.
         tight = len(self._kinds) > 1 and self._worst_s(now) >= 0
-        ordered = sorted(waiting, key=self._order(waiting, tight=tight))
+        ordered = self._ordered(waiting, tight=tight)
         key = ordered[0].key if tight else self._key_of(self._together(ordered), models, turns)
         if tight:
             same = list(itertools.takewhile(lambda call: call.key == key, ordered))
@@ -342,11 +345,18 @@ class Scheduler:
         elif works and any(not few for _, few in self._kinds):
             self._owed_s += seconds * MANY_IMAGES_SHARE / (1 - MANY_IMAGES_SHARE)
 
-    def _order(self, waiting: Sequence[Waiting], *, tight: bool) -> "_Key":
-        many_first = self._owed_s > _OWED_S and any(
-            call.work and not call.work.has_few for call in waiting
-        )
-        return _Key(self._used, tight=tight, many_first=many_first)
+    def _ordered(self, waiting: Sequence[Call], *, tight: bool) -> list[Call]:
+        if tight or len(self._kinds) <= 1:
+            return sorted(waiting, key=_place_of)
+        many_first = self._owed_s > _OWED_S and not all(map(_has_few, waiting))
+
+        def key(call: Call) -> tuple[bool, float, tuple[float, int]]:
+            work = call.work
+            if work is None:
+                return False, -math.inf, _FIRST
+            return work.has_few is many_first, self._used.get(work.caller, 0.0), work.place
+
+        return sorted(waiting, key=key)
 
     def _key_of(self, together: Sequence[Waiting], models: Sequence[str], turns: Turns) -> Hashable:
         """The key with the most calls; of several, that of the later model.
@@ -354,7 +364,10 @@ class Scheduler:
         A few early requests wait for the many behind them, and cohorts merge. But no key is left
         out too often.
         """
-        counts = Counter(call.key for call in together)
+        counts = Counter([call.key for call in together])
+        if len(counts) == 1:
+            turns.skipped.clear()
+            return together[0].key
         place = {call.key: models.index(call.model) for call in together}
         late = max(counts, key=lambda key: turns.skipped.get(key, 0))
         most = max(counts, key=lambda key: (counts[key], place[key]))
@@ -379,34 +392,43 @@ class Scheduler:
         A call is left out if it would make a call before it too slow: for its deadline, or because
         that one has few images. If it is `tight`, nothing overtakes a call that is left out.
         """
-        chosen, rows, longest_s = [same[0]], same[0].rows, self._bearable_s(same[0], now)
         model, few = same[0].model, _has_few(same[0])
-        for call in same[1:]:
-            if rows + call.rows > limit:
+        full_s = self.times.seconds(model, limit)
+        chosen: list[Call] = []
+        rows, longest_s = 0, math.inf
+        for call in same:
+            total = rows + call.rows
+            if chosen and total > limit:
                 if tight:
                     break
                 continue
-            batch_s = self.times.seconds(model, rows + call.rows)
-            bearable_s = min(longest_s, self._bearable_s(call, now))
+            bearable_s = min(longest_s, self._bearable_s(call, now, full_s))
             if few and not _has_few(call):
                 bearable_s = min(bearable_s, _JOINS_AT * self.times.seconds(model, rows))
-            if batch_s <= bearable_s:
+            if (
+                not chosen
+                or bearable_s == math.inf
+                or (self.times.seconds(model, total) <= bearable_s)
+            ):
                 chosen.append(call)
-                rows, longest_s = rows + call.rows, bearable_s
+                rows, longest_s = total, bearable_s
             elif tight:
                 break
         return chosen
 
-    def _bearable_s(self, call: Waiting, now: float) -> float:
-        """How long a batch with `call` may take so that its request still ends in time."""
+    def _bearable_s(self, call: Waiting, now: float, full_s: float) -> float:
+        """How long a batch with `call` may take so that its request still ends in time.
+
+        Infinity if even a full batch, which takes `full_s`, is bearable.
+        """
         work = call.work
         if work is None or not work.is_sure:
             return math.inf
-        needed_s = self._needed_s(work) * _SPARE
-        if not needed_s:
+        own_s, given_s = self.times.seconds(call.model, call.rows), work.deadline - now
+        if own_s * given_s >= full_s * work.needed_s * _SPARE:  # more than it ever needed
             return math.inf
-        slower = max(1.0, (work.deadline - now) / needed_s)
-        return self.times.seconds(call.model, call.rows) * slower
+        needed_s = self._needed_s(work) * _SPARE
+        return own_s * max(1.0, given_s / needed_s) if needed_s else math.inf
 
     def _limit(self, call: Waiting) -> int:
         return self.times.best_rows(call.model, call.most)
@@ -479,21 +501,8 @@ class Scheduler:
         return self.weights.get(caller, 1.0)
 
 
-class _Key:
-    """The order of waiting calls."""
-
-    def __init__(self, used: Mapping[str, float], *, tight: bool, many_first: bool) -> None:
-        self._used = used
-        self._tight = tight
-        self._many_first = many_first
-
-    def __call__(self, call: Waiting) -> tuple[bool, float, float, int]:
-        work = call.work
-        if work is None:
-            return (False, -math.inf, 0.0, 0)
-        if self._tight:
-            return (False, 0.0, *work.place)
-        return (work.has_few == self._many_first, self._used.get(work.caller, 0.0), *work.place)
+def _place_of(call: Waiting) -> tuple[float, int]:
+    return call.work.place if call.work else _FIRST
 
 
 def _has_few(call: Waiting) -> bool:

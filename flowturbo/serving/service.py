@@ -68,7 +68,7 @@ from flowturbo.solver.calls import Variant
 from flowturbo.solver.program import Program
 
 IDLE_BEFORE_ENSEMBLE_S = 1.0  # after so long alone, a request need not wait to share its batches
-CANCEL_CHECK_S = 0.02  # asking the server whether a caller is still there costs a round trip
+CANCEL_CHECK_S = 0.05  # asking the server whether a caller is still there costs a round trip
 _WAITING_CHECK_S = 0.2  # the same, for requests that wait
 _FULL_S = 0.5  # a full server may have a place by then
 _STARTING = 2  # requests that draw their noise at a time
@@ -508,18 +508,18 @@ def calls_needed(
     request: GenerationRequest, pipeline: Pipeline, program: Program, preview_every: int = 0
 ) -> list[Need]:
     """The calls that `request` makes. Texts are left out: most encodings are kept."""
-    rows: Counter[tuple[Role, int]] = Counter()
+    calls: dict[tuple[Role, int], int] = {}
     if request.needs_decoder or LATENT in request.outputs:
-        rows += Counter((role, request.rows) for role in roles_called(program))
-        rows[Role.ENCODER, request.images] += bool(request.edit)
+        calls = {(Role(net), request.rows): count for net, count in program.counts.items()}
+        if request.edit:
+            calls[Role.ENCODER, request.images] = 1
     if request.needs_decoder:
         previews = len(request.schedule) // preview_every if preview_every else 0
-        rows[Role.DECODER, request.images] += 1 + previews
+        calls[Role.DECODER, request.images] = 1 + previews
     most, scale = pipeline.rows_for(request.latent_shape), _scale(request, pipeline)
     return [
-        Need(pipeline.model(role), count, most, times, scale)
-        for (role, count), times in rows.items()
-        if times
+        Need(pipeline.model(role), rows, most, count, scale)
+        for (role, rows), count in calls.items()
     ]
 
 

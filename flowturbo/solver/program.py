@@ -4,8 +4,10 @@ Times run from noise at 0 to data at 1. A step that evaluates nothing (Z, T) is 
 the step of the call before it longer. The calls and their equations are in flowturbo.solver.calls.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from flowturbo.errors import RequestError
 from flowturbo.solver.calls import BlockCall, Network, RefinerCall, Variant
@@ -22,6 +24,11 @@ class Program:
 
     schedule: Schedule
     calls: tuple[BlockCall, ...]
+
+    @cached_property
+    def counts(self) -> Mapping[Network, int]:
+        """How often each network is called."""
+        return Counter(call.network for call in self.calls)
 
     def evaluations(self, network: Network) -> int:
         """How often `network` is evaluated: H1P5R3 is 7 predictor and 6 refiner evaluations."""
