@@ -224,7 +224,7 @@ class TritonServer:
         If one dies, the server (24.10) neither notices nor replaces it, and its requests hang.
         """
         everyone = (int(path.name) for path in Path("/proc").glob("[0-9]*"))
-        return {pid: _model_of(pid) for pid in self.living(everyone)}
+        return {pid: model_of(pid) for pid in self.living(everyone)}
 
     def living(self, pids: Iterable[int]) -> set[int]:
         """The processes in `pids` that are alive and belong to this server's Python backend."""
@@ -337,7 +337,7 @@ def _reason(error: urllib.error.HTTPError) -> str:
     return told
 
 
-def _model_of(pid: int) -> str:
+def model_of(pid: int) -> str:
     """The model whose instance runs in the stub process `pid`."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
