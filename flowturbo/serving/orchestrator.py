@@ -62,6 +62,10 @@ class TritonPythonModel:
             read = partial(_read, request, self._forwarded)
             self._service.handle(sender, read)
 
+    def is_ready(self) -> bool:
+        """Newer releases of Triton ask for it."""
+        return self._service.is_ready
+
     def finalize(self) -> None:
         """Lets the requests in flight finish."""
         self._service.close()
@@ -92,6 +96,10 @@ class StreamPythonModel:
                 sender.send(sender.response(error))
             else:
                 self._relay.start(asked, sender)
+
+    def is_ready(self) -> bool:
+        """Newer releases of Triton ask for it."""
+        return endpoint(os.getppid()).exists()
 
     def finalize(self) -> None:
         """Lets the requests in flight finish."""

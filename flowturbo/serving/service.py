@@ -263,6 +263,11 @@ class Service:
         except Exception as error:
             self._answer(job, error)
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests are taken at all."""
+        return not self._closing
+
     def close(self) -> None:
         """Refuses what comes from now on, and lets the requests in flight finish."""
         with self._left:

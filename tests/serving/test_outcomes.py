@@ -8,7 +8,7 @@ import pytest
 
 from flowturbo import errors
 from flowturbo.contract import Role, model_name
-from flowturbo.serving.forwarded import Forwarded, as_asked, find_patterns
+from flowturbo.serving.forwarded import Forwarded, as_asked, caller_of, find_patterns
 from flowturbo.serving.outcomes import CODES, as_told, failure, incomplete, outcome_of
 
 pytestmark = pytest.mark.unit
@@ -121,6 +121,12 @@ def test_models_that_fail(error: errors.FlowTurboError, code: str, said: str) ->
 
 def test_an_answer_has_no_error() -> None:
     assert outcome_of({"image": 1}) == "ok"
+
+
+def test_the_caller_is_named_by_a_header() -> None:
+    assert caller_of({"FlowTurbo-Caller": "alice", "x": 1}) == "alice"  # HTTP keeps the letters
+    assert caller_of({"flowturbo-caller": "x" * 1000}) == "x" * 100
+    assert caller_of({}) == ""
 
 
 def test_forwarded_headers_are_those_of_the_servers_flags() -> None:

@@ -7,6 +7,8 @@ import shutil
 import socket
 import threading
 import time
+import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -505,3 +507,49 @@ def test_a_full_server_refuses_at_once(
         wait_until(lambda: read_metrics(address)[IN_FLIGHT] == 0)
         assert client.generate(1, schedule="E1").images is not None
         assert read_metrics(address)[outcome("busy")] == 3
+
+
+def test_the_header_of_a_caller_is_taken_and_no_other_parameter(
+    glyphs_server: ServerAddress,
+) -> None:
+    label = triton.InferInput("label", [1], "INT64")
+    label.set_data_from_numpy(np.array([1]))
+    with triton.InferenceServerClient(glyphs_server.grpc) as raw:
+        answer = raw.infer("flowturbo", [label], headers={"flowturbo-caller": "alice"})
+        assert answer.as_numpy("image") is not None
+        with pytest.raises(InferenceServerException, match="unknown request parameter 'other'"):
+            raw.infer("flowturbo", [label], parameters={"other": "1"})
+    body = {"inputs": [{"name": "label", "shape": [1], "datatype": "INT64", "data": [1]}]}
+    body["outputs"] = [{"name": "seed"}]
+    request = urllib.request.Request(
+        f"http://{glyphs_server.http}/v2/models/flowturbo/infer",
+        json.dumps(body).encode(),
+        {"FlowTurbo-Caller": "alice"},
+    )
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(request) as reply:
+        assert json.load(reply)["outputs"][0]["name"] == "seed"
+
+
+def test_what_cannot_be_in_time_is_refused_with_a_hint(glyphs_server: ServerAddress) -> None:
+    """Of many large requests that come at once with a deadline, some are taken and all answered."""
+    outcomes: Counter[str] = Counter()
+
+    def large(k: int) -> None:
+        with FlowTurboClient(glyphs_server.grpc, retries=0) as client:
+            try:
+                client.generate([0] * 64, [64 * k + j for j in range(64)], "H8", timeout_s=15)
+                outcomes["answered"] += 1
+            except ServerBusyError as error:
+                assert error.retry_after_s is not None and error.retry_after_s > 0
+                outcomes["refused"] += 1
+            except DeadlineExceededError:
+                outcomes["late"] += 1
+
+    with FlowTurboClient(glyphs_server.grpc) as client:
+        client.generate([0] * 64, list(range(64)), "H8", timeout_s=120)  # such calls are known now
+    with ThreadPoolExecutor(48) as pool:
+        list(pool.map(large, range(48)))
+    assert outcomes.total() == 48
+    assert outcomes["answered"] >= 1 and outcomes["refused"] >= 1
+    assert outcomes["late"] <= outcomes["answered"]
