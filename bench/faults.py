@@ -84,7 +84,7 @@ def _run(args: argparse.Namespace) -> None:
     log = args.json.with_suffix(".log")
     found: dict[str, Any] = {"hardware": hardware(), "outcomes": []}
     with served(args.repository, log) as server:
-        known = _known_images(server.grpc)
+        known = known_images(server.grpc)
         names = args.process or sorted(server.processes())
         for fault in args.fault:
             for name in tqdm(names, desc=fault):
@@ -98,9 +98,10 @@ def _run(args: argparse.Namespace) -> None:
 class Served:
     """A running `flowturbo.serve`."""
 
-    def __init__(self, process: subprocess.Popen[str], grpc: str) -> None:
+    def __init__(self, process: subprocess.Popen[str], grpc: str, http: str) -> None:
         self._process = process
         self.grpc = grpc
+        self.http = http
 
     def processes(self) -> dict[str, int]:
         """The processes below the supervisor, by the name of their model."""
@@ -137,7 +138,8 @@ def served(repository: Path, log: Path) -> Iterator[Served]:
         if not line.startswith("ready: gRPC "):
             raise FlowTurboError(f"the server did not start: see {log}")
         # Nobody reads what it prints later: it is one line per start.
-        yield Served(process, line.split()[2].rstrip(","))
+        words = line.replace(",", "").split()
+        yield Served(process, words[2], words[4])
     finally:
         process.terminate()
         process.wait()
@@ -145,7 +147,8 @@ def served(repository: Path, log: Path) -> Iterator[Served]:
             process.stdout.close()
 
 
-def _known_images(url: str) -> np.ndarray:
+def known_images(url: str) -> np.ndarray:
+    """The images of the seeds that clients ask for, as levels."""
     with FlowTurboClient(url) as client:
         seeds = list(range(SEEDS))
         images = client.generate(seeds, seeds).images

@@ -258,7 +258,7 @@ def _parser() -> argparse.ArgumentParser:
         "--restarts",
         type=_integer(0, 1000),
         default=_RESTARTS,
-        help="give up after so many restarts, each within a minute of the one before; 0: never "
+        help="give up after so many restarts, each within 10 s of the one before; 0: never "
         "start again",
     )
     add("--check", action="store_true", help="check whether the repository can be served, and exit")

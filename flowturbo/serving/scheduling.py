@@ -30,11 +30,10 @@ MAX_SKIPPED = 8  # turns in a row; about as many as a request makes of the predi
 _JOINS_AT = 1.25  # times as long a batch of few images may take for the rows of others
 _LEARNING = 0.1  # the weight of a new measurement
 _SURE = 5  # measurements until a time is trusted
-_SPARE, _SPARE_UNSURE = 1.03, 1.1  # beside the estimate, is planned
+_SPARE, _SPARE_UNSURE = 1.03, 1.1  # times the estimate is planned
 _OWED_S = 0.5  # requests with many images wait so long for their share
-_CONTENDING_S = (
-    10.0  # after a refusal, and the time it was told to wait, a caller counts as waiting
-)
+_CONTENDING_S = 10.0  # so long after its time to come back a refused caller counts as waiting
+_CALLERS = 1000  # whose use of the time is remembered after they have gone
 _PROBE_S = 5.0  # between two requests that an idle server takes against its own estimate
 _HOPELESS = 0.8  # of the estimate: if less time than that is left, a request is given up
 
@@ -249,6 +248,8 @@ class Scheduler:
         present = {who for who, _ in self._kinds}
         if caller not in present:  # nobody saves up time by not asking
             least = min((self._used[who] for who in present), default=0.0)
+            if len(self._used) >= _CALLERS:
+                self._used = {who: self._used[who] for who in present}
             self._used[caller] = max(self._used.get(caller, 0.0), least)
         insort(self._taken, work, key=_place)
         self._kinds[work.kind] += 1
@@ -270,7 +271,7 @@ class Scheduler:
                 "more time"
             )
         if not self._taken:
-            return
+            return  # nothing could make it earlier
         late_s = max(self._worst_s(now, work), self._beyond_share_s(work, now))
         if late_s > 0:
             self._contending[work.caller] = now + late_s + _CONTENDING_S

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from flowturbo.serving.tritonserver import TritonServer
 
 STOPPED_S = 1.0  # a process that a signal has stopped for so long is as good as dead
-STABLE_S = 60.0  # a server that ran for so long did not die at once
+STABLE_S = 10.0  # a server that ran for so long did not die at once
 _FIRST_DELAY_S, _MAX_DELAY_S = 0.25, 30.0
 
 

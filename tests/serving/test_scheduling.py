@@ -192,6 +192,17 @@ def test_random_loads_are_never_late() -> None:
         assert len(simulation.answered) + len(simulation.refused) == 300
 
 
+def test_callers_that_have_gone_are_forgotten() -> None:
+    scheduler = Scheduler(Times({}))
+    stays = scheduler.take([Need("model", 2, 64)], 1, 1e6, 0.0, "stays")
+    for k in range(5000):
+        scheduler.leave(scheduler.take([Need("model", 2, 64)], 1, 1e6, 0.0, f"caller {k}"))
+    assert len(scheduler._used) <= 1000 and "stays" in scheduler._used
+    scheduler.leave(stays)
+    scheduler.leave(stays)  # a deadline and an answer may both tell it
+    assert scheduler.left_s == 0
+
+
 def test_times_learn_what_calls_take() -> None:
     times = Times({"model": {2: 0.010, 16: 0.050}})
     assert times.seconds("model", 9) == pytest.approx(0.030)
