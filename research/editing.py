@@ -354,7 +354,7 @@ def markdown(found: dict[str, Any], stem: str) -> str:
         "",
         "“Velocity” blends the state and the cached velocity, “state” the state alone. Both "
         "columns are the RMS distance of latents to the exact solution inside the mask. “Nearer” "
-        "is their ratio with its 95% interval, paired, “per image” the median of the ratios per "
+        "is their ratio with its 95% interval, paired. “Per image” is the median of the ratios per "
         "image. “Generation” is the distance of the same schedule without image and mask, in the "
         "same place. “Seam” is the mean difference of neighbours across the mask's border, divided "
         "by the original's. “Outside” is the largest change of a pixel outside.",

@@ -3,8 +3,8 @@
 All times are in seconds. Nothing here waits, locks or reads a clock.
 
 - **Admission by work.** A request is taken if it and all that were taken before can be answered in
-  time, each by its deadline (the processor demand test for earliest deadline first). Otherwise it
-  is refused at once, with the time after which it would have fitted.
+  time. This is the processor demand test for earliest deadline first. Otherwise the request is
+  refused at once, with the time after which it would have fitted.
 - **Few rows at a time.** Only as many rows run together as still raise the images per second.
   The other requests wait, so that the first are done before the last begin.
 - **Order.** Requests with few images first, callers by their weighted shares, then by deadline. As
