@@ -51,8 +51,8 @@ class Outcome:
     """What a fault of one process did to the requests around it.
 
     `overdue` are those that were not answered by their deadline. `silent_s` is the longest time
-    without an answer. `full_speed_s` after the fault the clients have FULL_SPEED of their images per
-    second again. It is None if they have not within the time measured.
+    without an answer. `full_speed_s` after the fault the clients have FULL_SPEED of their images
+    per second again. It is None if they have not within the time measured.
     """
 
     process: str
