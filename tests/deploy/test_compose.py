@@ -85,7 +85,7 @@ def test_servers_are_guarded() -> None:
 def test_commands_are_understood() -> None:
     (default,) = re.findall(r"^CMD (\[.*repository.*\])$", DOCKERFILE, re.MULTILINE)
     for command in (json.loads(default), *(SERVICES[n]["command"] for n in ("glyphs", "torch"))):
-        options, check_alone = _parse(command)
+        options, _, check_alone = _parse(command)
         assert not check_alone
         assert options.host == "0.0.0.0"
         assert str(options.repository).startswith("/models/")
@@ -117,7 +117,7 @@ def test_tensorrt_is_not_installed_twice() -> None:
 def test_what_must_be_put_right_ends_the_start_at_once() -> None:
     """The server waits for a service that checks the same repository and is not started again."""
     check, (default,) = SERVICES["check"], re.findall(r"^CMD (.*repo.*)$", DOCKERFILE, re.MULTILINE)
-    options, check_alone = _parse(check["command"])
+    options, _, check_alone = _parse(check["command"])
     assert check_alone and check["restart"] == "no" and not check["ports"]
     assert options.repository == _parse(json.loads(default))[0].repository
     waits = {"check": {"condition": "service_completed_successfully"}}
