@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ CLIENTS, SEEDS, DEADLINE_S = 8, 16, 20.0
 FAULTS = ("kill -9", "SIGSTOP 2 s", "SIGSTOP 30 s")
 FULL_SPEED = 0.9  # of the images per second before the fault
 _BEFORE_S, _AFTER_S, _WINDOW_S = 4.0, 26.0, 2.0
-_SAME_LEVELS = 3.0  # mean difference of 255: in other batches bf16 rounds otherwise
+SAME_LEVELS = 3.0  # mean difference of 255: in other batches bf16 rounds otherwise
 _READY_S = 300.0
 
 
@@ -116,12 +116,19 @@ class Served:
 
     def wait_ready(self) -> None:
         """Until the server answers, at most some minutes. Raises FlowTurboError."""
-        until = time.monotonic() + _READY_S
-        with FlowTurboClient(self.grpc, retries=0) as client:
-            while not client.is_ready():
-                if time.monotonic() > until or self._process.poll() is not None:
-                    raise FlowTurboError("the server does not come back")
-                time.sleep(0.1)
+        wait_ready(self.grpc, self._process, _READY_S, lambda: "the server does not come back")
+
+
+def wait_ready(
+    url: str, process: subprocess.Popen[Any], most_s: float, said: Callable[[], str]
+) -> None:
+    """Until `process` answers at `url`, at most `most_s`; else raises FlowTurboError of `said`."""
+    until = time.monotonic() + most_s
+    with FlowTurboClient(url, retries=0) as client:
+        while not client.is_ready():
+            if time.monotonic() > until or process.poll() is not None:
+                raise FlowTurboError(said())
+            time.sleep(0.1)
 
 
 @contextlib.contextmanager
@@ -166,7 +173,7 @@ def load(url: str, known: np.ndarray, until: Sequence[float], asked: list[Answer
                 images = client.generate([seed], [seed]).images
                 assert images is not None
                 off = np.abs(images[0].astype(int) - known[seed]).mean()
-                outcome = "right" if off <= _SAME_LEVELS else "wrong"
+                outcome = "right" if off <= SAME_LEVELS else "wrong"
             except FlowTurboError as error:
                 outcome = type(error).__name__
             asked.append(Answered(began, time.monotonic(), outcome))

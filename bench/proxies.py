@@ -22,11 +22,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from flowturbo_client import FlowTurboClient, FlowTurboError
+from flowturbo_client import FlowTurboError
 from tqdm import tqdm
 
 from bench.downloads import DownloadError, debian_package
-from bench.faults import DEADLINE_S, Answered, Served, known_images, load, served
+from bench.faults import DEADLINE_S, Answered, Served, known_images, load, served, wait_ready
 from bench.observe import hardware, write_json
 from flowturbo.command import run_command
 from flowturbo.errors import FlowTurboError as ServiceError
@@ -141,24 +141,21 @@ def proxy(name: str, servers: Sequence[At], folder: Path) -> Iterator[str]:
     if name == "nginx":
         once = f"daemon off; pid {folder}/pid; error_log stderr;"
         command = [*_found(name), "-p", str(folder), "-c", str(path), "-g", once]
-    with (folder / f"{name}.log").open("w") as log:
+    log_path = folder / f"{name}.log"
+    with log_path.open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     url = f"127.0.0.1:{port}"
     try:
-        _wait(url, process, folder / f"{name}.log")
+        wait_ready(
+            url,
+            process,
+            _READY_S,
+            lambda: f"the proxy is not ready: {log_path.read_text()[-2000:]}",
+        )
         yield url
     finally:
         process.terminate()
         process.wait()
-
-
-def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    until = time.monotonic() + _READY_S
-    with FlowTurboClient(url, retries=0) as client:
-        while not client.is_ready():
-            if time.monotonic() > until or process.poll() is not None:
-                raise FlowTurboError(f"the proxy is not ready: {log.read_text()[-2000:]}")
-            time.sleep(0.1)
 
 
 def _found(name: str) -> list[str]:

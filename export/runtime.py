@@ -16,6 +16,7 @@ from flowturbo.parity import TOLERANCES, Figures, VerificationError, check
 from flowturbo.presets import DEFAULT, built_in
 from flowturbo.rows import Tensors
 from flowturbo.runtimes import model_file, open_model, runtime_for
+from flowturbo.serving.scheduling import stated_rows
 from flowturbo.solver.program import compile_program
 
 _OPENVINO_HINT = (
@@ -129,10 +130,9 @@ def try_runtimes(
 def block_times(path: Path, runtime: Runtime, figures: Figures, max_rows: int) -> dict[str, float]:
     """Milliseconds per call of the file `path` by rows, from a pair to `max_rows` rows."""
     model = open_model(path, runtime.precision, runtime=runtime.name)
-    sizes = [2**k for k in range(1, max_rows.bit_length()) if 2**k < max_rows] + [max_rows]
     best: dict[int, float] = {}
     for _ in range(_BLOCK_ROUNDS):  # in turns: a pause of the machine does not hit one size alone
-        for rows in sizes:
+        for rows in stated_rows(max_rows):
             inputs = figures.batch(rows)[0]
             started = time.perf_counter()
             model(inputs)

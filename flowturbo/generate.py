@@ -46,7 +46,8 @@ def generate(
 ) -> Tensors:
     """The output tensors that `request` asks for, by name."""
     edit = request.edit.open() if request.edit else None
-    made = run_sync(make_images(request, pipeline, program, awaited(infer), edit))
+    chunked = in_chunks(awaited(infer), pipeline.rows_for(request.latent_shape))
+    made = run_sync(make_images(request, pipeline, program, chunked, edit))
     return complete(request, pipeline, settings, made, edit)
 
 
@@ -69,9 +70,8 @@ async def make_images(
 ) -> Tensors:
     """The latent and the image that `request` needs, by these names; `edit` is its opened edit.
 
-    `show` is called after each step but the last.
+    `infer` takes any number of rows (`in_chunks`). `show` is called after each step but the last.
     """
-    infer = in_chunks(infer, pipeline.rows_for(request.latent_shape))
     made: Tensors = {}
     if request.needs_decoder or LATENT in request.outputs:
         made[LATENT] = await _latent(request, pipeline, program, infer, edit, show)

@@ -15,10 +15,9 @@ import numpy as np
 from bench.capacity.replica import Replica
 from flowturbo.contract import Role
 from flowturbo.errors import BusyError, DeadlineError
-from flowturbo.serving.scheduling import Need, Scheduler, Times, Turns, Work
+from flowturbo.serving.scheduling import Need, Scheduler, Times, Turns, Work, stated_rows
 from flowturbo.settings import Settings
 
-_STATED = (2, 4, 8, 16, 32, 64)  # the rows that an export measures
 WARM_UP = 0.1  # share of the requests that are not counted
 
 
@@ -116,9 +115,8 @@ class Simulation:
         times = Times(
             {
                 model: {
-                    rows: (ms + self.replica.overhead_ms) / 1e3
-                    for rows, ms in enumerate(table)
-                    if rows in _STATED or rows == self.replica.max_rows
+                    rows: (table[rows] + self.replica.overhead_ms) / 1e3
+                    for rows in stated_rows(self.replica.max_rows)
                 }
                 for model, table in self.replica.times_ms.items()
             }

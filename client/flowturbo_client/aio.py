@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import tritonclient.grpc.aio
 from numpy.typing import NDArray
+from tritonclient.grpc import InferResult
 
 from .errors import (
     ConnectionFailedError,
@@ -21,13 +22,13 @@ from .errors import (
 )
 from .pictures import Pictures
 from .protocol import (
+    Answer,
     Generation,
     Request,
     build_request,
     parse_pipelines,
     pipelines_request,
 )
-from .retry import RetryPlan
 from .settings import Health, Settings, check_timeout_s, closed_error
 from .stream import SUFFIX, Update, updates
 from .tensors import Labels, Prompts, Seeds, Size
@@ -112,13 +113,7 @@ class AsyncFlowTurboClient(Verbs):
             outputs=outputs,
         )
         limit_s = check_timeout_s(self._settings.timeout_s if timeout_s is None else timeout_s)
-        plan = self._settings.plan(limit_s, self._server, reached=self._reached)
-        while True:
-            try:
-                return await self._attempt(request, plan, limit_s)
-            except FlowTurboError as error:
-                delay_s = plan.delay_s(error)
-            await asyncio.sleep(delay_s)
+        return await self._ask(request, limit_s, request.parse)
 
     async def stream(
         self,
@@ -164,17 +159,10 @@ class AsyncFlowTurboClient(Verbs):
 
     async def pipelines(self, *, timeout_s: float = 5.0) -> list[dict[str, Any]]:
         """As `FlowTurboClient.pipelines`."""
-        plan = self._settings.plan(check_timeout_s(timeout_s), self._server, reached=self._reached)
-        while True:
-            arguments = pipelines_request().arguments(self._settings.model, plan.remaining_s())
-            try:
-                with self._call(timeout_s, server=plan.server):
-                    found = parse_pipelines(await self._triton(plan.server).infer(**arguments))
-                    self._server, self._reached = plan.server, True
-                    return found
-            except FlowTurboError as error:
-                delay_s = plan.delay_s(error)
-            await asyncio.sleep(delay_s)
+        limit_s = check_timeout_s(timeout_s)
+        return await self._ask(
+            pipelines_request(), limit_s, lambda result, _: parse_pipelines(result)
+        )
 
     async def health(self, *, timeout_s: float = 5.0) -> Health:
         """As `FlowTurboClient.health`."""
@@ -230,20 +218,28 @@ class AsyncFlowTurboClient(Verbs):
         """Close the connection."""
         await self.close()
 
-    async def _attempt(self, request: Request, plan: RetryPlan, limit_s: float) -> Generation:
-        arguments = request.arguments(self._settings.model, plan.remaining_s())
-        with self._call(limit_s, server=plan.server):
-            started_s = time.perf_counter()
+    async def _ask(
+        self, request: Request, limit_s: float, parse: Callable[[InferResult, float], Answer]
+    ) -> Answer:
+        """As `FlowTurboClient._ask`."""
+        plan = self._settings.plan(limit_s, self._server, reached=self._reached)
+        while True:
+            arguments = request.arguments(self._settings.model, plan.remaining_s())
             try:
-                result = await self._triton(plan.server).infer(**arguments)
+                with self._call(limit_s, server=plan.server):
+                    started_s = time.perf_counter()
+                    result = await self._triton(plan.server).infer(**arguments)
+                    self._server, self._reached = plan.server, True
+                    return parse(result, time.perf_counter() - started_s)
             except asyncio.CancelledError:
                 if not self._closed or _being_cancelled():
                     raise
                 url = self._settings.urls[plan.server]
                 told = f"the request to {url} was cancelled: the client was closed"
                 raise RequestCancelledError(told) from None
-            self._server, self._reached = plan.server, True
-            return request.parse(result, time.perf_counter() - started_s)
+            except FlowTurboError as error:
+                delay_s = plan.delay_s(error)
+            await asyncio.sleep(delay_s)
 
     def _call(
         self, timeout_s: float, model: str = "", server: int = 0

@@ -1,7 +1,7 @@
 """The blocking client."""
 
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 import tritonclient.grpc
 from numpy.typing import NDArray
+from tritonclient.grpc import InferResult
 
 from .errors import (
     ConnectionFailedError,
@@ -18,13 +19,13 @@ from .errors import (
 )
 from .pictures import Pictures
 from .protocol import (
+    Answer,
     Generation,
     Request,
     build_request,
     parse_pipelines,
     pipelines_request,
 )
-from .retry import RetryPlan
 from .settings import Health, Settings, check_timeout_s, closed_error
 from .stream import SUFFIX, Running, Update, updates
 from .tensors import Labels, Prompts, Seeds, Size
@@ -125,13 +126,7 @@ class FlowTurboClient(Verbs):
             outputs=outputs,
         )
         limit_s = check_timeout_s(self._settings.timeout_s if timeout_s is None else timeout_s)
-        plan = self._settings.plan(limit_s, self._server, reached=self._reached)
-        while True:
-            try:
-                return self._attempt(request, plan, limit_s)
-            except FlowTurboError as error:
-                delay_s = plan.delay_s(error)
-            time.sleep(delay_s)
+        return self._ask(request, limit_s, request.parse)
 
     def stream(
         self,
@@ -184,17 +179,8 @@ class FlowTurboClient(Verbs):
 
     def pipelines(self, *, timeout_s: float = 5.0) -> list[dict[str, Any]]:
         """Ask for the server's pipelines: one description per pipeline."""
-        plan = self._settings.plan(check_timeout_s(timeout_s), self._server, reached=self._reached)
-        while True:
-            arguments = pipelines_request().arguments(self._settings.model, plan.remaining_s())
-            try:
-                with self._call(timeout_s, server=plan.server):
-                    found = parse_pipelines(self._tritons[plan.server].infer(**arguments))
-                    self._server, self._reached = plan.server, True
-                    return found
-            except FlowTurboError as error:
-                delay_s = plan.delay_s(error)
-            time.sleep(delay_s)
+        limit_s = check_timeout_s(timeout_s)
+        return self._ask(pipelines_request(), limit_s, lambda result, _: parse_pipelines(result))
 
     def health(self, *, timeout_s: float = 5.0) -> Health:
         """Ask for the state of the server that answered last and of the model, per call.
@@ -251,13 +237,22 @@ class FlowTurboClient(Verbs):
         """Close the connection."""
         self.close()
 
-    def _attempt(self, request: Request, plan: RetryPlan, limit_s: float) -> Generation:
-        arguments = request.arguments(self._settings.model, plan.remaining_s())
-        with self._call(limit_s, server=plan.server):
-            started_s = time.perf_counter()
-            result = self._tritons[plan.server].infer(**arguments)
-            self._server, self._reached = plan.server, True
-            return request.parse(result, time.perf_counter() - started_s)
+    def _ask(
+        self, request: Request, limit_s: float, parse: Callable[[InferResult, float], Answer]
+    ) -> Answer:
+        """What `parse` makes of the answer and its latency, after as many attempts as it takes."""
+        plan = self._settings.plan(limit_s, self._server, reached=self._reached)
+        while True:
+            arguments = request.arguments(self._settings.model, plan.remaining_s())
+            try:
+                with self._call(limit_s, server=plan.server):
+                    started_s = time.perf_counter()
+                    result = self._tritons[plan.server].infer(**arguments)
+                    self._server, self._reached = plan.server, True
+                    return parse(result, time.perf_counter() - started_s)
+            except FlowTurboError as error:
+                delay_s = plan.delay_s(error)
+            time.sleep(delay_s)
 
     def _call(
         self, timeout_s: float, model: str = "", server: int = 0

@@ -9,7 +9,7 @@ import struct
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from . import pictures, tensors
 from .errors import InvalidRequestError, ServerError
 
 OUTPUTS = ("image", "latent")
+Answer = TypeVar("Answer")  # what is read of a server's answer
 _SEED_BITS = 32  # of drawn seeds: short enough to write down
 # The server's own deadline error says more than gRPC's, so the transport waits a little longer.
 _REPORT_MARGIN_S = 0.5

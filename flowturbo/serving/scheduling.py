@@ -35,7 +35,13 @@ _OWED_S = 0.5  # requests with many images wait so long for their share
 _CONTENDING_S = 10.0  # so long after its time to come back a refused caller counts as waiting
 _CALLERS = 1000  # whose use of the time is remembered after they have gone
 _PROBE_S = 5.0  # between two requests that an idle server takes against its own estimate
+_FIRST = -math.inf, 0  # the place of calls that nobody planned
 _HOPELESS = 0.8  # of the estimate: if less time than that is left, a request is given up
+
+
+def stated_rows(most: int) -> list[int]:
+    """The numbers of rows, up to `most`, for which an export states times."""
+    return [2**k for k in range(1, most.bit_length()) if 2**k < most] + [most]
 
 
 class Times:
@@ -120,9 +126,6 @@ class Times:
         if bucket in known:
             return known[bucket]
         return known[min(known, key=lambda each: abs(each - bucket))]
-
-
-_FIRST = -math.inf, 0  # the place of calls that nobody planned
 
 
 def _bucket(rows: int) -> int:
@@ -304,9 +307,12 @@ class Scheduler:
         """Whether the deadline cannot be met any more, even alone."""
         return work.is_sure and self._needed_s(work) * _HOPELESS > work.deadline - now
 
-    def chunk(self, need: Need) -> int:
-        """The rows of the parts in which larger calls run, so that others can run in between."""
-        return self.times.best_rows(need.model, need.most)
+    def chunk(self, call: Need | Waiting) -> int:
+        """The rows of a full batch of such calls.
+
+        Larger calls run in parts of so many rows, so that others can run in between.
+        """
+        return self.times.best_rows(call.model, call.most)
 
     def next_batch(
         self,
@@ -329,7 +335,7 @@ class Scheduler:
             same = list(itertools.takewhile(lambda call: call.key == key, ordered))
         else:
             same = [call for call in ordered if call.key == key]
-        limit = min(self._limit(same[0]), math.ceil(sum(call.rows for call in same) / free))
+        limit = min(self.chunk(same[0]), math.ceil(sum(call.rows for call in same) / free))
         return self._filled(same, limit, now, tight=tight)
 
     def ran(self, batch: Sequence[Waiting], seconds: float, scale: float = 1.0) -> None:
@@ -381,7 +387,7 @@ class Scheduler:
         chosen: list[Call] = []
         share, few = 0.0, _has_few(ordered[0])
         for call in ordered:
-            more = call.rows / self._limit(call)
+            more = call.rows / self.chunk(call)
             if not chosen or (share + more <= 1 and (not few or _has_few(call))):
                 chosen.append(call)
                 share += more
@@ -431,9 +437,6 @@ class Scheduler:
         needed_s = self._needed_s(work) * _SPARE
         return own_s * max(1.0, given_s / needed_s) if needed_s else math.inf
 
-    def _limit(self, call: Waiting) -> int:
-        return self.times.best_rows(call.model, call.most)
-
     def _alone_s(self, need: Need) -> float:
         best = self.chunk(need)
         whole, rest = divmod(need.rows, best)
@@ -450,8 +453,11 @@ class Scheduler:
         return self._left_s(work) * work.alone / self.devices
 
     def _row_s(self, model: str) -> float:
-        best = self.times.best_rows(model, self._most[model])
+        best = self._best_rows(model)
         return self.times.seconds(model, best) / best
+
+    def _best_rows(self, model: str) -> int:
+        return self.times.best_rows(model, self._most[model])
 
     def _worst_s(self, now: float, new: Work | None = None) -> float:
         """The largest lateness if all taken work is done in order of the deadlines.
@@ -460,10 +466,10 @@ class Scheduler:
         """
         row_s, step_s = {}, 0.0
         for model in self._most:
-            best = self.times.best_rows(model, self._most[model])
+            best = self._best_rows(model)
             spare = _SPARE if self.times.is_sure(model, best) else _SPARE_UNSURE
-            batch_s = self.times.seconds(model, best) * spare / self.devices
-            row_s[model], step_s = batch_s / best, max(step_s, batch_s)
+            row_s[model] = self._row_s(model) * spare / self.devices
+            step_s = max(step_s, row_s[model] * best)
         works, start = self._taken, 0
         if new:
             start = bisect_left(works, _place(new), key=_place)

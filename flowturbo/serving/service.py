@@ -228,8 +228,8 @@ class Service:
         self._inflight: Counter[str] = Counter()
         self._closing = False
         self._last_concurrent_at = -math.inf  # when requests were last together here (monotonic s)
-        self._last_report_at = -math.inf
         self._left = threading.Condition()  # and the lock of these four
+        self._last_report_at = -math.inf
         # Many that draw their noise at once would keep the interpreter from taking requests.
         self._starting = threading.Semaphore(_STARTING)
         self._workers = _all_threads(settings.max_inflight)
@@ -401,7 +401,8 @@ class Service:
         async def infer(role: Role, tensors: Tensors) -> tuple[np.ndarray, ...]:
             if role is not Role.TEXT_ENCODER:
                 return await parts[role](role, tensors)
-            outputs, count = await self._encodings.infer(models[role], tensors, partial(call, role))
+            evaluate = partial(parts[role], role)
+            outputs, count = await self._encodings.infer(models[role], tensors, evaluate)
             self._metrics.encoded(pipeline.name, count.hits, count.misses)
             return outputs
 
@@ -428,7 +429,6 @@ class Service:
         """What shows a stream's previews; None without any."""
         if not (job.preview_every and request.needs_decoder):
             return None
-        chunked = in_chunks(infer, pipeline.rows_for(request.latent_shape))
         outputs = tuple(name for name in request.outputs if name in (IMAGE, ENCODED_IMAGE))
         seen = replace(request, outputs=outputs)
 
@@ -440,7 +440,7 @@ class Service:
 
         previews = Previews(
             job.preview_every,
-            lambda latent: decode(chunked, latent, pipeline.largest_decode),
+            lambda latent: decode(infer, latent, pipeline.largest_decode),
             lambda made: complete(seen, pipeline, self._settings, made, edit),
             self._workers.submit,
             send,

@@ -241,11 +241,6 @@ class TritonServer:
         found = {pid: _Process.find(pid) for pid in (self._process.pid, *pids)}
         return {pid for pid, each in found.items() if each and each.state in "Tt"}
 
-    @property
-    def pid(self) -> int:
-        """The id of the server's process."""
-        return self._process.pid
-
     def _is_ready(self) -> bool:
         try:
             self._ask("health/ready", None, 1.0)

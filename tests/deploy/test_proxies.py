@@ -9,6 +9,7 @@ import pytest
 import tritonclient.grpc as triton
 from flowturbo_client import FlowTurboClient, InvalidRequestError
 
+from bench.faults import SAME_LEVELS
 from bench.proxies import proxy
 from flowturbo.serving.tritonserver import ServerAddress
 
@@ -30,7 +31,7 @@ def test_requests_reach_the_server_that_lives(url: str, glyphs_server: ServerAdd
         for seed in range(8):
             made, want = (each.generate(["A"], [seed], "H4") for each in (client, direct))
             assert made.images is not None and want.images is not None
-            assert np.abs(made.images.astype(int) - want.images).mean() <= 3
+            assert np.abs(made.images.astype(int) - want.images).mean() <= SAME_LEVELS
         assert client.generate(["A"] * 64, list(range(64)), "E2").images is not None
         with pytest.raises(InvalidRequestError, match="class_name 'no' is unknown"):
             client.generate("no")

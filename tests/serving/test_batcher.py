@@ -20,8 +20,8 @@ PATIENCE_S = 60
 class Engine:
     """Doubles its input; remembers the models called and how many rows each call had.
 
-    Call number `held`, from 0, and all after it wait until `go_on`; `together` calls wait for each
-    other, so that as many run at a time.
+    Call number `held`, from 0, and all after it wait until `go_on`. `together` calls wait for each
+    other. So as many run at a time.
     """
 
     def __init__(self, held: int | None = None, together: int = 1) -> None:

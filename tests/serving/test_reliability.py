@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from flowturbo_client import FlowTurboClient
 
-from bench.faults import DEADLINE_S, Answered, judged, markdown, served
+from bench.faults import DEADLINE_S, SAME_LEVELS, Answered, judged, markdown, served
 
 CLIENTS, REQUESTS = 4, 8
-SAME_LEVELS = 3.0  # mean difference of 255: in other batches bf16 rounds otherwise
 
 
 @pytest.mark.parametrize("victim", ["glyphs_velocity_predictor", "flowturbo", "tritonserver"])

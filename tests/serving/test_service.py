@@ -7,7 +7,6 @@ import shutil
 import socket
 import threading
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -519,16 +518,12 @@ def test_the_header_of_a_caller_is_taken_and_no_other_parameter(
         assert answer.as_numpy("image") is not None
         with pytest.raises(InferenceServerException, match="unknown request parameter 'other'"):
             raw.infer("flowturbo", [label], parameters={"other": "1"})
-    body = {"inputs": [{"name": "label", "shape": [1], "datatype": "INT64", "data": [1]}]}
-    body["outputs"] = [{"name": "seed"}]
-    request = urllib.request.Request(
-        f"http://{glyphs_server.http}/v2/models/flowturbo/infer",
-        json.dumps(body).encode(),
-        {"FlowTurbo-Caller": "alice"},
-    )
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(request) as reply:
-        assert json.load(reply)["outputs"][0]["name"] == "seed"
+    body = {
+        "inputs": [{"name": "label", "shape": [1], "datatype": "INT64", "data": [1]}],
+        "outputs": [{"name": "seed"}],
+    }
+    status, answer = post(glyphs_server, "infer", body, **{"FlowTurbo-Caller": "alice"})
+    assert status == 200 and answer["outputs"][0]["name"] == "seed"
 
 
 def test_what_cannot_be_in_time_is_refused_with_a_hint(glyphs_server: ServerAddress) -> None:
