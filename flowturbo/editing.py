@@ -36,7 +36,7 @@ from flowturbo.errors import RequestError
 from flowturbo.holes import continued
 from flowturbo.pictures import Picture
 from flowturbo.solver.calls import BlockCall
-from flowturbo.solver.sampler import Array, AwaitedBlock
+from flowturbo.solver.sampler import After, Array
 
 MAX_FEATHER = 256  # pixels
 # Of the outermost new pixels in a filled hole. Its borders are then as sharp as the image's own
@@ -174,18 +174,16 @@ def _grown(cells: Array) -> Array:
     )
 
 
-def repainting(block: AwaitedBlock, masks: Array, noise: Array, data: Array) -> AwaitedBlock:
-    """`block` inside `masks` [rows, 1, h, w] bool; the known path from `noise` to `data` outside.
+def repainting(masks: Array, noise: Array, data: Array) -> After[Array]:
+    """Keeps state and velocity outside `masks` [rows, 1, h, w] bool on the path from noise to data.
 
     Blending the state alone, as is usual, leaves a cached velocity that belongs to another state.
     """
     known_velocity = data - noise
 
     async def blended(call: BlockCall, x: Array, v: Array) -> tuple[Array, Array]:
-        x_next, v_next = await block(call, x, v)
-        t = call.lands_at
-        known = (1 - t) * noise + t * data
-        return np.where(masks, x_next, known), np.where(masks, v_next, known_velocity)
+        known = (1 - call.lands_at) * noise + call.lands_at * data
+        return np.where(masks, x, known), np.where(masks, v, known_velocity)
 
     return blended
 

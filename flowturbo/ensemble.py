@@ -56,8 +56,14 @@ def ensemble_name(pipeline: str, schedule: Schedule) -> str:
 def block_steps(program: Program, pipeline: Pipeline) -> tuple[tuple[Step, ...], str]:
     """The block calls in order, and the name of the latent rows at the end.
 
-    It runs the sampler itself, with names of tensors instead of tensors.
+    It runs the sampler itself, with names of tensors instead of tensors. Raises RequestError for a
+    schedule whose calls use more than one earlier velocity: the graph has blocks and no sums.
     """
+    if program.history > 1:
+        raise RequestError(
+            f"schedule {program.schedule} cannot be an ensemble: its calls sum several earlier "
+            f"velocities, which only the model {contract.ORCHESTRATOR} does"
+        )
     steps: list[Step] = []
 
     def block(call: BlockCall, x: str, v: str) -> tuple[str, str]:

@@ -27,7 +27,7 @@ from flowturbo.settings import Settings
 from flowturbo.solver.calls import BlockCall, Network, Variant
 from flowturbo.solver.guidance import Guidance
 from flowturbo.solver.program import LARGEST_TRAINED_STEP, Program, compile_program
-from flowturbo.solver.sampler import Array, AwaitedBlock, run_sync, sample_async
+from flowturbo.solver.sampler import After, Array, AwaitedBlock, run_sync, sample_async
 from flowturbo.solver.schedule import Schedule
 from flowturbo.tiles import Tiles
 
@@ -155,47 +155,45 @@ async def _latent(
     guidance = request.guidance
     block = await image_block(infer, pipeline, request.condition, guidance)
     if edit is None or (request.start_time == 0 and edit.masks is None):
-        start = request.noise()  # nothing of an image is left
+        start, settle = request.noise(), None  # nothing of an image is left
     else:
-        start, block = await _from_image(request, pipeline, infer, edit, block)
-    if show:
-        block = _shown(block, program, guidance, show)
-    return to_images(await sample_async(program, to_rows(start, guidance), block), guidance)
+        start, settle = await _from_image(request, pipeline, infer, edit)
+    after = _showing(program, guidance, show, settle) if show else settle
+    return to_images(await sample_async(program, to_rows(start, guidance), block, after), guidance)
 
 
 async def _from_image(
-    request: GenerationRequest,
-    pipeline: Pipeline,
-    infer: AwaitedInfer,
-    edit: OpenEdit,
-    block: AwaitedBlock,
-) -> tuple[Array, AwaitedBlock]:
-    """The state [n, C, h, w] that an edit starts from, and its form of `block`."""
+    request: GenerationRequest, pipeline: Pipeline, infer: AwaitedInfer, edit: OpenEdit
+) -> tuple[Array, After[Array] | None]:
+    """The state [n, C, h, w] that an edit starts from, and what follows each of its calls."""
 
     def per_image(values: Array) -> Array:
         return np.broadcast_to(values, (request.images, *values.shape[1:]))
 
     data, t = per_image(await encode(infer, edit.images, pipeline)), request.start_time
     if request.edit and request.edit.invert:
-        return data, block
+        return data, None
     noise = request.noise()
+    settle = None
     if edit.masks is not None:
         known = (per_image(edit.latent_masks), noise, data)
-        block = repainting(block, *(to_rows(each, request.guidance) for each in known))
-    return (1 - t) * noise + t * data, block
+        settle = repainting(*(to_rows(each, request.guidance) for each in known))
+    return (1 - t) * noise + t * data, settle
 
 
-def _shown(block: AwaitedBlock, program: Program, guidance: Guidance, show: Show) -> AwaitedBlock:
-    """`block`, which shows after each step where its velocity leads: x + (1 - t) v."""
+def _showing(
+    program: Program, guidance: Guidance, show: Show, settle: After[Array] | None
+) -> After[Array]:
+    """`settle`, and then shows after each step where its velocity leads: x + (1 - t) v."""
     starts = [call.step for call in program.calls]
     done = dict(zip(map(id, program.calls), [*starts[1:], len(program.schedule)], strict=True))
 
     async def watched(call: BlockCall, x: Array, v: Array) -> tuple[Array, Array]:
-        x_next, v_next = await block(call, x, v)
+        if settle:
+            x, v = await settle(call, x, v)
         if call.lands_at != call.starts_at and call is not program.calls[-1]:
-            ahead = x_next + (1 - call.lands_at) * v_next
-            await show(done[id(call)], to_images(ahead, guidance))
-        return x_next, v_next
+            await show(done[id(call)], to_images(x + (1 - call.lands_at) * v, guidance))
+        return x, v
 
     return watched
 

@@ -28,7 +28,7 @@ from flowturbo.editing import OpenEdit
 from flowturbo.errors import FlowTurboError
 from flowturbo.generate import awaited, encode
 from flowturbo.solver.calls import BlockCall
-from flowturbo.solver.sampler import Array, AwaitedBlock, run_sync
+from flowturbo.solver.sampler import After, Array, run_sync
 from research.quality.engine import BATCH, Engine, find_sampler
 from research.quality.evaluate import Evaluator
 from research.quality.subjects import Classes, ScenePrompts, Subject
@@ -166,13 +166,12 @@ def _second_sign(subject: ScenePrompts, images: Array) -> Task:
     return Task("second sign", images, masks, {PROMPT: [scene.prompt() for scene in wanted]}, right)
 
 
-def blending_states(block: AwaitedBlock, masks: Array, noise: Array, data: Array) -> AwaitedBlock:
+def blending_states(masks: Array, noise: Array, data: Array) -> After[Array]:
     """The usual way: after each call only the state outside the mask is set, not the velocity."""
 
     async def blended(call: BlockCall, x: Array, v: Array) -> tuple[Array, Array]:
-        x_next, v_next = await block(call, x, v)
         t = call.lands_at
-        return np.where(masks, x_next, (1 - t) * noise + t * data), v_next
+        return np.where(masks, x, (1 - t) * noise + t * data), v
 
     return blended
 

@@ -153,8 +153,7 @@ def test_inpainting_keeps_the_order_of_convergence(schedule: str, order: int) ->
 
     def solved(text: str) -> np.ndarray:
         program = compile_program(Schedule.parse(text))
-        blended = repainting(block, masks, start, data)
-        return run_sync(sample_async(program, start, blended))
+        return run_sync(sample_async(program, start, block, repainting(masks, start, data)))
 
     exact = solved("H250")
     errors = [np.abs(solved(schedule.format(n)) - exact).max() for n in (16, 32)]

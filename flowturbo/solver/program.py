@@ -14,6 +14,7 @@ from flowturbo.solver.calls import BlockCall, Network, RefinerCall, Variant
 from flowturbo.solver.grid import checked_grid, time_grid
 from flowturbo.solver.schedule import Schedule
 from flowturbo.solver.steps import STEPS, Stand
+from flowturbo.solver.table import Table
 
 LARGEST_TRAINED_STEP = 0.12  # of a refiner: the paper's range is (0, 0.12]
 
@@ -30,6 +31,11 @@ class Program:
         """How often each network is called."""
         return Counter(call.network for call in self.calls)
 
+    @property
+    def history(self) -> int:
+        """How many earlier velocities its calls use."""
+        return max(call.history for call in self.calls)
+
     def evaluations(self, network: Network) -> int:
         """How often `network` is evaluated: H1P5R3 is 7 predictor and 6 refiner evaluations."""
         return sum(len(call.times) for call in self.calls if call.network is network)
@@ -44,35 +50,37 @@ def compile_program(
     schedule: Schedule,
     times: Sequence[float] | None = None,
     variant: Variant = Variant.REFERENCE,
+    fitted: Table | None = None,
 ) -> Program:
     """The block calls of `schedule` on the grid `times` (a time more than steps).
 
     Without `times` it is the grid of the schedule's shift, uniform if it has none. A falling grid
-    leads from an image to noise, without refiner steps: the refiner knows rising ones only. Raises
-    RequestError for a grid of another length, or one that neither rises nor falls within [0, 1].
+    leads from an image to noise; not all steps know that way. `fitted` is the table of L steps.
+    Raises RequestError for a grid of another length, or one that neither rises nor falls within
+    [0, 1].
     """
-    steps = len(schedule)
+    steps, kind = len(schedule), STEPS[schedule.steps[0]]
+    if kind.table:
+        if times is not None:
+            raise RequestError(f"schedule {schedule} has a time grid of its own: give no times")
+        return Program(schedule, (fitted or kind.table(steps)).calls())
     falling = times is not None and len(times) > 1 and times[0] > times[-1]
-    if falling and schedule.refines:
-        raise RequestError(
-            f"schedule {schedule} has refiner steps, and the refiner knows no way from images to "
-            "noise: leave R out"
-        )
+    if falling:
+        schedule.check_falling()
     grid = (
         time_grid(steps, schedule.shift)
         if times is None
         else checked_grid(steps, times, falling=falling)
     )
+    if kind.whole:
+        return Program(schedule, kind.whole(grid).calls())
     calls: list[BlockCall] = []
-    cached_at: float | None = None
     for index, letter in enumerate(schedule.steps):
-        last = calls[-1] if calls else None
-        stand = Stand(index, grid[index], grid[index + 1], cached_at, variant, last)
+        stand = Stand(index, grid[index], grid[index + 1], variant, tuple(calls))
         kind = STEPS[letter]
         if kind.prolong:
             calls[-1] = kind.prolong(stand)
             continue
         assert kind.compile
-        of_step, cached_at = kind.compile(stand)
-        calls += of_step
+        calls += kind.compile(stand)
     return Program(schedule, tuple(calls))

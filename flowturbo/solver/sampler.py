@@ -13,6 +13,8 @@ State = TypeVar("State")  # arrays [rows, C, h, w] of numpy or torch, or what st
 # (call, x, v) to (x_next, v_next).
 Block = Callable[[BlockCall, State, State], tuple[State, State]]
 AwaitedBlock = Callable[[BlockCall, Array, Array], Awaitable[tuple[Array, Array]]]
+# (call, x_next, v_next) to what takes their place.
+After = Callable[[BlockCall, State, State], Awaitable[tuple[State, State]]]
 T = TypeVar("T")
 
 
@@ -20,15 +22,22 @@ async def sample_async(
     program: Program,
     noise: State,
     block: Callable[[BlockCall, State, State], Awaitable[tuple[State, State]]],
+    after: After[State] | None = None,
 ) -> State:
     """Latents at the end of the program's time grid, from `noise` [rows, C, h, w] at its start.
 
     A coroutine, so that a server can run many side by side and evaluate their blocks together.
+    `after` each call may replace the state and the velocity.
     """
     zero: State = 0 * noise  # type: ignore
-    x, v = noise, zero
+    x, velocities, kept = noise, [zero], max(1, program.history)
     for call in program.calls:
-        x, v = await block(call, x, v)
+        moved, v = await block(call, *call.inputs(x, velocities))
+        if call.operator:
+            moved = moved + call.operator(x, [*velocities, v])  # type: ignore
+        if after:
+            moved, v = await after(call, moved, v)
+        x, velocities = moved, [*velocities, v][-kept:]
     return x
 
 

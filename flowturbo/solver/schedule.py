@@ -12,10 +12,12 @@ MIN_SHIFT, MAX_SHIFT = 0.1, 20.0
 _RUN = re.compile(r"([A-Z])([0-9]{0,4})")
 _SHIFT = re.compile(r"[0-9]{1,2}(\.[0-9]{1,2})?")
 _SHIFT_HELP = f"a shift is a number from {MIN_SHIFT:g} to {MAX_SHIFT:g}, as in A8@3"
-_NAMED = [f"{letter} ({kind.name})" for letter, kind in STEPS.items()]
+_PAPERS = [f"{letter} ({STEPS[letter].name})" for letter in "HPR"]
+_OTHERS = [letter for letter in STEPS if letter not in "HPR"]
 _HELP = (
-    f"a schedule is letters of {', '.join(_NAMED[:-1])} and {_NAMED[-1]}, each with an optional "
-    "count, such as H1P5R3 or HPPPPPRRR, and may end with the shift of its time grid, such as A8@3"
+    f"a schedule is letters of {', '.join(_PAPERS)}, {', '.join(_OTHERS[:-1])} and {_OTHERS[-1]}, "
+    "each with an optional count, such as H1P5R3 or HPPPPPRRR, and may end with the shift of its "
+    "time grid, such as A8@3"
 )
 
 
@@ -24,8 +26,10 @@ def _listed(found: list[str], word: str) -> str:
 
 
 _LATER = letters(lambda kind: kind.needs_velocity)
-_FIRST = letters(lambda kind: not kind.needs_velocity)
+_FIRST = letters(lambda kind: not kind.needs_velocity and not kind.alone)
 _PROLONGING = letters(lambda kind: kind.prolong is not None)
+_ALONE = letters(lambda kind: kind.alone)
+_OWN_GRID = letters(lambda kind: kind.table is not None)
 _REFINING = letters(lambda kind: kind.refiner > 0)
 # What follows the refiner's call cannot be joined to it, as it is to the predictor's.
 _NEEDS = {
@@ -60,6 +64,15 @@ class Schedule:
         if not 1 <= len(self.steps) <= MAX_STEPS:
             raise RequestError(
                 f"a schedule has 1 to {MAX_STEPS} steps, this one has {len(self.steps)}: {_HELP}"
+            )
+        if (alone := set(self.steps) & set(_ALONE)) and len(set(self.steps)) > 1:
+            raise RequestError(
+                f"schedule {self}: {min(alone)} mixes with no other letter, as all of "
+                f"{_listed(_ALONE, 'and')}"
+            )
+        if self.own_grid and self.shift is not None:
+            raise RequestError(
+                f"schedule {self}: {self.steps[0]} has a time grid of its own, take @ away"
             )
         for form, need in _NEEDS.items():
             if re.search(form, self.steps):
@@ -98,6 +111,25 @@ class Schedule:
     def refines(self) -> bool:
         """Whether any step needs the refiner."""
         return any(STEPS[letter].refiner for letter in self.steps)
+
+    @property
+    def own_grid(self) -> bool:
+        """Whether the solver belongs to one time grid, from noise to data, as L and N do."""
+        return self.steps[0] in _OWN_GRID
+
+    def check_falling(self) -> None:
+        """Raises RequestError if the schedule cannot lead from an image to noise."""
+        letter = self.steps[0]
+        if self.refines:
+            raise RequestError(
+                f"schedule {self} has refiner steps, and the refiner knows no way from images to "
+                "noise: leave R out"
+            )
+        if letter in _ALONE:
+            raise RequestError(
+                f"schedule {self}: {letter} ({STEPS[letter].name}) knows no way from images to "
+                f"noise: take letters of {', '.join(_FIRST)}"
+            )
 
     def without_refiner(self) -> "Schedule":
         """The other steps, for a pipeline that has no refiner."""

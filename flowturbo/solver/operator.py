@@ -1,0 +1,61 @@
+"""A linear spatial operator: what a fitted solver adds to its update.
+
+A step's velocities are known at all pixels. So an update may use those around a pixel too, with the
+same matrix everywhere. The matrix is fitted, no network is trained (tuning.fit). It is the linear
+form of SpanLift's idea (arXiv 2606.08672), a correction beyond the span of state and velocities.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+SIDES = (1, 4)  # of the windows: a pixel alone, or 4 x 4 pixels around each square of 2 x 2
+
+
+@dataclass(frozen=True, eq=False)
+class Operator:
+    """A matrix [features, outputs] from windows of state and velocities to a part of the update.
+
+    With `side` 1 a window is a pixel: features are the C channels of the state, then of each
+    velocity, and 1; outputs are the C channels. With `side` 4 windows of 4 x 4 pixels lie around
+    squares of 2 x 2, beyond the border are zeros: 16 features per channel, 4 outputs. `velocities`
+    is the number of velocities, the call's own included.
+    """
+
+    matrix: np.ndarray
+    side: int
+    velocities: int
+
+    def __call__(self, x: np.ndarray, velocities: Sequence[np.ndarray]) -> np.ndarray:
+        """The change of `x` [n, C, h, w]; `velocities` [n, C, h, w] with the newest last."""
+        used = [x, *velocities[-self.velocities :]]
+        found = features(used, self.side) @ self.matrix[:-1] + self.matrix[-1]
+        return from_squares(found, x.shape, 1 if self.side == 1 else 2)
+
+
+def features(states: Sequence[np.ndarray], side: int) -> np.ndarray:
+    """The windows [n * squares, channels * side * side] of `states`, each [n, C, h, w]."""
+    joined = np.concatenate(states, 1)
+    if side == 1:
+        return np.moveaxis(joined, 1, -1).reshape(-1, joined.shape[1])
+    padded = np.pad(joined, ((0, 0), (0, 0), (1, 1), (1, 1)))
+    view: Any = np.lib.stride_tricks.sliding_window_view
+    rows = view(padded, (side, side), (2, 3))[:, :, ::2, ::2]
+    rows = rows.transpose(0, 2, 3, 1, 4, 5)
+    return np.ascontiguousarray(rows).reshape(-1, joined.shape[1] * side * side)
+
+
+def to_squares(state: np.ndarray, square: int) -> np.ndarray:
+    """The squares [n * squares, C * square * square] of `state` [n, C, h, w]."""
+    n, channels, height, width = state.shape
+    parts = state.reshape(n, channels, height // square, square, width // square, square)
+    return parts.transpose(0, 2, 4, 1, 3, 5).reshape(-1, channels * square * square)
+
+
+def from_squares(squares: np.ndarray, shape: tuple[int, ...], square: int) -> np.ndarray:
+    """The state of `shape` (n, C, h, w) with these `squares`, as `to_squares` makes them."""
+    n, channels, height, width = shape
+    parts = squares.reshape(n, height // square, width // square, channels, square, square)
+    return parts.transpose(0, 3, 1, 4, 2, 5).reshape(shape)
