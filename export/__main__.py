@@ -256,6 +256,13 @@ def _export_parser() -> argparse.ArgumentParser:
         "(default: those that the pipeline has, else the paper's)",
     )
     add(
+        "--solvers",
+        type=Path,
+        metavar="FILE",
+        help="solvers that were fitted to this model, as tuning.fit writes them "
+        "(default: those that the pipeline has)",
+    )
+    add(
         "--guidance-scale",
         type=_guidance_scale,
         metavar="SCALE",

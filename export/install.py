@@ -25,6 +25,7 @@ from flowturbo.pipeline import (
     read_pipeline,
     record_path,
     record_text,
+    solvers_path,
 )
 from flowturbo.settings import Settings, orchestrator_config, read_config
 
@@ -173,9 +174,16 @@ def install(staged: Path, repository: Path, pipeline: Pipeline, replaced: Iterab
 
 
 def write_record(repository: Path, pipeline: Pipeline) -> None:
-    """Writes the record of a pipeline, whole or not at all; it replaces an older one."""
-    record = record_path(repository, pipeline.name)
+    """Writes the record of a pipeline, whole or not at all; it replaces an older one.
+
+    Its fitted solvers are written before it: presets may name them.
+    """
+    record, solvers = (of(repository, pipeline.name) for of in (record_path, solvers_path))
     record.parent.mkdir(parents=True, exist_ok=True)
+    if pipeline.solvers:
+        pipeline.solvers.write(solvers)
+    else:
+        solvers.unlink(missing_ok=True)
     partial = record.with_suffix(".partial")
     partial.write_text(record_text(pipeline))
     partial.replace(record)
@@ -191,6 +199,7 @@ def remove(repository: Path, name: str) -> list[str]:
         read_pipeline(repository, name)  # raises, with the installed ones
     gone = folders_of(repository, name)
     record.unlink()
+    solvers_path(repository, name).unlink(missing_ok=True)
     for folder in gone:
         shutil.rmtree(repository / folder)
     return gone

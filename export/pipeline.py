@@ -37,12 +37,20 @@ from flowturbo.contract import ORCHESTRATOR, VAE_ROLES, Role, model_name
 from flowturbo.errors import RepositoryError
 from flowturbo.nets.weights import CheckpointError
 from flowturbo.parity import TOLERANCES, Figures, VerificationError, batches_up_to
-from flowturbo.pipeline import Defaults, ModelRecord, Pipeline, installed, read_pipeline
+from flowturbo.pipeline import (
+    Defaults,
+    ModelRecord,
+    Pipeline,
+    flow_of,
+    installed,
+    read_pipeline,
+)
 from flowturbo.presets import Presets, built_in, find_schedule, parse_presets, parsed
 from flowturbo.rows import Tensors
 from flowturbo.runtimes import model_file
 from flowturbo.settings import Settings
 from flowturbo.solver.schedule import Schedule
+from flowturbo.solvers import Solvers
 from flowturbo.textfile import read_lines, read_text
 from flowturbo.tiles import Tiles
 
@@ -67,6 +75,7 @@ class Options:
     force: bool
     ensemble: tuple[str, ...] | None
     presets: Path | None
+    solvers: Path | None
     guidance_scale: float | None
     default_schedule: str | None
     command: str
@@ -106,11 +115,13 @@ def export_pipeline(options: Options) -> None:
         print(f"export: updated {ORCHESTRATOR} to this version, with its settings as before")
     settings = Settings.load(repository)
     fingerprint = _fingerprint(options)
+    solvers = _solvers(options, former, fingerprint)
+    _check_learned(presets, solvers)
     same = None if options.force else install.installed_pipeline(repository, options.name)
     if same and same.fingerprint != fingerprint:
         same = None
     if same and _is_current(options, same, builders, settings, schedules):
-        wanted = _stated(same, options, defaults, presets, schedules)
+        wanted = _stated(same, options, defaults, presets, schedules, solvers)
         if wanted != same:
             install.write_record(repository, wanted)
         if replace(wanted, command=same.command) != same:
@@ -132,7 +143,7 @@ def export_pipeline(options: Options) -> None:
                 install.replace_text(staged / pipeline.model(role) / "config.pbtxt", text)
             pipeline = with_ensembles(pipeline, settings, schedules)
             write_ensembles(staged, pipeline, settings, schedules)
-            pipeline = _stated(pipeline, options, defaults, presets, schedules)
+            pipeline = _stated(pipeline, options, defaults, presets, schedules, solvers)
             install.add_orchestrator(repository)
             former_folders = install.folders_of(repository, options.name)
             install.install(staged, repository, pipeline, former_folders)
@@ -165,6 +176,39 @@ def _presets(options: Options, former: Pipeline | None) -> dict[str, str]:
             print(f"export: presets {', '.join(lost)} need a refiner and are dropped")
         kept = {name: text for name, text in kept.items() if name not in lost}
     return kept
+
+
+def _solvers(
+    options: Options, former: Pipeline | None, fingerprint: Mapping[str, Any]
+) -> Solvers | None:
+    """The given solvers, or those of the installed pipeline if they are of the same model.
+
+    Raises RepositoryError if the given ones are of another model.
+    """
+    flow = flow_of(fingerprint)
+    if options.solvers:
+        given = Solvers.read(options.solvers)
+        if given.flow != flow:
+            raise RepositoryError(
+                f"{options.solvers} was fitted to another model than {options.name}: fit it again "
+                "with python -m tuning.fit"
+            )
+        return given
+    kept = former.solvers if former else None
+    if kept and kept.flow != flow:
+        print(f"export: the solvers of {options.name} were fitted to another model and are dropped")
+        return None
+    return kept
+
+
+def _check_learned(presets: Mapping[str, str], solvers: Solvers | None) -> None:
+    """Raises RepositoryError for presets whose solvers are missing."""
+    counts = solvers.counts if solvers else []
+    for name, schedule in parsed(presets).items():
+        if schedule.learned and len(schedule) not in counts:
+            raise RepositoryError(
+                f"preset {name} is {schedule}, and there is no such fitted solver: give --solvers"
+            )
 
 
 def _ensembles(
@@ -217,8 +261,9 @@ def _stated(
     defaults: Defaults,
     presets: Mapping[str, str],
     schedules: tuple[Schedule, ...],
+    solvers: Solvers | None,
 ) -> Pipeline:
-    """`pipeline` with these defaults and presets, and the command that makes it.
+    """`pipeline` with these defaults, presets and solvers, and the command that makes it.
 
     Defaults that nobody chose are those of the model.
     """
@@ -237,6 +282,7 @@ def _stated(
         pipeline,
         defaults=Defaults(defaults.schedule or own.schedule, scale),
         own_presets=dict(presets),
+        solvers=solvers,
         command=command,
     )
     # What no request could use would keep the whole server from starting.
@@ -703,5 +749,7 @@ def list_pipelines(repository: Path) -> Iterator[str]:
         )
         presets = ", ".join(f"{key} {schedule}" for key, schedule in pipeline.presets.items())
         yield f"  presets: {presets}"
+        solvers = ", ".join(f"{key} ({of})" for key, of in pipeline.described_solvers.items())
+        yield f"  solvers (guidance): {solvers or 'none'}"
         yield f"  ensembles: {', '.join(pipeline.ensembles) or 'none'}"
         yield f"  made by: {pipeline.command}"

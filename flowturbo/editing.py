@@ -189,11 +189,17 @@ def repainting(masks: Array, noise: Array, data: Array) -> After[Array]:
 
 
 def parse_edit(
-    tensors: Mapping[str, np.ndarray], images: int, size: tuple[int, int] | None, factor: int
+    tensors: Mapping[str, np.ndarray],
+    images: int,
+    size: tuple[int, int] | None,
+    factor: int,
+    *,
+    fills: bool = True,
 ) -> Edit | None:
     """The checked edit of a request for so many `images`; None without one.
 
-    Only headers of files are read. A `factor` is the pixels per latent pixel. Raises RequestError.
+    Only headers of files are read. A `factor` is the pixels per latent pixel. Without `fills` a
+    hole is repainted from noise alone. Raises RequestError.
     """
     given = [spec.name for spec in EDIT_INPUTS if spec.name in tensors]
     if not given:
@@ -210,7 +216,7 @@ def parse_edit(
                 f"{mask.name} must have the size of its image, {_shown(picture.size)}, got "
                 f"{_shown(mask.size)} (width x height)"
             )
-    fill = bool(masks) and not {STRENGTH, TIMES} & tensors.keys()
+    fill = fills and bool(masks) and not {STRENGTH, TIMES} & tensors.keys()
     strength = float(tensors[STRENGTH][0]) if STRENGTH in tensors else 1.0
     if not MIN_STRENGTH <= strength <= 1:
         raise RequestError(f"{STRENGTH} must be {MIN_STRENGTH:g} to 1, got {strength:g}")

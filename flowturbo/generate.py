@@ -29,6 +29,7 @@ from flowturbo.solver.guidance import Guidance
 from flowturbo.solver.program import LARGEST_TRAINED_STEP, Program, compile_program
 from flowturbo.solver.sampler import After, Array, AwaitedBlock, run_sync, sample_async
 from flowturbo.solver.schedule import Schedule
+from flowturbo.solver.table import Table
 from flowturbo.tiles import Tiles
 
 # Is shown the step that was done, and latents [n, C, h, w] of what will probably be the images.
@@ -217,18 +218,26 @@ def roles_called(program: Program) -> list[Role]:
     return [_ROLES[call.network] for call in program.calls]
 
 
+def program_of(request: GenerationRequest, pipeline: Pipeline, variant: Variant) -> Program:
+    """The program of a request to `pipeline`. It is compiled once and then cached."""
+    fitted = pipeline.fitted(request.schedule, request.guidance.scale)
+    return program_for(request.schedule, variant, request.times, pipeline.trained_step, fitted)
+
+
 @lru_cache(maxsize=256)
 def program_for(
     schedule: Schedule,
     variant: Variant,
     times: tuple[float, ...] | None = None,
     trained: float = LARGEST_TRAINED_STEP,
+    fitted: Table | None = None,
 ) -> Program:
     """The program on the schedule's grid, or on `times`. It is compiled once and then cached.
 
-    `trained` is the largest step that the refiner was trained on; longer ones are logged.
+    `trained` is the largest step that the refiner was trained on; longer ones are logged. `fitted`
+    is the table of L steps.
     """
-    program = compile_program(schedule, times, variant)
+    program = compile_program(schedule, times, variant, fitted)
     if (size := program.largest_refiner_step()) > trained + 1e-6:
         _logger.warning(
             "schedule %s has refiner steps of %.3f, but the refiner was trained on steps up to %g",

@@ -26,7 +26,7 @@ from flowturbo.contract import (
     Role,
 )
 from flowturbo.errors import RequestError
-from flowturbo.generate import generate, program_for
+from flowturbo.generate import generate, program_of
 from flowturbo.pipeline import Pipeline, read_pipeline
 from flowturbo.request import GenerationRequest, parse_request
 from flowturbo.rows import Tensors
@@ -154,7 +154,7 @@ class LocalPipeline:
         except ValueError:
             allowed = ", ".join(Variant)
             raise RequestError(f"variant must be one of {allowed}, got {variant!r}") from None
-        return program_for(request.schedule, chosen, request.times, self.pipeline.trained_step)
+        return program_of(request, self.pipeline, chosen)
 
 
 def open_models(

@@ -5,6 +5,7 @@ The export writes it last. Only this module reads records. Other modules ask it 
 models, sizes, precision and presets.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -24,12 +25,20 @@ from flowturbo.solver.grid import GridRule, time_grid
 from flowturbo.solver.program import LARGEST_TRAINED_STEP
 from flowturbo.solver.schedule import Schedule
 from flowturbo.solver.steps import STEPS
+from flowturbo.solver.table import Table
+from flowturbo.solvers import Solvers
 from flowturbo.textfile import TextFileError, read_json
 
 VERSION = 1  # of the record format
 RECORDS = Path(ORCHESTRATOR, "1", "pipelines")
 UNKNOWN = "unknown"  # in metrics: the pipeline of requests that were refused too early to know it
 EXPORT_HINT = "python -m export --name NAME --predictor FILE --refiner FILE --vae DIR"
+_OF_FLOW = (Role.PREDICTOR, Role.TEXT_ENCODER)
+# Options of the export that change the velocity.
+_READ_AS = (
+    *("weights", "num_heads", "num_classes", "reverse_time", "guidance_channels"),
+    *("distilled", "rectified_flow", "without_t5", "text_length"),
+)
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 
 
@@ -89,9 +98,9 @@ class Pipeline:
     `patch` x `patch`, and a batch at most `token_budget` tokens (0: any). A latent larger than
     `largest_decode` on a side is decoded in tiles. `solver_steps` are the letters that schedules
     may have; empty means all. `trained_step` is the largest step that the refiner was trained on.
-    `family` is the name of the model family, empty for SiT. `history` is
-    the number of earlier velocities that a block reads. `command` exports the pipeline again.
-    `fingerprint` has everything that determined the result of the export.
+    `family` is the name of the model family, empty for SiT. `command` exports the pipeline again.
+    `fingerprint` has everything that determined the result of the export. `solvers` are not part of
+    the record: they come from a file beside it, if there is one.
     """
 
     name: str
@@ -111,9 +120,14 @@ class Pipeline:
     largest_decode: int = 0
     solver_steps: str = ""
     trained_step: float = LARGEST_TRAINED_STEP
-    history: int = 1
     command: str = ""
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    solvers: Solvers | None = None
+
+    @property
+    def flow(self) -> str:
+        """A digest of what determines the velocity (`flow_of`)."""
+        return flow_of(self.fingerprint)
 
     def has(self, role: Role) -> bool:
         """Whether the pipeline has a model with this role."""
@@ -225,6 +239,12 @@ class Pipeline:
                 f"pipeline {self.name} is step-distilled and takes {' and '.join(allowed)} steps "
                 f"only, such as {allowed[0]}4, got {min(other)} in schedule {schedule}"
             )
+        if schedule.learned and len(schedule) not in (self.solvers.counts if self.solvers else []):
+            there = [f"L{count}" for count in self.solvers.counts] if self.solvers else ["none"]
+            raise RequestError(
+                f"pipeline {self.name} has no fitted solver L{len(schedule)}, fitted: "
+                f"{', '.join(there)} (python -m tuning.fit fits others)"
+            )
         if schedule.shift == 1 and self.grid == GridRule():  # its own grid by another name
             return replace(schedule, shift=None)
         return schedule
@@ -236,12 +256,22 @@ class Pipeline:
 
         A schedule with a shift keeps it.
         """
-        if schedule.shift is not None or self.grid == GridRule():
+        if schedule.own_grid or schedule.shift is not None or self.grid == GridRule():
             return schedule, None
         if self.grid.is_fixed:
             return replace(schedule, shift=self.grid.shift), None
         steps = len(schedule)
         return schedule, time_grid(steps, self.grid.shift_for(self.tokens(latent_shape), steps))
+
+    def fitted(self, schedule: Schedule, scale: float) -> Table | None:
+        """The table of a learned schedule at this guidance scale; None for other schedules.
+
+        Raises RequestError for a scale that it was not fitted for.
+        """
+        if not schedule.learned:
+            return None
+        assert self.solvers  # as `find_schedule` demands
+        return self.solvers.table(len(schedule), scale)
 
     def tokens(self, latent_shape: tuple[int, int, int]) -> int:
         """The image tokens of a latent (C, h, w)."""
@@ -295,6 +325,13 @@ class Pipeline:
         own = self.defaults.guidance_scale
         return settings.default_guidance_scale if own is None else own
 
+    @property
+    def described_solvers(self) -> dict[str, Any]:
+        """The fitted solvers and their guidance scales, in the output `pipelines`."""
+        if not self.solvers:
+            return {}
+        return {f"L{n}": self.solvers.ranges(n) for n in self.solvers.counts}
+
     def described(self, settings: Settings) -> dict[str, Any]:
         """The description of the pipeline in the output `pipelines`."""
         return {
@@ -308,10 +345,25 @@ class Pipeline:
             "edits": self.has(Role.ENCODER),
             "steps": self.solver_steps or "".join(STEPS),
             "grid": asdict(self.grid),
+            "solvers": self.described_solvers,
             "presets": {name: str(schedule) for name, schedule in self.presets.items()},
             "default_schedule": str(self.default_schedule(settings)),
             "default_guidance_scale": self.default_guidance_scale(settings),
         }
+
+
+_STATED = [each.name for each in fields(Pipeline) if each.name != "solvers"]
+
+
+def flow_of(fingerprint: Mapping[str, Any]) -> str:
+    """A digest of what determines the velocity: weights, and how the export read them.
+
+    Engines and precisions do not count.
+    """
+    sources, options = fingerprint.get("sha256", {}), fingerprint.get("options", {})
+    weights = {role: of for role, of in sources.items() if role in _OF_FLOW}
+    read = {name: options[name] for name in _READ_AS if options.get(name)}
+    return hashlib.sha256(json.dumps([weights, read], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def shown_size(size: tuple[int, int]) -> str:
@@ -405,8 +457,7 @@ def _read(path: Path) -> Pipeline:
             f"pipeline again with: {again}"
         )
     try:
-        if stated.keys() != {each.name for each in fields(Pipeline)}:
-            odd = stated.keys() ^ {each.name for each in fields(Pipeline)}
+        if odd := stated.keys() ^ set(_STATED):
             raise KeyError(min(odd))
         channels, height, width = stated["latent_shape"]
         models = {Role(role): ModelRecord(**of) for role, of in stated["models"].items()}
@@ -425,20 +476,41 @@ def _read(path: Path) -> Pipeline:
                 "image_sizes": tuple((high, wide) for high, wide in stated["image_sizes"]),
             }
         )
-        if found.name != path.stem or Role.PREDICTOR not in models or found.history != 1:
-            raise ValueError(f"name {found.name!r}, models {[*models]}, history {found.history}")
+        if found.name != path.stem or Role.PREDICTOR not in models:
+            raise ValueError(f"name {found.name!r}, models {[*models]}")
         _ = found.presets
     except (AttributeError, KeyError, TypeError, ValueError, RepositoryError) as error:
         raise RepositoryError(
             f"{path} is no record of a pipeline ({type(error).__name__}: {error}): export it again "
             f"with: {again}"
         ) from error
-    return found
+    return with_solvers(found, solvers_path(path.parents[3], path.stem))
+
+
+def solvers_path(repository: Path, name: str) -> Path:
+    """The file of the fitted solvers of the pipeline `name`."""
+    return repository / RECORDS / f"{name}.solvers.npz"
+
+
+def with_solvers(pipeline: Pipeline, path: Path) -> Pipeline:
+    """`pipeline` with the fitted solvers of `path`, if it exists.
+
+    Raises RepositoryError for a file that cannot be read, or that belongs to another model.
+    """
+    if not path.is_file():
+        return pipeline
+    solvers = Solvers.read(path)
+    if solvers.flow != pipeline.flow or solvers.latent_shape != pipeline.latent_shape:
+        raise RepositoryError(
+            f"{path} was fitted to another model than pipeline {pipeline.name}: fit it again with "
+            f"python -m tuning.fit --pipeline {pipeline.name}, or delete the file"
+        )
+    return replace(pipeline, solvers=solvers)
 
 
 def record_text(pipeline: Pipeline) -> str:
     """The text of the record file."""
-    stated = {each.name: getattr(pipeline, each.name) for each in fields(Pipeline)}
+    stated = {name: getattr(pipeline, name) for name in _STATED}
     stated |= {
         "condition": write_condition(pipeline.condition),
         "models": {role.value: asdict(model) for role, model in pipeline.models.items()},

@@ -1,13 +1,15 @@
 """Presets: names that a request may give in place of a schedule.
 
 A pipeline has its own presets in its record. `tuning` chooses them on the deployed models. `export
---presets` installs them from a file: {"presets": {"fast": {"schedule": "H1P5R3"}}}. Other keys in
-that file are for readers.
+--presets` installs them from a file: {"presets": {"fast": {"schedule": "H1P5R3"}}}. A schedule that
+belongs to one time grid may have another one beside it, "otherwise". Other keys in that file are
+for readers.
 """
 
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ BUILT_IN = {"fast": "H1P5R3", "balanced": "H5P7R3", "best": "H8P9R5"}
 # A schedule never starts with a small letter, so it cannot be confused with a preset.
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,39}")
 
+_OR = " or "
 DEFAULT = "fast"  # the schedule of a request that names none, if no default is set
 
 Presets = Mapping[str, Schedule]
@@ -40,8 +43,17 @@ def may_be_preset(text: str) -> bool:
 
 
 def parsed(texts: Mapping[str, str]) -> Presets:
-    """Parses schedules by name. Raises RequestError."""
-    return {name: Schedule.parse(text) for name, text in texts.items()}
+    """Parses schedules by name. Raises RequestError.
+
+    "L4 or H1P3" is L4, and H1P3 for requests that L4 cannot serve.
+    """
+    found = {}
+    for name, text in texts.items():
+        first, _, otherwise = text.partition(_OR)
+        found[name] = Schedule.parse(first)
+        if otherwise:
+            found[name] = replace(found[name], otherwise=Schedule.parse(otherwise))
+    return found
 
 
 def find_schedule(text: str, presets: Presets) -> Schedule:
@@ -68,7 +80,10 @@ def parse_presets(text: str, path: Path, *, has_refiner: bool) -> dict[str, str]
     """The presets in the `text` of the file `path`. Raises RepositoryError as `read_presets`."""
     try:
         stated = json.loads(text, object_pairs_hook=_without_repeats)["presets"]
-        texts = {name: str(preset["schedule"]) for name, preset in stated.items()}
+        texts = {
+            name: _OR.join(str(preset[key]) for key in ("schedule", "otherwise") if key in preset)
+            for name, preset in stated.items()
+        }
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RepositoryError(
             f'{path} must be JSON such as {{"presets": {{"fast": {{"schedule": "H1P5R3"}}}}}} '
@@ -93,10 +108,16 @@ def _check(path: Path, name: str, text: str, has_refiner: bool) -> None:
             f"with a letter, got {name[:60]!r}"
         )
     try:
-        schedule = Schedule.parse(text)
+        schedule = parsed({name: text})[name]
     except RequestError as error:
         raise RepositoryError(f"{path}: preset {name}: {error}") from error
-    if schedule.refines and not has_refiner:
+    for each in filter(None, (schedule, schedule.otherwise)):
+        if each.refines and not has_refiner:
+            raise RepositoryError(
+                f"{path}: preset {name} is {each}, whose refiner steps need a refiner"
+            )
+    if schedule.otherwise and schedule.otherwise.own_grid:
         raise RepositoryError(
-            f"{path}: preset {name} is {schedule}, whose refiner steps need a refiner"
+            f"{path}: preset {name}: {schedule.otherwise} belongs to one time grid too: take "
+            "another schedule for what the first cannot serve"
         )

@@ -18,6 +18,8 @@ from flowturbo.contract import (
     INITIAL_NOISE,
     INVERT,
     LATENT,
+    MASK,
+    MASK_FILE,
     OUTPUT_FORMAT,
     PIPELINE,
     PREVIEW_EVERY,
@@ -178,9 +180,12 @@ def parse_request(
     _check_encoder(tensors, pipeline)
     guidance = _guidance(tensors, pipeline, settings)
     condition = pipeline.condition.parse(tensors, settings.max_images, guided=guidance.enabled)
-    schedule, times = pipeline.on_own_grid(_schedule(tensors, pipeline, settings), latent_shape)
+    schedule = _schedule(tensors, pipeline, settings)
+    schedule = _that_serves(schedule, tensors, pipeline, guidance, latent_shape)
+    schedule, times = pipeline.on_own_grid(schedule, latent_shape)
     _check_start(tensors, len(condition))
-    edit = parse_edit(tensors, len(condition), size, pipeline.factor)
+    fills = not schedule.own_grid  # a filled hole starts with less noise
+    edit = parse_edit(tensors, len(condition), size, pipeline.factor, fills=fills)
     if edit:
         times = _edit_times(edit, schedule, pipeline, latent_shape) or times
     given_noise = tensors.get(INITIAL_NOISE)
@@ -243,8 +248,64 @@ def _schedule(
 ) -> Schedule:
     if SCHEDULE not in tensors:
         usual = pipeline.default_schedule(settings)
-        return usual.without_refiner() if inverts(tensors) else usual
+        if not inverts(tensors):
+            return usual
+        return (usual.otherwise or usual).without_refiner()
     return pipeline.find_schedule(text_of(SCHEDULE, tensors[SCHEDULE][0]))
+
+
+def _that_serves(
+    schedule: Schedule,
+    tensors: Mapping[str, np.ndarray],
+    pipeline: Pipeline,
+    guidance: Guidance,
+    latent_shape: tuple[int, int, int],
+) -> Schedule:
+    """`schedule`, or what its preset names for requests that it cannot serve.
+
+    Raises RequestError if there is no other.
+    """
+    if not schedule.own_grid:
+        return schedule
+    fills = {MASK, MASK_FILE} & tensors.keys() and STRENGTH not in tensors
+    try:
+        _check_whole(schedule, tensors, pipeline, guidance, latent_shape)
+        return schedule.otherwise or schedule if fills else schedule
+    except RequestError:
+        if schedule.otherwise is None:
+            raise
+        return schedule.otherwise
+
+
+def _check_whole(
+    schedule: Schedule,
+    tensors: Mapping[str, np.ndarray],
+    pipeline: Pipeline,
+    guidance: Guidance,
+    latent_shape: tuple[int, int, int],
+) -> None:
+    """Raises RequestError unless the request fits a solver that belongs to one time grid."""
+    own = f"schedule {schedule} belongs to its time grid from noise to data"
+    if TIMES in tensors:
+        raise RequestError(f"{own}: give no {TIMES}")
+    if inverts(tensors):
+        raise RequestError(f"{own}: an inversion takes other letters, such as A8")
+    if STRENGTH in tensors and not tensors[STRENGTH][0] >= 1:
+        raise RequestError(f"{own}: {STRENGTH} must be 1, got {tensors[STRENGTH][0]:g}")
+    if not schedule.learned:
+        return
+    if guidance.enabled and guidance.interval != Guidance().interval:
+        raise RequestError(
+            f"schedule {schedule} was fitted with guidance at all times: give no "
+            f"{GUIDANCE_INTERVAL}, or other letters"
+        )
+    assert pipeline.solvers  # as `find_schedule` demands
+    if latent_shape != pipeline.solvers.latent_shape:
+        raise RequestError(
+            f"schedule {schedule} was fitted to the default size of pipeline {pipeline.name}: give "
+            f"no {SIZE}, or other letters"
+        )
+    pipeline.fitted(schedule, guidance.scale)
 
 
 def _times(
@@ -262,11 +323,7 @@ def _edit_times(
     steps = len(schedule)
     shift = schedule.shift or pipeline.grid.shift_for(pipeline.tokens(latent_shape), steps)
     if edit.invert:
-        if schedule.refines:
-            raise RequestError(
-                f"schedule {schedule} has refiner steps, which an inversion cannot take: leave R "
-                "out"
-            )
+        schedule.check_falling()
         return time_grid(steps, shift)[::-1]
     strength = unshifted(FILL_NOISE, shift) if edit.fill else edit.strength or 1.0
     return time_grid(steps, shift, strength) if strength < 1 else None

@@ -11,7 +11,7 @@ from flowturbo.generate import roles_called
 from flowturbo.pipeline import Pipeline
 from flowturbo.settings import Settings
 from flowturbo.solver.guidance import Guidance
-from flowturbo.solver.program import compile_program
+from flowturbo.solver.program import outline
 from flowturbo.solver.schedule import Schedule
 from research.quality.engine import schedule_evaluations
 
@@ -41,7 +41,7 @@ class Cost:
 
     def ms(self, schedule: Schedule) -> float:
         """Milliseconds per request, all its images together."""
-        models = roles_called(compile_program(schedule))
+        models = roles_called(outline(schedule))
         models += [Role.DECODER] * (Role.DECODER in self.block_ms)
         return sum(self.block_ms[model] + self.overhead_ms for model in models)
 

@@ -84,7 +84,8 @@ def _latents(pipeline: Engine, schedule: Schedule, guidance: Guidance, seeds: Ar
     }
     request = parse_request(tensors, [LATENT], pipeline.pipeline, pipeline.settings)
     # Not program_for: it warns of long refiner steps, whose effect is measured here.
-    program = compile_program(schedule, variant=Variant(pipeline.settings.variant))
+    fitted = pipeline.pipeline.fitted(schedule, guidance.scale)
+    program = compile_program(schedule, None, Variant(pipeline.settings.variant), fitted)
     return pipeline.run(request, program)[LATENT]
 
 

@@ -46,7 +46,7 @@ from flowturbo.generate import (
     decode,
     in_chunks,
     make_images,
-    program_for,
+    program_of,
     roles_called,
 )
 from flowturbo.pipeline import UNKNOWN, Pipeline, default_name
@@ -279,8 +279,7 @@ class Service:
 
     def _start(self, job: Job, request: GenerationRequest, caller: str) -> None:
         pipeline = self._pipelines[job.pipeline]
-        variant = Variant(self._settings.variant)
-        program = program_for(request.schedule, variant, request.times, pipeline.trained_step)
+        program = program_of(request, pipeline, Variant(self._settings.variant))
         self._admit(job)
         ticket = None
         try:

@@ -1,7 +1,7 @@
 """Schedules: which solver step is taken when, written `H1P5R3`, or `A8@3` on a shifted grid."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 from flowturbo.errors import RequestError
@@ -30,6 +30,7 @@ _FIRST = letters(lambda kind: not kind.needs_velocity and not kind.alone)
 _PROLONGING = letters(lambda kind: kind.prolong is not None)
 _ALONE = letters(lambda kind: kind.alone)
 _OWN_GRID = letters(lambda kind: kind.table is not None)
+LEARNED = "L"
 _REFINING = letters(lambda kind: kind.refiner > 0)
 # What follows the refiner's call cannot be joined to it, as it is to the predictor's.
 _NEEDS = {
@@ -52,10 +53,14 @@ class Schedule:
     uniform grid (`time_grid`). None is the own grid of whatever runs the schedule: the pipeline's,
     or the uniform grid. Raises RequestError for an unknown step, no step at all, more than
     MAX_STEPS, or a step without the velocities before it that it needs.
+
+    `otherwise` is of presets: the schedule for requests that this one cannot serve, because it
+    belongs to one time grid.
     """
 
     steps: str
     shift: float | None = None
+    otherwise: "Schedule | None" = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         unknown = set(self.steps) - STEPS.keys()
@@ -117,6 +122,11 @@ class Schedule:
         """Whether the solver belongs to one time grid, from noise to data, as L and N do."""
         return self.steps[0] in _OWN_GRID
 
+    @property
+    def learned(self) -> bool:
+        """Whether the steps are L: fitted to a pipeline."""
+        return self.steps[0] == LEARNED
+
     def check_falling(self) -> None:
         """Raises RequestError if the schedule cannot lead from an image to noise."""
         letter = self.steps[0]
@@ -134,7 +144,8 @@ class Schedule:
     def without_refiner(self) -> "Schedule":
         """The other steps, for a pipeline that has no refiner."""
         kept = [letter for letter in self.steps if not STEPS[letter].refiner]
-        return Schedule("".join(kept), self.shift)
+        otherwise = self.otherwise and self.otherwise.without_refiner()
+        return Schedule("".join(kept), self.shift, otherwise)
 
 
 def read_shift(text: str) -> tuple[str, float | None]:

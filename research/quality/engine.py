@@ -26,7 +26,7 @@ from flowturbo.pipeline import Pipeline, read_pipeline
 from flowturbo.rows import Tensors, to_images, to_rows
 from flowturbo.solver.calls import Network, PredictorCall, Variant
 from flowturbo.solver.guidance import Guidance, guide
-from flowturbo.solver.program import compile_program
+from flowturbo.solver.program import outline
 from flowturbo.solver.sampler import Array, run_sync
 from flowturbo.solver.schedule import Schedule
 from research.quality import samplers
@@ -167,7 +167,7 @@ class Engine(LocalPipeline):
 
 def schedule_evaluations(schedule: Schedule) -> tuple[int, int]:
     """How often `schedule` evaluates the predictor and the refiner."""
-    program = compile_program(schedule)
+    program = outline(schedule)
     return program.evaluations(Network.PREDICTOR), program.evaluations(Network.REFINER)
 
 

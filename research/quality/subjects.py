@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -12,6 +14,7 @@ from flowturbo.conditions.class_label import LABEL, ClassLabel
 from flowturbo.conditions.prompt import PROMPT
 from flowturbo.pipeline import Pipeline
 from flowturbo.solver.sampler import Array
+from flowturbo.textfile import read_text
 from training.scenes.grammar import Scene
 from training.scenes.judge import HEADS, answers_of, readings
 
@@ -132,6 +135,42 @@ class ScenePrompts:
             "swapped": swapped.all(1) & differ,
             "shuffled": shuffled,
         }
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Seed i has text i mod n of `texts`, which no judge here can read."""
+
+    texts: tuple[str, ...]
+
+    @classmethod
+    def of_file(cls, path: Path) -> Prompts:
+        """One text per line; empty lines do not count. Raises TextFileError, or ValueError."""
+        texts = tuple(line.strip() for line in read_text(path).splitlines() if line.strip())
+        if not texts:
+            raise ValueError(f"{path} has no text: write one per line")
+        return cls(texts)
+
+    @property
+    def suffix(self) -> str:
+        digest = hashlib.sha256("\n".join(self.texts).encode()).hexdigest()
+        return f"_prompts{digest[:8]}"
+
+    @property
+    def stated(self) -> Mapping[str, Any]:
+        return {"prompts": len(self.texts)}
+
+    def asked(self, seeds: Array) -> dict[str, Any]:
+        return {PROMPT: [self.texts[seed % len(self.texts)] for seed in seeds.tolist()]}
+
+    def tensors(self, seeds: Array) -> dict[str, Array]:
+        return {PROMPT: np.array(self.asked(seeds)[PROMPT], dtype=object)}
+
+    def labels(self, seeds: Array) -> None:
+        return None
+
+    def right(self, probability: Array, seeds: Array) -> dict[str, Array]:
+        return {}
 
 
 def subject_of(pipeline: Pipeline, scenes: str = "mixed") -> Subject:

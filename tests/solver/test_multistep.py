@@ -61,7 +61,7 @@ def test_order_of_convergence(letters: str, order: int) -> None:
 
 @pytest.mark.parametrize(("letters", "order"), [("D", 2), ("G", 3), ("U", 2), ("V", 3)])
 def test_order_in_the_log_snr(letters: str, order: int) -> None:
-    """At least: UniPC's corrector adds one. Steps at both ends are short, the last is of order 1."""
+    """At least: UniPC's corrector adds one. Both ends have short steps, the last is of order 1."""
     errors = []
     for steps in (30, 60):
         grid = np.linspace(0, 1, steps + 1)

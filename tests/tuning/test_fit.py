@@ -1,0 +1,387 @@
+"""Solvers are fitted, kept in a file, and refused where they do not belong."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flowturbo import LocalPipeline, Schedule, compile_program, sample
+from flowturbo.conditions.class_label import ClassLabel
+from flowturbo.contract import Role
+from flowturbo.errors import RepositoryError, RequestError
+from flowturbo.generate import program_of
+from flowturbo.pipeline import ModelRecord, Pipeline, read_pipeline, solvers_path, with_solvers
+from flowturbo.presets import parsed
+from flowturbo.request import GenerationRequest, parse_request
+from flowturbo.settings import Settings
+from flowturbo.solver.calls import BlockCall, PredictorCall, Variant
+from flowturbo.solver.grid import time_grid
+from flowturbo.solver.sampler import Array
+from flowturbo.solvers import Fit, Solvers
+from tuning import fit, grids
+from tuning.learned import Walk, fit_steps
+from tuning.trajectories import NODES, Trajectories, gram, integrate
+
+unit = pytest.mark.unit
+MEAN, DEVIATION = 0.7, 0.4
+SHAPE = (2, 4, 4)
+RNG = np.random.default_rng(5)
+MIX = np.linalg.qr(RNG.standard_normal((32, 32)))[0].astype(np.float32)
+
+
+def turning(scale: float) -> Any:
+    """A smooth flow that depends on its neighbours and on the guidance scale."""
+
+    def velocity(x: Array, t: float) -> Array:
+        variance = (1 - t) ** 2 + (t * DEVIATION) ** 2
+        pull = MEAN + (t * DEVIATION**2 - (1 - t)) / variance * (x - t * MEAN)
+        bend = np.sin(3 * t + scale * (x.reshape(len(x), -1) @ MIX)).reshape(x.shape)
+        return np.asarray(pull + 0.3 * bend, np.float32)
+
+    return velocity
+
+
+def trajectories(count: int, scale: float, seed: int) -> Trajectories:
+    start = np.random.default_rng(seed).standard_normal((count, *SHAPE)).astype(np.float32)
+    return Trajectories(np.arange(count), scale, *integrate(turning(scale), start))
+
+
+def walks(count: int, scales: list[float], seed: int) -> list[Walk]:
+    batches = [trajectories(count, scale, seed + k) for k, scale in enumerate(scales)]
+    return [Walk.start(batch, turning(batch.scale)) for batch in batches]
+
+
+def run(program: Any, start: Array, scale: float) -> Array:
+    def block(call: BlockCall, x: Array, v: Array) -> tuple[Array, Array]:
+        assert isinstance(call, PredictorCall)
+        v_next = turning(scale)(x + call.euler * v, call.t)
+        return (x + call.w_prev * v + call.w_next * v_next).astype(np.float32), v_next
+
+    return sample(program, start, block)
+
+
+def rms(values: Array) -> float:
+    return float(np.sqrt(np.mean(np.square(values, dtype=np.float64))))
+
+
+@unit
+def test_the_teacher_is_exact_where_the_solution_is_known() -> None:
+    start = RNG.standard_normal((8, *SHAPE)).astype(np.float32)
+
+    def affine(x: Array, t: float) -> Array:
+        variance = (1 - t) ** 2 + (t * DEVIATION) ** 2
+        pull = MEAN + (t * DEVIATION**2 - (1 - t)) / variance * (x - t * MEAN)
+        return np.asarray(pull, np.float32)
+
+    found = Trajectories(np.arange(8), 1.0, *integrate(affine, start))
+    assert found.x.shape == (len(NODES), 8, *SHAPE)
+    assert rms(found.state(1.0) - (MEAN + DEVIATION * start)) < 2e-3
+    for t in (0.0, 0.3, 0.97):
+        wanted = t * MEAN + np.hypot(1 - t, t * DEVIATION) * start
+        assert rms(found.state(t) - wanted) < 2e-3
+    with pytest.raises(ValueError, match="not finite"):
+        integrate(lambda x, t: x / 0 if t > 0.5 else x, start)
+
+
+@unit
+def test_a_found_grid_errs_less_than_the_shifted_one() -> None:
+    products = gram([trajectories(64, 1.0, 0)])
+    for evaluations in (3, 5):
+        grid = grids.best_grid(evaluations, products)
+        assert len(grid) == evaluations + 1 and grid[0] == 0 and grid[-1] == 1
+        assert min(np.diff(grid)) > 0
+        shifted = grids.error(time_grid(evaluations, 3.0), products)
+        assert grids.error(grid, products) < 0.95 * shifted
+
+
+@unit
+@pytest.mark.parametrize("side", [0, 1, 4])
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (1.0, 3.0)])
+def test_what_is_served_is_what_was_fitted(side: int, scales: tuple[float, float]) -> None:
+    """The table's program reaches the states of the fit, and they are nearer than AB2's."""
+    drawn = [1.0, 1.0] if scales[0] == scales[1] else [1.2, 2.0, 2.8]
+    fitted, held = walks(96, drawn, 0), walks(48, [drawn[-1]], 50)
+    times = (0.0, 0.1, 0.3, 0.6, 1.0)
+    starts = held[0].x
+    steps = list(fit_steps(times, scales, side, fitted, held))
+    weights = np.zeros((len(steps[0].weights), 4, 4))
+    for k, step in enumerate(steps):
+        weights[:, k, : k + 1] = step.weights
+    matrices = tuple(step.matrix for step in steps if step.matrix is not None)
+    assert len(matrices) == (4 if side else 0)
+    made = Fit(*scales, times, weights, matrices, side or 1)
+    program = compile_program(Schedule.parse("L4"), fitted=made.table(drawn[-1]))
+    found = run(program, starts, drawn[-1])
+    np.testing.assert_allclose(found, held[0].x, atol=1e-4)
+    exact = held[0].exact.state(1.0)
+    beside = run(compile_program(Schedule.parse("A4@3")), starts, drawn[-1])
+    assert rms(found - exact) < 0.75 * rms(beside - exact)
+
+
+def some_fit(evaluations: int, low: float = 1.0, high: float = 1.0, seed: int = 0) -> Fit:
+    rng = np.random.default_rng(seed)
+    terms = 1 if low == high else 2
+    times = time_grid(evaluations, 2.0)
+    weights = np.tril(rng.standard_normal((terms, evaluations, evaluations)))
+    matrices = tuple(
+        rng.standard_normal((terms, (k + 2) * 4 * 16 + 1, 16)).astype(np.float32)
+        for k in range(evaluations)
+    )
+    return Fit(low, high, times, weights, matrices, 4, {"distance": 0.1})
+
+
+def some_pipeline(**fields: Any) -> Pipeline:
+    models = {
+        role: ModelRecord(sizes={"C": 4, "h": 8, "w": 8, "H": 64, "W": 64})
+        for role in (Role.PREDICTOR, Role.DECODER, Role.ENCODER)
+    }
+    made_from = {"sha256": {"predictor": "abc"}, "options": {"guidance_channels": 3}}
+    made: dict[str, Any] = {"fingerprint": made_from, **fields}
+    return Pipeline("sit", ClassLabel(3), (4, 8, 8), models, **made)
+
+
+def some_solvers(pipeline: Pipeline, *fits: Fit) -> Solvers:
+    return Solvers(pipeline.flow, pipeline.latent_shape, fits)
+
+
+SETTINGS = Settings()
+FITS = (some_fit(4), some_fit(4, 1.0, 4.0, seed=1), some_fit(6, 2.0, 4.0, seed=2))
+
+
+def learned_pipeline(**fields: Any) -> Pipeline:
+    pipeline = some_pipeline(**fields)
+    return replace(pipeline, solvers=some_solvers(pipeline, *FITS))
+
+
+def parse(pipeline: Pipeline, outputs: tuple[str, ...] = ("latent",), **given: Any) -> Any:
+    tensors = {"label": np.array([1], np.int64), "seed": np.array([3], np.int64)}
+    tensors["guidance_scale"] = np.array([1.0], np.float32)
+    for name, value in given.items():
+        if value is None:
+            del tensors[name]
+        else:
+            tensors[name] = value
+    return parse_request(tensors, outputs, pipeline, SETTINGS)
+
+
+def text(schedule: str) -> Array:
+    return np.array([schedule.encode()], object)
+
+
+IMAGE = np.zeros((1, 64, 64, 3), np.uint8)
+MASK = np.zeros((1, 64, 64), np.uint8)
+MASK[:, :32] = 255
+
+
+@unit
+def test_a_file_keeps_everything(tmp_path: Path) -> None:
+    pipeline = some_pipeline()
+    solvers = some_solvers(pipeline, *FITS)
+    solvers.write(tmp_path / "s.npz")
+    read = with_solvers(pipeline, tmp_path / "s.npz").solvers
+    assert read == solvers and read.counts == [4, 6] and read.ranges(4) == "1 to 4"
+    for before, after in zip(FITS, read.fits, strict=True):
+        assert (before.low, before.high, before.times) == (after.low, after.high, after.times)
+        np.testing.assert_array_equal(before.weights, after.weights)
+        np.testing.assert_array_equal(before.operators[2], after.operators[2])
+        assert after.figures == {"distance": 0.1}
+    assert with_solvers(pipeline, tmp_path / "none.npz") is pipeline
+    assert solvers != some_solvers(pipeline, *FITS[:2])
+
+
+@unit
+def test_solvers_of_another_model_are_refused(tmp_path: Path) -> None:
+    some_solvers(some_pipeline(), *FITS).write(tmp_path / "s.npz")
+    made_from = {"sha256": {"predictor": "other"}, "options": {"guidance_channels": 3}}
+    with pytest.raises(RepositoryError, match="another model than pipeline sit"):
+        with_solvers(some_pipeline(fingerprint=made_from), tmp_path / "s.npz")
+
+
+@unit
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(b"no archive"),
+        lambda path: path.write_bytes(path.read_bytes()[:-200]),
+        lambda path: np.savez(path, about=np.zeros(3, np.uint8)),
+    ],
+)
+def test_damaged_files_are_refused(damage: Any, tmp_path: Path) -> None:
+    path = tmp_path / "s.npz"
+    some_solvers(some_pipeline(), *FITS).write(path)
+    damage(path)
+    with pytest.raises(RepositoryError, match=r"s\.npz is no file of fitted solvers"):
+        Solvers.read(path)
+
+
+@unit
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"times": (0.0, 0.6, 0.5, 0.8, 1.0)}, "must rise from 0 to 1"),
+        ({"times": (0.1, 0.3, 0.5, 0.8, 1.0)}, "must rise from 0 to 1"),
+        ({"weights": np.full((1, 4, 4), np.nan)}, "wanted are finite"),
+        ({"weights": np.zeros((2, 4, 4))}, "shape"),
+        ({"side": 3}, "windows of 3"),
+        ({"operators": FITS[0].operators[:2]}, "2 operators for 4"),
+    ],
+)
+def test_impossible_fits_are_refused(fields: dict[str, Any], said: str, tmp_path: Path) -> None:
+    some_solvers(some_pipeline(), replace(FITS[0], **fields)).write(tmp_path / "s.npz")
+    with pytest.raises(RepositoryError, match=said):
+        Solvers.read(tmp_path / "s.npz")
+
+
+@unit
+def test_a_request_takes_the_fit_of_its_guidance() -> None:
+    """The one for scale 1 alone there, else the range's, with coefficients for the scale."""
+    pipeline = learned_pipeline()
+
+    def weights(scale: float) -> Array:
+        request = parse(pipeline, schedule=text("L4"), guidance_scale=np.array([scale], np.float32))
+        program = program_of(request, pipeline, Variant.REFERENCE)
+        assert program is program_of(request, pipeline, Variant.REFERENCE)  # compiled once
+        return np.array([call.w_next for call in program.calls])  # type: ignore[union-attr]
+
+    diagonal = [fit.weights[:, range(4), range(4)] for fit in FITS[:2]]
+    np.testing.assert_allclose(weights(1.0), diagonal[0][0])
+    for scale, share in ((2.5, 0.0), (4.0, 1.0), (3.25, 0.5)):
+        np.testing.assert_allclose(weights(scale), diagonal[1][0] + share * diagonal[1][1])
+
+
+@unit
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"schedule": text("L5")}, "has no fitted solver L5, fitted: L4, L6"),
+        ({"guidance_scale": np.array([4.5], np.float32)}, "guidance scales 1 to 4, got 4.5"),
+        ({"schedule": text("L6")}, "L6 was fitted for guidance scales 2 to 4, got 1"),
+        ({"times": np.linspace(0, 1, 5, dtype=np.float32)}, "give no times"),
+        ({"image": IMAGE, "strength": np.array([0.5], np.float32)}, "strength must be 1, got 0.5"),
+        ({"image": IMAGE, "seed": None, "invert": np.array([True])}, "an inversion takes other"),
+        (
+            {
+                "guidance_scale": np.array([2.0], np.float32),
+                "guidance_interval": np.array([0.2, 1.0], np.float32),
+            },
+            "guidance at all times: give no guidance_interval",
+        ),
+    ],
+)
+def test_what_a_fit_cannot_serve_is_refused(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        parse(learned_pipeline(), **{"schedule": text("L4"), **given})
+
+
+@unit
+def test_other_sizes_than_the_fitted_are_refused() -> None:
+    pipeline = replace(learned_pipeline(), image_sizes=((64, 64), (64, 128)))
+    assert parse(pipeline, schedule=text("L4"), size=np.array([64, 64]))
+    with pytest.raises(RequestError, match="default size of pipeline sit"):
+        parse(pipeline, schedule=text("L4"), size=np.array([64, 128]))
+
+
+@unit
+def test_inpainting_with_a_fit_starts_from_noise() -> None:
+    request = parse(learned_pipeline(), schedule=text("L4"), image=IMAGE, mask=MASK)
+    assert request.edit and not request.edit.fill and request.start_time == 0
+
+
+@unit
+@pytest.mark.parametrize(
+    ("given", "schedule"),
+    [
+        ({}, "L4"),
+        ({"image": IMAGE, "strength": np.array([0.5], np.float32)}, "H1P3"),
+        ({"image": IMAGE, "mask": MASK}, "H1P3"),
+        ({"image": IMAGE, "seed": None, "invert": np.array([True])}, "H1P3"),
+        ({"guidance_scale": np.array([9.0], np.float32)}, "H1P3"),
+        ({"times": np.linspace(0, 1, 5, dtype=np.float32)}, "H1P3"),
+    ],
+)
+@pytest.mark.parametrize("named", [True, False])
+def test_a_preset_may_name_another_schedule(
+    given: dict[str, Any], schedule: str, named: bool
+) -> None:
+    """For requests that the learned one cannot serve; the answer's settings say which ran."""
+    pipeline = learned_pipeline(own_presets={"fast": "L4 or H1P3"})
+    if named:
+        given = {"schedule": text("fast"), **given}
+    request: GenerationRequest = parse(pipeline, **given)
+    assert str(request.schedule) == schedule
+    assert request.settings(pipeline, SETTINGS)["schedule"] == schedule
+    assert str(parsed(pipeline.own_presets)["fast"].otherwise) == "H1P3"
+
+
+@unit
+@pytest.mark.parametrize(
+    ("given", "can_guide", "ranges"),
+    [
+        (None, True, [(1, 1), (1, 4)]),
+        (None, False, [(1, 1)]),
+        ([3.0], True, [(3, 3)]),
+        ([1.0], True, [(1, 1)]),
+        ([2.0, 5.0], True, [(2, 5)]),
+    ],
+)
+def test_ranges_of_scales(given: Any, can_guide: bool, ranges: list[tuple[float, float]]) -> None:
+    assert fit.scale_ranges(given, can_guide=can_guide) == ranges
+
+
+@unit
+@pytest.mark.parametrize(
+    ("given", "can_guide", "said"),
+    [
+        ([4.0, 1.0], True, "lowest and the highest, .* got 4 1"),
+        ([1.0, 2.0, 3.0], True, "got 1 2 3"),
+        ([float("nan")], True, "got nan"),
+        ([3.0], False, "cannot be guided"),
+    ],
+)
+def test_impossible_ranges(given: list[float], can_guide: bool, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        fit.scale_ranges(given, can_guide=can_guide)
+
+
+def test_fits_installs_and_serves(golden_repository: Path, tmp_path: Path) -> None:
+    """The whole command on a small real network; a second run finds everything done."""
+    base = ["--repository", str(golden_repository), "--cache", str(tmp_path / "cache")]
+    few = ["--trajectories", "24", "--held-out", "20", "--guidance", "1", "3"]
+    assert fit.main([*base, *few, "--evaluations", "3", "4", "--operator", "4"]) == 0
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.npz")}
+    assert sum("trajectories" not in path.name for path in made) and len(made) == 4 + 4
+    pipeline = read_pipeline(golden_repository)
+    path = solvers_path(golden_repository, pipeline.name)
+    assert pipeline.solvers and pipeline.solvers.counts == [3, 4]
+    engine = LocalPipeline(golden_repository)
+    start = np.random.default_rng(0).standard_normal((2, *pipeline.latent_shape))
+    noise = start.astype(np.float32)
+    for scale in (1.0, 2.0):
+        asked: dict[str, Any] = {"initial_noise": noise, "guidance_scale": scale}
+        exact = engine.generate([0, 1], schedule="H64", **asked).latent
+        found = engine.generate([0, 1], schedule="L4", **asked).latent
+        beside = engine.generate([0, 1], schedule="E4", **asked).latent
+        assert rms(found - exact) < rms(beside - exact)
+    before = path.read_bytes()
+    assert fit.main([*base, *few, "--evaluations", "3", "4", "--operator", "4"]) == 0
+    assert path.read_bytes() == before
+    assert made == {path: path.stat().st_mtime_ns for path in made}
+    assert (
+        json.dumps(pipeline.described(Settings())["solvers"]) == '{"L3": "1 to 3", "L4": "1 to 3"}'
+    )
+    path.unlink()
+
+
+def test_the_command_refuses_what_it_cannot_fit(
+    golden_repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ["--repository", str(golden_repository)]
+    for given, said in (
+        (["--evaluations", "1"], "--evaluations must be 2 to 250, got 1"),
+        (["--trajectories", "1"], "--trajectories must be 2 or more"),
+        (["--pipeline", "other"], "has no pipeline 'other'"),
+    ):
+        assert fit.main([*base, *given]) == 2
+        assert said in capsys.readouterr().err

@@ -1,0 +1,304 @@
+"""Fits solvers to a deployed pipeline: `python -m tuning.fit --pipeline NAME --evaluations 4 6`.
+
+Makes exact trajectories with the deployed predictor, or with its checkpoint in float32
+(`--predictor`). Then it finds a time grid and coefficients for each number of evaluations. No
+network is trained. The solvers are installed beside the pipeline, and requests name them L4, L6.
+Trajectories and finished fits are kept in `--cache`: a fit that was stopped goes on from there.
+"""
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from bench.observe import hardware, in_words
+from flowturbo.command import run_command
+from flowturbo.errors import FlowTurboError
+from flowturbo.latents import noise
+from flowturbo.pipeline import Pipeline, solvers_path
+from flowturbo.solver.guidance import MAX_SCALE, Guidance
+from flowturbo.solver.operator import SIDES
+from flowturbo.solver.program import compile_program
+from flowturbo.solver.sampler import Array, sample
+from flowturbo.solver.schedule import MAX_STEPS, Schedule
+from flowturbo.solvers import Fit, Solvers
+from research.quality.engine import Engine, Exact, distances
+from research.quality.metrics import half_width, mean_without
+from research.quality.subjects import Prompts
+from tuning.grids import best_grid
+from tuning.learned import Walk, fit_steps
+from tuning.trajectories import Trajectories, Velocity, gram, integrate
+
+FIRST_SEED = 10_000_000  # of the trajectories: measurements and examples count from 0
+BATCH = 32  # trajectories that are evaluated together, at one guidance scale
+_GRAM = 512  # trajectories for the search of the grid
+BESIDE = "A{}@3"  # the schedule that a fit is compared with
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit status: 2, and one line on stderr, for errors that the user can fix."""
+    args = _parser().parse_args(argv)
+    errors = (FlowTurboError, OSError, ValueError)
+    return run_command("fit", lambda: print(_run(args)), errors)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tuning.fit", description=__doc__)
+    add = parser.add_argument
+    add("--repository", type=Path, default=Path("model_repository"))
+    add("--pipeline", help="pipeline of the repository (default: its default)")
+    add("--evaluations", type=int, nargs="+", default=[3, 4, 5, 6, 8])
+    add(
+        "--guidance",
+        type=float,
+        nargs="+",
+        help="one scale, or the lowest and the highest; 1 is also fitted alone (default: 1 to 4, "
+        "or 1 where guidance is impossible)",
+    )
+    add("--trajectories", type=int, default=2048, help="per range of scales (default: 2048)")
+    add("--held-out", type=int, help="more, for the errors stated (default: 256, fewer for few)")
+    add(
+        "--operator",
+        type=int,
+        default=4,
+        choices=(0, *SIDES),
+        help="windows of the linear operator in latent pixels, 0 for none (default: 4)",
+    )
+    add("--prompts", type=Path, help="texts to fit to, one per line (default: the scenes model's)")
+    add("--predictor", type=Path, help="checkpoint (default: the deployed predictor)")
+    add("--cache", type=Path, default=Path("runs/fit"), help="folder for trajectories and fits")
+    add("--out", type=Path, help="solver file (default: installed beside the pipeline)")
+    return parser
+
+
+def _run(args: argparse.Namespace) -> str:
+    """Fits and installs; returns the report."""
+    engine = Engine(args.repository, args.pipeline)
+    if args.prompts:
+        engine.subject = Prompts.of_file(args.prompts)
+    pipeline = engine.pipeline
+    ranges = scale_ranges(args.guidance, can_guide=pipeline.condition.can_guide)
+    _check(args, pipeline)
+    held_out = args.held_out or max(1, min(256, args.trajectories // 8))
+    path = args.out or solvers_path(args.repository, pipeline.name)
+    exact = args.predictor and Exact.of_repository(args.predictor, args.repository, pipeline.name)
+    source = _Source(engine, exact, args.cache)
+    began, done = time.monotonic(), []
+    for low, high in ranges:
+        batches = source.batches(low, high, args.trajectories, held_out)
+        for count in args.evaluations:
+            done.append(source.fit(count, (low, high), args.operator, *batches))
+            former = pipeline.solvers or Solvers(pipeline.flow, pipeline.latent_shape, ())
+            former.joined(done).write(path)
+    lines = [report(done), f"{in_words(hardware())}. {time.monotonic() - began:.0f} s in all"]
+    if source.seconds:
+        lines.append(f"{source.seconds / source.made:.2f} s per trajectory ({source.made} made)")
+    return "\n".join([*lines, f"written to {path}: start the service again to use it"])
+
+
+def scale_ranges(given: Sequence[float] | None, *, can_guide: bool) -> list[tuple[float, float]]:
+    """The ranges of guidance scales to fit; scale 1 is one of its own.
+
+    Raises ValueError.
+    """
+    scales = list(given or ([1.0, 4.0] if can_guide else [1.0]))
+    low, high = scales[0], scales[-1]
+    if len(scales) > 2 or not all(0 <= s <= MAX_SCALE for s in scales) or low > high:
+        raise ValueError(
+            f"--guidance must be one scale, or the lowest and the highest, 0 to {MAX_SCALE:g}, got "
+            f"{' '.join(f'{scale:g}' for scale in scales)}"
+        )
+    if high != 1 and not can_guide:
+        raise ValueError("--guidance must be 1: the pipeline cannot be guided")
+    alone = [(1.0, 1.0)] if low <= 1 <= high else []
+    return alone if low == high == 1 else [*alone, (low, high)]
+
+
+def _check(args: argparse.Namespace, pipeline: Pipeline) -> None:
+    if pipeline.solver_steps:
+        raise ValueError(
+            f"pipeline {pipeline.name} is step-distilled, its steps are {pipeline.solver_steps}"
+        )
+    for count in args.evaluations:
+        if not 2 <= count <= MAX_STEPS:
+            raise ValueError(f"--evaluations must be 2 to {MAX_STEPS}, got {count}")
+    _, height, width = pipeline.latent_shape
+    if args.operator == 4 and (height % 2 or width % 2):
+        raise ValueError(f"--operator 4 needs even latents, these are {height} x {width}: take 1")
+    if args.trajectories < 2 or (args.held_out is not None and args.held_out < 1):
+        raise ValueError("--trajectories must be 2 or more, --held-out 1 or more")
+
+
+@dataclass
+class _Source:
+    """Trajectories and fits of one pipeline; both are kept in `cache`."""
+
+    engine: Engine
+    exact: Exact | None
+    cache: Path
+    made: int = 0
+    seconds: float = 0.0
+
+    def batches(
+        self, low: float, high: float, count: int, held_out: int
+    ) -> tuple[list[Trajectories], list[Trajectories]]:
+        """`count` trajectories at scales from `low` to `high`, and `held_out` others."""
+        sizes = _sizes(count), _sizes(held_out)
+        scales = [_scales(low, high, len(of)) for of in sizes]
+        found: tuple[list[Trajectories], list[Trajectories]] = ([], [])
+        seed = FIRST_SEED
+        name = f"trajectories, guidance {low:g}" + (f" to {high:g}" if high > low else "")
+        with tqdm(total=count + held_out, desc=name) as bar:
+            for kind in (1, 0):  # those held out first: more can be fitted later with the same
+                for size, scale in zip(sizes[kind], scales[kind], strict=True):
+                    seeds = np.arange(seed, seed + size)
+                    found[kind].append(self._kept(seeds, scale))
+                    seed += size
+                    bar.update(size)
+        return found
+
+    @property
+    def _folder(self) -> Path:
+        kind = f"{self.exact.digest}_float32" if self.exact else self.engine.pipeline.precision
+        return self.cache / f"{self.engine.pipeline.flow}_{kind}{self.engine.subject.suffix}"
+
+    def _kept(self, seeds: Array, scale: float) -> Trajectories:
+        folder = self._folder
+        path = folder / f"{seeds[0]}_{len(seeds)}_g{scale:.6g}.npz"
+        if path.is_file():
+            return Trajectories.read(path)
+        began = time.monotonic()
+        shape = self.engine.pipeline.latent_shape
+        velocity = self._velocity(seeds, scale)
+        made = Trajectories(seeds, scale, *integrate(velocity, noise(seeds, shape)))
+        self.seconds += time.monotonic() - began
+        self.made += len(seeds)
+        folder.mkdir(parents=True, exist_ok=True)
+        made.write(path)
+        return made
+
+    def _velocity(self, seeds: Array, scale: float) -> Velocity:
+        if self.exact:
+            return self.exact.velocity(self.engine.subject, seeds, Guidance(scale))
+        return self.engine.velocity(seeds, Guidance(scale))
+
+    def fit(
+        self,
+        evaluations: int,
+        scales: tuple[float, float],
+        side: int,
+        fitted: Sequence[Trajectories],
+        others: Sequence[Trajectories],
+    ) -> Fit:
+        """The solver for so many evaluations, with its error on `others`."""
+        low, high = scales
+        counts = f"{sum(map(len, fitted))}_{sum(map(len, others))}"
+        path = self._folder / f"L{evaluations}_g{low:g}to{high:g}_{side}_{counts}.npz"
+        pipeline = self.engine.pipeline
+        if path.is_file():
+            return Solvers.read(path).fits[0]
+        made = self._fitted(evaluations, scales, side, fitted, others)
+        Solvers(pipeline.flow, pipeline.latent_shape, (made,)).write(path)
+        return made
+
+    def _fitted(
+        self,
+        evaluations: int,
+        scales: tuple[float, float],
+        side: int,
+        fitted: Sequence[Trajectories],
+        others: Sequence[Trajectories],
+    ) -> Fit:
+        times = best_grid(evaluations, gram(_first(fitted, _GRAM)))
+        own = [Walk.start(batch, self._velocity(batch.seeds, batch.scale)) for batch in fitted]
+        held = [Walk.start(batch, self._velocity(batch.seeds, batch.scale)) for batch in others]
+        total = evaluations * sum(map(len, (*fitted, *others)))
+        with tqdm(total=total, desc=f"L{evaluations}, evaluations", leave=False) as bar:
+            steps = list(fit_steps(times, scales, side, own, held, bar.update))
+        weights = np.zeros((len(steps[0].weights), evaluations, evaluations))
+        for k, step in enumerate(steps):
+            weights[:, k, : k + 1] = step.weights
+        matrices = tuple(step.matrix for step in steps if step.matrix is not None)
+        off = np.concatenate([distances(walk.x, walk.exact.state(1.0)) for walk in held])
+        beside = np.concatenate([self._beside(evaluations, walk) for walk in held])
+        figures = {"trajectories": sum(map(len, fitted)), **_compared(off, beside)}
+        return Fit(*scales, times, weights, matrices, side or 1, figures)
+
+    def _beside(self, evaluations: int, walk: Walk) -> Array:
+        """The distances of the schedule to compare with."""
+        program = compile_program(Schedule.parse(BESIDE.format(evaluations)))
+
+        def block(call: Any, x: Array, v: Array) -> tuple[Array, Array]:
+            v_next = walk.velocity(x, call.t)
+            return (x + call.w_prev * v + call.w_next * v_next).astype(np.float32), v_next
+
+        start = walk.exact.x[0].astype(np.float32)
+        return distances(sample(program, start, block), walk.exact.state(1.0))
+
+
+def _sizes(count: int) -> list[int]:
+    """The sizes of batches of `count` trajectories together."""
+    return [min(BATCH, count - k) for k in range(0, count, BATCH)]
+
+
+def _scales(low: float, high: float, count: int) -> list[float]:
+    """`count` scales evenly over the range, in mixed order."""
+    even = low + (high - low) * (np.arange(count) + 0.5) / count
+    return np.random.default_rng(0).permutation(even).tolist()
+
+
+def _first(batches: Sequence[Trajectories], count: int) -> list[Trajectories]:
+    """So many batches that they have `count` trajectories, if there are as many."""
+    taken, found = 0, []
+    for batch in batches:
+        if taken < count:
+            found.append(batch)
+            taken += len(batch)
+    return found
+
+
+def _compared(off: Array, beside: Array) -> dict[str, Any]:
+    """Mean distances of held-out trajectories, with 95% intervals where there are enough."""
+    change = off - beside
+    enough = len(off) >= 20
+    return {
+        "held_out": len(off),
+        "distance": float(off.mean()),
+        "interval": half_width(mean_without(off)) if enough else None,
+        "beside": float(beside.mean()),
+        "change": float(change.mean()),
+        "change_interval": half_width(mean_without(change)) if enough else None,
+    }
+
+
+def report(fits: Sequence[Fit]) -> str:
+    """What was fitted, as a table in Markdown."""
+    rows = [
+        "| solver | guidance | distance | A@3 | ratio | change, paired | times |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for fit in fits:
+        of = fit.figures
+        scales = f"{fit.low:g}" if fit.low == fit.high else f"{fit.low:g} to {fit.high:g}"
+        times = " ".join(f"{t:.3f}" for t in fit.times)
+        rows.append(
+            f"| L{fit.evaluations} | {scales} | {of['distance']:.4f}{_plus(of['interval'])} | "
+            f"{of['beside']:.4f} | {of['distance'] / of['beside']:.2f} | "
+            f"{of['change']:+.4f}{_plus(of['change_interval'])} | {times} |"
+        )
+    return "\n".join(rows)
+
+
+def _plus(interval: float | None) -> str:
+    return "" if interval is None or not math.isfinite(interval) else f" ± {interval:.4f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

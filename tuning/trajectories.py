@@ -1,0 +1,110 @@
+"""Exact trajectories of a flow: what solvers are fitted to.
+
+The teacher is Adams-Bashforth 4, started by Runge-Kutta 4. Its grid is shifted by 3, and finer near
+the data, where the flow of images turns sharply.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy.interpolate import CubicHermiteSpline, CubicSpline
+
+from flowturbo.solver.grid import time_grid
+from flowturbo.solver.sampler import Array
+from flowturbo.solver.steps import integral_weights
+
+Velocity = Callable[[Array, float], Array]
+_coarse = time_grid(20, 3.0)
+NODES = np.array([*_coarse[:-2], *np.linspace(_coarse[-2], 1.0, 7)])
+_ORDER = 4
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """`x` and `v` [nodes, n, C, h, w] float16 at NODES, of `seeds` [n] at one guidance `scale`."""
+
+    seeds: Array
+    scale: float
+    x: Array
+    v: Array
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def state(self, t: float) -> Array:
+        """The state [n, C, h, w] float32 at time `t`."""
+        weights = STATE_AT(t)
+        used = np.flatnonzero(weights)
+        both = [self.x[k] if k < len(NODES) else self.v[k - len(NODES)] for k in used]
+        found = sum(w * of.astype(np.float32) for w, of in zip(weights[used], both, strict=True))
+        return np.asarray(found, np.float32)
+
+    def write(self, path: Path) -> None:
+        """Keeps them in a file."""
+        staged = path.with_name(f"{path.name}.new")
+        with staged.open("wb") as file:
+            np.savez(file, seeds=self.seeds, scale=self.scale, x=self.x, v=self.v)
+        staged.replace(path)
+
+    @classmethod
+    def read(cls, path: Path) -> "Trajectories":
+        """What `write` kept."""
+        with np.load(path, allow_pickle=False) as kept:
+            return cls(kept["seeds"], float(kept["scale"]), kept["x"], kept["v"])
+
+
+def _state_spline() -> CubicHermiteSpline:
+    """The state at a time, as weights of the nodes' states and then velocities."""
+    count = len(NODES)
+    return CubicHermiteSpline(
+        NODES, np.eye(count, 2 * count), np.eye(count, 2 * count, count), axis=0
+    )
+
+
+STATE_AT = _state_spline()
+VELOCITY_AT = CubicSpline(NODES, np.eye(len(NODES), 2 * len(NODES), len(NODES)), axis=0)
+
+
+def integrate(velocity: Velocity, noise: Array) -> tuple[Array, Array]:
+    """States and velocities [nodes, n, C, h, w] float16 at NODES, from `noise` [n, C, h, w].
+
+    Raises ValueError if they are not finite.
+    """
+    x, states, velocities = noise, [noise], [velocity(noise, 0.0)]
+    for k, (t, end) in enumerate(zip(NODES[:-1], NODES[1:], strict=True)):
+        if k < _ORDER - 1:
+            x = _runge_kutta(velocity, x, velocities[-1], t, end)
+        else:
+            nodes = NODES[k - _ORDER + 1 : k + 1][::-1].tolist()
+            weights = integral_weights(nodes, t, end)
+            newest = velocities[: -_ORDER - 1 : -1]
+            x = x + sum(w * v for w, v in zip(weights, newest, strict=True))
+        x = x.astype(np.float32)
+        states.append(x)
+        velocities.append(velocity(x, float(end)))
+    found = np.stack(states), np.stack(velocities)
+    if not all(np.isfinite(each).all() for each in found):
+        raise ValueError(
+            "a trajectory is not finite: the networks left the range of their precision"
+        )
+    return found[0].astype(np.float16), found[1].astype(np.float16)
+
+
+def _runge_kutta(velocity: Velocity, x: Array, first: Array, t: float, end: float) -> Array:
+    h = end - t
+    second = velocity(x + h / 2 * first, t + h / 2)
+    third = velocity(x + h / 2 * second, t + h / 2)
+    fourth = velocity(x + h * third, end)
+    return x + h / 6 * (first + 2 * second + 2 * third + fourth)
+
+
+def gram(batches: Sequence[Trajectories]) -> Array:
+    """The inner products [2 nodes, 2 nodes] of the nodes' states and velocities, mean per value."""
+    total, values = np.zeros((2 * len(NODES),) * 2), 0
+    for batch in batches:
+        flat = np.concatenate([batch.x, batch.v]).reshape(2 * len(NODES), -1).astype(np.float32)
+        total += flat @ flat.T
+        values += flat.shape[1]
+    return total / values
