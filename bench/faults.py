@@ -96,12 +96,40 @@ def _run(args: argparse.Namespace) -> None:
 
 
 class Served:
-    """A running `flowturbo.serve`."""
+    """A running `flowturbo.serve` on free ports; its log goes to the file `log`."""
 
-    def __init__(self, process: subprocess.Popen[str], grpc: str, http: str) -> None:
-        self._process = process
-        self.grpc = grpc
-        self.http = http
+    def __init__(self, repository: Path, log: Path) -> None:
+        serve = [sys.executable, "-m", "flowturbo.serve", "--repository", str(repository)]
+        self._command, self._log = [*serve, "--restarts=1000"], log
+        self.grpc = self.http = self.metrics = "127.0.0.1:0"
+        self._start()
+
+    def _start(self) -> None:
+        names = ("http", "grpc", "metrics")
+        ports = [f"--{name}-port={getattr(self, name).rpartition(':')[2]}" for name in names]
+        with self._log.open("a") as stderr:
+            self._process = subprocess.Popen(
+                [*self._command, *ports], stdout=subprocess.PIPE, stderr=stderr, text=True
+            )
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        if not line.startswith("ready: gRPC "):
+            raise FlowTurboError(f"the server did not start: see {self._log}")
+        # Nobody reads what it prints later: it is one line per start.
+        words = line.replace(",", "").split()
+        self.grpc, self.http, self.metrics = words[2], words[4], words[6]
+
+    def restart(self) -> None:
+        """Stops it, which lets its requests finish, and starts it on the same ports."""
+        self.stop()
+        self._start()
+
+    def stop(self) -> None:
+        """Asks it to stop, and waits."""
+        self._process.terminate()
+        self._process.wait()
+        if self._process.stdout:
+            self._process.stdout.close()
 
     def processes(self) -> dict[str, int]:
         """The processes below the supervisor, by the name of their model."""
@@ -133,25 +161,12 @@ def wait_ready(
 
 @contextlib.contextmanager
 def served(repository: Path, log: Path) -> Iterator[Served]:
-    """`flowturbo.serve` on free ports, which is stopped afterwards; its log goes to `log`."""
-    ports = [f"--{name}-port=0" for name in ("http", "grpc", "metrics")]
-    command = [sys.executable, "-m", "flowturbo.serve", "--repository", str(repository), *ports]
-    command.append("--restarts=1000")
-    with log.open("w") as stderr:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+    """A `flowturbo.serve` that is stopped afterwards."""
+    server = Served(repository, log)
     try:
-        assert process.stdout
-        line = process.stdout.readline()
-        if not line.startswith("ready: gRPC "):
-            raise FlowTurboError(f"the server did not start: see {log}")
-        # Nobody reads what it prints later: it is one line per start.
-        words = line.replace(",", "").split()
-        yield Served(process, words[2], words[4])
+        yield server
     finally:
-        process.terminate()
-        process.wait()
-        if process.stdout:
-            process.stdout.close()
+        server.stop()
 
 
 def known_images(url: str) -> np.ndarray:

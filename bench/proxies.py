@@ -1,4 +1,4 @@
-"""Three servers behind HAProxy or nginx, one of which dies every ten seconds.
+"""Three servers behind HAProxy or nginx: one dies every ten seconds, or is restarted in turn.
 
 `python -m bench.proxies haproxy` runs the proxy of PATH, or Debian's, with its configuration in
 deploy/. Clients ask for single images. Every answer is compared with the image that its seed gave
@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +30,7 @@ from bench.faults import DEADLINE_S, Answered, Served, known_images, load, serve
 from bench.observe import hardware, write_json
 from flowturbo.command import run_command
 from flowturbo.errors import FlowTurboError as ServiceError
+from flowturbo.solver.sampler import Array
 
 SERVERS, CLIENTS, EVERY_S = 3, 6, 10.0
 CONFIGURATIONS = {"haproxy": "haproxy.cfg", "nginx": "nginx.conf"}
@@ -53,7 +54,8 @@ def main(argv: Sequence[str]) -> int:
     add = parser.add_argument
     add("proxy", choices=list(CONFIGURATIONS))
     add("--repository", type=Path, default=Path("model_repository"))
-    add("--minutes", type=float, default=10.0)
+    add("--minutes", type=float, default=10.0, help="of servers that die")
+    add("--rolling-minutes", type=float, default=3.0, help="of servers that are restarted in turn")
     add("--json", type=Path, help="default: docs/benchmarks/proxy_NAME.json")
     args = parser.parse_args(argv)
     errors = (FlowTurboError, ServiceError, DownloadError, OSError, ValueError)
@@ -69,14 +71,34 @@ def _run(args: argparse.Namespace) -> None:
             for k in range(SERVERS)
         ]
         url = stack.enter_context(proxy(args.proxy, servers, scratch))
-        found = under_fire(url, servers, 60 * args.minutes)
+        known = known_images(url)
+        found = {
+            "killed": under_fire(url, servers, known, 60 * args.minutes, _killed),
+            "restarted": under_fire(url, servers, known, 60 * args.rolling_minutes, _restarted),
+        }
     write_json({"proxy": args.proxy, "hardware": hardware(), **found}, path)
     print(found)
 
 
-def under_fire(url: str, servers: Sequence[Served], seconds: float) -> dict[str, Any]:
-    """Kills a server every EVERY_S while the others are ready; counts what clients get at `url`."""
-    known = known_images(url)
+def _killed(server: Served) -> None:
+    os.kill(server.processes()["tritonserver"], signal.SIGKILL)
+
+
+def _restarted(server: Served) -> None:
+    server.restart()
+
+
+def under_fire(
+    url: str,
+    servers: Sequence[Served],
+    known: Array,
+    seconds: float,
+    harm: Callable[[Served], None],
+) -> dict[str, Any]:
+    """Harms a server every EVERY_S while the others are ready; counts what clients get at `url`.
+
+    Every answer is compared with the `known` image of its seed.
+    """
     asked: list[Answered] = []
     until = [time.monotonic() + seconds]
     clients = [
@@ -84,24 +106,27 @@ def under_fire(url: str, servers: Sequence[Served], seconds: float) -> dict[str,
     ]
     for client in clients:
         client.start()
-    killed = 0
-    for victim, _ in zip(
-        itertools.cycle(servers), tqdm(range(int(seconds / EVERY_S)), desc="servers killed"),
-        strict=False,
-    ):  # fmt: skip
-        next_s = time.monotonic() + EVERY_S
-        for server in servers:
-            server.wait_ready()
-        if time.monotonic() < until[0]:
-            os.kill(victim.processes()["tritonserver"], signal.SIGKILL)
-            killed += 1
-        time.sleep(max(0.0, min(next_s, until[0]) - time.monotonic()))
-    for client in clients:
-        client.join()
+    harmed = 0
+    try:
+        for victim, _ in zip(
+            itertools.cycle(servers), tqdm(range(int(seconds / EVERY_S)), desc="servers harmed"),
+            strict=False,
+        ):  # fmt: skip
+            next_s = time.monotonic() + EVERY_S
+            for server in servers:
+                server.wait_ready()
+            if time.monotonic() >= until[0]:
+                break
+            harm(victim)
+            harmed += 1
+            time.sleep(max(0.0, min(next_s, until[0]) - time.monotonic()))
+    finally:
+        for client in clients:
+            client.join()
     kinds = Counter(each.outcome for each in asked)
     return {
         "seconds": seconds,
-        "servers_killed": killed,
+        "servers": harmed,
         "requests": len(asked),
         "right": kinds.pop("right", 0),
         "wrong": kinds.pop("wrong", 0),

@@ -14,7 +14,11 @@ from bench.faults import DEADLINE_S, SAME_LEVELS, Answered, judged, markdown, se
 CLIENTS, REQUESTS = 4, 8
 
 
-@pytest.mark.parametrize("victim", ["glyphs_velocity_predictor", "flowturbo", "tritonserver"])
+RESTART = "a requested restart"
+VICTIMS = ["glyphs_velocity_predictor", "flowturbo", "tritonserver", RESTART]
+
+
+@pytest.mark.parametrize("victim", VICTIMS)
 def test_every_request_outlasts_a_process_that_dies(
     glyphs_repository: Path, tmp_path: Path, victim: str
 ) -> None:
@@ -40,8 +44,12 @@ def test_every_request_outlasts_a_process_that_dies(
         for client_thread in clients:
             client_thread.start()
         under_way.wait()
-        os.kill(server.processes()[victim], signal.SIGKILL)
-        killed.set()
+        if victim == RESTART:
+            killed.set()
+            server.restart()  # requests in flight end, later ones wait for the new server
+        else:
+            os.kill(server.processes()[victim], signal.SIGKILL)
+            killed.set()
         for client_thread in clients:
             client_thread.join()
         assert len(off) == CLIENTS * REQUESTS  # none lost

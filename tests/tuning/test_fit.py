@@ -82,7 +82,7 @@ def test_the_teacher_is_exact_where_the_solution_is_known() -> None:
         wanted = t * MEAN + np.hypot(1 - t, t * DEVIATION) * start
         assert rms(found.state(t) - wanted) < 2e-3
     with pytest.raises(ValueError, match="not finite"):
-        integrate(lambda x, t: x / 0 if t > 0.5 else x, start)
+        integrate(lambda x, t: np.full_like(x, np.nan) if t > 0.5 else x, start)
 
 
 @unit
@@ -368,9 +368,7 @@ def test_fits_installs_and_serves(golden_repository: Path, tmp_path: Path) -> No
     assert fit.main([*base, *few, "--evaluations", "3", "4", "--operator", "4"]) == 0
     assert path.read_bytes() == before
     assert made == {path: path.stat().st_mtime_ns for path in made}
-    assert (
-        json.dumps(pipeline.described(Settings())["solvers"]) == '{"L3": "1 to 3", "L4": "1 to 3"}'
-    )
+    assert pipeline.described(Settings())["solvers"] == {"L3": "1 to 3", "L4": "1 to 3"}
     path.unlink()
 
 
