@@ -26,7 +26,7 @@ from research.study.points import MAIN, Point
 # Heun; the paper's schedules with R, and with Z and T in its place; solvers without a refiner.
 SCHEDULES = (
     "H8 H4 H16 H1P5R3 H1P5Z3 H1P5T3 H1P5 H1P6 H2P4R2 H2P4Z2 H2P4 H1P3R1@2 H1P3Z1@2 H1P3@2 "
-    "H1P5R3@2 H1P5Z3@2 A4@2 A5@2 A6@2 A8@2 A8 E8 E16 unipc:8 unipc:8@2 dpm:8@2 fast balanced best"
+    "H1P5R3@2 H1P5Z3@2 A4@2 A5@2 A6@2 A8@2 A8 E8 E16 U8 U8@2 D8@2 fast balanced best"
 )
 
 

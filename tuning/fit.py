@@ -33,12 +33,12 @@ from research.quality.engine import Engine, Exact, distances
 from research.quality.metrics import half_width, mean_without
 from research.quality.subjects import Prompts
 from tuning.grids import best_grid
-from tuning.learned import Walk, fit_steps
+from tuning.learned import Task, Walk, fit_steps, refined_grid
 from tuning.trajectories import Trajectories, Velocity, gram, integrate
 
 FIRST_SEED = 10_000_000  # of the trajectories: measurements and examples count from 0
 BATCH = 32  # trajectories that are evaluated together, at one guidance scale
-_GRAM = 512  # trajectories for the search of the grid
+_GRAM, _FEW = 512, 256  # trajectories for both searches of the grid
 BESIDE = "A{}@3"  # the schedule that a fit is compared with
 
 
@@ -216,17 +216,22 @@ class _Source:
         fitted: Sequence[Trajectories],
         others: Sequence[Trajectories],
     ) -> Fit:
-        times = best_grid(evaluations, gram(_first(fitted, _GRAM)))
-        own = [Walk.start(batch, self._velocity(batch.seeds, batch.scale)) for batch in fitted]
-        held = [Walk.start(batch, self._velocity(batch.seeds, batch.scale)) for batch in others]
+        def walks(batches: Sequence[Trajectories]) -> list[Walk]:
+            return [Walk.start(each, self._velocity(each.seeds, each.scale)) for each in batches]
+
+        few, name = walks(_first(fitted, _FEW)), f"L{evaluations}"
+        with tqdm(desc=f"{name}, grid, evaluations", leave=False) as bar:
+            coarse = best_grid(evaluations, gram(_first(fitted, _GRAM)))
+            times = refined_grid(coarse, few, scales, bar.update)
         total = evaluations * sum(map(len, (*fitted, *others)))
-        with tqdm(total=total, desc=f"L{evaluations}, evaluations", leave=False) as bar:
-            steps = list(fit_steps(times, scales, side, own, held, bar.update))
+        with tqdm(total=total, desc=f"{name}, fit, evaluations", leave=False) as bar:
+            task = Task(scales, side)
+            steps, held = fit_steps(times, task, walks(fitted), walks(others), bar.update)
         weights = np.zeros((len(steps[0].weights), evaluations, evaluations))
         for k, step in enumerate(steps):
             weights[:, k, : k + 1] = step.weights
         matrices = tuple(step.matrix for step in steps if step.matrix is not None)
-        off = np.concatenate([distances(walk.x, walk.exact.state(1.0)) for walk in held])
+        off = np.concatenate([walk.distances for walk in held])
         beside = np.concatenate([self._beside(evaluations, walk) for walk in held])
         figures = {"trajectories": sum(map(len, fitted)), **_compared(off, beside)}
         return Fit(*scales, times, weights, matrices, side or 1, figures)

@@ -14,22 +14,30 @@ from tuning.trajectories import STATE_AT, VELOCITY_AT
 
 _RIDGE = 1e-6
 _STEPS = (0.3, 0.1, 0.03, 0.01)  # of the search, in parts of the gap between neighbours
-_LEAST = 0.005  # of a time step
+_LEAST = 0.004  # of a time step
+_SHIFTS = (2.0, 3.0, 4.0, 5.0)  # of the grids that the search starts from
+# Later steps mend a part of what earlier ones missed: of 1, 1.5 and 2 this led to the nearest
+# solvers on glyphs.
+POWER = 1.5
 
 
 def best_grid(evaluations: int, products: np.ndarray) -> tuple[float, ...]:
-    """The grid of so many steps with the smallest sum of the steps' errors.
+    """The grid of so many steps with the smallest error.
 
-    `products` is tuning.trajectories.gram. One time after the other is moved as long as the sum
-    falls.
+    `products` is tuning.trajectories.gram. From each of several shifted grids one time after the
+    other is moved as long as the error falls.
     """
-    times = list(time_grid(evaluations, 3.0))
-    best = error(times, products)
+    found = [_searched(time_grid(evaluations, shift), products) for shift in _SHIFTS]
+    return min(found, key=lambda times: error(times, products))
+
+
+def _searched(start: Sequence[float], products: np.ndarray) -> tuple[float, ...]:
+    times, best = list(start), error(start, products)
     for part in _STEPS:
         moved = True
         while moved:
             moved = False
-            for k in range(1, evaluations):
+            for k in range(1, len(times) - 1):
                 for side in (-1, 1):
                     gap = times[k + side] - times[k]
                     tried = [*times]
@@ -43,7 +51,7 @@ def best_grid(evaluations: int, products: np.ndarray) -> tuple[float, ...]:
 
 
 def error(times: Sequence[float], products: np.ndarray) -> float:
-    """The sum over steps of the RMS of what the velocities so far cannot make."""
+    """The sum over steps of what the velocities so far cannot make, its RMS to the power POWER."""
     states, velocities = STATE_AT(np.asarray(times)), VELOCITY_AT(np.asarray(times[:-1]))
     total = 0.0
     for k in range(len(times) - 1):
@@ -52,5 +60,5 @@ def error(times: Sequence[float], products: np.ndarray) -> float:
         square[np.diag_indices(k + 1)] *= 1 + _RIDGE
         right = seen @ products @ change
         left = change @ products @ change - right @ np.linalg.solve(square, right)
-        total += float(np.sqrt(max(left, 0.0)))
+        total += max(left, 0.0) ** (POWER / 2)
     return total

@@ -6,8 +6,8 @@ the solver's own state to the exact trajectory at the end of the step: so later 
 earlier ones missed. A fit to exact states alone is much worse.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,24 +17,35 @@ from flowturbo.solvers import scale_terms
 from tuning.trajectories import Trajectories, Velocity
 
 _RIDGE = 1e-6  # of the sums of velocities, in parts of their squares
-_OPERATOR_RIDGE = 1e-3  # of the operator, whose features are scaled to 1
+_OPERATOR_RIDGE = 1e-4  # of the operator, whose features are scaled to 1
 _SOFT = 0.3  # of the mean distance: trajectories nearer than that count alike
+_GRID_STEPS = (0.2, 0.1)  # of the search, in parts of the gap between neighbours
+_GAIN = 1e-3  # what a moved time must gain to stay, in parts of the distance
 _CHUNK = 64  # trajectories whose windows are in memory at once
 
 
-@dataclass
+@dataclass(frozen=True)
 class Walk:
     """One batch on its way: its exact trajectories, the solver's state and velocities so far."""
 
     exact: Trajectories
     velocity: Velocity
     x: Array
-    seen: list[Array]
+    seen: tuple[Array, ...] = ()
 
     @classmethod
     def start(cls, exact: Trajectories, velocity: Velocity) -> "Walk":
         """At the noise."""
-        return cls(exact, velocity, exact.x[0].astype(np.float32), [])
+        return cls(exact, velocity, exact.x[0].astype(np.float32))
+
+    def look(self, t: float) -> "Walk":
+        """With the velocity at its state, too."""
+        return replace(self, seen=(*self.seen, self.velocity(self.x, t)))
+
+    @property
+    def distances(self) -> Array:
+        """From the ends of the exact trajectories, [n]."""
+        return _rms(self.x - self.exact.state(1.0))
 
 
 @dataclass(frozen=True)
@@ -45,52 +56,107 @@ class Step:
     matrix: Array | None
 
 
-def fit_steps(
-    times: Sequence[float],
-    scales: tuple[float, float],
-    side: int,
-    fitted: Sequence[Walk],
-    others: Sequence[Walk] = (),
-    progress: Callable[[int], object] = lambda count: None,
-) -> Iterator[Step]:
-    """The steps on the grid `times`; `side` 0 is without operators.
+@dataclass(frozen=True)
+class Task:
+    """For which guidance `scales`, and with windows of which `side`; 0 is without an operator."""
 
-    All walks are moved, `others` too. `progress` is called with the trajectories that were
-    evaluated.
-    """
-    for t, end in zip(times[:-1], times[1:], strict=True):
-        for walk in (*fitted, *others):
-            walk.seen.append(walk.velocity(walk.x, t))
-            progress(len(walk.exact))
-        targets = [walk.exact.state(end) for walk in fitted]
-        counts = [np.ones(len(walk.exact)) for walk in fitted]
-        step = _fit(fitted, targets, counts, scales, side)
+    scales: tuple[float, float]
+    side: int
+
+    def fit(self, walks: Sequence[Walk], end: float) -> Step:
+        """The best step of `walks` to the time `end`; all of them have looked."""
+        targets = [walk.exact.state(end) for walk in walks]
+        counts = [np.ones(len(walk.exact)) for walk in walks]
+        step = _fit(walks, targets, counts, self)
         # A second time, with less weight on trajectories that are far off: the mean distance is to
         # be small, not the mean of its square.
         off = [
-            _rms(target - walk.x - _moved(walk, step, scales, side))
-            for walk, target in zip(fitted, targets, strict=True)
+            _rms(target - walk.x - _moved(walk, step, self))
+            for walk, target in zip(walks, targets, strict=True)
         ]
         mean = float(np.concatenate(off).mean())
-        counts = [1 / (each + _SOFT * mean) for each in off]
-        step = _fit(fitted, targets, counts, scales, side)
-        for walk in (*fitted, *others):
-            walk.x = walk.x + _moved(walk, step, scales, side)
-        yield step
+        return _fit(walks, targets, [1 / (each + _SOFT * mean) for each in off], self)
+
+    def moved(self, walk: Walk, step: Step) -> Walk:
+        """`walk` after the step."""
+        return replace(walk, x=walk.x + _moved(walk, step, self))
+
+
+def refined_grid(
+    times: Sequence[float],
+    walks: Sequence[Walk],
+    scales: tuple[float, float],
+    progress: Callable[[int], object] = lambda count: None,
+) -> tuple[float, ...]:
+    """`times`, moved one after the other as long as the solver without operators comes nearer.
+
+    `walks` are at the noise. What a moved time does not change is not evaluated again. `progress`
+    is called with the trajectories that were evaluated.
+    """
+    task = Task(scales, 0)
+
+    def path(stages: list[list[Walk]], times: Sequence[float]) -> list[list[Walk]]:
+        """The walks at each time, those of the last time without a look; `stages` are kept."""
+        stages = [*stages]
+        for k in range(len(stages) - 1, len(times) - 1):
+            step = task.fit(stages[-1], times[k + 1])
+            moved = [task.moved(walk, step) for walk in stages[-1]]
+            if k + 2 < len(times):
+                moved = [walk.look(times[k + 1]) for walk in moved]
+                progress(sum(len(walk.exact) for walk in moved))
+            stages.append(moved)
+        return stages
+
+    def error(stages: list[list[Walk]]) -> float:
+        return float(np.concatenate([walk.distances for walk in stages[-1]]).mean())
+
+    stages = path([[walk.look(times[0]) for walk in walks]], times)
+    best, found = error(stages), list(times)
+    for part in _GRID_STEPS:
+        for k in range(1, len(found) - 1):
+            for side in (-1, 1):
+                while True:
+                    tried = [*found]
+                    tried[k] += part * (found[k + side] - found[k])
+                    other = path(stages[:k], tried)
+                    if (apart := error(other)) > best * (1 - _GAIN):
+                        break
+                    found, stages, best = tried, other, apart
+    return tuple(found)
+
+
+def fit_steps(
+    times: Sequence[float],
+    task: Task,
+    fitted: Sequence[Walk],
+    others: Sequence[Walk] = (),
+    progress: Callable[[int], object] = lambda count: None,
+) -> tuple[list[Step], list[Walk]]:
+    """The steps on the grid `times`, and `others` at the end of it; all walks are at the noise.
+
+    `progress` is called with the trajectories that were evaluated.
+    """
+    steps, walks = [], [*fitted, *others]
+    for t, end in zip(times[:-1], times[1:], strict=True):
+        for k, walk in enumerate(walks):
+            walks[k] = walk.look(t)
+            progress(len(walk.exact))
+        steps.append(task.fit(walks[: len(fitted)], end))
+        walks = [task.moved(walk, steps[-1]) for walk in walks]
+    return steps, walks[len(fitted) :]
 
 
 def _fit(
     walks: Sequence[Walk],
     targets: Sequence[Array],
     counts: Sequence[Array],
-    scales: tuple[float, float],
-    side: int,
+    task: Task,
 ) -> Step:
     """Weights, and then the operator for what they leave; `counts` weigh trajectories."""
     square: Array | float = 0.0
     right: Array | float = 0.0
     for walk, target, count in zip(walks, targets, counts, strict=True):
-        terms = _terms(walk, scales)
+        terms = _terms(walk, task)
         seen = np.stack(walk.seen).reshape(len(walk.seen), len(count), -1)
         change = (target - walk.x).reshape(len(count), -1)
         inner = np.einsum("inp,jnp,n->ij", seen, seen, count, optimize=True)
@@ -100,7 +166,7 @@ def _fit(
     square[np.diag_indices(len(square))] *= 1 + _RIDGE
     weights = np.linalg.solve(square, right).reshape(-1, len(walks[0].seen))
     step = Step(weights, None)
-    return Step(weights, _operator(walks, targets, counts, step, scales, side)) if side else step
+    return Step(weights, _operator(walks, targets, counts, step, task)) if task.side else step
 
 
 def _operator(
@@ -108,19 +174,18 @@ def _operator(
     targets: Sequence[Array],
     counts: Sequence[Array],
     step: Step,
-    scales: tuple[float, float],
-    side: int,
+    task: Task,
 ) -> Array:
     square: Array | float = 0.0
     right: Array | float = 0.0
     for walk, target, count in zip(walks, targets, counts, strict=True):
-        left = target - walk.x - _moved(walk, step, scales, side)
-        terms = _terms(walk, scales)
+        left = target - walk.x - _moved(walk, step, task)
+        terms = _terms(walk, task)
         for part in _parts(len(count)):
-            windows = _windows(walk, side, part)
+            windows = _windows(walk, task.side, part)
             heavy = windows * np.repeat(count[part], len(windows) // len(count[part]))[:, None]
             inner = (heavy.T @ windows).astype(np.float64)
-            outer = (heavy.T @ to_squares(left[part], _square(side))).astype(np.float64)
+            outer = (heavy.T @ to_squares(left[part], _square(task.side))).astype(np.float64)
             square = square + np.kron(np.outer(terms, terms), inner)
             right = right + np.kron(terms[:, None], outer)
     square, right = np.asarray(square), np.asarray(right)
@@ -131,16 +196,16 @@ def _operator(
     return found.reshape(len(step.weights), -1, right.shape[1])
 
 
-def _moved(walk: Walk, step: Step, scales: tuple[float, float], side: int) -> Array:
+def _moved(walk: Walk, step: Step, task: Task) -> Array:
     """The change of the state of `walk` by a step, [n, C, h, w] float32."""
-    terms = _terms(walk, scales)
+    terms = _terms(walk, task)
     change = np.tensordot((terms @ step.weights).astype(np.float32), np.stack(walk.seen), 1)
     if step.matrix is None:
         return np.asarray(change)
     matrix = np.tensordot(terms, step.matrix, 1).astype(np.float32)
     for part in _parts(len(change)):
-        made = _windows(walk, side, part) @ matrix
-        change[part] += from_squares(made, change[part].shape, _square(side))
+        made = _windows(walk, task.side, part) @ matrix
+        change[part] += from_squares(made, change[part].shape, _square(task.side))
     return np.asarray(change)
 
 
@@ -158,8 +223,8 @@ def _square(side: int) -> int:
     return 1 if side == 1 else 2
 
 
-def _terms(walk: Walk, scales: tuple[float, float]) -> Array:
-    return scale_terms(np.array([walk.exact.scale]), *scales)[0]
+def _terms(walk: Walk, task: Task) -> Array:
+    return scale_terms(np.array([walk.exact.scale]), *task.scales)[0]
 
 
 def _rms(values: Array) -> Array:

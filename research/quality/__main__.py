@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--schedule",
         nargs="+",
-        help="schedules, presets, or baselines such as unipc:8, dpm:8 and dopri5; in bf16 use "
+        help="schedules, presets, or the baseline dopri5; in bf16 use "
         "dopri5:1e-2 (research/quality/samplers.py); default: H8, H1P5R3 and the service's own",
     )
     parser.add_argument("--guidance-scale", type=float, help="default: the service's")

@@ -23,7 +23,7 @@ from flowturbo.errors import FlowTurboError
 from flowturbo.pipeline import read_pipeline
 from flowturbo.settings import Settings
 from flowturbo.solver.guidance import Guidance
-from flowturbo.solver.schedule import Schedule, read_shift
+from flowturbo.solver.schedule import Schedule
 from flowturbo.textfile import read_json
 from research.quality.engine import BATCH, Engine, Exact, check_decoder, schedule_evaluations
 from research.quality.evaluate import Evaluator, models_digest
@@ -231,12 +231,12 @@ def _evaluations(points: Sequence[Point], bench: Bench) -> float:
     for guidance in {point.spec.guidance for point in points}:
         total += timed * _EXACT_EVALUATIONS * guidance.rows
     for point in points:
-        schedule, (name, _, steps) = point.spec.schedule, point.spec.sampler.partition(":")
+        schedule = point.spec.schedule
         if schedule is not None:
             predictor, refiner = schedule_evaluations(schedule)
             each = predictor + _REFINER_COST * refiner
         else:
-            each = _ADAPTIVE_EVALUATIONS if name == "dopri5" else float(read_shift(steps)[0])
+            each = _ADAPTIVE_EVALUATIONS
         total += point.spec.guidance.rows * (point.images * each + timed * beside)
     return total
 

@@ -23,15 +23,19 @@ AS_GOOD = 0.01  # a sampler is as good as Heun if its figure is at most this sha
 
 # Families by the form of a sampler's name. The first match counts.
 _FAMILIES = (
-    ("UniPC, shifted", r"unipc.*@.*"),
-    ("UniPC", r"unipc.*"),
-    ("DPM-Solver++, shifted", r"dpm.*@.*"),
-    ("DPM-Solver++", r"dpm.*"),
+    ("UniPC, shifted", r"U\d+@.*"),
+    ("UniPC", r"U\d+"),
+    ("DPM-Solver++, shifted", r"D\d+@.*"),
+    ("DPM-Solver++", r"D\d+"),
     ("Heun", r"H\d+"),
     ("Heun, shifted", r"H\d+@.*"),
     ("Euler", r"E\d+"),
     ("Adams-Bashforth 2", r"A\d+"),
     ("Adams-Bashforth 2, shifted", r"A\d+@.*"),
+    ("learned", r"L\d+"),
+    ("NeuralSolver", r"N\d+"),
+    ("UniPC of order 3, shifted", r"V\d+@.*"),
+    ("DPM-Solver++(3M), shifted", r"G\d+@.*"),
     ("pseudo corrector", r"(H1)?P\d+"),
     ("FlowTurbo", r"H\d+(P\d+)?R\d+"),
     ("FlowTurbo, shifted", r"H\d+(P\d+)?R\d+@.*"),

@@ -164,8 +164,8 @@ itself. `python -m research.study.refiners` trains the others, with these option
 _SOLVERS = (
     "H4 H8 H12 H1P2Z1@3 H1P3Z1@3 H2P3Z1@3 A4@2 A6@3 A8@3 H1P2R1@2 H1P5R3 H1P5R3@2 H2P4R2 H1P2R1 "
     "H1P5 H1P5Z3 H1P5T3 H2P4Z2 H1P1Z1@3 H1P3T2@1.5 H1P4Z1@1.5 H1P2Z1@2 H1P3Z1@2 "
-    "A8 unipc:8 unipc:8@2 dpm:8 E8 H4@1.5 H8@1.5 P7 A12 H2P9Z1@2 unipc:12 unipc:6@2 dpm:12 E16 P11 "
-    "H16 H2P8R2 H5P7R3 H8P9R5 A5@2 A6@2 A12@3 unipc:6@3 unipc:8@3 dpm:8@3"
+    "A8 U8 U8@2 D8 E8 H4@1.5 H8@1.5 P7 A12 H2P9Z1@2 U12 U6@2 D12 E16 P11 "
+    "H16 H2P8R2 H5P7R3 H8P9R5 A5@2 A6@2 A12@3 U6@3 U8@3 D8@3 V6@3 G6@3 N6 N8 L3 L4 L5 L6 L8"
 )
 _ON_GRIDS, _SHIFTS = "H4 H8 A8 H1P5R3", ("", "@1.5", "@2", "@3", "@4")
 _RIVALS = (

@@ -32,7 +32,7 @@ def test_every_point_of_the_paper_is_there_once() -> None:
     points = unique(listed)
     assert len({str(point) for point in points}) == len(points)
     names = {point.spec.sampler for point in points}
-    assert {"H8", "H7R1", "H2P8R2", "H1P5R3", "P5R7H3", "H8P9R5", "unipc:8", "H1P5T3"} <= names
+    assert {"H8", "H7R1", "H2P8R2", "H1P5R3", "P5R7H3", "H8P9R5", "U8", "H1P5T3"} <= names
     curves = next(section for section in listed if section.title == CURVES)
     assert all(family(point.spec.sampler) for point in curves.points)
     assert {point.images for point in curves.points} == {10_000}
@@ -131,14 +131,14 @@ def test_a_small_study(arguments: list, tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "study_findings.md").write_text("## Findings\n\nLittle.\n")
     for only, said in (
         ("/H8_g1 ", "2 points to measure, 0 done"),
-        ("/(H8|H1P5R3|unipc-6@2|H5P7T3|H1P5R2)_g1 ", "5 points to measure, 2 done"),
+        ("/(H8|H1P5R3|U6@2|H5P7T3|H1P5R2)_g1 ", "5 points to measure, 2 done"),
     ):
         assert study.main([*arguments, "--only", only]) == 0
         assert said in capsys.readouterr().out
     points = json.loads((tmp_path / "study.json").read_text())["points"]
     ours = points["main/H1P5R3_g1 24"]
     assert (ours["predictor"], ours["refiner"], ours["images"]) == (7, 6, 24)
-    assert points["main/unipc-6@2_g1 24"]["predictor"] == 6
+    assert points["main/U6@2_g1 24"]["predictor"] == 6
     assert all(0.01 < point["from_exact"] < 1 for point in points.values())
     text = (tmp_path / "study.md").read_text()
     assert text.count("`H5P7T3`") == 1  # in its section, with fewer images

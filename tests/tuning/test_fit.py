@@ -21,7 +21,7 @@ from flowturbo.solver.grid import time_grid
 from flowturbo.solver.sampler import Array
 from flowturbo.solvers import Fit, Solvers
 from tuning import fit, grids
-from tuning.learned import Walk, fit_steps
+from tuning.learned import Task, Walk, fit_steps, refined_grid
 from tuning.trajectories import NODES, Trajectories, gram, integrate
 
 unit = pytest.mark.unit
@@ -97,6 +97,21 @@ def test_a_found_grid_errs_less_than_the_shifted_one() -> None:
 
 
 @unit
+def test_a_refined_grid_leads_nearer_and_evaluates_no_more_than_changed() -> None:
+    scales, fitted = (1.0, 1.0), walks(64, [1.0, 1.0], 0)
+    start = grids.best_grid(4, gram([walk.exact for walk in fitted]))
+    seen: list[int] = []
+    grid = refined_grid(start, fitted, scales, seen.append)
+    assert all(count == 128 for count in seen)
+
+    def apart(times: Any) -> float:
+        _, ends = fit_steps(times, Task(scales, 0), fitted, fitted)
+        return float(np.concatenate([walk.distances for walk in ends]).mean())
+
+    assert apart(grid) < apart(start) and min(np.diff(grid)) > 0
+
+
+@unit
 @pytest.mark.parametrize("side", [0, 1, 4])
 @pytest.mark.parametrize("scales", [(1.0, 1.0), (1.0, 3.0)])
 def test_what_is_served_is_what_was_fitted(side: int, scales: tuple[float, float]) -> None:
@@ -105,7 +120,7 @@ def test_what_is_served_is_what_was_fitted(side: int, scales: tuple[float, float
     fitted, held = walks(96, drawn, 0), walks(48, [drawn[-1]], 50)
     times = (0.0, 0.1, 0.3, 0.6, 1.0)
     starts = held[0].x
-    steps = list(fit_steps(times, scales, side, fitted, held))
+    steps, held = fit_steps(times, Task(scales, side), fitted, held)
     weights = np.zeros((len(steps[0].weights), 4, 4))
     for k, step in enumerate(steps):
         weights[:, k, : k + 1] = step.weights
