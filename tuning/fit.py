@@ -33,7 +33,7 @@ from research.quality.engine import Engine, Exact, distances
 from research.quality.metrics import half_width, mean_without
 from research.quality.subjects import Prompts
 from tuning.grids import best_grid
-from tuning.learned import Task, Walk, fit_steps, refined_grid
+from tuning.learned import Rollout, Task, fit_steps, refined_grid
 from tuning.trajectories import Trajectories, Velocity, gram, integrate
 
 FIRST_SEED = 10_000_000  # of the trajectories: measurements and examples count from 0
@@ -216,36 +216,36 @@ class _Source:
         fitted: Sequence[Trajectories],
         others: Sequence[Trajectories],
     ) -> Fit:
-        def walks(batches: Sequence[Trajectories]) -> list[Walk]:
-            return [Walk.start(each, self._velocity(each.seeds, each.scale)) for each in batches]
+        def rollouts(batches: Sequence[Trajectories]) -> list[Rollout]:
+            return [Rollout.start(each, self._velocity(each.seeds, each.scale)) for each in batches]
 
-        few, name = walks(_first(fitted, _FEW)), f"L{evaluations}"
+        few, name = rollouts(_first(fitted, _FEW)), f"L{evaluations}"
         with tqdm(desc=f"{name}, grid, evaluations", leave=False) as bar:
             coarse = best_grid(evaluations, gram(_first(fitted, _GRAM)))
             times = refined_grid(coarse, few, scales, bar.update)
         total = evaluations * sum(map(len, (*fitted, *others)))
         with tqdm(total=total, desc=f"{name}, fit, evaluations", leave=False) as bar:
             task = Task(scales, side)
-            steps, held = fit_steps(times, task, walks(fitted), walks(others), bar.update)
+            steps, held = fit_steps(times, task, rollouts(fitted), rollouts(others), bar.update)
         weights = np.zeros((len(steps[0].weights), evaluations, evaluations))
         for k, step in enumerate(steps):
             weights[:, k, : k + 1] = step.weights
         matrices = tuple(step.matrix for step in steps if step.matrix is not None)
-        off = np.concatenate([walk.distances for walk in held])
-        beside = np.concatenate([self._beside(evaluations, walk) for walk in held])
+        off = np.concatenate([rollout.distances for rollout in held])
+        beside = np.concatenate([self._beside(evaluations, rollout) for rollout in held])
         figures = {"trajectories": sum(map(len, fitted)), **_compared(off, beside)}
         return Fit(*scales, times, weights, matrices, side or 1, figures)
 
-    def _beside(self, evaluations: int, walk: Walk) -> Array:
+    def _beside(self, evaluations: int, rollout: Rollout) -> Array:
         """The distances of the schedule to compare with."""
         program = compile_program(Schedule.parse(BESIDE.format(evaluations)))
 
         def block(call: Any, x: Array, v: Array) -> tuple[Array, Array]:
-            v_next = walk.velocity(x, call.t)
+            v_next = rollout.velocity(x, call.t)
             return (x + call.w_prev * v + call.w_next * v_next).astype(np.float32), v_next
 
-        start = walk.exact.x[0].astype(np.float32)
-        return distances(sample(program, start, block), walk.exact.state(1.0))
+        start = rollout.exact.x[0].astype(np.float32)
+        return distances(sample(program, start, block), rollout.exact.state(1.0))
 
 
 def _sizes(count: int) -> list[int]:

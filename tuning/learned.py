@@ -25,22 +25,22 @@ _CHUNK = 64  # trajectories whose windows are in memory at once
 
 
 @dataclass(frozen=True)
-class Walk:
+class Rollout:
     """One batch on its way: its exact trajectories, the solver's state and velocities so far."""
 
     exact: Trajectories
     velocity: Velocity
     x: Array
-    seen: tuple[Array, ...] = ()
+    velocities: tuple[Array, ...] = ()
 
     @classmethod
-    def start(cls, exact: Trajectories, velocity: Velocity) -> "Walk":
+    def start(cls, exact: Trajectories, velocity: Velocity) -> "Rollout":
         """At the noise."""
         return cls(exact, velocity, exact.x[0].astype(np.float32))
 
-    def look(self, t: float) -> "Walk":
+    def evaluate(self, t: float) -> "Rollout":
         """With the velocity at its state, too."""
-        return replace(self, seen=(*self.seen, self.velocity(self.x, t)))
+        return replace(self, velocities=(*self.velocities, self.velocity(self.x, t)))
 
     @property
     def distances(self) -> Array:
@@ -63,54 +63,54 @@ class Task:
     scales: tuple[float, float]
     side: int
 
-    def fit(self, walks: Sequence[Walk], end: float) -> Step:
-        """The best step of `walks` to the time `end`; all of them have looked."""
-        targets = [walk.exact.state(end) for walk in walks]
-        counts = [np.ones(len(walk.exact)) for walk in walks]
-        step = _fit(walks, targets, counts, self)
+    def fit(self, rollouts: Sequence[Rollout], end: float) -> Step:
+        """The best step of `rollouts` to the time `end`; all know their velocity."""
+        targets = [rollout.exact.state(end) for rollout in rollouts]
+        counts = [np.ones(len(rollout.exact)) for rollout in rollouts]
+        step = _fit(rollouts, targets, counts, self)
         # A second time, with less weight on trajectories that are far off: the mean distance is to
         # be small, not the mean of its square.
         off = [
-            _rms(target - walk.x - _moved(walk, step, self))
-            for walk, target in zip(walks, targets, strict=True)
+            _rms(target - rollout.x - _moved(rollout, step, self))
+            for rollout, target in zip(rollouts, targets, strict=True)
         ]
         mean = float(np.concatenate(off).mean())
-        return _fit(walks, targets, [1 / (each + _SOFT * mean) for each in off], self)
+        return _fit(rollouts, targets, [1 / (each + _SOFT * mean) for each in off], self)
 
-    def moved(self, walk: Walk, step: Step) -> Walk:
-        """`walk` after the step."""
-        return replace(walk, x=walk.x + _moved(walk, step, self))
+    def moved(self, rollout: Rollout, step: Step) -> Rollout:
+        """`rollout` after the step."""
+        return replace(rollout, x=rollout.x + _moved(rollout, step, self))
 
 
 def refined_grid(
     times: Sequence[float],
-    walks: Sequence[Walk],
+    rollouts: Sequence[Rollout],
     scales: tuple[float, float],
     progress: Callable[[int], object] = lambda count: None,
 ) -> tuple[float, ...]:
     """`times`, moved one after the other as long as the solver without operators comes nearer.
 
-    `walks` are at the noise. What a moved time does not change is not evaluated again. `progress`
+    `rollouts` are at the noise. What a moved time does not change is not evaluated again. `progress`
     is called with the trajectories that were evaluated.
     """
     task = Task(scales, 0)
 
-    def path(stages: list[list[Walk]], times: Sequence[float]) -> list[list[Walk]]:
-        """The walks at each time, those of the last time without a look; `stages` are kept."""
+    def path(stages: list[list[Rollout]], times: Sequence[float]) -> list[list[Rollout]]:
+        """The rollouts at each time, at the last without a velocity; `stages` are kept."""
         stages = [*stages]
         for k in range(len(stages) - 1, len(times) - 1):
             step = task.fit(stages[-1], times[k + 1])
-            moved = [task.moved(walk, step) for walk in stages[-1]]
+            moved = [task.moved(rollout, step) for rollout in stages[-1]]
             if k + 2 < len(times):
-                moved = [walk.look(times[k + 1]) for walk in moved]
-                progress(sum(len(walk.exact) for walk in moved))
+                moved = [rollout.evaluate(times[k + 1]) for rollout in moved]
+                progress(sum(len(rollout.exact) for rollout in moved))
             stages.append(moved)
         return stages
 
-    def error(stages: list[list[Walk]]) -> float:
-        return float(np.concatenate([walk.distances for walk in stages[-1]]).mean())
+    def error(stages: list[list[Rollout]]) -> float:
+        return float(np.concatenate([rollout.distances for rollout in stages[-1]]).mean())
 
-    stages = path([[walk.look(times[0]) for walk in walks]], times)
+    stages = path([[rollout.evaluate(times[0]) for rollout in rollouts]], times)
     best, found = error(stages), list(times)
     for part in _GRID_STEPS:
         for k in range(1, len(found) - 1):
@@ -128,26 +128,26 @@ def refined_grid(
 def fit_steps(
     times: Sequence[float],
     task: Task,
-    fitted: Sequence[Walk],
-    others: Sequence[Walk] = (),
+    fitted: Sequence[Rollout],
+    others: Sequence[Rollout] = (),
     progress: Callable[[int], object] = lambda count: None,
-) -> tuple[list[Step], list[Walk]]:
-    """The steps on the grid `times`, and `others` at the end of it; all walks are at the noise.
+) -> tuple[list[Step], list[Rollout]]:
+    """The steps on the grid `times`, and `others` at the end of it; all rollouts are at the noise.
 
     `progress` is called with the trajectories that were evaluated.
     """
-    steps, walks = [], [*fitted, *others]
+    steps, rollouts = [], [*fitted, *others]
     for t, end in zip(times[:-1], times[1:], strict=True):
-        for k, walk in enumerate(walks):
-            walks[k] = walk.look(t)
-            progress(len(walk.exact))
-        steps.append(task.fit(walks[: len(fitted)], end))
-        walks = [task.moved(walk, steps[-1]) for walk in walks]
-    return steps, walks[len(fitted) :]
+        for k, rollout in enumerate(rollouts):
+            rollouts[k] = rollout.evaluate(t)
+            progress(len(rollout.exact))
+        steps.append(task.fit(rollouts[: len(fitted)], end))
+        rollouts = [task.moved(rollout, steps[-1]) for rollout in rollouts]
+    return steps, rollouts[len(fitted) :]
 
 
 def _fit(
-    walks: Sequence[Walk],
+    rollouts: Sequence[Rollout],
     targets: Sequence[Array],
     counts: Sequence[Array],
     task: Task,
@@ -155,22 +155,24 @@ def _fit(
     """Weights, and then the operator for what they leave; `counts` weigh trajectories."""
     square: Array | float = 0.0
     right: Array | float = 0.0
-    for walk, target, count in zip(walks, targets, counts, strict=True):
-        terms = _terms(walk, task)
-        seen = np.stack(walk.seen).reshape(len(walk.seen), len(count), -1)
-        change = (target - walk.x).reshape(len(count), -1)
-        inner = np.einsum("inp,jnp,n->ij", seen, seen, count, optimize=True)
+    for rollout, target, count in zip(rollouts, targets, counts, strict=True):
+        terms = _terms(rollout, task)
+        velocities = np.stack(rollout.velocities).reshape(len(rollout.velocities), len(count), -1)
+        change = (target - rollout.x).reshape(len(count), -1)
+        inner = np.einsum("inp,jnp,n->ij", velocities, velocities, count, optimize=True)
         square = square + np.kron(np.outer(terms, terms), inner)
-        right = right + np.kron(terms, np.einsum("inp,np,n->i", seen, change, count, optimize=True))
+        right = right + np.kron(
+            terms, np.einsum("inp,np,n->i", velocities, change, count, optimize=True)
+        )
     square = np.asarray(square)
     square[np.diag_indices(len(square))] *= 1 + _RIDGE
-    weights = np.linalg.solve(square, right).reshape(-1, len(walks[0].seen))
+    weights = np.linalg.solve(square, right).reshape(-1, len(rollouts[0].velocities))
     step = Step(weights, None)
-    return Step(weights, _operator(walks, targets, counts, step, task)) if task.side else step
+    return Step(weights, _operator(rollouts, targets, counts, step, task)) if task.side else step
 
 
 def _operator(
-    walks: Sequence[Walk],
+    rollouts: Sequence[Rollout],
     targets: Sequence[Array],
     counts: Sequence[Array],
     step: Step,
@@ -178,11 +180,11 @@ def _operator(
 ) -> Array:
     square: Array | float = 0.0
     right: Array | float = 0.0
-    for walk, target, count in zip(walks, targets, counts, strict=True):
-        left = target - walk.x - _moved(walk, step, task)
-        terms = _terms(walk, task)
+    for rollout, target, count in zip(rollouts, targets, counts, strict=True):
+        left = target - rollout.x - _moved(rollout, step, task)
+        terms = _terms(rollout, task)
         for part in _parts(len(count)):
-            windows = _windows(walk, task.side, part)
+            windows = _windows(rollout, task.side, part)
             heavy = windows * np.repeat(count[part], len(windows) // len(count[part]))[:, None]
             inner = (heavy.T @ windows).astype(np.float64)
             outer = (heavy.T @ to_squares(left[part], _square(task.side))).astype(np.float64)
@@ -196,22 +198,24 @@ def _operator(
     return found.reshape(len(step.weights), -1, right.shape[1])
 
 
-def _moved(walk: Walk, step: Step, task: Task) -> Array:
-    """The change of the state of `walk` by a step, [n, C, h, w] float32."""
-    terms = _terms(walk, task)
-    change = np.tensordot((terms @ step.weights).astype(np.float32), np.stack(walk.seen), 1)
+def _moved(rollout: Rollout, step: Step, task: Task) -> Array:
+    """The change of the state of `rollout` by a step, [n, C, h, w] float32."""
+    terms = _terms(rollout, task)
+    change = np.tensordot(
+        (terms @ step.weights).astype(np.float32), np.stack(rollout.velocities), 1
+    )
     if step.matrix is None:
         return np.asarray(change)
     matrix = np.tensordot(terms, step.matrix, 1).astype(np.float32)
     for part in _parts(len(change)):
-        made = _windows(walk, task.side, part) @ matrix
+        made = _windows(rollout, task.side, part) @ matrix
         change[part] += from_squares(made, change[part].shape, _square(task.side))
     return np.asarray(change)
 
 
-def _windows(walk: Walk, side: int, part: slice) -> Array:
+def _windows(rollout: Rollout, side: int, part: slice) -> Array:
     """The features of the operator, and 1, [n * squares, features]."""
-    found = features([walk.x[part], *(v[part] for v in walk.seen)], side)
+    found = features([rollout.x[part], *(v[part] for v in rollout.velocities)], side)
     return np.concatenate([found, np.ones((len(found), 1), found.dtype)], 1)
 
 
@@ -223,8 +227,8 @@ def _square(side: int) -> int:
     return 1 if side == 1 else 2
 
 
-def _terms(walk: Walk, task: Task) -> Array:
-    return scale_terms(np.array([walk.exact.scale]), *task.scales)[0]
+def _terms(rollout: Rollout, task: Task) -> Array:
+    return scale_terms(np.array([rollout.exact.scale]), *task.scales)[0]
 
 
 def _rms(values: Array) -> Array:

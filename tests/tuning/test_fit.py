@@ -21,7 +21,7 @@ from flowturbo.solver.grid import time_grid
 from flowturbo.solver.sampler import Array
 from flowturbo.solvers import Fit, Solvers
 from tuning import fit, grids
-from tuning.learned import Task, Walk, fit_steps, refined_grid
+from tuning.learned import Rollout, Task, fit_steps, refined_grid
 from tuning.trajectories import NODES, Trajectories, gram, integrate
 
 unit = pytest.mark.unit
@@ -48,9 +48,9 @@ def trajectories(count: int, scale: float, seed: int) -> Trajectories:
     return Trajectories(np.arange(count), scale, *integrate(turning(scale), start))
 
 
-def walks(count: int, scales: list[float], seed: int) -> list[Walk]:
+def rollouts(count: int, scales: list[float], seed: int) -> list[Rollout]:
     batches = [trajectories(count, scale, seed + k) for k, scale in enumerate(scales)]
-    return [Walk.start(batch, turning(batch.scale)) for batch in batches]
+    return [Rollout.start(batch, turning(batch.scale)) for batch in batches]
 
 
 def run(program: Any, start: Array, scale: float) -> Array:
@@ -98,15 +98,15 @@ def test_a_found_grid_errs_less_than_the_shifted_one() -> None:
 
 @unit
 def test_a_refined_grid_leads_nearer_and_evaluates_no_more_than_changed() -> None:
-    scales, fitted = (1.0, 1.0), walks(64, [1.0, 1.0], 0)
-    start = grids.best_grid(4, gram([walk.exact for walk in fitted]))
+    scales, fitted = (1.0, 1.0), rollouts(64, [1.0, 1.0], 0)
+    start = grids.best_grid(4, gram([rollout.exact for rollout in fitted]))
     seen: list[int] = []
     grid = refined_grid(start, fitted, scales, seen.append)
     assert all(count == 128 for count in seen)
 
     def apart(times: Any) -> float:
         _, ends = fit_steps(times, Task(scales, 0), fitted, fitted)
-        return float(np.concatenate([walk.distances for walk in ends]).mean())
+        return float(np.concatenate([rollout.distances for rollout in ends]).mean())
 
     assert apart(grid) < apart(start) and min(np.diff(grid)) > 0
 
@@ -117,7 +117,7 @@ def test_a_refined_grid_leads_nearer_and_evaluates_no_more_than_changed() -> Non
 def test_what_is_served_is_what_was_fitted(side: int, scales: tuple[float, float]) -> None:
     """The table's program reaches the states of the fit, and they are nearer than AB2's."""
     drawn = [1.0, 1.0] if scales[0] == scales[1] else [1.2, 2.0, 2.8]
-    fitted, held = walks(96, drawn, 0), walks(48, [drawn[-1]], 50)
+    fitted, held = rollouts(96, drawn, 0), rollouts(48, [drawn[-1]], 50)
     times = (0.0, 0.1, 0.3, 0.6, 1.0)
     starts = held[0].x
     steps, held = fit_steps(times, Task(scales, side), fitted, held)
