@@ -273,6 +273,11 @@ class Pipeline:
         assert self.solvers  # as `find_schedule` demands
         return self.solvers.table(len(schedule), scale)
 
+    def learned_at(self, scale: float) -> list[int]:
+        """The numbers of evaluations of the solvers that are fitted for this guidance scale."""
+        fits = self.solvers.fits if self.solvers else ()
+        return sorted({fit.evaluations for fit in fits if fit.covers(scale)})
+
     def tokens(self, latent_shape: tuple[int, int, int]) -> int:
         """The image tokens of a latent (C, h, w)."""
         _, height, width = latent_shape

@@ -128,10 +128,10 @@ def _tune(args: argparse.Namespace) -> str:
         check_decoder(args.repository, pipeline.pipeline)
         judge = Evaluator.open(args.weights, args.inception, args.reference, pipeline.subject)
     stages, metric = _search(args, pipeline, guidance, cost, paper, cap_ms)
-    tried = stages[-1]
+    tried, dropped = stages[-1], [each for stage in stages[:-1] for each in stage]
     if judge:
         tried, metric = _judged(args, pipeline, judge, tried, paper, guidance), "Fréchet distance"
-    found = choice.choose(tried, paper, cap_ms, args.quality)
+    found = choice.choose(tried, paper, cap_ms, args.quality, dropped)
     times_of = str(args.times) if args.times else "this process"
     figures_of = f"the ONNX files in {pipeline.pipeline.runtime}, in this process"
     stated = {
@@ -197,7 +197,9 @@ def _search(
 
     Raises ValueError if no schedule is fast enough.
     """
-    every = {s: cost.ms(s) for s in candidates(has_refiner=pipeline.pipeline.has(Role.REFINER))}
+    learned = pipeline.pipeline.learned_at(guidance.scale)
+    listed = candidates(has_refiner=pipeline.pipeline.has(Role.REFINER), learned=learned)
+    every = {schedule: cost.ms(schedule) for schedule in listed}
     fastest = min(every, key=lambda schedule: every[schedule])
     if every[fastest] > cap_ms:
         raise ValueError(

@@ -37,38 +37,77 @@ class Rated:
 
 @dataclass(frozen=True)
 class Choice:
-    """The front from the fastest to the best, its presets, and the choice for the target."""
+    """The front from the fastest to the best, its presets, and the choice for the target.
+
+    `otherwise` has what stands in for a preset that belongs to one time grid.
+    """
 
     front: Sequence[Rated]
     presets: Mapping[str, Rated]
     paper: Rated
     recommended: Rated | None
+    otherwise: Mapping[str, Rated]
 
     def stated(self) -> dict[str, Any]:
         """As JSON values."""
         return {
-            "presets": {name: each.stated() for name, each in self.presets.items()},
+            "presets": {
+                name: each.stated()
+                | (
+                    {"otherwise": str(self.otherwise[name].schedule)}
+                    if name in self.otherwise
+                    else {}
+                )
+                for name, each in self.presets.items()
+            },
             "definitions": DEFINITIONS,
             "recommended": self.recommended and self.recommended.stated(),
             "paper": self.paper.stated(),
             "front": [each.stated() for each in self.front],
         }
 
+    def _stated(self, name: str) -> dict[str, Any]:
+        stated, other = self.presets[name].stated(), self.otherwise.get(name)
+        return stated | {"otherwise": str(other.schedule)} if other else stated
 
-def choose(tried: Sequence[Rated], paper: Schedule, cap_ms: float, quality: float | None) -> Choice:
+
+def choose(
+    tried: Sequence[Rated],
+    paper: Schedule,
+    cap_ms: float,
+    quality: float | None,
+    dropped: Sequence[Rated] = (),
+) -> Choice:
     """Chooses from `tried`, which must include `paper` and a schedule within `cap_ms`.
 
-    Recommends the best schedule within the cap, or the fastest that reaches `quality`.
+    Recommends the best schedule within the cap, or the fastest that reaches `quality`. Those that
+    were `dropped` before can still stand in for presets that belong to one time grid.
     """
     of_front = front(each for each in tried if each.ms <= cap_ms)
     of_paper = next(each for each in tried if each.schedule == paper)
     best = best_of(of_front)
+    chosen = presets(of_front, of_paper.score.value)
+    otherwise = {
+        name: stand_in(each, tried) or stand_in(each, dropped) for name, each in chosen.items()
+    }
     return Choice(
         of_front,
-        presets(of_front, of_paper.score.value),
+        chosen,
         of_paper,
         best if quality is None else fastest_as_good(of_front, quality),
+        {name: each for name, each in otherwise.items() if each},
     )
+
+
+def stand_in(chosen: Rated, tried: Iterable[Rated]) -> Rated | None:
+    """What serves requests that `chosen` cannot: the best that takes no more time.
+
+    None if `chosen` serves all, or if there is no such schedule.
+    """
+    if not chosen.schedule.own_grid:
+        return None
+    others = [each for each in tried if not each.schedule.own_grid and each.ms <= chosen.ms]
+    return min(others, key=lambda each: each.score.value, default=None)
 
 
 def front(rated: Iterable[Rated]) -> list[Rated]:

@@ -90,8 +90,8 @@ def refined_grid(
 ) -> tuple[float, ...]:
     """`times`, moved one after the other as long as the solver without operators comes nearer.
 
-    `rollouts` are at the noise. What a moved time does not change is not evaluated again. `progress`
-    is called with the trajectories that were evaluated.
+    `rollouts` are at the noise. What a moved time does not change is not evaluated again, and
+    `progress` is called with the trajectories that were evaluated.
     """
     task = Task(scales, 0)
 

@@ -52,7 +52,7 @@ class TritonPythonModel:
         answers = StoredAnswers(repository, pipelines.values(), call_model, instances)
         metrics = TritonMetrics(pipelines, ORCHESTRATOR)
         self._service = Service(pipelines, settings, call_model, metrics, answers.check, instances)
-        self._streams = Endpoint(endpoint(os.getppid()), self._stream)
+        self._streams = Endpoint(endpoint(os.getppid()), self._stream, self._service.drain)
         self._forwarded = Forwarded.by_server(os.getpid())
 
     def execute(self, requests: list[Any]) -> None:

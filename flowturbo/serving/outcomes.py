@@ -30,6 +30,7 @@ _DEAD = re.compile(
     r"|(model|version) \S+ (version \S+ )?(is not ready|is not at ready state|is not available)",
     re.IGNORECASE,
 )
+_STOPPING = ("server is stopping", "server not ready", "server is not ready")
 _NO_MEMORY = (
     *("shared memory pool", "shared memory region", "shared memory key"),
     *("out of memory", "memoryerror", "bad_alloc", "bad allocation"),
@@ -77,6 +78,10 @@ def failure(model: str, message: str) -> errors.FlowTurboError:
         return errors.UnavailableError(
             f"{model} cannot answer, its process has ended or hangs ({message.rstrip('.')}): "
             "the server has to be restarted"
+        )
+    if _has(message, _STOPPING):
+        return errors.UnavailableError(
+            f"the server is stopping ({message.rstrip('.')}): ask another, or try again later"
         )
     if _has(message, _NO_MEMORY):
         return errors.UnavailableError(

@@ -28,9 +28,9 @@ from flowturbo.errors import (
     UnavailableError,
 )
 from flowturbo.rows import Tensors
+from flowturbo.serving.endpoint import DRAIN, LENGTH_BYTES, packed
 from flowturbo.serving.service import Asked, Sender
 
-_LENGTH_BYTES = 8
 _CANCEL_CHECK_S = 0.05  # asking the server whether a caller is still there costs a round trip
 _LATE_S = 2.0  # after its deadline a request has been answered, or the other process hangs
 _CLOSING_S = 5.0
@@ -60,10 +60,10 @@ class Reply:
         return self._told(result) if isinstance(result, BaseException) else result
 
     def preview(self, response: Tensors | FlowTurboError) -> None:
-        self._post(_packed(Message(response, final=False)))
+        self._post(packed(Message(response, final=False)))
 
     def send(self, response: Tensors | FlowTurboError) -> None:
-        self._post(_packed(Message(response, final=True)))
+        self._post(packed(Message(response, final=True)))
 
     def is_cancelled(self) -> bool:
         return self.left
@@ -73,15 +73,19 @@ class Endpoint:
     """Takes the streams' requests at `path`; each goes to `handle(asked, post)`.
 
     `handle` returns at once; its result is told that the caller has left (`Reply.left`). It must
-    not raise. Raises RepositoryError if nothing can listen at `path`, or its folder is another
-    user's.
+    not raise. `drain` is called where a message says so, and may take its time. Raises
+    RepositoryError if nothing can listen at `path`, or its folder is another user's.
     """
 
     def __init__(
-        self, path: Path, handle: Callable[[Asked, Callable[[bytes], None]], Reply]
+        self,
+        path: Path,
+        handle: Callable[[Asked, Callable[[bytes], None]], Reply],
+        drain: Callable[[], None],
     ) -> None:
         self._path = path
         self._handle = handle
+        self._drain = drain
         self._open: set[asyncio.Task[None]] = set()
         self._loop = _Loop("streams")
         try:
@@ -117,7 +121,13 @@ class Endpoint:
             loop.call_soon_threadsafe(writer.write, packed)
 
         try:
-            reply = self._handle(await _read(reader), post)
+            asked = await _read(reader)
+            if asked == DRAIN:
+                await loop.run_in_executor(None, self._drain)
+                writer.write(packed(DRAIN))
+                await writer.drain()
+                return
+            reply = self._handle(asked, post)
             await reader.read()  # ends when the other side closes
             reply.left = True
         except (OSError, EOFError):
@@ -148,7 +158,7 @@ class Relay:
         writer = None
         try:
             reader, writer = await asyncio.open_unix_connection(self._path)
-            writer.write(_packed(asked))
+            writer.write(packed(asked))
             answer = await self._answer(reader, asked.timeout_s, sender)
         except (OSError, EOFError):
             answer = UnavailableError(f"{_OTHER} has ended or cannot be reached")
@@ -224,12 +234,7 @@ def _make_private(folder: Path) -> None:
         raise RepositoryError(f"{folder} must be a folder of this user alone: remove it")
 
 
-def _packed(content: Asked | Message) -> bytes:
-    body = pickle.dumps(content, protocol=pickle.HIGHEST_PROTOCOL)
-    return len(body).to_bytes(_LENGTH_BYTES, "little") + body
-
-
 async def _read(reader: asyncio.StreamReader) -> Any:
     """The next request or message. Raises OSError or EOFError once the other side is gone."""
-    length = int.from_bytes(await reader.readexactly(_LENGTH_BYTES), "little")
+    length = int.from_bytes(await reader.readexactly(LENGTH_BYTES), "little")
     return pickle.loads(await reader.readexactly(length))

@@ -268,11 +268,15 @@ class Service:
         """Whether requests are taken at all."""
         return not self._closing
 
-    def close(self) -> None:
+    def drain(self) -> None:
         """Refuses what comes from now on, and lets the requests in flight finish."""
         with self._left:
             self._closing = True
             self._left.wait_for(lambda: self._inflight.total() == 0)
+
+    def close(self) -> None:
+        """Drains, and ends all threads."""
+        self.drain()
         self._batcher.close()
         self._workers.shutdown(wait=True)
         self._deadlines.close()

@@ -23,7 +23,7 @@ from typing import IO, Any
 
 from flowturbo import contract
 from flowturbo.pipeline import Pipeline, installed, read_pipeline
-from flowturbo.serving.endpoint import endpoint
+from flowturbo.serving.endpoint import drain, endpoint
 from flowturbo.serving.installation import (
     Installation,
     ServerError,
@@ -287,6 +287,13 @@ class TritonServer:
 
         Waits at most the exit timeout, or until `hurry()`. Call it once only.
         """
+        # Before SIGTERM: after it Triton refuses the calls between models, also those of requests
+        # in flight.
+        until_s = time.monotonic() + self._exit_timeout_s
+        drain(
+            endpoint(self._process.pid),
+            lambda: hurry() or self.exit_code is not None or time.monotonic() > until_s,
+        )
         # SIGTERM, not SIGINT. The server treats them alike, but a process in a shell's background
         # ignores SIGINT from the start, until the server is ready.
         self._process.terminate()

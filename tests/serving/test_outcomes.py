@@ -79,6 +79,16 @@ def test_errors_are_sentences(error: Exception, outcome: str, said: str) -> None
             "UNAVAILABLE",
             f"{DECODER} has no memory for this request",
         ),
+        (
+            failure(DECODER, "Error when running inference: Server not ready"),
+            "UNAVAILABLE",
+            "the server is stopping (Error when running inference: Server not ready): ask another",
+        ),
+        (
+            failure(DECODER, "Server is stopping, scheduler for model has stopped accepting new"),
+            "UNAVAILABLE",
+            "the server is stopping",
+        ),
         (failure(DECODER, "bad shape"), "INTERNAL", f"{DECODER}: bad shape"),
         (
             failure(DECODER, "CUDA execution provider is not available in this build"),

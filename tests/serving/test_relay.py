@@ -18,6 +18,7 @@ from flowturbo.errors import (
 )
 from flowturbo.rows import Tensors
 from flowturbo.serving import relay
+from flowturbo.serving.endpoint import drain
 from flowturbo.serving.outcomes import as_told
 from flowturbo.serving.relay import Endpoint, Relay, Reply
 from flowturbo.serving.service import Asked
@@ -67,7 +68,9 @@ class Both:
             self.replies.put(reply)
             return reply
 
-        self.endpoint, self.relay = Endpoint(path, take), Relay(path)
+        self.released = threading.Event()
+        self.endpoint = Endpoint(path, take, lambda: bool(self.released.wait(WAIT_S)))
+        self.relay = Relay(path)
 
     def ask(self, asked: Asked = ASKED) -> Caller:
         caller = Caller()
@@ -169,8 +172,35 @@ def test_answers_are_delivered_before_the_end(tmp_path: Path) -> None:
 
 
 def test_folders_of_others_are_refused(tmp_path: Path) -> None:
+    def replying(_: Asked, post: Callable[[bytes], None]) -> Reply:
+        return Reply(post, as_told)
+
     (tmp_path / "open").mkdir(mode=0o755)
     with pytest.raises(RepositoryError, match="must be a folder of this user alone"):
-        Endpoint(tmp_path / "open" / "socket", lambda _, post: Reply(post, as_told))
+        Endpoint(tmp_path / "open" / "socket", replying, lambda: None)
     with pytest.raises(RepositoryError, match="set TMPDIR"):
-        Endpoint(tmp_path / ("x" * 120) / "socket", lambda _, post: Reply(post, as_told))
+        Endpoint(
+            tmp_path / ("x" * 120) / "socket", lambda _, post: Reply(post, as_told), lambda: None
+        )
+
+
+def test_a_drain_waits_until_all_requests_are_answered(both: Callable[[Handle], Both]) -> None:
+    made, ended = both(lambda asked, reply: None), threading.Event()
+    path = made.endpoint._path
+
+    def ask() -> None:
+        drain(path, lambda: False)
+        ended.set()
+
+    waiting = threading.Thread(target=ask)
+    waiting.start()
+    asked: list[bool] = []
+    drain(path, lambda: len(asked) > 1 or bool(asked.append(True)))  # gives up
+    assert not ended.is_set()
+    made.released.set()
+    waiting.join(WAIT_S)
+    assert ended.is_set()
+
+
+def test_a_drain_does_not_wait_where_nobody_listens(tmp_path: Path) -> None:
+    drain(tmp_path / "socket", lambda: False)

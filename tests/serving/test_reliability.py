@@ -56,6 +56,32 @@ def test_every_request_outlasts_a_process_that_dies(
         assert max(off) <= SAME_LEVELS  # none wrong
 
 
+def test_a_requested_stop_lets_requests_finish(glyphs_repository: Path, tmp_path: Path) -> None:
+    """Without another attempt: the request is asked once, and the stop comes in its middle."""
+    with served(glyphs_repository, tmp_path / "log") as server:
+        streamed: list[np.ndarray] = []
+        under_way = threading.Event()
+
+        def ask() -> None:
+            with FlowTurboClient(server.grpc, retries=0) as client:
+                for update in client.stream([1] * 16, list(range(16)), "H16"):
+                    assert update.images is not None
+                    streamed.append(update.images)
+                    under_way.set()
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        under_way.wait(60)
+        server.restart()
+        asking.join(60)
+        assert len(streamed) == 16  # a preview per step, and the images
+        with FlowTurboClient(server.grpc) as client:
+            again = client.generate([1] * 16, list(range(16)), "H16").images
+        assert again is not None
+        off = np.abs(streamed[-1].astype(int) - again).mean((1, 2, 3))
+        assert off.max() <= SAME_LEVELS
+
+
 def test_what_a_fault_did() -> None:
     """Ten answers per second before and after, two seconds of silence, and three bad ones."""
     before = [Answered(k / 10 - 0.1, k / 10, "right") for k in range(1, 40)]

@@ -51,6 +51,9 @@ def test_candidates() -> None:
     assert {schedule(text) for text in ("H1P5R3", "H8P9R5", "H4", "A12", "P7")} <= set(found)
     assert max(schedule_evaluations(each)[0] for each in found) == MAX_EVALUATIONS
     assert not any(each.refines for each in candidates(has_refiner=False))
+    learned = set(candidates(has_refiner=True, learned=[4, 6])) - set(found)
+    assert learned == {schedule("L4"), schedule("L6")}
+    assert {schedule("U8@3"), schedule("V5"), schedule("C12@2")} <= set(found)
 
 
 def test_cost_is_that_of_every_call() -> None:
@@ -111,6 +114,21 @@ def test_choice() -> None:
     found = choose([*tried, paper], paper.schedule, cap_ms=4.5, quality=0.01)
     assert {str(each.schedule) for each in found.presets.values()} == {"P4"}
     assert found.recommended is None
+
+
+def test_a_preset_of_one_time_grid_has_a_stand_in() -> None:
+    """The best that takes no more time; one that was dropped before if there is no other."""
+    tried = [rated("L4", 4, 0.1), rated("P4", 4, 0.3), rated("E4", 3.9, 0.4), rated("P9", 9, 0.05)]
+    paper = rated("H8", 12, 0.2)
+    found = choose([*tried, paper], paper.schedule, cap_ms=10.0, quality=None)
+    assert str(found.presets["fast"].schedule) == "L4"
+    assert {name: str(each.schedule) for name, each in found.otherwise.items()} == {
+        name: "P4" for name, each in found.presets.items() if each.schedule.learned
+    }
+    assert found.stated()["presets"]["fast"]["otherwise"] == "P4"
+    assert "otherwise" not in found.stated()["presets"]["best"]
+    alone = choose([tried[0], paper], paper.schedule, 10.0, None, [tried[2]])
+    assert str(alone.otherwise["fast"].schedule) == "E4"
 
 
 def test_the_front_is_never_cut() -> None:
