@@ -29,7 +29,7 @@ from flowturbo.solver.guidance import Guidance
 from flowturbo.solver.program import LARGEST_TRAINED_STEP, Program, compile_program
 from flowturbo.solver.sampler import After, Array, AwaitedBlock, run_sync, sample_async
 from flowturbo.solver.schedule import Schedule
-from flowturbo.solver.table import Table
+from flowturbo.solvers import Solvers
 from flowturbo.tiles import Tiles
 
 # Is shown the step that was done, and latents [n, C, h, w] of what will probably be the images.
@@ -220,8 +220,16 @@ def roles_called(program: Program) -> list[Role]:
 
 def program_of(request: GenerationRequest, pipeline: Pipeline, variant: Variant) -> Program:
     """The program of a request to `pipeline`. It is compiled once and then cached."""
-    fitted = pipeline.fitted(request.schedule, request.guidance.scale)
-    return program_for(request.schedule, variant, request.times, pipeline.trained_step, fitted)
+    schedule = request.schedule
+    if schedule.learned:
+        assert pipeline.solvers  # as `find_schedule` demands
+        return _learned_program(schedule, pipeline.solvers, request.guidance.scale)
+    return program_for(schedule, variant, request.times, pipeline.trained_step)
+
+
+@lru_cache(maxsize=32)  # a few megabytes each, and callers choose the scale
+def _learned_program(schedule: Schedule, solvers: Solvers, scale: float) -> Program:
+    return compile_program(schedule, fitted=solvers.table(len(schedule), scale))
 
 
 @lru_cache(maxsize=256)
@@ -230,14 +238,12 @@ def program_for(
     variant: Variant,
     times: tuple[float, ...] | None = None,
     trained: float = LARGEST_TRAINED_STEP,
-    fitted: Table | None = None,
 ) -> Program:
     """The program on the schedule's grid, or on `times`. It is compiled once and then cached.
 
-    `trained` is the largest step that the refiner was trained on; longer ones are logged. `fitted`
-    is the table of L steps.
+    `trained` is the largest step that the refiner was trained on; longer ones are logged.
     """
-    program = compile_program(schedule, times, variant, fitted)
+    program = compile_program(schedule, times, variant)
     if (size := program.largest_refiner_step()) > trained + 1e-6:
         _logger.warning(
             "schedule %s has refiner steps of %.3f, but the refiner was trained on steps up to %g",

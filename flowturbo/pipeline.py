@@ -268,10 +268,9 @@ class Pipeline:
 
         Raises RequestError for a scale that it was not fitted for.
         """
-        if not schedule.learned:
-            return None
-        assert self.solvers  # as `find_schedule` demands
-        return self.solvers.table(len(schedule), scale)
+        return (
+            self.solvers.table(len(schedule), scale) if self.solvers and schedule.learned else None
+        )
 
     def learned_at(self, scale: float) -> list[int]:
         """The numbers of evaluations of the solvers that are fitted for this guidance scale."""

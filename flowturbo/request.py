@@ -305,7 +305,7 @@ def _check_whole(
             f"schedule {schedule} was fitted to the default size of pipeline {pipeline.name}: give "
             f"no {SIZE}, or other letters"
         )
-    pipeline.fitted(schedule, guidance.scale)
+    pipeline.solvers.fit_for(len(schedule), guidance.scale)
 
 
 def _times(

@@ -10,7 +10,6 @@ import json
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +103,15 @@ class Solvers:
         return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
     def table(self, evaluations: int, scale: float) -> Table:
-        """The table for so many evaluations at this guidance scale; it is made once.
+        """The table for so many evaluations at this guidance scale."""
+        return self.fit_for(evaluations, scale).table(scale)
 
-        The narrowest range counts: a fit for guidance 1 alone is better there. Raises RequestError
-        for a scale outside all ranges.
+    def fit_for(self, evaluations: int, scale: float) -> Fit:
+        """The fit for so many evaluations whose range of scales is the narrowest.
+
+        A fit for guidance 1 alone is better there. Raises RequestError for a scale outside all
+        ranges.
         """
-        return _table(self, evaluations, scale)
-
-    def _fit(self, evaluations: int, scale: float) -> Fit:
         known = [fit for fit in self.fits if fit.evaluations == evaluations]
         fitting = [fit for fit in known if fit.covers(scale)]
         if not fitting:
@@ -181,11 +181,6 @@ class Solvers:
         for fit in fits:
             _check(fit, channels)
         return cls(str(about["flow"]), (channels, height, width), fits)
-
-
-@lru_cache(maxsize=64)
-def _table(solvers: Solvers, evaluations: int, scale: float) -> Table:
-    return solvers._fit(evaluations, scale).table(scale)
 
 
 def _check(fit: Fit, channels: int) -> None:

@@ -219,21 +219,28 @@ class _Source:
         def rollouts(batches: Sequence[Trajectories]) -> list[Rollout]:
             return [Rollout.start(each, self._velocity(each.seeds, each.scale)) for each in batches]
 
-        few, name = rollouts(_first(fitted, _FEW)), f"L{evaluations}"
+        name, few = f"L{evaluations}", rollouts(_first(fitted, _FEW))
+        coarse = best_grid(evaluations, gram(_first(fitted, _GRAM)))
         with tqdm(desc=f"{name}, grid, evaluations", leave=False) as bar:
-            coarse = best_grid(evaluations, gram(_first(fitted, _GRAM)))
-            times = refined_grid(coarse, few, scales, bar.update)
-        total = evaluations * sum(map(len, (*fitted, *others)))
+            grids = coarse, refined_grid(coarse, few, scales, bar.update)
+        total = len(grids) * evaluations * sum(map(len, (*fitted, *others)))
+        found = []
         with tqdm(total=total, desc=f"{name}, fit, evaluations", leave=False) as bar:
-            task = Task(scales, side)
-            steps, held = fit_steps(times, task, rollouts(fitted), rollouts(others), bar.update)
+            for times in grids:
+                task, every = Task(scales, side), rollouts([*fitted, *others])
+                steps, ends = fit_steps(times, task, every, len(fitted), bar.update)
+                found.append(
+                    (_mean_distance(ends[: len(fitted)]), times, steps, ends[len(fitted) :])
+                )
+        # The refined grid is the better one without operators, which is not always so with them.
+        _, times, steps, held = min(found, key=lambda each: each[0])
         weights = np.zeros((len(steps[0].weights), evaluations, evaluations))
         for k, step in enumerate(steps):
             weights[:, k, : k + 1] = step.weights
         matrices = tuple(step.matrix for step in steps if step.matrix is not None)
-        off = np.concatenate([rollout.distances for rollout in held])
+        apart = np.concatenate([rollout.distances for rollout in held])
         beside = np.concatenate([self._beside(evaluations, rollout) for rollout in held])
-        figures = {"trajectories": sum(map(len, fitted)), **_compared(off, beside)}
+        figures = {"trajectories": sum(map(len, fitted)), **_compared(apart, beside)}
         return Fit(*scales, times, weights, matrices, side or 1, figures)
 
     def _beside(self, evaluations: int, rollout: Rollout) -> Array:
@@ -246,6 +253,10 @@ class _Source:
 
         start = rollout.exact.x[0].astype(np.float32)
         return distances(sample(program, start, block), rollout.exact.state(1.0))
+
+
+def _mean_distance(rollouts: Sequence[Rollout]) -> float:
+    return float(np.concatenate([rollout.distances for rollout in rollouts]).mean())
 
 
 def _sizes(count: int) -> list[int]:

@@ -128,22 +128,23 @@ def refined_grid(
 def fit_steps(
     times: Sequence[float],
     task: Task,
-    fitted: Sequence[Rollout],
-    others: Sequence[Rollout] = (),
+    rollouts: Sequence[Rollout],
+    fitted: int,
     progress: Callable[[int], object] = lambda count: None,
 ) -> tuple[list[Step], list[Rollout]]:
-    """The steps on the grid `times`, and `others` at the end of it; all rollouts are at the noise.
+    """The steps on the grid `times`, and all `rollouts` at the end of it; they start at the noise.
 
-    `progress` is called with the trajectories that were evaluated.
+    The first `fitted` of them determine the steps. `progress` is called with the trajectories that
+    were evaluated.
     """
-    steps, rollouts = [], [*fitted, *others]
+    steps, moved = [], list(rollouts)
     for t, end in zip(times[:-1], times[1:], strict=True):
-        for k, rollout in enumerate(rollouts):
-            rollouts[k] = rollout.evaluate(t)
+        for k, rollout in enumerate(moved):
+            moved[k] = rollout.evaluate(t)
             progress(len(rollout.exact))
-        steps.append(task.fit(rollouts[: len(fitted)], end))
-        rollouts = [task.moved(rollout, steps[-1]) for rollout in rollouts]
-    return steps, rollouts[len(fitted) :]
+        steps.append(task.fit(moved[:fitted], end))
+        moved = [task.moved(rollout, steps[-1]) for rollout in moved]
+    return steps, moved
 
 
 def _fit(

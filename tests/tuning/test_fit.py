@@ -105,7 +105,7 @@ def test_a_refined_grid_leads_nearer_and_evaluates_no_more_than_changed() -> Non
     assert all(count == 128 for count in seen)
 
     def apart(times: Any) -> float:
-        _, ends = fit_steps(times, Task(scales, 0), fitted, fitted)
+        _, ends = fit_steps(times, Task(scales, 0), fitted, len(fitted))
         return float(np.concatenate([rollout.distances for rollout in ends]).mean())
 
     assert apart(grid) < apart(start) and min(np.diff(grid)) > 0
@@ -120,7 +120,8 @@ def test_what_is_served_is_what_was_fitted(side: int, scales: tuple[float, float
     fitted, held = rollouts(96, drawn, 0), rollouts(48, [drawn[-1]], 50)
     times = (0.0, 0.1, 0.3, 0.6, 1.0)
     starts = held[0].x
-    steps, held = fit_steps(times, Task(scales, side), fitted, held)
+    steps, ends = fit_steps(times, Task(scales, side), [*fitted, *held], len(fitted))
+    held = ends[len(fitted) :]
     weights = np.zeros((len(steps[0].weights), 4, 4))
     for k, step in enumerate(steps):
         weights[:, k, : k + 1] = step.weights
