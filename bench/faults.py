@@ -114,6 +114,7 @@ class Served:
         assert self._process.stdout
         line = self._process.stdout.readline()
         if not line.startswith("ready: gRPC "):
+            self.stop()
             raise FlowTurboError(f"the server did not start: see {self._log}")
         # Nobody reads what it prints later: it is one line per start.
         words = line.replace(",", "").split()

@@ -22,7 +22,7 @@ from export.onnx_graph import ExportTarget
 from export.runtime import export_for
 from flowturbo.conditions.class_label import LABEL, ClassLabel
 from flowturbo.contract import LATENT, SEED, Role
-from flowturbo.generate import generate, program_for
+from flowturbo.generate import generate, program_of
 from flowturbo.nets.blocks import PredictorBlock, RefinerBlock
 from flowturbo.nets.sit import ByLabel, SiTConfig, refiner_config
 from flowturbo.pipeline import read_pipeline
@@ -64,7 +64,7 @@ class Run:
     """Repeats one guided image with the default schedule."""
 
     def __init__(self, config: SiTConfig, repository: Path) -> None:
-        settings, served = Settings.load(repository), read_pipeline(repository)
+        settings, served = Settings.load(repository), read_pipeline(repository, solvers=False)
         shape = config.latent_shape
         blocks = {
             Role.PREDICTOR: PredictorBlock(ByLabel(random_network(config, 0)), 3),
@@ -82,7 +82,7 @@ class Run:
         self._settings = settings
         tensors: Tensors = {LABEL: np.array([0]), SEED: np.array([0])}
         self._request = parse_request(tensors, [LATENT], self._pipeline, settings)
-        self._program = program_for(self._request.schedule, Variant(settings.variant))
+        self._program = program_of(self._request, self._pipeline, Variant(settings.variant))
 
     def milliseconds(self) -> float:
         """Time of one request."""

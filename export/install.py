@@ -38,7 +38,7 @@ from flowturbo.serving.block import TritonPythonModel
 __all__ = ["TritonPythonModel"]
 '''
 _DEFAULT_PIPELINE = "default_pipeline"
-_RECORD = ".record"
+_RECORD, _SOLVERS = ".record", ".solvers"
 # Fields of the orchestrator's configuration that its code determines.
 _THIS_VERSIONS = (
     *("name", "backend", "max_batch_size", "input", "output", "model_transaction_policy"),
@@ -153,11 +153,16 @@ def install(staged: Path, repository: Path, pipeline: Pipeline, replaced: Iterab
     """
     repository.mkdir(parents=True, exist_ok=True)
     finished = sorted(path.name for path in staged.iterdir())
-    old, record = staged / ".old", record_path(repository, pipeline.name)
+    old = staged / ".old"
+    beside = {
+        _RECORD: record_path(repository, pipeline.name),
+        _SOLVERS: solvers_path(repository, pipeline.name),
+    }
     old.mkdir()
     try:
-        if record.exists():
-            record.rename(old / _RECORD)
+        for name, path in beside.items():
+            if path.exists():
+                path.rename(old / name)
         for model in {*finished, *replaced}:
             if (repository / model).exists():
                 (repository / model).rename(old / model)
@@ -169,7 +174,7 @@ def install(staged: Path, repository: Path, pipeline: Pipeline, replaced: Iterab
             if not (staged / model).exists():  # it is already in the repository
                 shutil.rmtree(repository / model, ignore_errors=True)
         for saved in old.iterdir():
-            saved.rename(record if saved.name == _RECORD else repository / saved.name)
+            saved.rename(beside.get(saved.name, repository / saved.name))
         raise
 
 
@@ -182,11 +187,11 @@ def write_record(repository: Path, pipeline: Pipeline) -> None:
     record.parent.mkdir(parents=True, exist_ok=True)
     if pipeline.solvers:
         pipeline.solvers.write(solvers)
-    else:
-        solvers.unlink(missing_ok=True)
     partial = record.with_suffix(".partial")
     partial.write_text(record_text(pipeline))
     partial.replace(record)
+    if not pipeline.solvers:
+        solvers.unlink(missing_ok=True)
 
 
 def remove(repository: Path, name: str) -> list[str]:

@@ -41,14 +41,18 @@ from flowturbo.pipeline import (
     Defaults,
     ModelRecord,
     Pipeline,
+    check_solvers,
     flow_of,
     installed,
     read_pipeline,
+    solvers_path,
+    with_solvers,
 )
 from flowturbo.presets import Presets, built_in, find_schedule, parse_presets, parsed
 from flowturbo.rows import Tensors
 from flowturbo.runtimes import model_file
 from flowturbo.settings import Settings
+from flowturbo.solver.program import outline
 from flowturbo.solver.schedule import Schedule
 from flowturbo.solvers import Solvers
 from flowturbo.textfile import read_lines, read_text
@@ -160,9 +164,14 @@ def export_pipeline(options: Options) -> None:
 def _former(options: Options) -> Pipeline | None:
     """The installed pipeline of this name; None if its record cannot be read."""
     try:
-        return read_pipeline(options.repository, options.name)
+        found = read_pipeline(options.repository, options.name, solvers=False)
     except RepositoryError:
         return None
+    try:
+        return with_solvers(found, solvers_path(options.repository, options.name))
+    except RepositoryError as error:
+        print(f"export: the fitted solvers are dropped: {error}")
+        return found
 
 
 def _presets(options: Options, former: Pipeline | None) -> dict[str, str]:
@@ -171,7 +180,11 @@ def _presets(options: Options, former: Pipeline | None) -> dict[str, str]:
         return parse_presets(options.presets_text, options.presets, has_refiner=options.has_refiner)
     kept = dict(former.own_presets) if former else {}
     if not options.has_refiner:
-        lost = [name for name, text in kept.items() if Schedule.parse(text).refines]
+        lost = [
+            name
+            for name, schedule in parsed(kept).items()
+            if any(each and each.refines for each in (schedule, schedule.otherwise))
+        ]
         if lost:
             print(f"export: presets {', '.join(lost)} need a refiner and are dropped")
         kept = {name: text for name, text in kept.items() if name not in lost}
@@ -205,7 +218,7 @@ def _check_learned(presets: Mapping[str, str], solvers: Solvers | None) -> None:
     """Raises RepositoryError for presets whose solvers are missing."""
     counts = solvers.counts if solvers else []
     for name, schedule in parsed(presets).items():
-        if schedule.learned and len(schedule) not in counts:
+        if schedule.learned and len(schedule) not in counts and not schedule.otherwise:
             raise RepositoryError(
                 f"preset {name} is {schedule}, and there is no such fitted solver: give --solvers"
             )
@@ -223,6 +236,11 @@ def _ensembles(
     for schedule in schedules:
         if schedule.refines and not options.has_refiner:
             raise CheckpointError(f"--ensemble {schedule} has refiner steps: it needs --refiner")
+        if schedule.learned or outline(schedule).history > 1:
+            raise CheckpointError(
+                f"--ensemble {schedule} cannot be an ensemble: its calls sum several earlier "
+                f"velocities, which only the model {ORCHESTRATOR} does"
+            )
     return schedules
 
 
@@ -276,6 +294,11 @@ def _stated(
     if options.default_schedule is None and defaults.schedule:
         kept += ["--default-schedule", defaults.schedule]
     command = shlex.join([*shlex.split(options.command), *kept])
+    if solvers and options.solvers:
+        check_solvers(pipeline, solvers, options.solvers)
+    elif solvers and solvers.latent_shape != pipeline.latent_shape:
+        print(f"export: the solvers of {options.name} were fitted to another size and are dropped")
+        solvers = None
     own = pipeline.defaults
     scale = own.guidance_scale if defaults.guidance_scale is None else defaults.guidance_scale
     stated = replace(

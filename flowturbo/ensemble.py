@@ -16,6 +16,7 @@ from flowturbo.contract import (
     LATENT,
     PAIR,
     SCALARS,
+    SCHEDULE,
     SEED,
     VELOCITY,
     VELOCITY_NEXT,
@@ -130,13 +131,17 @@ def ensemble_inputs(request: GenerationRequest, pipeline: Pipeline) -> Tensors:
 
 
 def read_request(tensors: Tensors, pipeline: Pipeline, settings: Settings) -> GenerationRequest:
-    """Checks input `tensors` (contract.ensemble_inputs); raises RequestError."""
+    """Checks input `tensors` (contract.ensemble_inputs); raises RequestError.
+
+    The `settings` name the ensemble's schedule as the default.
+    """
     if SEED not in tensors:
         raise RequestError(
             f"this model needs {SEED} (INT64 [n], one per image), got none: only the model "
             f"{contract.ORCHESTRATOR} draws seeds"
         )
-    return parse_request(tensors, [LATENT], pipeline, settings)
+    own = {SCHEDULE: np.array([settings.default_schedule.encode()], dtype=object)}
+    return parse_request(tensors | own, [LATENT], pipeline, settings)
 
 
 def plan(request: GenerationRequest, pipeline: Pipeline, program: Program) -> Tensors:

@@ -160,7 +160,8 @@ async def _latent(
     else:
         start, settle = await _from_image(request, pipeline, infer, edit)
     after = _showing(program, guidance, show, settle) if show else settle
-    return to_images(await sample_async(program, to_rows(start, guidance), block, after), guidance)
+    rows = to_rows(start, guidance)
+    return to_images(await sample_async(program, rows, block, after, guidance.rows), guidance)
 
 
 async def _from_image(

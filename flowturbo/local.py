@@ -61,13 +61,14 @@ class LocalPipeline:
         pipeline: str | None = None,
         *,
         threads: int | None = None,
+        solvers: bool = True,
     ) -> None:
         """Loads the models of `pipeline` from `model_repository`; None is the default pipeline.
 
-        `threads` None means one thread per core.
+        `threads` None means one thread per core. Without `solvers` the fitted ones are not read.
         """
         repository = Path(model_repository)
-        self.pipeline = read_pipeline(repository, pipeline)
+        self.pipeline = read_pipeline(repository, pipeline, solvers=solvers)
         self.settings = Settings.load(repository)
         self.default_schedule = self.pipeline.default_schedule(self.settings)
         self._models = open_models(repository, self.pipeline, threads)

@@ -29,7 +29,7 @@ from flowturbo.solver.table import Table
 from flowturbo.solvers import Solvers
 from flowturbo.textfile import TextFileError, read_json
 
-VERSION = 1  # of the record format
+VERSION = 2  # of the record format
 RECORDS = Path(ORCHESTRATOR, "1", "pipelines")
 UNKNOWN = "unknown"  # in metrics: the pipeline of requests that were refused too early to know it
 EXPORT_HINT = "python -m export --name NAME --predictor FILE --refiner FILE --vae DIR"
@@ -239,7 +239,11 @@ class Pipeline:
                 f"pipeline {self.name} is step-distilled and takes {' and '.join(allowed)} steps "
                 f"only, such as {allowed[0]}4, got {min(other)} in schedule {schedule}"
             )
+        if schedule.otherwise:
+            schedule = replace(schedule, otherwise=self._allowed(schedule.otherwise))
         if schedule.learned and len(schedule) not in (self.solvers.counts if self.solvers else []):
+            if schedule.otherwise:
+                return schedule.otherwise
             there = [f"L{count}" for count in self.solvers.counts] if self.solvers else ["none"]
             raise RequestError(
                 f"pipeline {self.name} has no fitted solver L{len(schedule)}, fitted: "
@@ -366,7 +370,12 @@ def flow_of(fingerprint: Mapping[str, Any]) -> str:
     """
     sources, options = fingerprint.get("sha256", {}), fingerprint.get("options", {})
     weights = {role: of for role, of in sources.items() if role in _OF_FLOW}
-    read = {name: options[name] for name in _READ_AS if options.get(name)}
+    unset = (None, False)  # not 0, which equals False
+    read = {
+        name: options[name]
+        for name in _READ_AS
+        if not any(options.get(name) is each for each in unset)
+    }
     return hashlib.sha256(json.dumps([weights, read], sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -408,9 +417,11 @@ def installed(repository: Path) -> list[str]:
     return sorted(path.stem for path in (repository / RECORDS).glob("*.json"))
 
 
-def read_pipelines(repository: Path) -> dict[str, Pipeline]:
+def read_pipelines(repository: Path, *, solvers: bool = True) -> dict[str, Pipeline]:
     """All pipelines in `repository` by name. Raises RepositoryError if there are none."""
-    found = {name: read_pipeline(repository, name) for name in installed(repository)}
+    found = {
+        name: read_pipeline(repository, name, solvers=solvers) for name in installed(repository)
+    }
     if not found:
         raise RepositoryError(
             f"{repository} has no pipeline, make one with: {EXPORT_HINT} --repository {repository}"
@@ -418,16 +429,20 @@ def read_pipelines(repository: Path) -> dict[str, Pipeline]:
     return found
 
 
-def read_pipeline(repository: Path, name: str | None = None) -> Pipeline:
-    """The pipeline `name` of `repository`; None means the default. Raises RepositoryError."""
+def read_pipeline(repository: Path, name: str | None = None, *, solvers: bool = True) -> Pipeline:
+    """The pipeline `name` of `repository`; None means the default. Raises RepositoryError.
+
+    Without `solvers` the file of the fitted ones is not read.
+    """
     if name is None:
-        pipelines = read_pipelines(repository)
+        pipelines = read_pipelines(repository, solvers=solvers)
         return pipelines[default_name(pipelines, Settings.load(repository))]
     path = record_path(repository, name)
     if not path.is_file():
         there = ", ".join(installed(repository)) or "none"
         raise RepositoryError(f"{repository} has no pipeline {name!r}; installed: {there}")
-    return _read(path)
+    found = _read(path)
+    return with_solvers(found, solvers_path(repository, name)) if solvers else found
 
 
 def default_name(pipelines: Mapping[str, Pipeline], settings: Settings) -> str:
@@ -488,7 +503,7 @@ def _read(path: Path) -> Pipeline:
             f"{path} is no record of a pipeline ({type(error).__name__}: {error}): export it again "
             f"with: {again}"
         ) from error
-    return with_solvers(found, solvers_path(path.parents[3], path.stem))
+    return found
 
 
 def solvers_path(repository: Path, name: str) -> Path:
@@ -504,12 +519,18 @@ def with_solvers(pipeline: Pipeline, path: Path) -> Pipeline:
     if not path.is_file():
         return pipeline
     solvers = Solvers.read(path)
-    if solvers.flow != pipeline.flow or solvers.latent_shape != pipeline.latent_shape:
-        raise RepositoryError(
-            f"{path} was fitted to another model than pipeline {pipeline.name}: fit it again with "
-            f"python -m tuning.fit --pipeline {pipeline.name}, or delete the file"
-        )
+    check_solvers(pipeline, solvers, path)
     return replace(pipeline, solvers=solvers)
+
+
+def check_solvers(pipeline: Pipeline, solvers: Solvers, path: Path) -> None:
+    """Raises RepositoryError if `solvers`, of the file `path`, are of another model or size."""
+    other = "model" if solvers.flow != pipeline.flow else "size of images"
+    if (solvers.flow, solvers.latent_shape) != (pipeline.flow, pipeline.latent_shape):
+        raise RepositoryError(
+            f"{path} was fitted to another {other} than that of pipeline {pipeline.name}: fit it "
+            f"again with python -m tuning.fit --pipeline {pipeline.name}, or delete the file"
+        )
 
 
 def record_text(pipeline: Pipeline) -> str:

@@ -81,7 +81,7 @@ def parse_presets(text: str, path: Path, *, has_refiner: bool) -> dict[str, str]
     try:
         stated = json.loads(text, object_pairs_hook=_without_repeats)["presets"]
         texts = {
-            name: _OR.join(str(preset[key]) for key in ("schedule", "otherwise") if key in preset)
+            name: _OR.join([str(preset["schedule"]), *map(str, _other(preset))])
             for name, preset in stated.items()
         }
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -92,6 +92,10 @@ def parse_presets(text: str, path: Path, *, has_refiner: bool) -> dict[str, str]
     for name, schedule in texts.items():
         _check(path, name, schedule, has_refiner)
     return texts
+
+
+def _other(preset: Mapping[str, Any]) -> list[Any]:
+    return [preset["otherwise"]] if "otherwise" in preset else []
 
 
 def _without_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -116,8 +120,8 @@ def _check(path: Path, name: str, text: str, has_refiner: bool) -> None:
             raise RepositoryError(
                 f"{path}: preset {name} is {each}, whose refiner steps need a refiner"
             )
-    if schedule.otherwise and schedule.otherwise.own_grid:
+    if schedule.otherwise and (schedule.otherwise.alone or not schedule.alone):
         raise RepositoryError(
-            f"{path}: preset {name}: {schedule.otherwise} belongs to one time grid too: take "
-            "another schedule for what the first cannot serve"
+            f"{path}: preset {name}: otherwise {schedule.otherwise} stands beside {schedule}: it "
+            "is for solvers of whole schedules, such as L4, and must be none itself"
         )

@@ -250,7 +250,8 @@ def _schedule(
         usual = pipeline.default_schedule(settings)
         if not inverts(tensors):
             return usual
-        return (usual.otherwise or usual).without_refiner()
+        usual = usual.otherwise or usual
+        return Schedule("A" * len(usual)) if usual.alone else usual.without_refiner()
     return pipeline.find_schedule(text_of(SCHEDULE, tensors[SCHEDULE][0]))
 
 
@@ -265,6 +266,8 @@ def _that_serves(
 
     Raises RequestError if there is no other.
     """
+    if inverts(tensors) and schedule.alone and schedule.otherwise:
+        return schedule.otherwise.without_refiner()
     if not schedule.own_grid:
         return schedule
     fills = {MASK, MASK_FILE} & tensors.keys() and STRENGTH not in tensors

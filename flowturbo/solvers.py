@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from flowturbo.solver.table import Table
 
 VERSION = 1
 _META = "about"
+_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,13 +43,18 @@ class Fit:
     side: int = 1
     figures: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        # Requests carry float32: compared as such, a scale named as an end is within.
+        for name in ("low", "high"):
+            object.__setattr__(self, name, float(np.float32(getattr(self, name))))
+
     @property
     def evaluations(self) -> int:
         return len(self.times) - 1
 
     def covers(self, scale: float) -> bool:
         """Whether it was fitted for this guidance scale."""
-        return self.low <= scale <= self.high
+        return self.low <= float(np.float32(scale)) <= self.high
 
     def terms(self, scale: float) -> np.ndarray:
         """The factors [k] of the coefficients at this scale."""
@@ -98,9 +105,13 @@ class Solvers:
 
     def ranges(self, evaluations: int) -> str:
         """The guidance scales of the solvers for so many evaluations, for messages."""
-        fits = [fit for fit in self.fits if fit.evaluations == evaluations]
-        low, high = min(fit.low for fit in fits), max(fit.high for fit in fits)
-        return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+        found = sorted({(f.low, f.high) for f in self.fits if f.evaluations == evaluations})
+        apart = [  # a range within another says nothing
+            (low, high)
+            for low, high in found
+            if not any(a <= low and high <= b and (a, b) != (low, high) for a, b in found)
+        ]
+        return ", ".join(f"{a:g}" if a == b else f"{a:g} to {b:g}" for a, b in apart)
 
     def table(self, evaluations: int, scale: float) -> Table:
         """The table for so many evaluations at this guidance scale."""
@@ -152,7 +163,7 @@ class Solvers:
         """Reads a file. Raises RepositoryError."""
         try:
             return cls.parse(path.read_bytes())
-        except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        except (*_DAMAGED, OSError, KeyError, TypeError, ValueError) as error:
             raise RepositoryError(
                 f"{path} is no file of fitted solvers ({type(error).__name__}: {error}): fit them "
                 "again with python -m tuning.fit"
@@ -160,7 +171,7 @@ class Solvers:
 
     @classmethod
     def parse(cls, content: bytes) -> "Solvers":
-        """Reads the bytes of a file. Raises KeyError, TypeError, ValueError or BadZipFile."""
+        """Reads the bytes of a file. Raises what `read` catches."""
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             about = json.loads(bytes(arrays[_META]))
             if about["version"] != VERSION:
@@ -189,7 +200,7 @@ def _check(fit: Fit, channels: int) -> None:
     times = np.asarray(fit.times)
     if n < 1 or times[0] != 0 or times[-1] != 1 or not np.all(np.diff(times) > 0):
         raise ValueError(f"times must rise from 0 to 1, got {times.tolist()}")
-    if fit.low > fit.high or fit.side not in SIDES or len(fit.operators) not in (0, n):
+    if not fit.low <= fit.high or fit.side not in SIDES or len(fit.operators) not in (0, n):
         raise ValueError(
             f"scales {fit.low:g} to {fit.high:g}, windows of {fit.side}, {len(fit.operators)} "
             f"operators for {n} evaluations"

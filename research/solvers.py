@@ -76,15 +76,16 @@ def _run(args: argparse.Namespace) -> None:
         "guidance": {},
     }
     for scale in args.guidance_scale:
+        listed = _schedules(args, engine, scale)
         guidance = Guidance(scale)
         last = args.first_seed + args.images
         solved = exact_latents(exact, engine.subject, guidance, last, args.work)
         rows: dict[str, Any] = {}
         apart: dict[str, Array] = {}
-        for schedule in tqdm(_schedules(args, engine), desc=f"guidance {scale:g}"):
+        for schedule in tqdm(listed, desc=f"guidance {scale:g}"):
             spec = SamplingSpec(schedule, scale)
             said = described(spec, args.repository, "process", args.pipeline)
-            name = f"{spec}_{said['models']}_{solvers_digest(engine)}_{args.first_seed}"
+            name = f"{spec}_{said['models']}_{said.get('solvers', '')}_{args.first_seed}"
             folder = ImageFolder(args.work / "images" / name, said, engine.subject)
             apart[schedule] = _distances(engine, spec, folder, solved[args.first_seed :], args)
             evaluations = schedule_evaluations(spec.schedule)[0] if spec.schedule else 0
@@ -104,12 +105,7 @@ def _run(args: argparse.Namespace) -> None:
     print(markdown(found, args.pipeline))
 
 
-def solvers_digest(engine: Engine) -> str:
-    """Identifies the fitted solvers, whose images are not those of others."""
-    return engine.pipeline.solvers.digest if engine.pipeline.solvers else "none"
-
-
-def _schedules(args: argparse.Namespace, engine: Engine) -> list[str]:
+def _schedules(args: argparse.Namespace, engine: Engine, scale: float) -> list[str]:
     """What can be served of the rivals, those to compare with first."""
     texts = [BESIDE.format(count) for count in args.evaluations]
     texts += [text.format(count) for count in args.evaluations for text in RIVALS.split()]
@@ -117,7 +113,8 @@ def _schedules(args: argparse.Namespace, engine: Engine) -> list[str]:
     for text in [*texts, *args.schedule]:
         try:
             schedule = engine.pipeline.find_schedule(text)
-            schedule_evaluations(schedule)
+            if schedule.learned:
+                engine.pipeline.fitted(schedule, scale)
             found[str(schedule)] = schedule
         except RequestError:
             if text in args.schedule:

@@ -19,7 +19,6 @@ from research.quality.engine import schedule_evaluations
 MAX_EVALUATIONS = 32  # of the predictor: the paper's longest schedule has 25
 _HEUN, _PSEUDO = (1, 2, 3, 5, 8), (0, 1, 2, 3, 5, 7, 9)
 _KEPT, _REFINED = ("", "Z1", "Z2"), ("R1", "R2", "R3", "R5")
-_OTHERS = "BCDGUV"  # solvers of order 2 to 4
 _SHIFTS = (1.0, 2.0, 3.0)  # of the time grid
 
 
@@ -64,13 +63,15 @@ def candidates(*, has_refiner: bool, learned: Sequence[int] = ()) -> list[Schedu
     """All candidates up to MAX_EVALUATIONS, each on every grid of _SHIFTS.
 
     They have the paper's order, HaPbRc. A may replace H and P; Z may replace R. H, P and A also
-    stand alone, and so do the letters of _OTHERS. `learned` has the numbers of evaluations of the
+    stand alone, and so do B, C, D, G, U and V. `learned` has the numbers of evaluations of the
     fitted solvers.
     """
     heads = [f"H{a}P{b}" for a in _HEUN for b in _PSEUDO] + [f"A{n}" for n in range(4, 13)]
     texts = [head + tail for head in heads for tail in (*_KEPT, *_REFINED * has_refiner)]
     texts += [f"{letter}{n}" for letter in "HPA" for n in range(2, MAX_EVALUATIONS + 1)]
-    texts += [f"{letter}{n}" for letter in _OTHERS for n in range(3, 13)]
+    # With three evaluations those of the next order are the same.
+    texts += [f"{letter}{n}" for letter in "BDU" for n in range(3, 13)]
+    texts += [f"{letter}{n}" for letter in "CGV" for n in range(4, 13)]
     plain = dict.fromkeys(map(Schedule.parse, texts))
     short = [s for s in plain if schedule_evaluations(s)[0] <= MAX_EVALUATIONS]
     # Without a shift it is the grid of the pipeline: uniform for SiT.

@@ -39,7 +39,7 @@ class Rated:
 class Choice:
     """The front from the fastest to the best, its presets, and the choice for the target.
 
-    `otherwise` has what stands in for a preset that belongs to one time grid.
+    `otherwise` has what stands in for a preset that is a solver of whole schedules.
     """
 
     front: Sequence[Rated]
@@ -51,15 +51,7 @@ class Choice:
     def stated(self) -> dict[str, Any]:
         """As JSON values."""
         return {
-            "presets": {
-                name: each.stated()
-                | (
-                    {"otherwise": str(self.otherwise[name].schedule)}
-                    if name in self.otherwise
-                    else {}
-                )
-                for name, each in self.presets.items()
-            },
+            "presets": {name: self._stated(name) for name in self.presets},
             "definitions": DEFINITIONS,
             "recommended": self.recommended and self.recommended.stated(),
             "paper": self.paper.stated(),
@@ -104,9 +96,9 @@ def stand_in(chosen: Rated, tried: Iterable[Rated]) -> Rated | None:
 
     None if `chosen` serves all, or if there is no such schedule.
     """
-    if not chosen.schedule.own_grid:
+    if not chosen.schedule.alone:
         return None
-    others = [each for each in tried if not each.schedule.own_grid and each.ms <= chosen.ms]
+    others = [each for each in tried if not each.schedule.alone and each.ms <= chosen.ms]
     return min(others, key=lambda each: each.score.value, default=None)
 
 

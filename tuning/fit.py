@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from bench.observe import hardware, in_words
 from flowturbo.command import run_command
-from flowturbo.errors import FlowTurboError
+from flowturbo.errors import FlowTurboError, RepositoryError
 from flowturbo.latents import noise
-from flowturbo.pipeline import Pipeline, solvers_path
+from flowturbo.pipeline import Pipeline, solvers_path, with_solvers
 from flowturbo.solver.guidance import MAX_SCALE, Guidance
 from flowturbo.solver.operator import SIDES
 from flowturbo.solver.program import compile_program
@@ -37,7 +37,9 @@ from tuning.learned import Rollout, Task, fit_steps, refined_grid
 from tuning.trajectories import Trajectories, Velocity, gram, integrate
 
 FIRST_SEED = 10_000_000  # of the trajectories: measurements and examples count from 0
+_VERSION = 1  # of the fits and trajectories that are kept: their form and how they are made
 BATCH = 32  # trajectories that are evaluated together, at one guidance scale
+_BATCHES = 4  # at least, so that a range of scales has several
 _GRAM, _FEW = 512, 256  # trajectories for both searches of the grid
 BESIDE = "A{}@3"  # the schedule that a fit is compared with
 
@@ -80,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> str:
     """Fits and installs; returns the report."""
-    engine = Engine(args.repository, args.pipeline)
+    engine = Engine(args.repository, args.pipeline, solvers=False)
     if args.prompts:
         engine.subject = Prompts.of_file(args.prompts)
     pipeline = engine.pipeline
@@ -90,17 +92,27 @@ def _run(args: argparse.Namespace) -> str:
     path = args.out or solvers_path(args.repository, pipeline.name)
     exact = args.predictor and Exact.of_repository(args.predictor, args.repository, pipeline.name)
     source = _Source(engine, exact, args.cache)
+    former = _former(pipeline, path)
     began, done = time.monotonic(), []
     for low, high in ranges:
         batches = source.batches(low, high, args.trajectories, held_out)
         for count in args.evaluations:
             done.append(source.fit(count, (low, high), args.operator, *batches))
-            former = pipeline.solvers or Solvers(pipeline.flow, pipeline.latent_shape, ())
             former.joined(done).write(path)
     lines = [report(done), f"{in_words(hardware())}. {time.monotonic() - began:.0f} s in all"]
     if source.seconds:
         lines.append(f"{source.seconds / source.made:.2f} s per trajectory ({source.made} made)")
     return "\n".join([*lines, f"written to {path}: start the service again to use it"])
+
+
+def _former(pipeline: Pipeline, path: Path) -> Solvers:
+    """The solvers in the file, which others join; none if it has none of this model."""
+    nothing = Solvers(pipeline.flow, pipeline.latent_shape, ())
+    try:
+        return with_solvers(pipeline, path).solvers or nothing
+    except RepositoryError as error:
+        print(f"fit: {path} is replaced: {error}", file=sys.stderr)
+        return nothing
 
 
 def scale_ranges(given: Sequence[float] | None, *, can_guide: bool) -> list[tuple[float, float]]:
@@ -115,7 +127,7 @@ def scale_ranges(given: Sequence[float] | None, *, can_guide: bool) -> list[tupl
             f"--guidance must be one scale, or the lowest and the highest, 0 to {MAX_SCALE:g}, got "
             f"{' '.join(f'{scale:g}' for scale in scales)}"
         )
-    if high != 1 and not can_guide:
+    if set(scales) != {1.0} and not can_guide:
         raise ValueError("--guidance must be 1: the pipeline cannot be guided")
     alone = [(1.0, 1.0)] if low <= 1 <= high else []
     return alone if low == high == 1 else [*alone, (low, high)]
@@ -167,11 +179,13 @@ class _Source:
     @property
     def _folder(self) -> Path:
         kind = f"{self.exact.digest}_float32" if self.exact else self.engine.pipeline.precision
-        return self.cache / f"{self.engine.pipeline.flow}_{kind}{self.engine.subject.suffix}"
+        pipeline, suffix = self.engine.pipeline, self.engine.subject.suffix
+        shape = "x".join(map(str, pipeline.latent_shape))
+        return self.cache / f"v{_VERSION}_{pipeline.flow}_{shape}_{kind}{suffix}"
 
     def _kept(self, seeds: Array, scale: float) -> Trajectories:
         folder = self._folder
-        path = folder / f"{seeds[0]}_{len(seeds)}_g{scale:.6g}.npz"
+        path = folder / f"{seeds[0]}_{len(seeds)}_g{scale!r}.npz"
         if path.is_file():
             return Trajectories.read(path)
         began = time.monotonic()
@@ -200,7 +214,7 @@ class _Source:
         """The solver for so many evaluations, with its error on `others`."""
         low, high = scales
         counts = f"{sum(map(len, fitted))}_{sum(map(len, others))}"
-        path = self._folder / f"L{evaluations}_g{low:g}to{high:g}_{side}_{counts}.npz"
+        path = self._folder / f"L{evaluations}_g{low!r}to{high!r}_{side}_{counts}.npz"
         pipeline = self.engine.pipeline
         if path.is_file():
             return Solvers.read(path).fits[0]
@@ -260,8 +274,9 @@ def _mean_distance(rollouts: Sequence[Rollout]) -> float:
 
 
 def _sizes(count: int) -> list[int]:
-    """The sizes of batches of `count` trajectories together."""
-    return [min(BATCH, count - k) for k in range(0, count, BATCH)]
+    """The sizes of batches of `count` trajectories together: several, for several scales."""
+    most = min(BATCH, max(1, count // _BATCHES))
+    return [min(most, count - k) for k in range(0, count, most)]
 
 
 def _scales(low: float, high: float, count: int) -> list[float]:

@@ -84,12 +84,12 @@ def integrate(velocity: Velocity, noise: Array) -> tuple[Array, Array]:
         x = x.astype(np.float32)
         states.append(x)
         velocities.append(velocity(x, float(end)))
-    found = np.stack(states), np.stack(velocities)
+    found = np.stack(states).astype(np.float16), np.stack(velocities).astype(np.float16)
     if not all(np.isfinite(each).all() for each in found):
         raise ValueError(
             "a trajectory is not finite: the networks left the range of their precision"
         )
-    return found[0].astype(np.float16), found[1].astype(np.float16)
+    return found
 
 
 def _runge_kutta(velocity: Velocity, x: Array, first: Array, t: float, end: float) -> Array:

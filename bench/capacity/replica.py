@@ -7,7 +7,7 @@ from typing import Any
 from bench.capacity.block_times import OVERHEAD_MS, BlockTimes
 from flowturbo.contract import Role
 from flowturbo.generate import roles_called
-from flowturbo.solver.program import compile_program
+from flowturbo.solver.program import outline
 from flowturbo.solver.schedule import Schedule
 
 
@@ -42,7 +42,7 @@ class Replica:
     ) -> "Replica":
         """For images of `schedule`; includes the decoder if its times are known."""
         rows = 1 if guidance_scale == 1.0 else 2
-        program = compile_program(Schedule.parse(schedule))
+        program = outline(Schedule.parse(schedule))
         calls = [(model, rows) for model in roles_called(program)]
         calls += [(Role.DECODER, 1)] if Role.DECODER in times.times_ms else []
         max_rows = settings.pop("max_rows", 64)

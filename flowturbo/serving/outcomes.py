@@ -81,7 +81,8 @@ def failure(model: str, message: str) -> errors.FlowTurboError:
         )
     if _has(message, _STOPPING):
         return errors.UnavailableError(
-            f"the server is stopping ({message.rstrip('.')}): ask another, or try again later"
+            f"the server is stopping or starting ({message.rstrip('.')}): ask another, or try "
+            "again later"
         )
     if _has(message, _NO_MEMORY):
         return errors.UnavailableError(

@@ -117,8 +117,8 @@ class Endpoint:
         self._open.add(task)
         loop = asyncio.get_running_loop()
 
-        def post(packed: bytes) -> None:
-            loop.call_soon_threadsafe(writer.write, packed)
+        def post(message: bytes) -> None:
+            loop.call_soon_threadsafe(writer.write, message)
 
         try:
             asked = await _read(reader)

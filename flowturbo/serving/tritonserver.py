@@ -36,6 +36,7 @@ _SHARED_MEMORY = Path("/dev/shm")
 _STUB_NAME = "triton_python_b"  # process name in the kernel: its first 15 characters
 _INSTANCE = r"([a-z0-9][\w-]*)_\d+_\d+"  # name of a model instance in a process's command line
 _POLL_S = 0.05
+_ENDING_S = 5  # beyond the exit timeout: the server has a timer of its own
 _ANSWERS_S = 600  # for one call of every model; a large model on few cores takes a minute
 _ASK_S = 10  # for one request; short, so that a stop is noticed
 _TRY_AGAIN = (499, 503, 504)  # the deadline passed, or the server is full
@@ -289,15 +290,15 @@ class TritonServer:
         """
         # Before SIGTERM: after it Triton refuses the calls between models, also those of requests
         # in flight.
-        until_s = time.monotonic() + self._exit_timeout_s
+        drained_s = time.monotonic() + self._exit_timeout_s
         drain(
             endpoint(self._process.pid),
-            lambda: hurry() or self.exit_code is not None or time.monotonic() > until_s,
+            lambda: hurry() or self.exit_code is not None or time.monotonic() > drained_s,
         )
         # SIGTERM, not SIGINT. The server treats them alike, but a process in a shell's background
         # ignores SIGINT from the start, until the server is ready.
         self._process.terminate()
-        deadline_s = time.monotonic() + self._exit_timeout_s + 5  # the server has its own timer
+        deadline_s = drained_s + _ENDING_S
         while self.exit_code is None and time.monotonic() < deadline_s and not hurry():
             time.sleep(_POLL_S)
         unforced = self.exit_code in (0, -signal.SIGTERM)

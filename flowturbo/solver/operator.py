@@ -30,9 +30,22 @@ class Operator:
 
     def __call__(self, x: np.ndarray, velocities: Sequence[np.ndarray]) -> np.ndarray:
         """The change of `x` [n, C, h, w]; `velocities` [n, C, h, w] with the newest last."""
-        used = [x, *velocities[-self.velocities :]]
-        found = features(used, self.side) @ self.matrix[:-1] + self.matrix[-1]
-        return from_squares(found, x.shape, 1 if self.side == 1 else 2)
+        joined = np.concatenate([x, *velocities[-self.velocities :]], 1).transpose(0, 2, 3, 1)
+        if self.side == 1:
+            made = joined @ self.matrix[:-1] + self.matrix[-1]
+            return np.ascontiguousarray(made.transpose(0, 3, 1, 2))
+        n, height, width, channels = joined.shape
+        padded = np.pad(joined, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        by_place = self.matrix[:-1].reshape(channels, self.side, self.side, -1)
+        # Place by place, so that the windows, which overlap, are never all in memory.
+        squares = np.tile(self.matrix[-1], (n * height * width // 4, 1))
+        for row in range(self.side):
+            for column in range(self.side):
+                seen = padded[:, row : row + height : 2, column : column + width : 2]
+                # Only whole rows go through BLAS.
+                places = np.ascontiguousarray(seen).reshape(-1, channels)
+                squares += places @ np.ascontiguousarray(by_place[:, row, column])
+        return from_squares(squares, x.shape, 2)
 
 
 def features(states: Sequence[np.ndarray], side: int) -> np.ndarray:

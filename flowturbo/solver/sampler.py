@@ -23,18 +23,22 @@ async def sample_async(
     noise: State,
     block: Callable[[BlockCall, State, State], Awaitable[tuple[State, State]]],
     after: After[State] | None = None,
+    rows_per_image: int = 1,
 ) -> State:
     """Latents at the end of the program's time grid, from `noise` [rows, C, h, w] at its start.
 
     A coroutine, so that a server can run many side by side and evaluate their blocks together.
-    `after` each call may replace the state and the velocity.
+    `after` each call may replace the state and the velocity. Of the rows of an image the networks
+    read the first one's state only, so operators do so too.
     """
     zero: State = 0 * noise  # type: ignore
     x, velocities, kept = noise, [zero], max(1, program.history)
     for call in program.calls:
         moved, v = await block(call, *call.inputs(x, velocities))
         if call.operator:
-            moved = moved + call.operator(x, [*velocities, v])  # type: ignore
+            first: list[Any] = [each[::rows_per_image] for each in (x, *velocities, v)]  # type: ignore
+            change = call.operator(first[0], first[1:])
+            moved = moved + np.repeat(change, rows_per_image, 0)
         if after:
             moved, v = await after(call, moved, v)
         x, velocities = moved, [*velocities, v][-kept:]

@@ -79,6 +79,8 @@ class Schedule:
             raise RequestError(
                 f"schedule {self}: {self.steps[0]} has a time grid of its own, take @ away"
             )
+        if self.own_grid and not self.learned:
+            STEPS[self.steps[0]].table(len(self))  # type: ignore[misc] # raises
         for form, need in _NEEDS.items():
             if re.search(form, self.steps):
                 raise RequestError(f"schedule {self}: {need}")
@@ -123,6 +125,11 @@ class Schedule:
         return self.steps[0] in _OWN_GRID
 
     @property
+    def alone(self) -> bool:
+        """Whether it is a solver of a whole schedule, which leads from noise to images only."""
+        return self.steps[0] in _ALONE
+
+    @property
     def learned(self) -> bool:
         """Whether the steps are L: fitted to a pipeline."""
         return self.steps[0] == LEARNED
@@ -135,7 +142,7 @@ class Schedule:
                 f"schedule {self} has refiner steps, and the refiner knows no way from images to "
                 "noise: leave R out"
             )
-        if letter in _ALONE:
+        if self.alone:
             raise RequestError(
                 f"schedule {self}: {letter} ({STEPS[letter].name}) knows no way from images to "
                 f"noise: take letters of {', '.join(_FIRST)}"

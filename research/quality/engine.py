@@ -119,8 +119,10 @@ class Engine(LocalPipeline):
         model_repository: str | Path,
         pipeline: str | None = None,
         subject: Subject | None = None,
+        *,
+        solvers: bool = True,
     ) -> None:
-        super().__init__(model_repository, pipeline)
+        super().__init__(model_repository, pipeline, solvers=solvers)
         self.subject = subject or subject_of(self.pipeline)
         most = max(BATCH, self.settings.max_images)
         self.settings = replace(self.settings, max_images=most)

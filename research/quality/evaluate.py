@@ -128,7 +128,11 @@ def described(
     spec: SamplingSpec, repository: Path, source: str, name: str | None = None
 ) -> dict[str, Any]:
     """What an image folder records about how its images were made."""
-    return {"spec": str(spec), "models": models_digest(repository, name), "source": source}
+    said = {"spec": str(spec), "models": models_digest(repository, name), "source": source}
+    if spec.schedule and spec.schedule.learned:
+        solvers = read_pipeline(repository, name).solvers
+        said["solvers"] = solvers.digest if solvers else "none"
+    return said
 
 
 class Local:

@@ -82,12 +82,12 @@ def test_errors_are_sentences(error: Exception, outcome: str, said: str) -> None
         (
             failure(DECODER, "Error when running inference: Server not ready"),
             "UNAVAILABLE",
-            "the server is stopping (Error when running inference: Server not ready): ask another",
+            "the server is stopping or starting (Error when running inference: Server not ready)",
         ),
         (
             failure(DECODER, "Server is stopping, scheduler for model has stopped accepting new"),
             "UNAVAILABLE",
-            "the server is stopping",
+            "the server is stopping or starting",
         ),
         (failure(DECODER, "bad shape"), "INTERNAL", f"{DECODER}: bad shape"),
         (

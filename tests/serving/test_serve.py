@@ -452,8 +452,8 @@ def test_an_incomplete_repository_exits_2_and_names_the_command(repository: Path
 @pytest.mark.parametrize(
     ("now", "then", "said"),
     [
-        ('"version": 1,', '"version": 2,', "is a record of version 2, this release reads 1"),
-        ('"version": 1,', "", "is a record of version None"),
+        ('"version": 2,', '"version": 3,', "is a record of version 3, this release reads 2"),
+        ('"version": 2,', "", "is a record of version None"),
         ('"predictor"', '"corrector"', "is no record of a pipeline .*corrector"),
         (
             '"class_label"',

@@ -1,5 +1,6 @@
 """Solvers are fitted, kept in a file, and refused where they do not belong."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,18 @@ import pytest
 from flowturbo import LocalPipeline, Schedule, compile_program, sample
 from flowturbo.conditions.class_label import ClassLabel
 from flowturbo.contract import Role
+from flowturbo.ensemble import read_request
 from flowturbo.errors import RepositoryError, RequestError
 from flowturbo.generate import program_of
-from flowturbo.pipeline import ModelRecord, Pipeline, read_pipeline, solvers_path, with_solvers
-from flowturbo.presets import parsed
+from flowturbo.pipeline import (
+    ModelRecord,
+    Pipeline,
+    flow_of,
+    read_pipeline,
+    solvers_path,
+    with_solvers,
+)
+from flowturbo.presets import parse_presets, parsed
 from flowturbo.request import GenerationRequest, parse_request
 from flowturbo.settings import Settings
 from flowturbo.solver.calls import BlockCall, PredictorCall, Variant
@@ -211,7 +220,7 @@ def test_a_file_keeps_everything(tmp_path: Path) -> None:
 def test_solvers_of_another_model_are_refused(tmp_path: Path) -> None:
     some_solvers(some_pipeline(), *FITS).write(tmp_path / "s.npz")
     made_from = {"sha256": {"predictor": "other"}, "options": {"guidance_channels": 3}}
-    with pytest.raises(RepositoryError, match="another model than pipeline sit"):
+    with pytest.raises(RepositoryError, match="another model than that of pipeline sit"):
         with_solvers(some_pipeline(fingerprint=made_from), tmp_path / "s.npz")
 
 
@@ -219,6 +228,7 @@ def test_solvers_of_another_model_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "damage",
     [
+        lambda path: path.write_bytes(b""),
         lambda path: path.write_bytes(b"no archive"),
         lambda path: path.write_bytes(path.read_bytes()[:-200]),
         lambda path: np.savez(path, about=np.zeros(3, np.uint8)),
@@ -265,6 +275,82 @@ def test_a_request_takes_the_fit_of_its_guidance() -> None:
     np.testing.assert_allclose(weights(1.0), diagonal[0][0])
     for scale, share in ((2.5, 0.0), (4.0, 1.0), (3.25, 0.5)):
         np.testing.assert_allclose(weights(scale), diagonal[1][0] + share * diagonal[1][1])
+
+
+@unit
+@pytest.mark.parametrize("scale", [1.4, 2.2])
+def test_a_scale_that_float32_rounds_is_within_its_own_range(scale: float) -> None:
+    pipeline = some_pipeline()
+    pipeline = replace(pipeline, solvers=some_solvers(pipeline, some_fit(4, scale, scale)))
+    given = {"schedule": text("L4"), "guidance_scale": np.array([scale], np.float32)}
+    assert program_of(parse(pipeline, **given), pipeline, Variant.REFERENCE)
+
+
+@unit
+def test_a_flow_depends_on_every_option_that_changes_it() -> None:
+    def flow(**options: Any) -> str:
+        return flow_of({"sha256": {"predictor": "abc"}, "options": options})
+
+    values = [{}, {"text_length": 0}, {"text_length": 256}, {"reverse_time": True}]
+    assert len({flow(**each) for each in values}) == len(values)
+    assert flow() == flow(text_length=None, reverse_time=False) == flow(precision="fp32")
+
+
+@unit
+def test_gaps_between_ranges_are_told() -> None:
+    solvers = some_solvers(some_pipeline(), some_fit(4), some_fit(4, 2.0, 4.0, seed=1))
+    assert solvers.ranges(4) == "1, 2 to 4"
+    assert some_solvers(some_pipeline(), *FITS).ranges(4) == "1 to 4"
+
+
+@unit
+def test_what_a_missing_solver_stands_for() -> None:
+    """A preset goes on with its other schedule; without one it is an error."""
+    pipeline = some_pipeline(own_presets={"fast": "L5 or H1P3", "slow": "L5"})
+    assert str(pipeline.find_schedule("fast")) == "H1P3"
+    assert str(pipeline.default_schedule(SETTINGS)) == "H1P3"
+    with pytest.raises(RequestError, match="no fitted solver L5, fitted: none"):
+        pipeline.find_schedule("slow")
+
+
+@unit
+@pytest.mark.parametrize(("fast", "inverts"), [("U6", "A6"), ("L4 or H1P3", "H1P3")])
+def test_inversions_by_default_need_no_schedule(fast: str, inverts: str) -> None:
+    pipeline = learned_pipeline(own_presets={"fast": fast})
+    request = parse(pipeline, image=IMAGE, seed=None, invert=np.array([True]))
+    assert str(request.schedule) == inverts
+
+
+@unit
+@pytest.mark.parametrize(
+    ("preset", "said"),
+    [
+        ({"schedule": "H8", "otherwise": "H4"}, "must be none itself"),
+        ({"schedule": "L4", "otherwise": "U4"}, "must be none itself"),
+        ({"otherwise": "A8"}, "KeyError: 'schedule'"),
+        ({"schedule": "N3"}, "N3: NeuralSolver"),
+        ({"schedule": "L4", "otherwise": "H1R1"}, "need a refiner"),
+    ],
+)
+def test_presets_that_no_request_could_use(
+    preset: dict[str, str], said: str, tmp_path: Path
+) -> None:
+    text = json.dumps({"presets": {"fast": preset}})
+    with pytest.raises(RepositoryError, match=said):
+        parse_presets(text, tmp_path / "p.json", has_refiner=False)
+
+
+@unit
+def test_an_ensemble_checks_its_own_schedule() -> None:
+    """And not the pipeline's default, which may not serve the request."""
+    pipeline = learned_pipeline(own_presets={"fast": "L4"})
+    tensors = {
+        "label": np.array([1], np.int64),
+        "seed": np.array([3], np.int64),
+        "guidance_scale": np.array([7.0], np.float32),
+    }
+    settings = replace(SETTINGS, default_schedule="H1P5")
+    assert str(read_request(tensors, pipeline, settings).schedule) == "H1P5"
 
 
 @unit
