@@ -466,15 +466,15 @@ def test_pipelines_are_listed(repository: Path, tmp_path: Path) -> None:
     done = run_export("list", "--repository", repository)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == 10
+    assert len(lines) == 12
     models = "  models: predictor, refiner; python onnxruntime fp32, at most 64 rows"
     assert lines[:2] == ["other: class_label, latents", models]
     assert lines[2].startswith("  presets: ") and lines[2].endswith(", quick H2")
-    assert lines[3] == "  ensembles: H2"
-    assert lines[5:7] == ["sit (default): class_label, latents", models]
-    assert lines[7].startswith("  presets: fast H1P5R3, ") and "quick" not in lines[7]
-    assert lines[8] == "  ensembles: none"
-    assert lines[9].startswith(f"  made by: python -m export --predictor {GOLDEN}")
+    assert lines[3:5] == ["  solvers (guidance): none", "  ensembles: H2"]
+    assert lines[6:8] == ["sit (default): class_label, latents", models]
+    assert lines[8].startswith("  presets: fast H1P5R3, ") and "quick" not in lines[8]
+    assert lines[10] == "  ensembles: none"
+    assert lines[11].startswith(f"  made by: python -m export --predictor {GOLDEN}")
     done = run_export("list", "--repository", tmp_path / "nowhere")
     assert done.returncode == 0
     assert done.stdout == f"{tmp_path / 'nowhere'} has no pipeline\n"

@@ -1,12 +1,14 @@
 """Solvers are fitted, kept in a file, and refused where they do not belong."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from support import GOLDEN_EXPORT, run_export
 
 from flowturbo import LocalPipeline, Schedule, compile_program, sample
 from flowturbo.conditions.class_label import ClassLabel
@@ -449,15 +451,17 @@ def test_impossible_ranges(given: list[float], can_guide: bool, said: str) -> No
 
 def test_fits_installs_and_serves(golden_repository: Path, tmp_path: Path) -> None:
     """The whole command on a small real network; a second run finds everything done."""
-    base = ["--repository", str(golden_repository), "--cache", str(tmp_path / "cache")]
+    repository = tmp_path / "models"
+    shutil.copytree(golden_repository, repository)
+    base = ["--repository", str(repository), "--cache", str(tmp_path / "cache")]
     few = ["--trajectories", "24", "--held-out", "20", "--guidance", "1", "3"]
     assert fit.main([*base, *few, "--evaluations", "3", "4", "--operator", "4"]) == 0
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.npz")}
-    assert sum("trajectories" not in path.name for path in made) and len(made) == 4 + 4
-    pipeline = read_pipeline(golden_repository)
-    path = solvers_path(golden_repository, pipeline.name)
+    assert len(made) == 2 * (4 + 4) + 4  # batches of both kinds at both scales, and fits
+    pipeline = read_pipeline(repository)
+    path = solvers_path(repository, pipeline.name)
     assert pipeline.solvers and pipeline.solvers.counts == [3, 4]
-    engine = LocalPipeline(golden_repository)
+    engine = LocalPipeline(repository)
     start = np.random.default_rng(0).standard_normal((2, *pipeline.latent_shape))
     noise = start.astype(np.float32)
     for scale in (1.0, 2.0):
@@ -471,7 +475,46 @@ def test_fits_installs_and_serves(golden_repository: Path, tmp_path: Path) -> No
     assert path.read_bytes() == before
     assert made == {path: path.stat().st_mtime_ns for path in made}
     assert pipeline.described(Settings())["solvers"] == {"L3": "1 to 3", "L4": "1 to 3"}
-    path.unlink()
+
+
+def test_an_export_installs_solvers(golden_repository: Path, tmp_path: Path) -> None:
+    """Keeps them, refuses those of other models, and needs those that presets name."""
+    repository = tmp_path / "models"
+    shutil.copytree(golden_repository, repository)
+    pipeline = read_pipeline(repository, solvers=False)
+    presets = tmp_path / "presets.json"
+    presets.write_text('{"presets": {"fast": {"schedule": "L3", "otherwise": "H3"}}}')
+    alone = tmp_path / "alone.json"
+    alone.write_text('{"presets": {"fast": {"schedule": "L3"}}}')
+    rng = np.random.default_rng(0)
+    weights = np.tril(rng.standard_normal((1, 3, 3)))
+    made = some_solvers(pipeline, Fit(1.0, 1.0, time_grid(3), weights))
+    made.write(tmp_path / "s.npz")
+
+    def export(*words: Any) -> tuple[int, str]:
+        done = run_export(*GOLDEN_EXPORT, *words, "--repository", repository)
+        return done.returncode, done.stdout + done.stderr
+
+    status, said = export("--presets", alone)
+    assert status and "there is no such fitted solver: give --solvers" in said
+    assert export("--presets", presets, "--solvers", tmp_path / "s.npz")[0] == 0
+    assert read_pipeline(repository).solvers == made
+    assert export()[0] == 0
+    installed = read_pipeline(repository)
+    assert installed.solvers == made and str(installed.find_schedule("fast")) == "L3"
+    assert (
+        export("--ensemble", "L3")[0] and "cannot be an ensemble" in export("--ensemble", "L3")[1]
+    )
+    replace(made, flow="other").write(tmp_path / "s.npz")
+    status, said = export("--solvers", tmp_path / "s.npz")
+    assert status and "was fitted to another model than sit" in said
+    path = solvers_path(repository, pipeline.name)
+    path.write_bytes(b"")
+    with pytest.raises(RepositoryError, match="no file of fitted solvers"):
+        read_pipeline(repository)
+    status, said = export()
+    assert not status and "the fitted solvers are dropped" in said
+    assert not path.exists() and str(read_pipeline(repository).find_schedule("fast")) == "H3"
 
 
 def test_the_command_refuses_what_it_cannot_fit(
