@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flowturbo_client import FlowTurboClient
+from flowturbo_client import FlowTurboClient, Update
 
 from bench.faults import DEADLINE_S, SAME_LEVELS, Answered, judged, markdown, served
 
@@ -59,14 +59,13 @@ def test_every_request_outlasts_a_process_that_dies(
 def test_a_requested_stop_lets_requests_finish(glyphs_repository: Path, tmp_path: Path) -> None:
     """Without another attempt: the request is asked once, and the stop comes in its middle."""
     with served(glyphs_repository, tmp_path / "log") as server:
-        streamed: list[np.ndarray] = []
+        streamed: list[Update] = []
         under_way = threading.Event()
 
         def ask() -> None:
             with FlowTurboClient(server.grpc, retries=0) as client:
-                for update in client.stream([1] * 16, list(range(16)), "H16"):
-                    assert update.images is not None
-                    streamed.append(update.images)
+                for update in client.stream([1] * 16, seeds=list(range(16)), schedule="H16"):
+                    streamed.append(update)
                     under_way.set()
 
         asking = threading.Thread(target=ask)
@@ -74,11 +73,12 @@ def test_a_requested_stop_lets_requests_finish(glyphs_repository: Path, tmp_path
         under_way.wait(60)
         server.restart()
         asking.join(60)
-        assert len(streamed) == 16  # a preview per step, and the images
+        assert streamed[-1].final and not streamed[0].final
+        last = streamed[-1].images
         with FlowTurboClient(server.grpc) as client:
             again = client.generate([1] * 16, list(range(16)), "H16").images
-        assert again is not None
-        off = np.abs(streamed[-1].astype(int) - again).mean((1, 2, 3))
+        assert last is not None and again is not None
+        off = np.abs(last.astype(int) - again).mean((1, 2, 3))
         assert off.max() <= SAME_LEVELS
 
 
