@@ -1,9 +1,9 @@
 """Where the sums of earlier velocities are formed: `python -m bench.history`.
 
-The service sums them before it calls a block, which then reads two latents per row as for all other
-schedules. The other way is a block that reads all velocities: it needs no sums, but every velocity
-goes through shared memory with each call, which copies it twice. This measures both, and the linear
-operator of learned solvers, for latents of several sizes. Each way takes turns with the others.
+The service sums them before it calls a block. The block then reads two latents per row, as for all
+other schedules. The other way is a block that reads all velocities. It needs no sums. But every
+velocity goes through shared memory with each call, which copies it twice. This measures both, and
+the linear operator of learned solvers, for latents of several sizes. The ways take turns.
 """
 
 import argparse

@@ -74,7 +74,7 @@ def _run(args: argparse.Namespace) -> None:
         known = known_images(url)
         found = {
             "killed": under_fire(url, servers, known, 60 * args.minutes, _killed),
-            "restarted": under_fire(url, servers, known, 60 * args.rolling_minutes, _restarted),
+            "restarted": under_fire(url, servers, known, 60 * args.rolling_minutes, Served.restart),
         }
     write_json({"proxy": args.proxy, "hardware": hardware(), **found}, path)
     print(found)
@@ -82,10 +82,6 @@ def _run(args: argparse.Namespace) -> None:
 
 def _killed(server: Served) -> None:
     os.kill(server.processes()["tritonserver"], signal.SIGKILL)
-
-
-def _restarted(server: Served) -> None:
-    server.restart()
 
 
 def under_fire(

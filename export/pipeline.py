@@ -34,6 +34,7 @@ from export.source import Loaded, Source, source_digests
 from export.whole import WholeCheck
 from flowturbo.conditions.class_label import ClassLabel
 from flowturbo.contract import ORCHESTRATOR, VAE_ROLES, Role, model_name
+from flowturbo.ensemble import check_schedule
 from flowturbo.errors import RepositoryError
 from flowturbo.nets.weights import CheckpointError
 from flowturbo.parity import TOLERANCES, Figures, VerificationError, batches_up_to
@@ -52,7 +53,6 @@ from flowturbo.presets import Presets, built_in, find_schedule, parse_presets, p
 from flowturbo.rows import Tensors
 from flowturbo.runtimes import model_file
 from flowturbo.settings import Settings
-from flowturbo.solver.program import outline
 from flowturbo.solver.schedule import Schedule
 from flowturbo.solvers import Solvers
 from flowturbo.textfile import read_lines, read_text
@@ -236,11 +236,7 @@ def _ensembles(
     for schedule in schedules:
         if schedule.refines and not options.has_refiner:
             raise CheckpointError(f"--ensemble {schedule} has refiner steps: it needs --refiner")
-        if schedule.learned or outline(schedule).history > 1:
-            raise CheckpointError(
-                f"--ensemble {schedule} cannot be an ensemble: its calls sum several earlier "
-                f"velocities, which only the model {ORCHESTRATOR} does"
-            )
+        check_schedule(schedule)
     return schedules
 
 

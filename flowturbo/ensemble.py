@@ -31,7 +31,7 @@ from flowturbo.rows import Tensors, interleave, pair_rows, scalar_rows, to_rows
 from flowturbo.settings import Settings
 from flowturbo.solver.calls import BlockCall
 from flowturbo.solver.guidance import Guidance
-from flowturbo.solver.program import Program
+from flowturbo.solver.program import Program, outline
 from flowturbo.solver.sampler import Array, run_sync, sample
 from flowturbo.solver.schedule import Schedule
 
@@ -54,17 +54,25 @@ def ensemble_name(pipeline: str, schedule: Schedule) -> str:
     return f"{pipeline}_{text}"
 
 
+def check_schedule(schedule: Schedule) -> None:
+    """Raises RequestError if `schedule` cannot be an ensemble.
+
+    Its calls must not use more than one earlier velocity: the graph has blocks and no sums.
+    """
+    if schedule.learned or outline(schedule).history > 1:
+        raise RequestError(
+            f"schedule {schedule} cannot be an ensemble: its calls sum several earlier velocities, "
+            f"which only the model {contract.ORCHESTRATOR} does"
+        )
+
+
 def block_steps(program: Program, pipeline: Pipeline) -> tuple[tuple[Step, ...], str]:
     """The block calls in order, and the name of the latent rows at the end.
 
-    It runs the sampler itself, with names of tensors instead of tensors. Raises RequestError for a
-    schedule whose calls use more than one earlier velocity: the graph has blocks and no sums.
+    It runs the sampler itself, with names of tensors instead of tensors. Raises RequestError as
+    `check_schedule` does.
     """
-    if program.history > 1:
-        raise RequestError(
-            f"schedule {program.schedule} cannot be an ensemble: its calls sum several earlier "
-            f"velocities, which only the model {contract.ORCHESTRATOR} does"
-        )
+    check_schedule(program.schedule)
     steps: list[Step] = []
 
     def block(call: BlockCall, x: str, v: str) -> tuple[str, str]:

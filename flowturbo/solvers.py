@@ -29,8 +29,8 @@ _DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
 class Fit:
     """The solver for so many `evaluations`, and for guidance scales from `low` to `high`.
 
-    `weights` [k, n, n] are those of a Table; so are `operators`, one per move with a matrix of
-    [k, features, outputs] and windows of `side`, or none. With k = 2 the second is the change by
+    `weights` [k, n, n] are those of a Table. `operators` has one matrix [k, features, outputs] per
+    move, with windows of `side`, or it is empty. With k = 2 the second is the change by
     guidance: it counts (scale - middle) / half of the range. `figures` are for readers: errors on
     images that were not used.
     """

@@ -97,7 +97,7 @@ def _run(args: argparse.Namespace) -> str:
     for low, high in ranges:
         batches = source.batches(low, high, args.trajectories, held_out)
         for count in args.evaluations:
-            done.append(source.fit(count, (low, high), args.operator, *batches))
+            done.append(source.fit(count, Task((low, high), args.operator), *batches))
             former.joined(done).write(path)
     lines = [report(done), f"{in_words(hardware())}. {time.monotonic() - began:.0f} s in all"]
     if source.seconds:
@@ -206,27 +206,25 @@ class _Source:
     def fit(
         self,
         evaluations: int,
-        scales: tuple[float, float],
-        side: int,
+        task: Task,
         fitted: Sequence[Trajectories],
         others: Sequence[Trajectories],
     ) -> Fit:
         """The solver for so many evaluations, with its error on `others`."""
-        low, high = scales
+        low, high = task.scales
         counts = f"{sum(map(len, fitted))}_{sum(map(len, others))}"
-        path = self._folder / f"L{evaluations}_g{low!r}to{high!r}_{side}_{counts}.npz"
+        path = self._folder / f"L{evaluations}_g{low!r}to{high!r}_{task.side}_{counts}.npz"
         pipeline = self.engine.pipeline
         if path.is_file():
             return Solvers.read(path).fits[0]
-        made = self._fitted(evaluations, scales, side, fitted, others)
+        made = self._fitted(evaluations, task, fitted, others)
         Solvers(pipeline.flow, pipeline.latent_shape, (made,)).write(path)
         return made
 
     def _fitted(
         self,
         evaluations: int,
-        scales: tuple[float, float],
-        side: int,
+        task: Task,
         fitted: Sequence[Trajectories],
         others: Sequence[Trajectories],
     ) -> Fit:
@@ -236,12 +234,12 @@ class _Source:
         name, few = f"L{evaluations}", rollouts(_first(fitted, _FEW))
         coarse = best_grid(evaluations, gram(_first(fitted, _GRAM)))
         with tqdm(desc=f"{name}, grid, evaluations", leave=False) as bar:
-            grids = coarse, refined_grid(coarse, few, scales, bar.update)
+            grids = coarse, refined_grid(coarse, few, task.scales, bar.update)
         total = len(grids) * evaluations * sum(map(len, (*fitted, *others)))
         found = []
         with tqdm(total=total, desc=f"{name}, fit, evaluations", leave=False) as bar:
             for times in grids:
-                task, every = Task(scales, side), rollouts([*fitted, *others])
+                every = rollouts([*fitted, *others])
                 steps, ends = fit_steps(times, task, every, len(fitted), bar.update)
                 found.append(
                     (_mean_distance(ends[: len(fitted)]), times, steps, ends[len(fitted) :])
@@ -255,7 +253,7 @@ class _Source:
         apart = np.concatenate([rollout.distances for rollout in held])
         beside = np.concatenate([self._beside(evaluations, rollout) for rollout in held])
         figures = {"trajectories": sum(map(len, fitted)), **_compared(apart, beside)}
-        return Fit(*scales, times, weights, matrices, side or 1, figures)
+        return Fit(*task.scales, times, weights, matrices, task.side or 1, figures)
 
     def _beside(self, evaluations: int, rollout: Rollout) -> Array:
         """The distances of the schedule to compare with."""

@@ -1,8 +1,8 @@
 """Fits the coefficients of a solver, step after step, on the states that it reaches itself.
 
-A step moves the state by a sum of all velocities so far, plus what a linear operator makes of the
-state and the velocities around each pixel. Both are least squares. The target is the change from
-the solver's own state to the exact trajectory at the end of the step: so later steps mend what
+A step moves the state by a sum of all velocities so far. A linear operator adds what it makes of
+the state and the velocities around each pixel. Both are least squares. The target is the change
+from the solver's own state to the exact trajectory at the end of the step. So later steps mend what
 earlier ones missed. A fit to exact states alone is much worse.
 """
 
@@ -14,6 +14,7 @@ import numpy as np
 from flowturbo.solver.operator import features, from_squares, to_squares
 from flowturbo.solver.sampler import Array
 from flowturbo.solvers import scale_terms
+from research.quality.engine import distances
 from tuning.trajectories import Trajectories, Velocity
 
 _RIDGE = 1e-6  # of the sums of velocities, in parts of their squares
@@ -45,7 +46,7 @@ class Rollout:
     @property
     def distances(self) -> Array:
         """From the ends of the exact trajectories, [n]."""
-        return _rms(self.x - self.exact.state(1.0))
+        return distances(self.x, self.exact.state(1.0))
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Task:
         # A second time, with less weight on trajectories that are far off: the mean distance is to
         # be small, not the mean of its square.
         off = [
-            _rms(target - rollout.x - _moved(rollout, step, self))
+            distances(target, self.moved(rollout, step).x)
             for rollout, target in zip(rollouts, targets, strict=True)
         ]
         mean = float(np.concatenate(off).mean())
@@ -230,8 +231,3 @@ def _square(side: int) -> int:
 
 def _terms(rollout: Rollout, task: Task) -> Array:
     return scale_terms(np.array([rollout.exact.scale]), *task.scales)[0]
-
-
-def _rms(values: Array) -> Array:
-    """Of each trajectory, [n]."""
-    return np.sqrt(np.square(values).mean(tuple(range(1, values.ndim))))

@@ -78,9 +78,9 @@ class PredictorCall:
 
     The call moves x from the time `starts_at` to the time `lands_at`; they are equal where it only
     evaluates. `reads` and `moves` are coefficients of the velocities of the calls before it, the
-    newest last: of the state that the network reads, and of the update. `w_next` is that of its own
-    velocity in the update. `operator` then adds what it makes of all of them. `v_at` is the time of
-    the newest velocity before it, None at the start.
+    newest last. `reads` make the state that the network reads, `moves` the update. `w_next` is that
+    of its own velocity in the update. `operator` then adds what it makes of all of them. `v_at` is
+    the time of the newest velocity before it, None at the start.
     """
 
     step: int

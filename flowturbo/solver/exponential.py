@@ -1,6 +1,6 @@
 """DPM-Solver++ and UniPC as tables. Both extrapolate the predicted data, in the log-SNR.
 
-With alpha = t and sigma = 1 - t the prediction of the data at a state x with velocity v is
+Let alpha = t and sigma = 1 - t. At a state x with velocity v the data are predicted as
 D = x + sigma v. The log signal-to-noise ratio is lambda = log(alpha / sigma). Both methods move
 
     x_next = sigma_next / sigma x + sum of weights times D

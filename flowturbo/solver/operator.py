@@ -18,10 +18,10 @@ SIDES = (1, 4)  # of the windows: a pixel alone, or 4 x 4 pixels around each squ
 class Operator:
     """A matrix [features, outputs] from windows of state and velocities to a part of the update.
 
-    With `side` 1 a window is a pixel: features are the C channels of the state, then of each
-    velocity, and 1; outputs are the C channels. With `side` 4 windows of 4 x 4 pixels lie around
-    squares of 2 x 2, beyond the border are zeros: 16 features per channel, 4 outputs. `velocities`
-    is the number of velocities, the call's own included.
+    With `side` 1 a window is a pixel. Features are the C channels of the state, then those of each
+    velocity, then 1. Outputs are the C channels. With `side` 4 windows of 4 x 4 pixels lie around
+    squares of 2 x 2: 16 features and 4 outputs per channel. Beyond the border are zeros.
+    `velocities` is the number of velocities, the call's own included.
     """
 
     matrix: np.ndarray

@@ -31,7 +31,7 @@ class Program:
         """How often each network is called."""
         return Counter(call.network for call in self.calls)
 
-    @property
+    @cached_property
     def history(self) -> int:
         """How many earlier velocities its calls use."""
         return max(call.history for call in self.calls)
