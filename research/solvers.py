@@ -73,6 +73,7 @@ def _run(args: argparse.Namespace) -> None:
         "runtime": engine.pipeline.runtime,
         "images": args.images,
         "first_seed": args.first_seed,
+        "exact": {},
         "guidance": {},
     }
     for scale in args.guidance_scale:
@@ -91,15 +92,20 @@ def _run(args: argparse.Namespace) -> None:
             evaluations = schedule_evaluations(spec.schedule)[0] if spec.schedule else 0
             rows[schedule] = {"evaluations": evaluations, **_mean(apart[schedule])}
             if args.first_seed == 0:
-                figures = eyes.figures(folder, args.images)
-                rows[schedule] |= {
-                    "recognised": figures.recognised,
-                    "frechet": figures.frechet_distance,
-                }
+                rows[schedule] |= _judged(eyes, folder, args.images)
             beside = apart.get(BESIDE.format(evaluations))
             if beside is not None:
                 rows[schedule] |= compared(apart[schedule], beside)
             found["guidance"][f"{scale:g}"] = rows
+            write_json(found, path)
+        if args.first_seed == 0:
+            said = described(SamplingSpec("H8", scale), args.repository, "process", args.pipeline)
+            name = f"exact_{exact.digest}_g{scale:g}_{said['models']}"
+            folder = ImageFolder(args.work / "images" / name, said | {"spec": name}, engine.subject)
+            for start in range(0, args.images, BATCH):
+                seeds = np.arange(start, min(start + BATCH, args.images))
+                folder.write(seeds, engine.decoded(solved[seeds]))
+            found["exact"][f"{scale:g}"] = _judged(eyes, folder, args.images)
             write_json(found, path)
     path.with_suffix(".md").write_text(markdown(found, args.pipeline))
     print(markdown(found, args.pipeline))
@@ -132,6 +138,16 @@ def _distances(
         folder.write(args.first_seed + seeds, made.image)
         parts.append(distances(made.latent, solved[seeds]))
     return np.concatenate(parts)
+
+
+def _judged(eyes: Evaluator, folder: ImageFolder, count: int) -> dict[str, float | None]:
+    figures = eyes.figures(folder, count)
+    return {
+        "recognised": figures.recognised,
+        "recognised_interval": figures.recognised_interval,
+        "frechet": figures.frechet_distance,
+        "frechet_interval": figures.frechet_interval,
+    }
 
 
 def _mean(apart: Array) -> dict[str, float]:
@@ -169,6 +185,7 @@ def markdown(found: dict[str, Any], name: str) -> str:
             "",
             f"## Guidance {scale}",
             "",
+            *_of_exact(found.get("exact", {}).get(scale)),
             "| evaluations | schedule | distance | median | ratio | recognised | Fréchet |",
             "|---|---|---|---|---|---|---|",
         ]
@@ -178,16 +195,28 @@ def markdown(found: dict[str, Any], name: str) -> str:
             ratio = ""
             if "ratio" in row:
                 ratio = f"{row['ratio']:.2f} ± {row['ratio_interval']:.2f}"
-            judged = (
-                f"{100 * row['recognised']:.1f}% | {row['frechet']:.4f}"
-                if "recognised" in row
-                else " | "
-            )
+            judged = " | ".join(_shown(row)) if "recognised" in row else " | "
             lines.append(
                 f"| {row['evaluations']} | `{schedule}` | {row['distance']:.4f} ± "
                 f"{row['interval']:.4f} | {row['median']:.4f} | {ratio} | {judged} |"
             )
     return "\n".join([*lines, ""])
+
+
+def _of_exact(row: dict[str, Any] | None) -> list[str]:
+    if row is None:
+        return []
+    recognised, frechet = _shown(row)
+    return [f"The exact solution: recognised {recognised}, Fréchet distance {frechet}.", ""]
+
+
+def _shown(row: dict[str, Any]) -> tuple[str, str]:
+    """The judged figures with half their 95% intervals."""
+    recognised, frechet = f"{100 * row['recognised']:.1f}", f"{row['frechet']:.4f}"
+    if row.get("recognised_interval") is not None:
+        recognised += f" ± {100 * row['recognised_interval']:.1f}"
+        frechet += f" ± {row['frechet_interval']:.4f}"
+    return f"{recognised}%", frechet
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def _run(args: argparse.Namespace) -> str:
     held_out = args.held_out or max(1, min(256, args.trajectories // 8))
     path = args.out or solvers_path(args.repository, pipeline.name)
     exact = args.predictor and Exact.of_repository(args.predictor, args.repository, pipeline.name)
-    source = _Source(engine, exact, args.cache)
+    source = Source(engine, exact, args.cache)
     former = _former(pipeline, path)
     began, done = time.monotonic(), []
     for low, high in ranges:
@@ -149,7 +149,7 @@ def _check(args: argparse.Namespace, pipeline: Pipeline) -> None:
 
 
 @dataclass
-class _Source:
+class Source:
     """Trajectories and fits of one pipeline; both are kept in `cache`."""
 
     engine: Engine
@@ -203,6 +203,10 @@ class _Source:
             return self.exact.velocity(self.engine.subject, seeds, Guidance(scale))
         return self.engine.velocity(seeds, Guidance(scale))
 
+    def start(self, batch: Trajectories) -> Rollout:
+        """The rollout of a batch, at the noise."""
+        return Rollout.start(batch, self._velocity(batch.seeds, batch.scale))
+
     def fit(
         self,
         evaluations: int,
@@ -229,7 +233,7 @@ class _Source:
         others: Sequence[Trajectories],
     ) -> Fit:
         def rollouts(batches: Sequence[Trajectories]) -> list[Rollout]:
-            return [Rollout.start(each, self._velocity(each.seeds, each.scale)) for each in batches]
+            return [self.start(each) for each in batches]
 
         name, few = f"L{evaluations}", rollouts(_first(fitted, _FEW))
         coarse = best_grid(evaluations, gram(_first(fitted, _GRAM)))

@@ -54,6 +54,10 @@ class Condition(Protocol):
         """
         ...
 
+    def texts(self, value: Any) -> Tensors:
+        """Inputs [k, ...] of the text encoder for `value`; empty if there is none."""
+        ...
+
     def pinned(self) -> Tensors:
         """Inputs [k, ...] of the text encoder whose outputs most requests need; may be empty."""
         ...

@@ -94,6 +94,10 @@ class ClassLabel:
         null = {LABEL: np.array([[self.num_classes]], dtype=np.int64)}
         return {LABEL: value[:, None]}, null if guided else {}
 
+    def texts(self, value: np.ndarray) -> Tensors:
+        """Nothing."""
+        return {}
+
     def pinned(self) -> Tensors:
         """Nothing."""
         return {}

@@ -224,6 +224,10 @@ class Prompt:
             return conditioning, {}
         return conditioning, {name: array[list(value.null_rows)] for name, array in named.items()}
 
+    def texts(self, value: Prompts) -> Tensors:
+        """The tokens of its different texts."""
+        return value.tokens
+
     def pinned(self) -> Tensors:
         """The tokens of the null prompt."""
         return encoder_tensors(self._open, [self._tokens(NULL)]) if self.can_guide else {}

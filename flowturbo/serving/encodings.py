@@ -43,6 +43,14 @@ class Encodings:
         """From its first use on, the output for each row of `tensors` is kept for good."""
         self._pinned |= dict.fromkeys(_keys(model, tensors))
 
+    def new(self, model: str, tensors: Tensors) -> int:
+        """How many of the different rows of `tensors` [k, ...] are not kept and not coming."""
+        with self._lock:
+            return sum(
+                not (self._pinned.get(key) or key in self._kept or key in self._coming)
+                for key in set(_keys(model, tensors))
+            )
+
     async def infer(
         self, model: str, tensors: Tensors, evaluate: Callable[[Tensors], Awaitable[Outputs]]
     ) -> tuple[Outputs, Count]:

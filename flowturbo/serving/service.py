@@ -288,6 +288,7 @@ class Service:
         ticket = None
         try:
             needs = calls_needed(request, pipeline, program, job.preview_every)
+            needs += self._texts_needed(request, pipeline)
             with self._batcher.planning() as scheduler:
                 now = time.monotonic()
                 job.work = scheduler.take(needs, request.images, job.deadline, now, caller)
@@ -297,6 +298,16 @@ class Service:
             self._leave(job)
             if ticket is None or self._deadlines.done(ticket):
                 raise
+
+    def _texts_needed(self, request: GenerationRequest, pipeline: Pipeline) -> list[Need]:
+        """The call for texts of `request` that nobody has encoded."""
+        texts = pipeline.condition.texts(request.condition)
+        if not texts:
+            return []
+        encoder = pipeline.model(Role.TEXT_ENCODER)
+        count = self._encodings.new(encoder, texts)
+        most = pipeline.rows_for(request.latent_shape)
+        return [Need(encoder, count, most)] if count else []
 
     def _admit(self, job: Job) -> None:
         """Takes a place in flight, or raises: there are at most so many."""
@@ -387,11 +398,13 @@ class Service:
         models = {role: pipeline.model(role) for role in pipeline.models}
         most = pipeline.rows_for(request.latent_shape)
         assert job.work
-        owner = Owner(job.work, partial(self._check_job, job), _scale(request, pipeline))
+        own = Owner(job.work, partial(self._check_job, job), _scale(request, pipeline))
+        of_texts = replace(own, scale=1.0)
 
         async def call(role: Role, tensors: Tensors) -> tuple[np.ndarray, ...]:
             job.check(self._workers)
             model = models[role]
+            owner = of_texts if role is Role.TEXT_ENCODER else own
             outputs = await self._batcher.infer(model, tensors, most, owner)
             job.executed[model] += len(outputs[0])
             return outputs
@@ -406,6 +419,8 @@ class Service:
                 return await parts[role](role, tensors)
             evaluate = partial(parts[role], role)
             outputs, count = await self._encodings.infer(models[role], tensors, evaluate)
+            with self._batcher.planning() as scheduler:  # another request may have made them
+                scheduler.progressed(own.work, models[role], len(outputs[0]))
             self._metrics.encoded(pipeline.name, count.hits, count.misses)
             return outputs
 
@@ -515,7 +530,7 @@ class Service:
 def calls_needed(
     request: GenerationRequest, pipeline: Pipeline, program: Program, preview_every: int = 0
 ) -> list[Need]:
-    """The calls that `request` makes. Texts are left out: most encodings are kept."""
+    """The calls that `request` makes, without that for its texts."""
     calls: dict[tuple[Role, int], int] = {}
     if request.needs_decoder or LATENT in request.outputs:
         calls = {(Role(net), request.rows): count for net, count in program.counts.items()}

@@ -163,8 +163,11 @@ class Engine(LocalPipeline):
     def _baseline(self, spec: SamplingSpec, seeds: Array) -> Made:
         counted = Counted(self.velocity(seeds, spec.guidance))
         latent = samplers.parse(spec.sampler)(counted, noise(seeds, self.pipeline.latent_shape))
-        image = run_sync(decode(awaited(self._chunked), latent))
-        return Made(latent, image, counted.evaluations, 0)
+        return Made(latent, self.decoded(latent), counted.evaluations, 0)
+
+    def decoded(self, latent: Array) -> Array:
+        """The images [n, H, W, 3] uint8 of `latent` [n, C, h, w]."""
+        return run_sync(decode(awaited(self._chunked), latent))
 
 
 def schedule_evaluations(schedule: Schedule) -> tuple[int, int]:

@@ -141,3 +141,25 @@ def test_a_text_that_is_too_large_is_answered_and_not_kept() -> None:
     run = Run(limit=20)
     assert run.get(1) == run.get(1) == Count(0, 1)
     run.batcher.close()
+
+
+def test_new_texts_are_counted() -> None:
+    """Those that are kept, pinned or just encoded for another request are not new."""
+    run = Run()
+
+    def new(*texts: int) -> int:
+        return run.encodings.new(MODEL, {"input_ids_1": np.array([[t, t + 1] for t in texts])})
+
+    assert new(1, 2, 2) == 2
+    run.encodings.pin(MODEL, {"input_ids_1": np.array([[7, 8]])})
+    assert new(7) == 1  # pinned, and not encoded yet
+    run.get(1, 7)
+    assert new(1, 2, 7) == 1
+    run.encoder.entered.clear()
+    run.encoder.hold.clear()
+    coming = run.ask(2)
+    assert run.encoder.entered.wait(LONG_S)
+    assert new(1, 2, 3) == 1
+    run.encoder.hold.set()
+    coming.result(LONG_S)
+    run.batcher.close()

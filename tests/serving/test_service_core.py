@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,8 @@ class Networks:
         self.calls.append((model, len(next(iter(tensors.values())))))
         self.entered.set()
         assert self.hold.wait(LONG_S)
+        if model.endswith("text_encoder"):
+            return (np.zeros((len(tensors["ids"]), 1), np.float32),)
         if model.endswith("vae_decoder"):
             latent = tensors[LATENT]
             answer = {
@@ -161,6 +164,10 @@ class Bench:
         asked = Asked(arrays, wanted or (LATENT,), timeout_s)
         self.service.handle(reply, lambda: asked)
         return reply
+
+    def wait_entered(self) -> None:
+        """Until a network is called."""
+        assert self.networks.entered.wait(LONG_S)
 
     def wait_queued(self, calls: int) -> None:
         """Until so many calls wait for the device."""
@@ -370,3 +377,41 @@ def test_inputs_of_the_blocks_are_the_contracts() -> None:
     inputs, _ = composed_tensors(Role.PREDICTOR, ONE.condition.block_inputs)
     assert [spec.name for spec in inputs] == ["x", "velocity", "scalars", "pair", "label"]
     assert PIPELINE == "pipeline"
+
+
+class Titled(ClassLabel):
+    """Classes whose names a text encoder reads."""
+
+    def texts(self, value: np.ndarray) -> Tensors:
+        return {"ids": np.unique(value)[:, None]}
+
+    async def encode(self, value: np.ndarray, infer: Any = None, *, guided: bool) -> Any:
+        await infer(Role.TEXT_ENCODER, self.texts(value))
+        return await super().encode(value, guided=guided)
+
+
+def test_texts_are_planned_once() -> None:
+    """The work of a request has its new texts, until they are there."""
+    titled = replace(ONE, condition=Titled(3))
+    encoder = titled.model(Role.TEXT_ENCODER)
+
+    def planned(bench: Bench) -> list[float | None]:
+        with bench.service._batcher.planning() as scheduler:
+            return [work.left.get(encoder) for work in scheduler._taken]
+
+    with serving(titled) as bench:
+        bench.networks.hold.clear()
+        first = bench.ask(label=np.array([0, 1]))
+        bench.wait_entered()
+        second = bench.ask(label=np.array([1, 2]))  # 1 is on its way
+        assert sorted(map(float, filter(None, planned(bench)))) == [1, 2]
+        bench.networks.hold.set()
+        assert first.get().keys() == second.get().keys()
+        bench.networks.hold.clear()
+        bench.networks.entered.clear()
+        third = bench.ask(label=np.array([0, 2]))
+        bench.wait_entered()
+        assert planned(bench) == [None]
+        bench.networks.hold.set()
+        third.get()
+        assert bench.counts.texts == {"miss": 3, "hit": 3}
