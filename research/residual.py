@@ -33,7 +33,7 @@ from flowturbo.runtimes import open_model
 from flowturbo.solver.guidance import Guidance
 from flowturbo.solver.sampler import Array
 from flowturbo.solvers import Fit
-from research.quality.engine import BATCH, Engine, Exact, distances
+from research.quality.engine import BATCH, Engine, distances, exact_of
 from research.quality.evaluate import exact_latents
 from research.quality.metrics import half_width, mean_without
 from tuning.fit import Source
@@ -233,7 +233,11 @@ def main(argv: Sequence[str]) -> int:
     add = parser.add_argument
     add("--repository", type=Path, default=Path("model_repository"))
     add("--pipeline", default="glyphs")
-    add("--predictor", type=Path, help="checkpoint or folder (default: of the shipped model)")
+    add(
+        "--predictor",
+        type=Path,
+        help="checkpoint or folder (default: the exported file in float32)",
+    )
     add("--evaluations", type=int, nargs="+", default=[4, 6], choices=list(REFINED))
     add("--guidance", type=float, nargs="+", default=[1.0], help="one scale, or a range")
     add("--at", type=float, nargs="+", help="scales that are measured (default: the first)")
@@ -252,9 +256,7 @@ def main(argv: Sequence[str]) -> int:
 def _run(args: argparse.Namespace) -> None:
     engine = Engine(args.repository, args.pipeline)
     low, high = args.guidance[0], args.guidance[-1]
-    shipped = Path("weights") / args.pipeline / "predictor.safetensors"
-    predictor = args.predictor or (shipped if shipped.is_file() else shipped.with_name("model"))
-    exact = Exact.of_repository(predictor, args.repository, args.pipeline)
+    exact = exact_of(args.repository, args.pipeline, args.predictor)
     tests = {
         scale: exact_latents(exact, engine.subject, Guidance(scale), args.images, args.work)
         for scale in args.at or [low]

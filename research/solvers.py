@@ -7,6 +7,7 @@ the same number of evaluations. Images are judged too. Exact solutions are kept 
 
 import argparse
 import datetime
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,12 +21,13 @@ from flowturbo.command import run_command
 from flowturbo.errors import FlowTurboError, RequestError
 from flowturbo.solver.guidance import Guidance
 from flowturbo.solver.sampler import Array
+from flowturbo.textfile import read_json
 from research.quality.engine import (
     BATCH,
     Engine,
-    Exact,
     SamplingSpec,
     distances,
+    exact_of,
     schedule_evaluations,
 )
 from research.quality.evaluate import Evaluator, described, exact_latents, models_digest
@@ -34,7 +36,18 @@ from research.quality.metrics import half_width, mean_without
 
 BESIDE = "A{}@3"
 # At each number of evaluations. What a pipeline has no fit for, or no table, is left out.
-RIVALS = "L{0} A{0}@2 A{0}@3 U{0}@2 U{0}@3 V{0}@3 D{0}@3 G{0}@3 B{0}@3 C{0}@3 N{0}"
+RIVALS = "L{0} V{0}@3 D{0}@3 G{0}@3 B{0}@3 C{0}@3 N{0}"
+SHIFTED = "A{}@{:g}", "U{}@{:g}"  # on several grids
+
+
+# What the picture shows: at most six families.
+CURVES = (
+    ("learned (L)", "L", "o-"),
+    ("Adams-Bashforth 2 (A), best grid", "A", "^--"),
+    ("UniPC 2 (U), best grid", "U", "s-."),
+    ("DPM-Solver++ 2M (D@3)", "D", "D:"),
+    ("NeuralSolver (N)", "N", "x--"),
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -43,29 +56,39 @@ def main(argv: Sequence[str]) -> int:
     add = parser.add_argument
     add("--repository", type=Path, default=Path("model_repository"))
     add("--pipeline", default="glyphs")
-    add("--predictor", type=Path, help="checkpoint or folder (default: of the shipped model)")
+    add(
+        "--predictor",
+        type=Path,
+        help="checkpoint or folder (default: the exported file in float32)",
+    )
     add("--weights", type=Path, help="folder with the judge (default: weights/NAME)")
     add("--evaluations", type=int, nargs="+", default=[3, 4, 5, 6, 8])
+    add("--shifts", type=float, nargs="+", default=[2.0, 3.0], help="grids of A and U")
     add("--guidance-scale", type=float, nargs="+", default=[1.0, 3.0])
     add("--schedule", nargs="*", default=["fast", "balanced", "best", "H1P5R3", "H8"])
     add("--images", type=int, default=1024)
     add("--first-seed", type=int, default=0)
     add("--work", type=Path, default=Path("runs/solvers"), help="keeps exact solutions and images")
     add("--json", type=Path, help="default: docs/benchmarks/solvers_NAME.json")
+    add("--report-only", action="store_true", help="writes text and picture again from the file")
     args = parser.parse_args(argv)
     return run_command("solvers", lambda: _run(args), (FlowTurboError, OSError, ValueError))
 
 
 def _run(args: argparse.Namespace) -> None:
+    path = args.json or Path("docs/benchmarks") / f"solvers_{args.pipeline}.json"
+    if not args.report_only:
+        _measure(args, path)
+    _report(path, args.pipeline)
+
+
+def _measure(args: argparse.Namespace, path: Path) -> None:
     weights = args.weights or Path("weights") / args.pipeline
-    shipped = weights / "predictor.safetensors"
-    predictor = args.predictor or (shipped if shipped.is_file() else weights / "model")
     engine = Engine(args.repository, args.pipeline)
-    exact = Exact.of_repository(predictor, args.repository, args.pipeline)
+    exact = exact_of(args.repository, args.pipeline, args.predictor)
     judged = args.first_seed == 0  # the judge's subjects and the images count from there
     eyes = Evaluator.open(weights, None, None, engine.subject) if judged else None
     args.work.mkdir(parents=True, exist_ok=True)
-    path = args.json or Path("docs/benchmarks") / f"solvers_{args.pipeline}.json"
     found: dict[str, Any] = {
         "hardware": processor(),
         "date": datetime.date.today().isoformat(),
@@ -108,14 +131,22 @@ def _run(args: argparse.Namespace) -> None:
                 folder.write(seeds, engine.decoded(solved[seeds]))
             found["exact"][f"{scale:g}"] = _judged(eyes, folder, args.images)
             write_json(found, path)
-    path.with_suffix(".md").write_text(markdown(found, args.pipeline))
-    print(markdown(found, args.pipeline))
+
+
+def _report(path: Path, name: str) -> None:
+    """Writes the text and the picture beside the figures in `path`."""
+    found = read_json(path)
+    draw(found, path.with_suffix(".png"))
+    path.with_suffix(".md").write_text(markdown(found, name, path.with_suffix(".png").name))
+    print(markdown(found, name))
 
 
 def _schedules(args: argparse.Namespace, engine: Engine, scale: float) -> list[str]:
     """What can be served of the rivals, those to compare with first."""
     texts = [BESIDE.format(count) for count in args.evaluations]
-    texts += [text.format(count) for count in args.evaluations for text in RIVALS.split()]
+    for count in args.evaluations:
+        texts += [text.format(count) for text in RIVALS.split()]
+        texts += [text.format(count, shift) for text in SHIFTED for shift in args.shifts]
     found = {}
     for text in [*texts, *args.schedule]:
         try:
@@ -165,7 +196,50 @@ def compared(own: Array, beside: Array) -> dict[str, float]:
     return {"ratio": float(own.mean() / beside.mean()), "ratio_interval": half_width(ratios)}
 
 
-def markdown(found: dict[str, Any], name: str) -> str:
+def draw(found: dict[str, Any], path: Path) -> None:
+    """The distances of the families of CURVES by evaluations, one panel per guidance scale."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    scales = list(found["guidance"])
+    figure, axes = pyplot.subplots(
+        1, len(scales), figsize=(6 * len(scales), 4.6), layout="constrained", squeeze=False
+    )
+    for scale, axis in zip(scales, axes[0], strict=True):
+        rows = found["guidance"][scale]
+        for label, letter, look in CURVES:
+            points = best_of(rows, letter)
+            off = [row["distance"] for row in points]
+            bars = [row["interval"] for row in points]
+            counts = [row["evaluations"] for row in points]
+            axis.errorbar(counts, off, bars, fmt=look, label=label, capsize=2, lw=1.3)
+        for schedule in ("H1P5R3", "H8"):
+            if row := rows.get(schedule):
+                at = row["evaluations"], row["distance"]
+                axis.plot(*at, "k*", ms=9)
+                axis.annotate(schedule, at, (6, 5), textcoords="offset points", fontsize=9)
+        axis.set(yscale="log", title=f"guidance {scale}", xlabel="evaluations of the predictor")
+        axis.set_ylabel("distance to the exact solution")
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=9)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def best_of(rows: dict[str, Any], letter: str) -> list[dict[str, Any]]:
+    """The nearest row of this letter alone for each number of evaluations."""
+    best: dict[int, dict[str, Any]] = {}
+    for schedule, row in rows.items():
+        if re.fullmatch(rf"{letter}\d+(@.+)?", schedule):
+            other = best.get(row["evaluations"])
+            if other is None or row["distance"] < other["distance"]:
+                best[row["evaluations"]] = row
+    return [best[count] for count in sorted(best)]
+
+
+def markdown(found: dict[str, Any], name: str, picture: str = "") -> str:
     """The report: one table per guidance scale, ordered by evaluations and then by distance."""
     seeds = f"{found['first_seed']} to {found['first_seed'] + found['images'] - 1}"
     lines = [
@@ -181,6 +255,8 @@ def markdown(found: dict[str, Any], name: str) -> str:
         "evaluations), on the same seeds.",
         "- The letters are in [schedules](../schedules.md#steps).",
     ]
+    if picture:
+        lines += ["", f"![Distance to the exact solution by evaluations]({picture})"]
     for scale, rows in found["guidance"].items():
         lines += [
             "",
