@@ -122,6 +122,9 @@ def _measure(args: argparse.Namespace, path: Path) -> None:
                 rows[schedule] |= compared(apart[schedule], beside)
             found["guidance"][f"{scale:g}"] = rows
             write_json(found, path)
+        for schedule, row in rows.items():
+            if letter_of(schedule) == "L":
+                row["rivals"] = _rivals(rows, apart, schedule)
         if eyes:
             said = described(SamplingSpec("H8", scale), args.repository, "process", args.pipeline)
             name = f"exact_{exact.digest}_g{scale:g}_{said['models']}"
@@ -170,6 +173,29 @@ def _distances(
         folder.write(args.first_seed + seeds, made.image)
         parts.append(distances(made.latent, solved[seeds]))
     return np.concatenate(parts)
+
+
+def letter_of(schedule: str) -> str:
+    """The letter of a schedule of one letter; otherwise its text."""
+    alone = re.fullmatch(r"([A-Z])\d+(@.+)?", schedule)
+    return alone[1] if alone else schedule
+
+
+def _rivals(
+    rows: dict[str, Any], apart: dict[str, Array], schedule: str
+) -> dict[str, dict[str, float]]:
+    """The ratio to A and to U, each on its nearest grid of as many evaluations."""
+    found = {}
+    for letter in "AU":
+        others = [
+            each
+            for each, row in rows.items()
+            if letter_of(each) == letter and row["evaluations"] == rows[schedule]["evaluations"]
+        ]
+        if others:
+            nearest = min(others, key=lambda each: rows[each]["distance"])
+            found[nearest] = compared(apart[schedule], apart[nearest])
+    return found
 
 
 def _judged(eyes: Evaluator, folder: ImageFolder, count: int) -> dict[str, float | None]:
@@ -232,7 +258,7 @@ def best_of(rows: dict[str, Any], letter: str) -> list[dict[str, Any]]:
     """The nearest row of this letter alone for each number of evaluations."""
     best: dict[int, dict[str, Any]] = {}
     for schedule, row in rows.items():
-        if re.fullmatch(rf"{letter}\d+(@.+)?", schedule):
+        if letter_of(schedule) == letter:
             other = best.get(row["evaluations"])
             if other is None or row["distance"] < other["distance"]:
                 best[row["evaluations"]] = row
@@ -277,6 +303,13 @@ def markdown(found: dict[str, Any], name: str, picture: str = "") -> str:
                 f"| {row['evaluations']} | `{schedule}` | {row['distance']:.4f} ± "
                 f"{row['interval']:.4f} | {row['median']:.4f} | {ratio} | {judged} |"
             )
+        for schedule, row in rows.items():
+            if rivals := row.get("rivals"):
+                said = [
+                    f"{of['ratio']:.2f} ± {of['ratio_interval']:.2f} of `{name}`"
+                    for name, of in rivals.items()
+                ]
+                lines += ["", f"`{schedule}` is at {' and '.join(said)}, each on its best grid."]
     return "\n".join([*lines, ""])
 
 

@@ -40,6 +40,9 @@ def test_solvers_are_compared(fitted: Path, tmp_path: Path) -> None:
         assert rows[text.format(4)]["distance"] < rows[text.format(3)]["distance"]
     beside = rows["L4"]["distance"] / rows["A4@3"]["distance"]
     assert rows["L4"]["ratio"] == pytest.approx(beside) and rows["A4@3"]["ratio"] == 1
+    nearest = min(("A4@2", "A4@3"), key=lambda each: rows[each]["distance"])
+    of_nearest = rows["L4"]["rivals"][nearest]["ratio"]
+    assert of_nearest == pytest.approx(rows["L4"]["distance"] / rows[nearest]["distance"])
     assert "| 4 | `L4` |" in path.with_suffix(".md").read_text()
 
 
