@@ -36,8 +36,8 @@ from research.quality.metrics import half_width, mean_without
 
 BESIDE = "A{}@3"
 # At each number of evaluations. What a pipeline has no fit for, or no table, is left out.
-RIVALS = "L{0} V{0}@3 D{0}@3 G{0}@3 B{0}@3 C{0}@3 N{0}"
-SHIFTED = "A{}@{:g}", "U{}@{:g}"  # on several grids
+RIVALS = {letter: f"{letter}{{}}@3" for letter in "VDGBC"} | {"L": "L{}", "N": "N{}"}
+SHIFTED = {letter: f"{letter}{{}}@{{:g}}" for letter in "AU"}  # on several grids
 
 
 # What the picture shows: at most six families.
@@ -63,6 +63,8 @@ def main(argv: Sequence[str]) -> int:
     )
     add("--weights", type=Path, help="folder with the judge (default: weights/NAME)")
     add("--evaluations", type=int, nargs="+", default=[3, 4, 5, 6, 8])
+    letters = [*RIVALS, *SHIFTED]
+    add("--letters", nargs="+", default=letters, choices=letters, help="what is compared with A")
     add("--shifts", type=float, nargs="+", default=[2.0, 3.0], help="grids of A and U")
     add("--guidance-scale", type=float, nargs="+", default=[1.0, 3.0])
     add("--schedule", nargs="*", default=["fast", "balanced", "best", "H1P5R3", "H8"])
@@ -148,8 +150,9 @@ def _schedules(args: argparse.Namespace, engine: Engine, scale: float) -> list[s
     """What can be served of the rivals, those to compare with first."""
     texts = [BESIDE.format(count) for count in args.evaluations]
     for count in args.evaluations:
-        texts += [text.format(count) for text in RIVALS.split()]
-        texts += [text.format(count, shift) for text in SHIFTED for shift in args.shifts]
+        texts += [text.format(count) for each, text in RIVALS.items() if each in args.letters]
+        for text in (text for each, text in SHIFTED.items() if each in args.letters):
+            texts += [text.format(count, shift) for shift in args.shifts]
     found = {}
     for text in [*texts, *args.schedule]:
         try:
