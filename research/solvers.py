@@ -8,6 +8,7 @@ the same number of evaluations. Images are judged too. Exact solutions are kept 
 import argparse
 import datetime
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,6 +75,7 @@ def main(argv: Sequence[str]) -> int:
     add("--json", type=Path, help="default: docs/benchmarks/solvers_NAME.json")
     add("--report-only", action="store_true", help="writes text and picture again from the file")
     args = parser.parse_args(argv)
+    args.command = shlex.join(["python", "-m", "research.solvers", *argv])
     return run_command("solvers", lambda: _run(args), (FlowTurboError, OSError, ValueError))
 
 
@@ -97,6 +99,7 @@ def _measure(args: argparse.Namespace, path: Path) -> None:
         "models": models_digest(args.repository, args.pipeline),
         "precision": engine.pipeline.precision,
         "runtime": engine.pipeline.runtime,
+        "command": args.command,
         "images": args.images,
         "first_seed": args.first_seed,
         "exact": {},
@@ -243,12 +246,15 @@ def draw(found: dict[str, Any], path: Path) -> None:
             off = [row["distance"] for row in points]
             bars = [row["interval"] for row in points]
             counts = [row["evaluations"] for row in points]
-            axis.errorbar(counts, off, bars, fmt=look, label=label, capsize=2, lw=1.3)
+            if points:
+                axis.errorbar(counts, off, bars, fmt=look, label=label, capsize=2, lw=1.3)
         for schedule in ("H1P5R3", "H8"):
             if row := rows.get(schedule):
                 at = row["evaluations"], row["distance"]
                 axis.plot(*at, "k*", ms=9)
-                axis.annotate(schedule, at, (6, 5), textcoords="offset points", fontsize=9)
+                axis.annotate(
+                    schedule, at, (0, 7), textcoords="offset points", fontsize=9, ha="center"
+                )
         axis.set(yscale="log", title=f"guidance {scale}", xlabel="evaluations of the predictor")
         axis.set_ylabel("distance to the exact solution")
         axis.grid(alpha=0.3)
@@ -276,7 +282,7 @@ def markdown(found: dict[str, Any], name: str, picture: str = "") -> str:
         "",
         f"{found['images']} images, seeds {seeds}; the deployed models in {found['precision']} "
         f"({found['runtime']}), {in_words(found['hardware'])}, {found['date']}. "
-        f"`python -m research.solvers --pipeline {name}` measures this again.",
+        f"`{found['command']}` measures this again.",
         "",
         "- **Distance**: RMS of a latent from the exact solution in float32, mean over images; "
         "± is half of the 95% interval.",
