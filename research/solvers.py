@@ -22,6 +22,7 @@ from flowturbo.command import run_command
 from flowturbo.errors import FlowTurboError, RequestError
 from flowturbo.solver.guidance import Guidance
 from flowturbo.solver.sampler import Array
+from flowturbo.solver.schedule import Schedule
 from flowturbo.textfile import read_json
 from research.quality.engine import (
     BATCH,
@@ -34,6 +35,7 @@ from research.quality.engine import (
 from research.quality.evaluate import Evaluator, described, exact_latents, models_digest
 from research.quality.images import ImageFolder
 from research.quality.metrics import half_width, mean_without
+from tuning.scores import latents
 
 BESIDE = "A{}@3"
 # At each number of evaluations. What a pipeline has no fit for, or no table, is left out.
@@ -116,12 +118,13 @@ def _measure(args: argparse.Namespace, path: Path) -> None:
             spec = SamplingSpec(schedule, scale)
             said = described(spec, args.repository, "process", args.pipeline)
             name = f"{spec}_{said['models']}_{said.get('solvers', '')}_{args.first_seed}"
-            folder = ImageFolder(args.work / "images" / name, said, engine.subject)
-            apart[schedule] = _distances(engine, spec, folder, solved[args.first_seed :], args)
-            evaluations = schedule_evaluations(spec.schedule)[0] if spec.schedule else 0
+            made = latents(engine, Schedule.parse(schedule), guidance, range(args.first_seed, last))
+            apart[schedule] = distances(made, solved[args.first_seed :])
+            evaluations, _ = schedule_evaluations(Schedule.parse(schedule))
             rows[schedule] = {"evaluations": evaluations, **_mean(apart[schedule])}
             if eyes:
-                rows[schedule] |= _judged(eyes, folder, args.images)
+                folder = ImageFolder(args.work / "images" / name, said, engine.subject)
+                rows[schedule] |= _judged(eyes, engine, folder, made)
             beside = apart.get(BESIDE.format(evaluations))
             if beside is not None:
                 rows[schedule] |= compared(apart[schedule], beside)
@@ -130,14 +133,12 @@ def _measure(args: argparse.Namespace, path: Path) -> None:
         for schedule, row in rows.items():
             if letter_of(schedule) == "L":
                 row["rivals"] = _rivals(rows, apart, schedule)
+        write_json(found, path)
         if eyes:
             said = described(SamplingSpec("H8", scale), args.repository, "process", args.pipeline)
             name = f"exact_{exact.digest}_g{scale:g}_{said['models']}"
             folder = ImageFolder(args.work / "images" / name, said | {"spec": name}, engine.subject)
-            for start in range(0, args.images, BATCH):
-                seeds = np.arange(start, min(start + BATCH, args.images))
-                folder.write(seeds, engine.decoded(solved[seeds]))
-            found["exact"][f"{scale:g}"] = _judged(eyes, folder, args.images)
+            found["exact"][f"{scale:g}"] = _judged(eyes, engine, folder, solved)
             write_json(found, path)
 
 
@@ -169,18 +170,6 @@ def _schedules(args: argparse.Namespace, engine: Engine, scale: float) -> list[s
     return list(found)
 
 
-def _distances(
-    engine: Engine, spec: SamplingSpec, folder: ImageFolder, solved: Array, args: Any
-) -> Array:
-    parts = []
-    for start in range(0, len(solved), BATCH):
-        seeds = np.arange(start, min(start + BATCH, len(solved)))
-        made = engine.make(spec, args.first_seed + seeds)
-        folder.write(args.first_seed + seeds, made.image)
-        parts.append(distances(made.latent, solved[seeds]))
-    return np.concatenate(parts)
-
-
 def letter_of(schedule: str) -> str:
     """The letter of a schedule of one letter; otherwise its text."""
     alone = re.fullmatch(r"([A-Z])\d+(@.+)?", schedule)
@@ -204,8 +193,14 @@ def _rivals(
     return found
 
 
-def _judged(eyes: Evaluator, folder: ImageFolder, count: int) -> dict[str, float | None]:
-    figures = eyes.figures(folder, count)
+def _judged(
+    eyes: Evaluator, engine: Engine, folder: ImageFolder, latent: Array
+) -> dict[str, float | None]:
+    """The figures of the images of `latent`, of seeds from 0; they are kept in `folder`."""
+    for start in range(0, len(latent), BATCH):
+        part = latent[start : start + BATCH]
+        folder.write(np.arange(start, start + len(part)), engine.decoded(part))
+    figures = eyes.figures(folder, len(latent))
     return {
         "recognised": figures.recognised,
         "recognised_interval": figures.recognised_interval,
