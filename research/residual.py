@@ -16,7 +16,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from bench.observe import hardware, in_words, write_json
 from flowturbo.command import run_command
+from flowturbo.conditions.class_label import LABEL
 from flowturbo.errors import FlowTurboError
 from flowturbo.latents import noise
 from flowturbo.runtimes import open_model
@@ -46,6 +47,7 @@ _VALIDATION = 1024  # trajectories that choose the weights of a network
 _DIFFERENCES = 4  # of velocities that the mixer reads
 _SOFT = 0.3  # of the loss, as in the fit of solvers
 _CHECKS = 8  # per training
+_READ = ("states", "scale", LABEL)  # the inputs of a network, in order
 _TIMED = (1, 8)  # images
 _ROUNDS = 40  # of timing; predictor and network take turns
 
@@ -190,7 +192,7 @@ def trained(kind: str, given: Inputs, labels: int, steps: int, batch: int, name:
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, 2e-5)
     chance = np.random.default_rng(0)
     validation = replace(given, **{
-        key: getattr(given, key)[fitted:] for key in ("states", "scale", "label", "target")
+        each.name: getattr(given, each.name)[fitted:] for each in fields(Inputs)
     })  # fmt: skip
 
     def error() -> float:
@@ -386,7 +388,7 @@ def cost(engine: Engine, made: Residual, given: Inputs, guidance: Guidance) -> d
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 made.network.eval(), example, dynamo=True, verbose=False,
-                input_names=["states", "scale", "label"],
+                input_names=[*_READ],
                 dynamic_shapes=({0: rows}, {0: rows}, {0: rows}),
             )  # fmt: skip
         assert program is not None
@@ -397,7 +399,7 @@ def cost(engine: Engine, made: Residual, given: Inputs, guidance: Guidance) -> d
             velocity = engine.velocity(seeds, guidance)
             x = noise(seeds, engine.pipeline.latent_shape)
             read = [of.numpy() for of in given.rows(slice(0, images))[:3]]
-            inputs = dict(zip(("states", "scale", "label"), read, strict=True))
+            inputs = dict(zip(_READ, read, strict=True))
             taken: dict[str, list[float]] = {"network": [], "predictor": []}
             for _ in range(_ROUNDS):
                 for name, call in (
