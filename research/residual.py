@@ -3,14 +3,15 @@
 FlowTurbo's refiner takes the predictor's place in the last steps. This refiner is another one: it
 adds a residual to the last steps of a fitted solver L. Its output layer starts at zero. It is
 trained step after step on the states that the solver and the steps before it reach, towards the
-exact trajectory. Each refined step adds its measured time to that of the predictor. So the refined
-solver is compared with a fitted solver that would have more evaluations in the same time: the
-distance between two numbers of evaluations is interpolated.
+exact trajectory.
+
+Each refined step adds its measured time to that of the predictor. In the same time a fitted solver
+could have more evaluations. The refined solver is compared with that one. Its distance is
+interpolated between two numbers of evaluations.
 """
 
 import argparse
 import copy
-import json
 import sys
 import tempfile
 import time
@@ -34,7 +35,8 @@ from flowturbo.runtimes import open_model
 from flowturbo.solver.guidance import Guidance
 from flowturbo.solver.sampler import Array
 from flowturbo.solvers import Fit
-from research.quality.engine import BATCH, Engine, distances, exact_of
+from flowturbo.textfile import read_json
+from research.quality.engine import BATCH, Engine, add_exact_arguments, distances, exact_of
 from research.quality.evaluate import exact_latents
 from research.quality.metrics import half_width, mean_without
 from tuning.fit import Source
@@ -233,13 +235,7 @@ def main(argv: Sequence[str]) -> int:
     """Returns the exit status: 2, and one line on stderr, for errors that the user can fix."""
     parser = argparse.ArgumentParser(prog="python -m research.residual", description=__doc__)
     add = parser.add_argument
-    add("--repository", type=Path, default=Path("model_repository"))
-    add("--pipeline", default="glyphs")
-    add(
-        "--predictor",
-        type=Path,
-        help="checkpoint or folder (default: the exported file in float32)",
-    )
+    add_exact_arguments(parser)
     add("--evaluations", type=int, nargs="+", default=[4, 6], choices=list(REFINED))
     add("--guidance", type=float, nargs="+", default=[1.0], help="one scale, or a range")
     add("--at", type=float, nargs="+", help="scales that are measured (default: the first)")
@@ -456,11 +452,12 @@ def _write(args: argparse.Namespace, engine: Engine, found: Sequence[Mapping[str
     key = ("network", "guidance", "fitted", "evaluations")
     kept: dict[Any, Any] = {}
     if path.is_file():
-        kept = {str([row[k] for k in key]): row for row in json.loads(path.read_text())["found"]}
+        kept = {str([row[k] for k in key]): row for row in read_json(path)["found"]}
     kept |= {str([row[k] for k in key]): {**row, **said} for row in found}
     about = {"hardware": hardware(), "precision": engine.pipeline.precision}
-    write_json({**about, "found": list(kept.values())}, path)
-    path.with_suffix(".md").write_text(markdown(json.loads(path.read_text()), args.pipeline))
+    document = {**about, "found": list(kept.values())}
+    write_json(document, path)
+    path.with_suffix(".md").write_text(markdown(document, args.pipeline))
 
 
 def markdown(found: Mapping[str, Any], name: str) -> str:

@@ -28,6 +28,7 @@ from research.quality.engine import (
     BATCH,
     Engine,
     SamplingSpec,
+    add_exact_arguments,
     distances,
     exact_of,
     schedule_evaluations,
@@ -57,13 +58,7 @@ def main(argv: Sequence[str]) -> int:
     """Returns the exit status: 2, and one line on stderr, for errors that the user can fix."""
     parser = argparse.ArgumentParser(prog="python -m research.solvers", description=__doc__)
     add = parser.add_argument
-    add("--repository", type=Path, default=Path("model_repository"))
-    add("--pipeline", default="glyphs")
-    add(
-        "--predictor",
-        type=Path,
-        help="checkpoint or folder (default: the exported file in float32)",
-    )
+    add_exact_arguments(parser)
     add("--weights", type=Path, help="folder with the judge (default: weights/NAME)")
     add("--evaluations", type=int, nargs="+", default=[3, 4, 5, 6, 8])
     letters = [*RIVALS, *SHIFTED]
@@ -115,14 +110,15 @@ def _measure(args: argparse.Namespace, path: Path) -> None:
         rows: dict[str, Any] = {}
         apart: dict[str, Array] = {}
         for schedule in tqdm(listed, desc=f"guidance {scale:g}"):
-            spec = SamplingSpec(schedule, scale)
-            said = described(spec, args.repository, "process", args.pipeline)
-            name = f"{spec}_{said['models']}_{said.get('solvers', '')}_{args.first_seed}"
-            made = latents(engine, Schedule.parse(schedule), guidance, range(args.first_seed, last))
+            read = Schedule.parse(schedule)
+            made = latents(engine, read, guidance, range(args.first_seed, last))
             apart[schedule] = distances(made, solved[args.first_seed :])
-            evaluations, _ = schedule_evaluations(Schedule.parse(schedule))
+            evaluations, _ = schedule_evaluations(read)
             rows[schedule] = {"evaluations": evaluations, **_mean(apart[schedule])}
             if eyes:
+                spec = SamplingSpec(schedule, scale)
+                said = described(spec, args.repository, "process", args.pipeline)
+                name = f"{spec}_{said['models']}_{said.get('solvers', '')}_{args.first_seed}"
                 folder = ImageFolder(args.work / "images" / name, said, engine.subject)
                 rows[schedule] |= _judged(eyes, engine, folder, made)
             beside = apart.get(BESIDE.format(evaluations))
@@ -130,9 +126,11 @@ def _measure(args: argparse.Namespace, path: Path) -> None:
                 rows[schedule] |= compared(apart[schedule], beside)
             found["guidance"][f"{scale:g}"] = rows
             write_json(found, path)
-        for schedule, row in rows.items():
-            if letter_of(schedule) == "L":
-                row["rivals"] = _rivals(rows, apart, schedule)
+        for count, learned in nearest(rows, "L").items():
+            others = [of[count] for of in (nearest(rows, "A"), nearest(rows, "U")) if count in of]
+            rows[learned]["rivals"] = {
+                other: compared(apart[learned], apart[other]) for other in others
+            }
         write_json(found, path)
         if eyes:
             said = described(SamplingSpec("H8", scale), args.repository, "process", args.pipeline)
@@ -168,29 +166,6 @@ def _schedules(args: argparse.Namespace, engine: Engine, scale: float) -> list[s
             if text in args.schedule:
                 raise
     return list(found)
-
-
-def letter_of(schedule: str) -> str:
-    """The letter of a schedule of one letter; otherwise its text."""
-    alone = re.fullmatch(r"([A-Z])\d+(@.+)?", schedule)
-    return alone[1] if alone else schedule
-
-
-def _rivals(
-    rows: dict[str, Any], apart: dict[str, Array], schedule: str
-) -> dict[str, dict[str, float]]:
-    """The ratio to A and to U, each on its nearest grid of as many evaluations."""
-    found = {}
-    for letter in "AU":
-        others = [
-            each
-            for each, row in rows.items()
-            if letter_of(each) == letter and row["evaluations"] == rows[schedule]["evaluations"]
-        ]
-        if others:
-            nearest = min(others, key=lambda each: rows[each]["distance"])
-            found[nearest] = compared(apart[schedule], apart[nearest])
-    return found
 
 
 def _judged(
@@ -237,7 +212,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     for scale, axis in zip(scales, axes[0], strict=True):
         rows = found["guidance"][scale]
         for label, letter, look in CURVES:
-            points = best_of(rows, letter)
+            points = [rows[schedule] for schedule in nearest(rows, letter).values()]
             off = [row["distance"] for row in points]
             bars = [row["interval"] for row in points]
             counts = [row["evaluations"] for row in points]
@@ -258,15 +233,16 @@ def draw(found: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-def best_of(rows: dict[str, Any], letter: str) -> list[dict[str, Any]]:
-    """The nearest row of this letter alone for each number of evaluations."""
-    best: dict[int, dict[str, Any]] = {}
+def nearest(rows: dict[str, Any], letter: str) -> dict[int, str]:
+    """The nearest schedule of this letter alone, on any grid, by its number of evaluations."""
+    best: dict[int, str] = {}
     for schedule, row in rows.items():
-        if letter_of(schedule) == letter:
-            other = best.get(row["evaluations"])
-            if other is None or row["distance"] < other["distance"]:
-                best[row["evaluations"]] = row
-    return [best[count] for count in sorted(best)]
+        if re.fullmatch(rf"{letter}\d+(@.+)?", schedule):
+            count = row["evaluations"]
+            best[count] = min(
+                best.get(count, schedule), schedule, key=lambda s: rows[s]["distance"]
+            )
+    return dict(sorted(best.items()))
 
 
 def markdown(found: dict[str, Any], name: str, picture: str = "") -> str:

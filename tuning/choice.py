@@ -75,17 +75,17 @@ def choose(
     Recommends the best schedule within the cap, or the fastest that reaches `quality`. Those that
     were `dropped` before can still stand in for presets that belong to one time grid.
     """
-    of_front = front(each for each in tried if each.ms <= cap_ms)
+    within = [[each for each in of if each.ms <= cap_ms] for of in (tried, dropped)]
+    of_front = front(within[0])
     of_paper = next(each for each in tried if each.schedule == paper)
     best = best_of(of_front)
     chosen = presets(of_front, of_paper.score.value)
-    kinds = [[each for each in of if each.ms <= cap_ms] for of in (tried, dropped)]
     return Choice(
         of_front,
         chosen,
         of_paper,
         best if quality is None else fastest_as_good(of_front, quality),
-        _otherwise(chosen, kinds, of_paper.score.value),
+        _otherwise(chosen, within, of_paper.score.value),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -344,6 +345,18 @@ class ExactExported(Exact):
         """As in the base class."""
         self._engine.subject = subject
         return self._engine.velocity(seeds, guidance)
+
+
+def add_exact_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `exact_of`."""
+    add = parser.add_argument
+    add("--repository", type=Path, default=Path("model_repository"))
+    add("--pipeline", default="glyphs")
+    add(
+        "--predictor",
+        type=Path,
+        help="checkpoint or folder (default: the exported file in float32)",
+    )
 
 
 def exact_of(repository: Path, name: str | None, checkpoint: Path | None) -> Exact:
