@@ -72,6 +72,8 @@ GUIDANCE_INTERVAL = "guidance_interval"
 INITIAL_NOISE = "initial_noise"
 SIZE = "size"
 OUTPUT_FORMAT = "output_format"
+OUTPUT_QUALITY = "output_quality"
+STRIP_METADATA = "strip_metadata"
 IMAGE = "image"
 IMAGE_FILE = "image_file"
 MASK = "mask"
@@ -98,6 +100,8 @@ COMMON_INPUTS = (
     TensorSpec(INITIAL_NOISE, np.float32, (-1, "C", "h", "w"), optional=True),
     TensorSpec(SIZE, np.int64, (2,), optional=True),  # height, width in pixels
     TensorSpec(OUTPUT_FORMAT, np.object_, (1,), optional=True),
+    TensorSpec(OUTPUT_QUALITY, np.int64, (1,), optional=True),  # of JPEG and WebP files
+    TensorSpec(STRIP_METADATA, np.bool_, (1,), optional=True),
     *EDIT_INPUTS,
 )
 PIPELINE_INPUT = TensorSpec(PIPELINE, np.object_, (1,), optional=True)

@@ -19,8 +19,9 @@ from flowturbo.contract import (
 )
 from flowturbo.editing import OpenEdit, repainting
 from flowturbo.errors import NotFiniteError
-from flowturbo.latents import encode_images
+from flowturbo.latents import BASE64, encode_images
 from flowturbo.pipeline import Pipeline
+from flowturbo.provenance import exif, provenance
 from flowturbo.request import GenerationRequest
 from flowturbo.rows import AwaitedInfer, Infer, Tensors, guided_block, to_images, to_rows
 from flowturbo.settings import Settings
@@ -132,12 +133,22 @@ def complete(
     if edit and edit.masks is not None and IMAGE in made:
         answer[IMAGE] = edit.pasted(made[IMAGE])
     if ENCODED_IMAGE in request.outputs:
-        answer[ENCODED_IMAGE] = encode_images(answer[IMAGE], request.output_format)
+        answer[ENCODED_IMAGE] = _files(request, pipeline, settings, answer[IMAGE])
     if SETTINGS in request.outputs:
         answer[SETTINGS] = as_json(request.settings(pipeline, settings))
     if any(spec.name in request.outputs for spec in pipeline.condition.request_outputs):
         answer |= pipeline.condition.answer(request.condition)
     return {name: answer[name] for name in request.outputs}
+
+
+def _files(
+    request: GenerationRequest, pipeline: Pipeline, settings: Settings, images: Array
+) -> Array:
+    form, metadata = request.output_format, []
+    if not request.strip_metadata:
+        made = provenance(request, pipeline, settings)
+        metadata = [exif(record, form.removesuffix(BASE64)) for record in made]
+    return encode_images(images, form, request.quality, metadata)
 
 
 def as_json(document: Any) -> Array:

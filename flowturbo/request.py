@@ -21,6 +21,7 @@ from flowturbo.contract import (
     MASK,
     MASK_FILE,
     OUTPUT_FORMAT,
+    OUTPUT_QUALITY,
     PIPELINE,
     PREVIEW_EVERY,
     SCHEDULE,
@@ -29,6 +30,7 @@ from flowturbo.contract import (
     SIZE,
     START_TIME,
     STRENGTH,
+    STRIP_METADATA,
     TIMES,
     Role,
     latent_sizes,
@@ -37,7 +39,7 @@ from flowturbo.contract import (
 )
 from flowturbo.editing import FILL_NOISE, Edit, inverts, parse_edit
 from flowturbo.errors import RequestError
-from flowturbo.latents import FORMATS, MAX_SEED, draw_seeds, noise
+from flowturbo.latents import FORMATS, MAX_SEED, QUALITY, draw_seeds, noise
 from flowturbo.pipeline import Pipeline
 from flowturbo.settings import Settings
 from flowturbo.solver.grid import checked_grid, time_grid, unshifted
@@ -64,7 +66,8 @@ class GenerationRequest:
     `initial_noise` [n, C, h, w] float32 is given, it replaces the seeds, which are then 0.
     `latent_shape` is (C, h, w), and `size` is (H, W) of the image, None if there is none. `times`
     is a time grid in place of the schedule's, or None. `outputs`
-    names the output tensors, in order. `edit` is the image to start from, or None.
+    names the output tensors, in order. `edit` is the image to start from, or None. Files have
+    `quality` if they are JPEG or WebP, and without `strip_metadata` the metadata of their making.
     """
 
     condition: Any
@@ -78,6 +81,8 @@ class GenerationRequest:
     output_format: str
     outputs: tuple[str, ...]
     edit: Edit | None = None
+    quality: int = QUALITY
+    strip_metadata: bool = False
 
     @property
     def images(self) -> int:
@@ -208,6 +213,8 @@ def parse_request(
         output_format=output_format,
         outputs=_wanted(tuple(dict.fromkeys(outputs)), output_format, pipeline, edit),
         edit=edit,
+        quality=_quality(tensors, output_format),
+        strip_metadata=bool(tensors[STRIP_METADATA][0]) if STRIP_METADATA in tensors else False,
     )
     _check_outputs(request, pipeline)
     return request
@@ -342,6 +349,19 @@ def _check_encoder(tensors: Mapping[str, np.ndarray], pipeline: Pipeline) -> Non
 
 def _text(tensors: Mapping[str, np.ndarray], name: str, default: str) -> str:
     return text_of(name, tensors[name][0]) if name in tensors else default
+
+
+def _quality(tensors: Mapping[str, np.ndarray], output_format: str) -> int:
+    if OUTPUT_QUALITY not in tensors:
+        return QUALITY
+    quality = int(tensors[OUTPUT_QUALITY][0])
+    if not output_format.startswith(("jpeg", "webp")):
+        raise RequestError(
+            f"{OUTPUT_QUALITY} is of JPEG and WebP files, not of {output_format[:40]}: leave it out"
+        )
+    if not 1 <= quality <= 100:
+        raise RequestError(f"{OUTPUT_QUALITY} must be 1 to 100, got {quality}")
+    return quality
 
 
 def _guidance(

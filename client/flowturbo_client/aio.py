@@ -86,7 +86,10 @@ class AsyncFlowTurboClient(Verbs):
         feather: int | None = None,
         invert: bool = False,
         output_format: str | None = None,
+        output_quality: int | None = None,
+        strip_metadata: bool = False,
         outputs: Sequence[str] = ("image",),
+        caller: str | None = None,
         timeout_s: float | None = None,
     ) -> Generation:
         """As `FlowTurboClient.generate`."""
@@ -110,7 +113,10 @@ class AsyncFlowTurboClient(Verbs):
             feather=feather,
             invert=invert,
             output_format=output_format,
+            output_quality=output_quality,
+            strip_metadata=strip_metadata,
             outputs=outputs,
+            caller=caller,
         )
         limit_s = check_timeout_s(self._settings.timeout_s if timeout_s is None else timeout_s)
         return await self._ask(request, limit_s, request.parse)

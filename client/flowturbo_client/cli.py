@@ -13,7 +13,7 @@ from .client import FlowTurboClient
 from .errors import FlowTurboError, InvalidRequestError
 from .gallery import Row, generate_row, row_of, write_grid, write_row
 from .manifest import Wanted, generate_file, read_prompts
-from .verb_commands import VERBS, add_verb, positive
+from .verb_commands import REPLAY_HELP, VERBS, add_replay, add_verb, positive
 from .watch import watch, write_animation
 
 
@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     _generate_parser(commands.add_parser("generate", help="write images and a labelled grid"))
     for name, verb in VERBS.items():
         add_verb(commands.add_parser(name, help=verb.help), verb, _server_options)
+    add_replay(commands.add_parser("replay", help=REPLAY_HELP), _server_options)
     pipelines = commands.add_parser("pipelines", help="show the pipelines of the server")
     _server_options(pipelines, default_timeout_s=5.0)
     pipelines.set_defaults(run=_pipelines)
@@ -90,6 +91,9 @@ def _generate_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance-scale", type=float, metavar="S", help="1.0 is unguided")
     parser.add_argument(
         "--output", type=Path, default=Path("images"), metavar="DIR", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--strip-metadata", action="store_true", help="do not write into files how they were made"
     )
     parser.add_argument(
         "--batch",
@@ -176,7 +180,9 @@ def _watch(
     seeds = None if args.seed is None else [args.seed + k for k in range(len(labels))]
     what: dict[str, Any] = {"prompts" if args.prompt else "labels": labels, **_options(args)}
     scale = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
-    updates = client.stream(**what, **scale, seeds=seeds, schedule=schedules[0])
+    updates = client.stream(
+        **what, **scale, seeds=seeds, schedule=schedules[0], output_format="png"
+    )
     generation, frames = watch(updates, sys.stderr)
     row = row_of(generation, labels, schedules[0])
     for path in (*write_row(row, args.output), write_grid([row], args.output)):
@@ -225,6 +231,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         "pipeline": args.pipeline,
         "negative_prompts": args.negative_prompt,
         "size": args.size,
+        "strip_metadata": args.strip_metadata or None,
     }
     return {name: value for name, value in found.items() if value is not None}
 

@@ -82,7 +82,10 @@ class FlowTurboClient(Verbs):
         feather: int | None = None,
         invert: bool = False,
         output_format: str | None = None,
+        output_quality: int | None = None,
+        strip_metadata: bool = False,
         outputs: Sequence[str] = ("image",),
+        caller: str | None = None,
         timeout_s: float | None = None,
     ) -> Generation:
         """Generate one image per label or prompt; None means the server's default.
@@ -101,7 +104,10 @@ class FlowTurboClient(Verbs):
         noise of the image in `Generation.latents`.
         `output_format`: raw; or png, jpeg or webp for files in `Generation.encoded`; or
         png_base64, jpeg_base64 or webp_base64 for the files as text.
-        `outputs`: "image", "latent" or both. Raises subclasses of FlowTurboError.
+        `output_quality`: of JPEG and WebP files, 1 to 100. `strip_metadata`: leave out how the
+        image was made; else files say it (`flowturbo_client.provenance`).
+        `outputs`: "image", "latent" or both. `caller`: whose share of the server's time this is, if
+        the server trusts its callers to say so. Raises subclasses of FlowTurboError.
         """
         request = build_request(
             labels,
@@ -123,7 +129,10 @@ class FlowTurboClient(Verbs):
             feather=feather,
             invert=invert,
             output_format=output_format,
+            output_quality=output_quality,
+            strip_metadata=strip_metadata,
             outputs=outputs,
+            caller=caller,
         )
         limit_s = check_timeout_s(self._settings.timeout_s if timeout_s is None else timeout_s)
         return self._ask(request, limit_s, request.parse)

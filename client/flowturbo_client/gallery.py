@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from .client import FlowTurboClient
 from .grid import labelled_grid
@@ -24,6 +23,8 @@ class Row:
 
     schedule: str | None
     images: tuple[NDArray[np.uint8], ...]
+    files: tuple[bytes, ...]
+    """PNG, with the metadata of their making."""
     seeds: tuple[int, ...]
     class_names: tuple[str, ...]
     """Names of classes, or the prompts."""
@@ -66,6 +67,7 @@ def generate_row(
                 seeds=seeds,
                 schedule=schedule,
                 guidance_scale=guidance_scale,
+                output_format="png",
                 **options,
             )
         )
@@ -75,7 +77,8 @@ def generate_row(
         )
     return Row(
         schedule=schedule,
-        images=tuple(image for one in done for image in _images(one)),
+        images=tuple(np.asarray(image) for one in done for image in one.pil()),
+        files=tuple(file for one in done for file in one.encoded or ()),
         seeds=tuple(int(seed) for one in done for seed in one.seeds),
         class_names=tuple(map(str, labels))
         if of_prompts
@@ -88,19 +91,15 @@ def generate_row(
 def row_of(
     generation: Generation, labels: Sequence[int] | Sequence[str], schedule: str | None
 ) -> Row:
-    """The row of one answered request."""
+    """The row of one answered request for PNG files."""
     return Row(
         schedule=schedule,
-        images=tuple(_images(generation)),
+        images=tuple(map(np.asarray, generation.pil())),
+        files=generation.encoded or (),
         seeds=tuple(int(seed) for seed in generation.seeds),
         class_names=generation.class_names or tuple(map(str, labels)),
         latency_ms=1e3 * generation.latency_s / len(labels),
     )
-
-
-def _images(generation: Generation) -> NDArray[np.uint8]:
-    assert generation.images is not None, "raw images were requested"
-    return generation.images
 
 
 def write_row(row: Row, folder: Path) -> list[Path]:
@@ -109,12 +108,12 @@ def write_row(row: Row, folder: Path) -> list[Path]:
     The names have class, seed and schedule, and the guidance scale if one was requested.
     """
     paths = []
-    for image, seed, name in zip(row.images, row.seeds, row.class_names, strict=True):
+    for file, seed, name in zip(row.files, row.seeds, row.class_names, strict=True):
         stem = f"{file_part(name)}_seed{seed}_{file_part(row.schedule or 'default')}"
         if row.guidance_scale is not None:
             stem += f"_g{row.guidance_scale:g}"
         paths.append(folder / f"{stem}.png")
-        Image.fromarray(image).save(paths[-1])
+        paths[-1].write_bytes(file)
     return paths
 
 

@@ -61,11 +61,14 @@ def generate_file(
     for start in range(0, len(missing), batch):
         part = missing[start : start + batch]
         made = client.generate(
-            prompts=[each.prompt for each in part], seeds=[each.seed for each in part], **options
+            prompts=[each.prompt for each in part],
+            seeds=[each.seed for each in part],
+            output_format="png",
+            **options,
         )
         with manifest.open("a", encoding="utf-8") as lines:
-            for each, image, cut in zip(part, made.pil(), made.truncated, strict=True):
-                image.save(folder / each.file)
+            for each, file, cut in zip(part, made.encoded or (), made.truncated, strict=True):
+                (folder / each.file).write_bytes(file)
                 entry = {
                     "index": each.index,
                     "prompt": each.prompt,

@@ -8,7 +8,7 @@ import secrets
 import struct
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,6 +20,7 @@ from . import pictures, tensors
 from .errors import InvalidRequestError, ServerError
 
 OUTPUTS = ("image", "latent")
+CALLER_HEADER = "flowturbo-caller"
 Answer = TypeVar("Answer")  # what is read of a server's answer
 _SEED_BITS = 32  # of drawn seeds: short enough to write down
 # The server's own deadline error says more than gRPC's, so the transport waits a little longer.
@@ -66,6 +67,7 @@ class Request:
     n: int
     inputs: tuple[InferInput, ...]
     output_names: tuple[str, ...]
+    headers: dict[str, str] = field(default_factory=dict)
 
     def arguments(self, model: str, remaining_s: float) -> dict[str, Any]:
         """Arguments of tritonclient's `infer`, with `remaining_s` as the server's deadline."""
@@ -75,6 +77,7 @@ class Request:
             "outputs": [InferRequestedOutput(name) for name in self.output_names],
             "timeout": max(1, round(remaining_s * 1e6)),  # microseconds; 0 would mean no timeout
             "client_timeout": remaining_s + _REPORT_MARGIN_S,
+            "headers": self.headers,
         }
 
     def parse(self, result: InferResult, latency_s: float) -> Generation:
@@ -121,7 +124,10 @@ def build_request(
     invert: bool = False,
     preview_every: int | None = None,
     output_format: str | None = None,
+    output_quality: int | None = None,
+    strip_metadata: bool = False,
     outputs: Sequence[str] = ("image",),
+    caller: str | None = None,
 ) -> Request:
     """Check what needs no server and build the request; None means the server's default.
 
@@ -179,9 +185,14 @@ def build_request(
         inputs.append(tensors.integer_tensor("preview_every", preview_every))
     if output_format is not None:
         inputs.append(tensors.text_tensor("output_format", [output_format]))
+    if output_quality is not None:
+        inputs.append(tensors.integer_tensor("output_quality", output_quality))
+    if strip_metadata:
+        inputs.append(tensors.true_tensor("strip_metadata"))
     named = "class_name" if prompts is None else "truncated"
     edits = ("start_time",) if image is not None else ()
-    return Request(n, tuple(inputs), (*_output_names(outputs, output_format), *edits, named))
+    names = (*_output_names(outputs, output_format), *edits, named)
+    return Request(n, tuple(inputs), names, {} if caller is None else {CALLER_HEADER: caller})
 
 
 def pipelines_request() -> Request:

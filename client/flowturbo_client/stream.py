@@ -72,7 +72,9 @@ async def updates(
     async def requests() -> AsyncIterator[dict[str, Any]]:
         yield asked
 
-    answers = triton.stream_infer(inputs_iterator=requests(), stream_timeout=limit_s + _MARGIN_S)
+    answers = triton.stream_infer(
+        inputs_iterator=requests(), stream_timeout=limit_s + _MARGIN_S, headers=request.headers
+    )
     answered = False
     try:
         async for result, error in answers:

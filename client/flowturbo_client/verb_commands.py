@@ -13,6 +13,7 @@ from .client import FlowTurboClient
 from .errors import InvalidRequestError
 from .pictures import padded
 from .protocol import Generation
+from .provenance import replay
 
 _Add = Callable[..., Any]
 
@@ -42,6 +43,7 @@ def add_verb(
     add("--schedule", metavar="H1P5R3", help="a schedule or preset (default: the server's)")
     add("--guidance-scale", type=float, metavar="S", help="1.0 is unguided")
     add("--output", type=Path, default=Path("images"), metavar="DIR", help="default: %(default)s")
+    add("--strip-metadata", action="store_true", help="do not write into files how they were made")
     server_options(parser, default_timeout_s=60.0)
 
     def run(client: FlowTurboClient, args: argparse.Namespace) -> int:
@@ -50,10 +52,39 @@ def add_verb(
         named = ("pipeline", "size", "schedule", "guidance_scale")
         more = {name: getattr(args, name) for name in named}
         more |= {"negative_prompts": args.negative_prompt}
+        more |= {"strip_metadata": args.strip_metadata or None, "output_format": "png"}
         more = {name: value for name, value in more.items() if value is not None}
         return _write(verb.run(client, args, what | more), args.output)
 
     parser.set_defaults(run=run)
+
+
+REPLAY_HELP = "make the image of a file again, and say whether it is the same"
+
+
+def add_replay(parser: argparse.ArgumentParser, server_options: Callable[..., None]) -> None:
+    """Add the options of `replay` to `parser`."""
+    add = parser.add_argument
+    add("file", type=Path, metavar="FILE", help="an image file that this service made")
+    add("--image", type=Path, metavar="FILE", help="the image that an edit started from")
+    add("--mask", type=Path, metavar="FILE", help="the mask of an inpainted image")
+    add("--output", type=Path, metavar="FILE", help="where to write it (default: nowhere)")
+    server_options(parser, default_timeout_s=60.0)
+    parser.set_defaults(run=_replay)
+
+
+def _replay(client: FlowTurboClient, args: argparse.Namespace) -> int:
+    """Exit status 0 for the same picture, 1 for another one."""
+    found = replay(client, args.file, args.image, args.mask)
+    if args.output:
+        args.output.write_bytes(found.encoded)
+        print(args.output)
+    if found.largest_difference == 0:
+        print("the same picture")
+        return 0
+    why = f"; other {', '.join(found.other)} than then" if found.other else ""
+    print(f"not the same: colours differ by up to {found.largest_difference} of 255{why}")
+    return 1
 
 
 def positive(text: str) -> int:
@@ -71,9 +102,9 @@ def _write(made: Generation, folder: Path) -> int:
         np.save(path, made.latents)
         print(path)
         return 0
-    for k, (image, seed) in enumerate(zip(made.pil(), made.seeds.tolist(), strict=True)):
+    for k, (file, seed) in enumerate(zip(made.encoded or (), made.seeds.tolist(), strict=True)):
         path = folder / f"{k:03}_seed{seed}.png"
-        image.save(path)
+        path.write_bytes(file)
         print(path)
     used = made.settings
     start = f", from t = {made.start_time:.2f}" if made.start_time else ""

@@ -448,7 +448,8 @@ class Service:
         if not (job.preview_every and request.needs_decoder):
             return None
         outputs = tuple(name for name in request.outputs if name in (IMAGE, ENCODED_IMAGE))
-        seen = replace(request, outputs=outputs)
+        # Metadata would say how the image was made, not the preview.
+        seen = replace(request, outputs=outputs, strip_metadata=True)
 
         def send(preview: Tensors) -> None:
             response = job.sender.response(preview)
