@@ -18,6 +18,9 @@ _GONE = ("has to be restarted", "out of memory", "no memory for this request")
 class FlowTurboError(Exception):
     """Base of all errors of this client."""
 
+    server_message: str | None = None
+    """What the server said, without the client's words around it; None if it said nothing."""
+
 
 class InvalidRequestError(FlowTurboError, ValueError):
     """The request is invalid; the client or the server refused it."""
@@ -103,4 +106,6 @@ def translated(*, url: str, model: str, timeout_s: float) -> Iterator[None]:
         # "StatusCode.UNAVAILABLE", or None if tritonclient itself raised it.
         status = (error.status() or "tritonclient").removeprefix("StatusCode.")
         message = error.message() or "no message"
-        raise from_status(status, message, url=url, model=model, timeout_s=timeout_s) from error
+        found = from_status(status, message, url=url, model=model, timeout_s=timeout_s)
+        found.server_message = message
+        raise found from error

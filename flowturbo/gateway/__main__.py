@@ -1,0 +1,89 @@
+"""Serves the OpenAI images API and a web page: `python -m flowturbo.gateway`.
+
+It is a client of the image service. On an address that other machines reach it needs API keys.
+"""
+
+import argparse
+import ipaddress
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import uvicorn
+from flowturbo_client import FlowTurboError
+
+from flowturbo.command import positive, run_command
+from flowturbo.gateway.app import Gateway, application
+from flowturbo.gateway.edge import Bounds
+from flowturbo.gateway.filters import Filter
+from flowturbo.gateway.kept import Kept
+from flowturbo.gateway.keys import KeyFileError, Keys
+from flowturbo.gateway.service import ImageService
+
+_LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
+_GRACE_S = 30
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit status: 2, and one line on stderr, for errors that the user can fix."""
+    parser = argparse.ArgumentParser(prog="python -m flowturbo.gateway", description=__doc__)
+    add = parser.add_argument
+    add("--service", default="localhost:8001", metavar="HOST:PORT[,HOST:PORT]",
+        help="gRPC endpoint; of several, each takes over if another fails (default: %(default)s)")
+    add("--host", default="127.0.0.1", help="default: %(default)s")
+    add("--port", type=int, default=8080, help="default: %(default)s")
+    add("--keys", type=Path, metavar="FILE", help="API keys (python -m flowturbo.gateway.keys)")
+    add("--alias", nargs=2, action="append", default=[], metavar=("NAME", "PIPELINE"),
+        help="another name of a pipeline, such as gpt-image-1")
+    add("--filter", metavar="MODULE:FACTORY", help="a content filter (flowturbo.gateway.filters)")
+    add("--timeout", type=float, default=120.0, metavar="SECONDS", help="default: %(default)s")
+    add("--max-requests", type=positive, default=256, help="at a time (default: %(default)s)")
+    add("--max-body-mb", type=positive, default=64, help="default: %(default)s")
+    add("--kept-mb", type=positive, default=256, help="of images with addresses")
+    add("--kept-s", type=positive, default=3600, metavar="SECONDS", help="how long they are kept")
+    add("--public-url", metavar="URL", help="of this gateway, where a proxy is before it")
+    add("--certificate", type=Path, metavar="FILE", help="PEM, turns TLS on")
+    add("--private-key", type=Path, metavar="FILE", help="PEM")
+    args = parser.parse_args(argv)
+    errors = (FlowTurboError, KeyFileError, OSError, ValueError)
+    return run_command("gateway", lambda: _run(args), errors)
+
+
+def _run(args: argparse.Namespace) -> None:
+    local = args.host in _LOCAL or _is_loopback(args.host)
+    if args.keys is None and not local:
+        raise ValueError(
+            f"--host {args.host} can be reached from other machines: give --keys, or take 127.0.0.1"
+        )
+    gateway = Gateway(
+        ImageService(args.service.split(","), args.timeout, dict(args.alias)),
+        Keys(args.keys),
+        Kept(args.kept_mb << 20, args.kept_s),
+        Filter.load(args.filter) if args.filter else Filter(),
+        args.public_url.rstrip("/") if args.public_url else None,
+    )
+    # Without keys, a page whose name leads here must not get answers (DNS rebinding).
+    hosts = None if args.keys else _LOCAL | {args.host}
+    bounds = Bounds(args.max_body_mb << 20, args.timeout, args.max_requests, hosts)
+    uvicorn.run(
+        application(gateway, bounds),  # type: ignore[arg-type]
+        host=args.host,
+        port=args.port,
+        ssl_certfile=args.certificate,
+        ssl_keyfile=args.private_key,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=_GRACE_S,
+        log_level="warning",
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
