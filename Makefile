@@ -6,8 +6,8 @@ SCENES := weights/scenes
 REPOSITORY := model_repository
 SOURCES := flowturbo export training tuning bench research examples client tests
 
-.PHONY: help demo gallery test unit check format setup export serve quality editing study \
-  refiners train train-scenes fonts bench gpu-check gpu-profile gpu-serve-check xl-check sd35-check \
+.PHONY: help demo gallery test unit check format setup export serve web quality editing study \
+  refiners train train-scenes fonts bench hostile gpu-check gpu-profile gpu-serve-check xl-check sd35-check \
   rectified-check clean
 .DEFAULT_GOAL := help
 
@@ -38,7 +38,7 @@ setup: .venv/.installed  ## create the virtual environment with all dependencies
 .venv/.installed: pyproject.toml client/pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
-	  -e client -e '.[serve,export,training,bench,gpu,dev]'
+	  -e client -e '.[serve,export,training,bench,gateway,gpu,dev]'
 	# Its metadata require torchvision, which its Inception does not need.
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps torch-fidelity==0.4.0
 	touch $@
@@ -57,6 +57,9 @@ gallery: export  ## draw one page of examples from the served models, output/gal
 
 serve: export  ## serve the model repository until Ctrl-C
 	$(BIN)/python -m flowturbo.serve --repository $(REPOSITORY)
+
+web: export  ## serve the models, the OpenAI images API and a web page on port 8080, until Ctrl-C
+	$(BIN)/python examples/web.py --repository $(REPOSITORY)
 
 quality: export  ## measure recognition and Fréchet distance of 1,000 images per model and schedule
 	$(BIN)/python -m research.quality --repository $(REPOSITORY) --weights $(GLYPHS) \
@@ -79,6 +82,9 @@ refiners: export  ## train the refiners of the last section of the study (an hou
 bench: export  ## measure load with perf_analyzer, compare with PyTorch and diffusers behind FastAPI
 	$(BIN)/python -m bench.load --repository $(REPOSITORY) --baseline
 	$(BIN)/python -m bench.compare_prompts --repository $(REPOSITORY)
+
+hostile: export  ## send 50,000 hostile HTTP requests to the gateway
+	$(BIN)/python -m bench.hostile --repository $(REPOSITORY)
 
 gpu-check: setup  ## time SiT-XL/2's blocks and schedules in every available engine, bf16 first
 	$(BIN)/python -m bench.gpu_check $(GPU_CHECK)

@@ -113,9 +113,13 @@ def _speed(client: FlowTurboClient, case: Case, args: argparse.Namespace) -> flo
 def ratio(before: Sequence[float], now: Sequence[float]) -> dict[str, float]:
     """The mean ratio of images per second, now to before, with its 95% interval."""
     logs = np.log(now) - np.log(before)
-    half = _T_95[len(logs)] * float(logs.std(ddof=1)) / math.sqrt(len(logs))
-    mean = float(logs.mean())
+    mean, half = float(logs.mean()), interval_of(logs)
     return {"ratio": math.exp(mean), "low": math.exp(mean - half), "high": math.exp(mean + half)}
+
+
+def interval_of(values: np.ndarray) -> float:
+    """Half the 95% interval of the mean of paired differences, one per round."""
+    return _T_95[len(values)] * float(values.std(ddof=1)) / math.sqrt(len(values))
 
 
 def markdown(found: dict[str, Any]) -> str:

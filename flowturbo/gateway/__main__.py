@@ -5,6 +5,7 @@ It is a client of the image service. On an address that other machines reach it 
 
 import argparse
 import ipaddress
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,12 +27,19 @@ _GRACE_S = 30
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit status: 2, and one line on stderr, for errors that the user can fix."""
+    args = options(argv)
+    errors = (FlowTurboError, KeyFileError, OSError, ValueError)
+    return run_command("gateway", lambda: _run(args), errors)
+
+
+def options(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m flowturbo.gateway", description=__doc__)
     add = parser.add_argument
     add("--service", default="localhost:8001", metavar="HOST:PORT[,HOST:PORT]",
         help="gRPC endpoint; of several, each takes over if another fails (default: %(default)s)")
     add("--host", default="127.0.0.1", help="default: %(default)s")
-    add("--port", type=int, default=8080, help="default: %(default)s")
+    add("--port", type=int, default=8080, help="0: any free port (default: %(default)s)")
     add("--keys", type=Path, metavar="FILE", help="API keys (python -m flowturbo.gateway.keys)")
     add("--alias", nargs=2, action="append", default=[], metavar=("NAME", "PIPELINE"),
         help="another name of a pipeline, such as gpt-image-1")
@@ -44,9 +52,7 @@ def main(argv: Sequence[str]) -> int:
     add("--public-url", metavar="URL", help="of this gateway, where a proxy is before it")
     add("--certificate", type=Path, metavar="FILE", help="PEM, turns TLS on")
     add("--private-key", type=Path, metavar="FILE", help="PEM")
-    args = parser.parse_args(argv)
-    errors = (FlowTurboError, KeyFileError, OSError, ValueError)
-    return run_command("gateway", lambda: _run(args), errors)
+    return parser.parse_args(argv)
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -65,10 +71,8 @@ def _run(args: argparse.Namespace) -> None:
     # Without keys, a page whose name leads here must not get answers (DNS rebinding).
     hosts = None if args.keys else _LOCAL | {args.host}
     bounds = Bounds(args.max_body_mb << 20, args.timeout, args.max_requests, hosts)
-    uvicorn.run(
+    config = uvicorn.Config(
         application(gateway, bounds),  # type: ignore[arg-type]
-        host=args.host,
-        port=args.port,
         ssl_certfile=args.certificate,
         ssl_keyfile=args.private_key,
         access_log=False,
@@ -76,6 +80,19 @@ def _run(args: argparse.Namespace) -> None:
         timeout_graceful_shutdown=_GRACE_S,
         log_level="warning",
     )
+    with socket.create_server((args.host, args.port), family=_family(args.host)) as listener:
+        scheme, port = "https" if args.certificate else "http", listener.getsockname()[1]
+        print(f"ready: {scheme}://{shown_host(args.host)}:{port}", flush=True)
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
+
+
+def shown_host(host: str) -> str:
+    """As in an address: IPv6 in brackets."""
+    return f"[{host}]" if ":" in host else host
 
 
 def _is_loopback(host: str) -> bool:

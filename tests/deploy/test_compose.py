@@ -16,6 +16,7 @@ from bench.downloads import debian_package
 from export.__main__ import _options
 from flowturbo import contract
 from flowturbo.conditions import REQUEST_INPUTS
+from flowturbo.gateway.__main__ import options as gateway_options
 from flowturbo.serve import _parse
 
 COMPOSE = (ROOT / "docker-compose.yml").read_text()
@@ -51,12 +52,14 @@ def test_one_release_with_the_security_fixes() -> None:
 
 def test_paths_exist() -> None:
     assert set(SERVICES) == {
-        *("check", "server", "export", "torch", "perf_analyzer", "glyphs_export", "glyphs")
+        *("check", "server", "export", "torch", "gateway", "perf_analyzer", "glyphs_export"),
+        "glyphs",
     }
     for service in SERVICES.values():
         for volume in service["volumes"]:
             source = volume.split(":")[0]
-            given = source in (ENV["MODELS"], ENV["CHECKPOINTS"]) or source in resolved()["volumes"]
+            folders = [ENV[name] for name in ("MODELS", "CHECKPOINTS", "KEYS")]
+            given = source in folders or source in resolved()["volumes"]
             assert given or (ROOT / source).exists(), volume
         if "build" in service:
             build = service["build"]
@@ -96,10 +99,24 @@ def test_commands_are_understood() -> None:
     assert str(export.repository) == str(_parse(SERVICES["glyphs"]["command"])[0].repository)
 
 
+def test_the_gateway_is_guarded() -> None:
+    """It has keys, and its own options are understood."""
+    service = SERVICES["gateway"]
+    assert int(service["user"].split(":")[0]) > 0 and service["read_only"]
+    assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+    assert service["cap_drop"] == ["ALL"]
+    args = gateway_options(service["command"])
+    assert (args.host, args.service, args.port) == ("0.0.0.0", "server:8001", 8080)
+    assert str(args.keys).startswith("/keys/") and f"{args.port}/readyz" in str(
+        service["healthcheck"]
+    )
+
+
 def test_the_driver_that_the_image_needs_is_found_for_it() -> None:
     """By the image's own entry point, in front of every command of ours."""
     entries = [json.loads(e) for e in re.findall(r"^ENTRYPOINT (.*)$", DOCKERFILE, re.MULTILINE)]
     entries.append(SERVICES["torch"]["entrypoint"])
+    entries.remove(["python3", "-m", "flowturbo.gateway"])  # a client needs no driver
     modules = {entry[-1] for entry in entries}
     assert modules == {"flowturbo.serve", "export"}
     for entry in entries:
@@ -140,7 +157,7 @@ def test_the_load_is_of_this_service() -> None:
 def test_docker_compose_accepts_the_file() -> None:
     """By what is here, or by Debian's docker-compose."""
     command, environment = docker_compose()
-    names = ("export", "torch", "load", "cpu")
+    names = ("export", "torch", "load", "cpu", "web")
     profiles = [word for name in names for word in ("--profile", name)]
     done = subprocess.run(
         [*command, "--env-file", ".env.example", *profiles, "config"],

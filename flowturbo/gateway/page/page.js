@@ -279,7 +279,8 @@ async function make(asked, shown) {
   again.textContent = "Start from this";
   again.hidden = !model().edits;
   again.addEventListener("click", async () => {
-    await takeImage(await (await fetch(url(done))).blob());
+    const bytes = Uint8Array.from(atob(done.b64_json), (each) => each.charCodeAt(0));
+    await takeImage(new Blob([bytes], { type: `image/${done.output_format}` }));
     if (mode() !== "edit") document.querySelector("input[value=inpaint]").click();
     at("canvas").focus();
   });
