@@ -27,9 +27,7 @@ def chromium() -> Iterator[Any]:
     # Its sandbox needs a privilege that containers do not have. It shows our own page only.
     options = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-proxy-server"]
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=program, env=environment, args=options
-        )
+        browser = playwright.chromium.launch(executable_path=program, env=environment, args=options)
         try:
             yield browser
         finally:

@@ -50,8 +50,8 @@ _NAMES = ("prompt", "model", "n", "size", "quality", "response_format", "output_
           "output_compression", "background", "stream", "partial_images", "seed", "schedule",
           "guidance_scale", "negative_prompt", "label", "strip_metadata", "strength", "feather",
           "image", "mask", "images", "__class__", "", "n\0")  # fmt: skip
-_VALUES = (None, True, False, 0, -1, 1, 65, 2**63, -(2**63), 10**400, 0.5, -0.0, 1e308, "", "A", "é",
-           "\ud800", "\0", "a" * 40_000, "H999", "L99", "H1P5R3" * 200, "@", "1x1", "99999x99999",
+_VALUES = (None, True, False, 0, -1, 1, 65, 2**63, -(2**63), 10**400, 0.5, -0.0, 1e308, "", "A",
+           "é", "\ud800", "\0", "a" * 40_000, "H999", "L99", "H1P5R3" * 200, "@", "1x1", "99999x99999",
            "auto", [], [1], [1] * 65, {}, {"a": 1}, [[[[]]]], {"image_url": "file:///etc/passwd"},
            "data:image/png;base64,", "http://127.0.0.1/")  # fmt: skip
 
@@ -120,7 +120,9 @@ def request(chance: random.Random, host: str) -> bytes:
     kind = chance.randrange(10)
     if kind == 0:  # no HTTP
         return bytes(chance.randrange(256) for _ in range(chance.randrange(1, 400))) + b"\r\n\r\n"
-    method = chance.choice(("POST",) * 8 + ("GET", "PUT", "DELETE", "TRACE", "HEAD", "OPTIONS", "X"))
+    method = chance.choice(
+        ("POST",) * 8 + ("GET", "PUT", "DELETE", "TRACE", "HEAD", "OPTIONS", "X")
+    )
     path = chance.choice((_GENERATIONS, _EDITS) * 4 + _PATHS)
     body, given = _json(chance), "application/json"
     if kind in (1, 2, 3, 4):

@@ -10,8 +10,8 @@ from flowturbo_client.cli import main
 from flowturbo_client.provenance import read_metadata, replay
 from PIL import Image
 
-from flowturbo.provenance import exif
 from flowturbo.errors import RequestError
+from flowturbo.provenance import exif
 from flowturbo.serving.tritonserver import ServerAddress
 
 

@@ -47,9 +47,7 @@ def read_metadata(file: Path | bytes) -> dict[str, Any]:
         if not isinstance(found, dict) or "digests" not in found:
             raise ValueError("it is from another program")
     except (OSError, ValueError, SyntaxError) as error:
-        raise InvalidRequestError(
-            f"{name} does not say how it was made: {error}"
-        ) from error
+        raise InvalidRequestError(f"{name} does not say how it was made: {error}") from error
     return found
 
 

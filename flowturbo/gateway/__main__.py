@@ -36,13 +36,23 @@ def options(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m flowturbo.gateway", description=__doc__)
     add = parser.add_argument
-    add("--service", default="localhost:8001", metavar="HOST:PORT[,HOST:PORT]",
-        help="gRPC endpoint; of several, each takes over if another fails (default: %(default)s)")
+    add(
+        "--service",
+        default="localhost:8001",
+        metavar="HOST:PORT[,HOST:PORT]",
+        help="gRPC endpoint; of several, each takes over if another fails (default: %(default)s)",
+    )
     add("--host", default="127.0.0.1", help="default: %(default)s")
     add("--port", type=int, default=8080, help="0: any free port (default: %(default)s)")
     add("--keys", type=Path, metavar="FILE", help="API keys (python -m flowturbo.gateway.keys)")
-    add("--alias", nargs=2, action="append", default=[], metavar=("NAME", "PIPELINE"),
-        help="another name of a pipeline, such as gpt-image-1")
+    add(
+        "--alias",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "PIPELINE"),
+        help="another name of a pipeline, such as gpt-image-1",
+    )
     add("--filter", metavar="MODULE:FACTORY", help="a content filter (flowturbo.gateway.filters)")
     add("--timeout", type=float, default=120.0, metavar="SECONDS", help="default: %(default)s")
     add("--max-requests", type=positive, default=256, help="at a time (default: %(default)s)")

@@ -5,7 +5,7 @@ import base64
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Mapping
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, TypeVar
@@ -25,8 +25,8 @@ from flowturbo.gateway.answers import Refused, refusal_of_fields
 from flowturbo.gateway.edge import Bounds, Edge
 from flowturbo.gateway.fields import Edit, Generation
 from flowturbo.gateway.filters import Filter
-from flowturbo.gateway.keys import Key, Keys
 from flowturbo.gateway.kept import Kept
+from flowturbo.gateway.keys import Key, Keys
 from flowturbo.gateway.metrics import Metrics
 from flowturbo.gateway.service import ImageService, Task, evaluations
 from flowturbo.pipeline import shown_size
@@ -42,6 +42,10 @@ _LEFT = 499  # a status that nobody sees: the caller has left
 _OBJECTS = {Generation: "image_generation", Edit: "image_edit"}
 Fields = TypeVar("Fields", Generation, Edit)
 Result = TypeVar("Result")
+
+
+class CallerLeftError(Exception):
+    """The caller has closed the connection: nobody waits for the answer."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,16 @@ def application(gateway: Gateway, bounds: Bounds) -> Edge:
     async def refused(_: Request, error: Refused) -> Response:
         return JSONResponse(error.body, error.status, error.headers)
 
+    @app.exception_handler(CallerLeftError)
+    async def left(_: Request, error: CallerLeftError) -> Response:
+        metrics.left.inc()
+        return Response(status_code=_LEFT)
+
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> Response:
+        told = Refused(500, "the gateway failed: its log says why", code="internal_error")
+        return JSONResponse(told.body, told.status)
+
     @app.exception_handler(HTTPException)
     async def not_found(request: Request, error: HTTPException) -> Response:
         told = Refused(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
@@ -99,11 +113,7 @@ def application(gateway: Gateway, bounds: Bounds) -> Edge:
         if fields.stream:
             return await _streamed(gateway, metrics, request, task, key)
         with gateway.keys.limited(key, fields.n), metrics.running.track_inprogress():
-            try:
-                made = await _unless_left(request, gateway.service.generate(task))
-            except asyncio.CancelledError:
-                metrics.left.inc()
-                return Response(status_code=_LEFT)
+            made = await _unless_left(request, gateway.service.generate(task))
             for file in made.encoded or ():
                 await gateway.filter.after(fields, base64.b64decode(file))
         metrics.images.labels(task.model["name"]).inc(fields.n)
@@ -213,17 +223,18 @@ async def _form(request: Request) -> dict[str, Any]:
 
 
 async def _unless_left(request: Request, work: Awaitable[Result]) -> Result:
-    """The result of `work`. It is cancelled, and CancelledError raised, if the caller leaves."""
+    """The result of `work`. If the caller leaves, it is cancelled. Raises CallerLeftError."""
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_left(request))
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            working.cancel()
-        return await working
+        if working.done():
+            return working.result()
+        raise CallerLeftError
     finally:
-        leaving.cancel()
-        working.cancel()
+        for each in (working, leaving):
+            each.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
 
 
 async def _left(request: Request) -> None:
@@ -248,14 +259,12 @@ class _Events(Response):
                 async for event in self._source:
                     await send({"type": "http.response.body", "body": event, "more_body": True})
 
-        await send(
-            {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        )
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             await _unless_left(self._request, sent())
-        except asyncio.CancelledError:
+        except CallerLeftError:
             self._metrics.left.inc()
-            raise
+            return
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
@@ -278,11 +287,7 @@ async def _streamed(
                     partial += 1
 
     source = events()
-    try:
-        first = await _unless_left(request, anext(source))
-    except asyncio.CancelledError:
-        metrics.left.inc()
-        return Response(status_code=_LEFT)
+    first = await _unless_left(request, anext(source))
 
     async def all_of_them() -> AsyncIterator[bytes]:
         try:

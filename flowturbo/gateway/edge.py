@@ -61,7 +61,11 @@ class Edge:
                 present = {name.lower() for name, _ in message.get("headers", [])}
                 message["headers"] = [
                     *message.get("headers", []),
-                    *((n.encode(), v.encode()) for n, v in own.items() if n.encode() not in present),
+                    *(
+                        (n.encode(), v.encode())
+                        for n, v in own.items()
+                        if n.encode() not in present
+                    ),
                 ]
             await send(message)
 
@@ -114,9 +118,7 @@ class _Bounded:
             async with asyncio.timeout(max(0.0, self._until - time.monotonic())):
                 message: Message = await self._receive()
         except TimeoutError:
-            raise Refused(
-                408, f"the body did not come within {self._bounds.body_s:g} s"
-            ) from None
+            raise Refused(408, f"the body did not come within {self._bounds.body_s:g} s") from None
         if message["type"] == "http.request":
             self._left -= len(message.get("body", b""))
             self._whole = not message.get("more_body", False)

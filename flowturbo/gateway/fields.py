@@ -5,7 +5,14 @@ import binascii
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 
 MAX_IMAGES = 64
 MAX_PARTIAL = 3
@@ -58,9 +65,7 @@ class Generation(BaseModel):
     label: Annotated[int, Field(ge=0)] | Name | None = Field(
         None, description="A class by id or name, in place of the prompt."
     )
-    strip_metadata: bool | None = Field(
-        None, description="Leave out of the file how it was made."
-    )
+    strip_metadata: bool | None = Field(None, description="Leave out of the file how it was made.")
 
     @model_validator(mode="after")
     def _together(self) -> "Generation":

@@ -62,9 +62,7 @@ class Bucket:
 class Keys:
     """The keys of the file `path`; without one everybody may ask, and there are no limits."""
 
-    def __init__(
-        self, path: Path | None, clock_s: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, path: Path | None, clock_s: Callable[[], float] = time.monotonic) -> None:
         self._path, self._clock_s = path, clock_s
         self._stamp: tuple[int, int] | None = None
         self._keys: dict[str, Key] = {}

@@ -31,9 +31,7 @@ class Metrics:
         self.left = Counter(
             "flowturbo_gateway_callers_left", "Requests whose caller left before the answer", **own
         )
-        self.running = Gauge(
-            "flowturbo_gateway_requests_running", "Requests at the service", **own
-        )
+        self.running = Gauge("flowturbo_gateway_requests_running", "Requests at the service", **own)
         kept = Gauge("flowturbo_gateway_kept_bytes", "Image files with an address", **own)
         kept.set_function(kept_bytes)
 

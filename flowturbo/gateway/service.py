@@ -1,5 +1,6 @@
 """The image service as the gateway sees it: from fields to images, by the client."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ from flowturbo.gateway.fields import Edit, Generation
 from flowturbo.gateway.masks import white_where_transparent
 from flowturbo.pictures import Picture
 from flowturbo.presets import parsed
-from flowturbo.solver.program import compile_program
 from flowturbo.solver.calls import Network
+from flowturbo.solver.program import compile_program
 from flowturbo.solver.schedule import Schedule
 
 _DESCRIBED_S = 5.0  # how long the descriptions of the pipelines are kept
@@ -35,9 +36,7 @@ class Task:
 class ImageService:
     """Asks the service at `urls`. `aliases` are other names of pipelines."""
 
-    def __init__(
-        self, urls: Sequence[str], timeout_s: float, aliases: Mapping[str, str]
-    ) -> None:
+    def __init__(self, urls: Sequence[str], timeout_s: float, aliases: Mapping[str, str]) -> None:
         # A caller is told at once that the service is busy: it knows best whether to wait.
         others = len(urls) - 1
         self._client = AsyncFlowTurboClient(urls, timeout_s=timeout_s, retries=others)
@@ -93,7 +92,8 @@ class ImageService:
             **_condition(fields, model),
         }
         if isinstance(fields, Edit):
-            arguments |= _edit(fields, model)
+            # In a thread: masks are decoded.
+            arguments |= await asyncio.to_thread(_edit, fields, model)
         return Task(fields, model, {k: v for k, v in arguments.items() if v is not None})
 
     async def generate(self, task: Task) -> Made:
@@ -144,9 +144,7 @@ def _condition(fields: Generation, model: Mapping[str, Any]) -> dict[str, Any]:
             label = int(label)
         return {"labels": [label] * fields.n}
     if fields.label is not None:
-        raise Refused(
-            400, f"model {model['name']} takes a prompt and no label", param="label"
-        )
+        raise Refused(400, f"model {model['name']} takes a prompt and no label", param="label")
     return {"prompts": [fields.prompt] * fields.n}
 
 

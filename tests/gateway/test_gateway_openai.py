@@ -3,11 +3,14 @@
 import asyncio
 import base64
 import io
+import re
 import socket
+import subprocess
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -15,6 +18,7 @@ import openai
 import pytest
 from flowturbo_client import FlowTurboClient
 from PIL import Image
+from support import ROOT
 
 from flowturbo.serving.tritonserver import ServerAddress
 
@@ -225,3 +229,23 @@ def test_health_and_metrics(gateway: str) -> None:
     with urllib.request.urlopen(f"{gateway}/metrics") as answer:
         text = answer.read().decode()
     assert 'flowturbo_gateway_requests_total{route="/v1/images/generations",status="200"}' in text
+
+
+def test_the_curl_lines_of_the_docs_run(api: openai.OpenAI, gateway: str, tmp_path: Path) -> None:
+    image = api.images.generate(prompt=PROMPT, model="scenes").data[0]  # type: ignore[index]
+    array = of(image).astype(np.uint8)
+    (tmp_path / "image.png").write_bytes(png(array))
+    alpha = np.full((*array.shape[:2], 1), 255, np.uint8)
+    alpha[: len(alpha) // 2] = 0
+    (tmp_path / "mask.png").write_bytes(png(np.concatenate([array, alpha], 2)))
+    text = (ROOT / "docs" / "gateway.md").read_text()
+    fences = re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    lines = [line for fence in fences for line in fence.replace("\\\n", " ").splitlines()]
+    commands = [line for line in lines if line.startswith("curl ")]
+    assert len(commands) == 4
+    for command in commands:
+        at_gateway = command.replace("http://127.0.0.1:8080", gateway)
+        done = subprocess.run(
+            ["bash", "-c", at_gateway], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        assert '"b64_json"' in done.stdout and '"error"' not in done.stdout, done.stdout

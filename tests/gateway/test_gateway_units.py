@@ -92,7 +92,7 @@ def test_masks_are_white_where_they_were_transparent() -> None:
 
 
 def test_evaluations_of_schedules() -> None:
-    """H evaluates twice; H1P5R3 evaluates the predictor 7 times, and a learned solver once a step."""
+    """Heun's step has two; the refiner's steps begin with the predictor's last."""
     assert [evaluations(text) for text in ("H8", "H1P5R3", "L4", "A10@3")] == [16, 7, 4, 10]
 
 

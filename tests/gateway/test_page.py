@@ -30,9 +30,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any, gateway: str) -> Iterator[Page]:
-    context = browser.new_context(
-        viewport=PHONE, permissions=["clipboard-read", "clipboard-write"]
-    )
+    context = browser.new_context(viewport=PHONE, permissions=["clipboard-read", "clipboard-write"])
     found, wrong = context.new_page(), []
     found.on("pageerror", lambda error: wrong.append(str(error)))
     found.on("console", lambda line: wrong.append(line.text) if line.type == "error" else None)
@@ -72,7 +70,9 @@ def test_generate_and_watch_it_form(page: Page) -> None:
     made(page)
     assert page.evaluate("window.sources.length") == 4  # three on the way, and the image
     assert page.evaluate("new Set(window.sources).size") == 4
-    expect(page.locator("figcaption")).to_have_text(re.compile(r"^A8: 8 evaluations, \d+ ms, seed 3$"))
+    expect(page.locator("figcaption")).to_have_text(
+        re.compile(r"^A8: 8 evaluations, \d+ ms, seed 3$")
+    )
 
 
 def test_compare_schedules_from_the_same_noise(page: Page, api: openai.OpenAI) -> None:
@@ -165,7 +165,7 @@ def test_history_gives_the_settings_back(page: Page) -> None:
 
 def test_copies_run(page: Page, tmp_path: Path) -> None:
     page.get_by_label("Model").select_option("scenes")
-    page.get_by_label("Prompt", exact=True).fill("it's a \"red\" circle")
+    page.get_by_label("Prompt", exact=True).fill('it\'s a "red" circle')
     page.get_by_label("Seed").fill("3")
     made(page)
     page.get_by_role("button", name="Copy as curl").click()
