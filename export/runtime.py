@@ -10,7 +10,7 @@ from pathlib import Path
 from export.deployment import AUTO, Deployment
 from export.onnx_graph import ExportTarget, export_onnx
 from export.torch_program import export_program
-from flowturbo.contract import Role
+from flowturbo.contract import LONE_ROWS, Role
 from flowturbo.generate import roles_called
 from flowturbo.parity import TOLERANCES, Figures, VerificationError, check
 from flowturbo.presets import DEFAULT, built_in
@@ -105,7 +105,8 @@ def try_runtimes(
         # OpenVINO in bfloat16 rounds what the file has in float32 too, such as embeddings of times.
         # That counts if it serves the model, and not for a file that is for another engine.
         precision = runtime.precision if served or runtime.name != "openvino" else "fp32"
-        model = open_model(path, precision, runtime=runtime.name, on_gpu=on_gpu)
+        fixed = LONE_ROWS.get(exported.role) if served else None
+        model = open_model(path, precision, runtime=runtime.name, on_gpu=on_gpu, fixed_rows=fixed)
         try:
             parity = figures.check(exported.role, model, TOLERANCES[runtime.precision])
             for inputs, outputs in other_sizes:
@@ -127,9 +128,12 @@ def try_runtimes(
     return trials
 
 
-def block_times(path: Path, runtime: Runtime, figures: Figures, max_rows: int) -> dict[str, float]:
+def block_times(
+    role: Role, path: Path, runtime: Runtime, figures: Figures, max_rows: int
+) -> dict[str, float]:
     """Milliseconds per call of the file `path` by rows, from a pair to `max_rows` rows."""
-    model = open_model(path, runtime.precision, runtime=runtime.name)
+    fixed = LONE_ROWS.get(role)
+    model = open_model(path, runtime.precision, runtime=runtime.name, fixed_rows=fixed)
     best: dict[int, float] = {}
     for _ in range(_BLOCK_ROUNDS):  # in turns: a pause of the machine does not hit one size alone
         for rows in stated_rows(max_rows):

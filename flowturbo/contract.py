@@ -45,6 +45,10 @@ _MODELS = {
 }
 
 
+# Rows of a lone guided image. For them a model on a CPU has a program of its own.
+LONE_ROWS = {Role.PREDICTOR: 2, Role.REFINER: 2, Role.DECODER: 1}
+
+
 def model_name(pipeline: str, role: Role) -> str:
     """The Triton model with this role: `glyphs_velocity_predictor`."""
     return f"{pipeline}_{_MODELS[role]}"

@@ -17,6 +17,7 @@ from flowturbo.contract import (
     INITIAL_NOISE,
     INVERT,
     LATENT,
+    LONE_ROWS,
     MASK,
     SCHEDULE,
     SEED,
@@ -183,6 +184,7 @@ def open_role(
         threads,
         made.runtime,
         on_gpu=made.on_gpu,
+        fixed_rows=LONE_ROWS.get(role),
     )
 
 

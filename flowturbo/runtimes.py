@@ -40,12 +40,14 @@ def open_model(
     runtime: str | None = None,
     *,
     on_gpu: bool = False,
+    fixed_rows: int | None = None,
 ) -> Model:
     """Loads the file `path` (see `model_file`) in one of RUNTIMES, to compute in `precision`.
 
     ONNX Runtime and PyTorch compute in the file's own types. ONNX Runtime uses a GPU if it supports
     one. PyTorch uses the first GPU if `on_gpu`. OpenVINO runs on a CPU; it can run a float32 file
-    in bfloat16. `threads` None means one per usable core. Raises RepositoryError if the runtime is
+    in bfloat16; batches of `fixed_rows` then have a program of their own, which is faster than the
+    one for any number of rows. `threads` None means one per usable core. Raises RepositoryError if the runtime is
     not installed.
     """
     chosen = runtime or runtime_for(precision)
@@ -55,7 +57,7 @@ def open_model(
 
             return TorchModel(path, "cuda:0" if on_gpu else "cpu", threads)
         if chosen == "openvino":
-            return OpenVinoModel(path, precision, threads)
+            return OpenVinoModel(path, precision, threads, fixed_rows)
         return OnnxRuntimeModel(path, threads)
     except ImportError as error:
         raise RepositoryError(
@@ -96,20 +98,39 @@ class OpenVinoModel:
 
     on_gpu = False
 
-    def __init__(self, path: Path, precision: str, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        precision: str,
+        threads: int | None = None,
+        fixed_rows: int | None = None,
+    ) -> None:
         import openvino
 
-        self._model = openvino.Core().compile_model(
-            path,
-            "CPU",
-            {
-                "INFERENCE_NUM_THREADS": threads or usable_cores(),
-                "INFERENCE_PRECISION_HINT": _OPENVINO_TYPES[precision],
-                "PERFORMANCE_HINT": "LATENCY",
-            },
-        )
+        core = openvino.Core()
+        options = {
+            "INFERENCE_NUM_THREADS": threads or usable_cores(),
+            "INFERENCE_PRECISION_HINT": _OPENVINO_TYPES[precision],
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        graph = core.read_model(path)
+        if precision == "bf16":
+            # The tanh form takes twice as long as the product before it. The two forms differ by
+            # 5e-4, less than bfloat16 rounds.
+            for operation in graph.get_ops():
+                if operation.get_type_name() == "Gelu":
+                    operation.set_attribute("approximation_mode", "erf")
+        self._model = core.compile_model(graph, "CPU", options)
+        self._fixed_rows, self._fixed = fixed_rows, None
+        rows = {each: list(each.get_partial_shape())[1:] for each in graph.inputs}
+        if fixed_rows and not any(side.is_dynamic for sides in rows.values() for side in sides):
+            fixed = {each: [fixed_rows, *of] for each, of in rows.items()}
+            graph.reshape({each: openvino.PartialShape(of) for each, of in fixed.items()})
+            self._fixed = core.compile_model(graph, "CPU", options)
 
     def __call__(self, inputs: Tensors) -> tuple[np.ndarray, ...]:
         """Outputs [rows, ...] in the model's order."""
-        results = self._model(inputs)
-        return tuple(np.array(results[k]) for k in range(len(self._model.outputs)))
+        rows = len(next(iter(inputs.values())))
+        model = self._fixed if self._fixed and rows == self._fixed_rows else self._model
+        results = model(inputs)
+        return tuple(np.array(results[k]) for k in range(len(model.outputs)))

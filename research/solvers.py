@@ -62,7 +62,8 @@ def _run(args: argparse.Namespace) -> None:
     predictor = args.predictor or (shipped if shipped.is_file() else weights / "model")
     engine = Engine(args.repository, args.pipeline)
     exact = Exact.of_repository(predictor, args.repository, args.pipeline)
-    eyes = Evaluator.open(weights, None, None, engine.subject)
+    judged = args.first_seed == 0  # the judge's subjects and the images count from there
+    eyes = Evaluator.open(weights, None, None, engine.subject) if judged else None
     args.work.mkdir(parents=True, exist_ok=True)
     path = args.json or Path("docs/benchmarks") / f"solvers_{args.pipeline}.json"
     found: dict[str, Any] = {
@@ -91,14 +92,14 @@ def _run(args: argparse.Namespace) -> None:
             apart[schedule] = _distances(engine, spec, folder, solved[args.first_seed :], args)
             evaluations = schedule_evaluations(spec.schedule)[0] if spec.schedule else 0
             rows[schedule] = {"evaluations": evaluations, **_mean(apart[schedule])}
-            if args.first_seed == 0:
+            if eyes:
                 rows[schedule] |= _judged(eyes, folder, args.images)
             beside = apart.get(BESIDE.format(evaluations))
             if beside is not None:
                 rows[schedule] |= compared(apart[schedule], beside)
             found["guidance"][f"{scale:g}"] = rows
             write_json(found, path)
-        if args.first_seed == 0:
+        if eyes:
             said = described(SamplingSpec("H8", scale), args.repository, "process", args.pipeline)
             name = f"exact_{exact.digest}_g{scale:g}_{said['models']}"
             folder = ImageFolder(args.work / "images" / name, said | {"spec": name}, engine.subject)
