@@ -96,11 +96,18 @@ def _run(args: argparse.Namespace) -> None:
 
 
 class Served:
-    """A running `flowturbo.serve` on free ports; its log goes to the file `log`."""
+    """A running `flowturbo.serve` on free ports; its log goes to the file `log`.
 
-    def __init__(self, repository: Path, log: Path) -> None:
-        serve = [sys.executable, "-m", "flowturbo.serve", "--repository", str(repository)]
-        self._command, self._log = [*serve, "--restarts=1000"], log
+    Its code is that of the checkout `root`, or else this one's.
+    """
+
+    def __init__(self, repository: Path, log: Path, root: Path | None = None) -> None:
+        where = str(repository.resolve())
+        serve = [sys.executable, "-m", "flowturbo.serve", "--repository", where]
+        self._command, self._log, self._root = [*serve, "--restarts=1000"], log, root
+        self._env = dict(os.environ)
+        if root:
+            self._env["PYTHONPATH"] = f"{root}{os.pathsep}{root / 'client'}"
         self.grpc = self.http = self.metrics = "127.0.0.1:0"
         self._start()
 
@@ -109,7 +116,12 @@ class Served:
         ports = [f"--{name}-port={getattr(self, name).rpartition(':')[2]}" for name in names]
         with self._log.open("a") as stderr:
             self._process = subprocess.Popen(
-                [*self._command, *ports], stdout=subprocess.PIPE, stderr=stderr, text=True
+                [*self._command, *ports],
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                cwd=self._root,
+                env=self._env,
             )
         assert self._process.stdout
         line = self._process.stdout.readline()
@@ -161,9 +173,9 @@ def wait_ready(
 
 
 @contextlib.contextmanager
-def served(repository: Path, log: Path) -> Iterator[Served]:
+def served(repository: Path, log: Path, root: Path | None = None) -> Iterator[Served]:
     """A `flowturbo.serve` that is stopped afterwards."""
-    server = Served(repository, log)
+    server = Served(repository, log, root)
     try:
         yield server
     finally:
