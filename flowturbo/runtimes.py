@@ -28,6 +28,11 @@ def runtime_for(precision: str) -> str:
     return "openvino" if precision == "bf16" else "onnxruntime"
 
 
+FIXED_FILE = (
+    "fixed.onnx"  # beside a model's file: the form for a fixed number of rows, if it differs
+)
+
+
 def model_file(runtime: str) -> str:
     """The name of the file that a runtime loads from a model's version folder."""
     return "model.pt2" if runtime == "torch" else "model.onnx"
@@ -122,6 +127,8 @@ class OpenVinoModel:
                     operation.set_attribute("approximation_mode", "erf")
         self._model = core.compile_model(graph, "CPU", options)
         self._fixed_rows, self._fixed = fixed_rows, None
+        if fixed_rows and path.with_name(FIXED_FILE).is_file():
+            graph = core.read_model(path.with_name(FIXED_FILE))
         rows = {each: list(each.get_partial_shape())[1:] for each in graph.inputs}
         if fixed_rows and not any(side.is_dynamic for sides in rows.values() for side in sides):
             fixed = {each: [fixed_rows, *of] for each, of in rows.items()}

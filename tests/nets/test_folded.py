@@ -7,12 +7,13 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from torch import nn
 
 from export.onnx_graph import ExportTarget, export_onnx
 from flowturbo.conditions.class_label import ClassLabel
 from flowturbo.contract import Role
 from flowturbo.nets.blocks import PredictorBlock
-from flowturbo.nets.folded import FoldedSiT
+from flowturbo.nets.folded import FoldedSiT, MomentNorm, with_moment_norms
 from flowturbo.nets.sit import ByLabel, SiT, SiTConfig, refiner_config
 
 pytestmark = pytest.mark.unit
@@ -67,3 +68,17 @@ def test_the_graph_has_fewer_operations(tmp_path: Path) -> None:
     assert products[1] == products[0] + 1 - CONFIG.depth
     assert after["Mul"] <= before["Mul"] - CONFIG.depth
     assert sum(after.values()) < 0.9 * sum(before.values())
+
+
+def test_moments_normalise_groups() -> None:
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Conv2d(4, 12, 3), nn.GroupNorm(3, 12, eps=1e-3), nn.SiLU())
+    network = nn.ModuleDict({"inner": inner})
+    nn.init.normal_(inner[1].weight)
+    nn.init.normal_(inner[1].bias)
+    found = with_moment_norms(network)
+    assert isinstance(found["inner"][1], MomentNorm) and isinstance(inner[1], nn.GroupNorm)
+    x = 3 + torch.randn(2, 4, 8, 8)
+    with torch.inference_mode():
+        wanted, own = inner(x), found["inner"](x)
+    assert (own - wanted).abs().max() < 1e-5 * wanted.abs().max()
