@@ -62,11 +62,11 @@ def main(argv: Sequence[str]) -> int:
 def _run(args: argparse.Namespace) -> None:
     if args.rounds % args.starts:
         raise ValueError(f"--starts must divide --rounds {args.rounds}, got {args.starts}")
-    cases = [
-        Case(*map(int, text.split("x")), schedule)
-        for schedule in args.schedule
-        for text in args.case
-    ]
+    cases = []
+    for schedule in args.schedule:
+        for text in args.case:
+            clients, images = map(int, text.split("x"))
+            cases.append(Case(clients, images, schedule))
     found: dict[str, Any] = {str(case): {"before": [], "now": []} for case in cases}
     with tqdm(total=2 * args.rounds * len(cases)) as bar:
         for _ in range(args.starts):
