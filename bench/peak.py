@@ -12,6 +12,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def _run(args: argparse.Namespace) -> None:
             if rows > pipeline.max_rows:
                 continue
             inputs = random_inputs(role, rows, pipeline)
-            calls[role.value, rows] = lambda model=model, inputs=inputs: model(inputs)
+            calls[role.value, rows] = partial(model, inputs)
             counts[role.value, rows] = operations(path, inputs)
     products = {
         precision: _product(precision, on_gpu=pipeline.on_gpu)
@@ -74,15 +75,15 @@ def _run(args: argparse.Namespace) -> None:
     medians = {key: statistics.median(of[1:]) for key, of in taken.items()}
     peaks = {precision: 2 * SIDE**3 / medians[precision] for precision in products}
     rows_of = []
-    for (role, rows), count in counts.items():
-        precision = pipeline.models[Role(role)].precision
-        rate = count / medians[role, rows]
+    for (name, rows), count in counts.items():
+        precision = pipeline.models[Role(name)].precision
+        rate = count / medians[name, rows]
         rows_of.append(
             {
-                "model": role,
+                "model": name,
                 "precision": precision,
                 "rows": rows,
-                "ms": 1e3 * medians[role, rows],
+                "ms": 1e3 * medians[name, rows],
                 "tflops": rate / 1e12,
                 "share": rate / peaks[precision],
             }

@@ -1,15 +1,15 @@
 """Networks for inference: the same functions, in the form that compilers make fast programs of.
 
-A SiT: what only the weights decide is done once, here: the scale of attention is in the weights of the
-queries, the 1 of `1 + scale` in a bias, and the conditioning of all layers is one product. Patches
-are a product instead of a convolution.
+A SiT: what only the weights decide is done once, here. The scale of attention is in the weights of
+the queries, and the 1 of `1 + scale` in a bias. The conditioning of all layers is one product.
+Patches are a product instead of a convolution.
 
 A VAE: group norms are a multiplication and an addition per channel, which compilers join to their
 neighbours. That is faster for a fixed number of rows only.
 """
 
 import copy
-
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +34,8 @@ class FoldedSiT(nn.Module):
         place = sit.pos_embed + patches.bias  # type: ignore[operator]
         self.place = nn.Parameter(place.detach(), requires_grad=False)
         blocks: list[SiTBlock] = list(sit.blocks)  # type: ignore[arg-type]
-        self.conditioning = _joined(
-            [block.adaLN_modulation[1] for block in blocks]  # type: ignore[misc]
-            + [sit.final_layer.adaLN_modulation[1]]
-        )
+        adaptive: list[Any] = [*blocks, sit.final_layer]
+        self.conditioning = _joined([each.adaLN_modulation[1] for each in adaptive])
         with torch.no_grad():  # each layer has (shift, scale, gate) twice, the last (shift, scale)
             scales = self.conditioning.bias.view(-1, sit.config.width)[1::3]
             scales += 1

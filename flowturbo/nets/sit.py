@@ -234,7 +234,7 @@ def unpatchify(tokens: Tensor, config: SiTConfig) -> Tensor:
 
 
 class ByLabel(nn.Module):
-    """A SiT, or its folded form, for a step block, whose conditioning is the label of each row, [B, 1] int64."""
+    """A SiT, or its folded form, for a step block. Conditioning: labels of rows, [B, 1] int64."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support import GOLDEN
 
 from research import residual, solvers
-from support import GOLDEN
 from tuning import fit
 
 GUIDANCE = ["--guidance", "1", "3"]
