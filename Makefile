@@ -47,9 +47,10 @@ export: setup  ## export both models to the model repository, if they are not up
 	$(BIN)/python -m export --name glyphs --predictor $(GLYPHS)/predictor.safetensors \
 	  --refiner $(GLYPHS)/refiner.safetensors --vae $(GLYPHS)/vae \
 	  --class-names $(GLYPHS)/classes.txt --presets $(GLYPHS)/presets.json --solvers $(GLYPHS)/solvers.npz \
-	  --guidance-scale 3 --ensemble fast H1P5R3 --repository $(REPOSITORY)
+	  --guidance-scale 3 --ensemble H1P5R3 --repository $(REPOSITORY)
 	$(BIN)/python -m export --name scenes --diffusers $(SCENES)/model --refiner $(SCENES)/refiner \
-	  --text-length 0 --presets $(SCENES)/presets.json --guidance-scale 3 --repository $(REPOSITORY)
+	  --text-length 0 --presets $(SCENES)/presets.json --solvers $(SCENES)/solvers.npz \
+	  --guidance-scale 3 --repository $(REPOSITORY)
 
 gallery: export  ## draw one page of examples from the served models, output/gallery.png
 	$(BIN)/python examples/gallery.py --repository $(REPOSITORY)

@@ -19,7 +19,7 @@ from flowturbo.conditions import Condition, read_condition, write_condition
 from flowturbo.conditions.class_label import ClassLabel
 from flowturbo.contract import ORCHESTRATOR, Role, Specs, composed_tensors, model_name
 from flowturbo.errors import RepositoryError, RequestError
-from flowturbo.presets import Presets, built_in, find_schedule, parsed
+from flowturbo.presets import Presets, built_in, find_schedule, parsed, shown
 from flowturbo.settings import Settings
 from flowturbo.solver.grid import GridRule, time_grid
 from flowturbo.solver.program import LARGEST_TRAINED_STEP
@@ -354,7 +354,7 @@ class Pipeline:
             "steps": self.solver_steps or "".join(STEPS),
             "grid": asdict(self.grid),
             "solvers": self.described_solvers,
-            "presets": {name: str(schedule) for name, schedule in self.presets.items()},
+            "presets": {name: shown(schedule) for name, schedule in self.presets.items()},
             "default_schedule": str(self.default_schedule(settings)),
             "default_guidance_scale": self.default_guidance_scale(settings),
         }

@@ -56,6 +56,11 @@ def parsed(texts: Mapping[str, str]) -> Presets:
     return found
 
 
+def shown(schedule: Schedule) -> str:
+    """As `parsed` reads it."""
+    return _OR.join(map(str, filter(None, (schedule, schedule.otherwise))))
+
+
 def find_schedule(text: str, presets: Presets) -> Schedule:
     """The schedule of the preset `text`, else `text` parsed as a schedule. Raises RequestError."""
     if preset := presets.get(text):

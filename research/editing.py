@@ -36,7 +36,7 @@ from training.scenes.grammar import Scene, Sign
 from training.scenes.judge import HEADS, answers_of, readings
 
 ORIGINALS, EXACT = "A24", "H100"
-SCHEDULES = ("A9", "H8", "H1P5R3", "M8", "fast")
+SCHEDULES = ("A9", "H8", "H1P5R3", "M8", "H1P3Z1@3")
 INVERSIONS = ("E18", "H9", "A18", "P17", "M17", "E18@2", "H9@2", "A18@2", "P17@2", "M17@2")
 STRENGTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _SEED_OF_REPAINTING, _OTHER_CLASS = 100_000, 7

@@ -3,20 +3,21 @@
 FlowTurbo's refiner takes the predictor's place in the last steps. This refiner is another one: it
 adds a residual to the last steps of a fitted solver L. Its output layer starts at zero. It is
 trained step after step on the states that the solver and the steps before it reach, towards the
-exact trajectory. Each refined step adds its measured time to that of the predictor. So the refined
-solver is compared with a fitted solver that would have more evaluations in the same time: the
-distance between two numbers of evaluations is interpolated.
+exact trajectory.
+
+Each refined step adds its measured time to that of the predictor. In the same time a fitted solver
+could have more evaluations. The refined solver is compared with that one. Its distance is
+interpolated between two numbers of evaluations.
 """
 
 import argparse
 import copy
-import json
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,15 @@ from tqdm import tqdm
 
 from bench.observe import hardware, in_words, write_json
 from flowturbo.command import run_command
+from flowturbo.conditions.class_label import LABEL
 from flowturbo.errors import FlowTurboError
 from flowturbo.latents import noise
 from flowturbo.runtimes import open_model
 from flowturbo.solver.guidance import Guidance
 from flowturbo.solver.sampler import Array
 from flowturbo.solvers import Fit
-from research.quality.engine import BATCH, Engine, Exact, distances
+from flowturbo.textfile import read_json
+from research.quality.engine import BATCH, Engine, add_exact_arguments, distances, exact_of
 from research.quality.evaluate import exact_latents
 from research.quality.metrics import half_width, mean_without
 from tuning.fit import Source
@@ -46,6 +49,7 @@ _VALIDATION = 1024  # trajectories that choose the weights of a network
 _DIFFERENCES = 4  # of velocities that the mixer reads
 _SOFT = 0.3  # of the loss, as in the fit of solvers
 _CHECKS = 8  # per training
+_READ = ("states", "scale", LABEL)  # the inputs of a network, in order
 _TIMED = (1, 8)  # images
 _ROUNDS = 40  # of timing; predictor and network take turns
 
@@ -190,7 +194,7 @@ def trained(kind: str, given: Inputs, labels: int, steps: int, batch: int, name:
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, 2e-5)
     chance = np.random.default_rng(0)
     validation = replace(given, **{
-        key: getattr(given, key)[fitted:] for key in ("states", "scale", "label", "target")
+        each.name: getattr(given, each.name)[fitted:] for each in fields(Inputs)
     })  # fmt: skip
 
     def error() -> float:
@@ -231,9 +235,7 @@ def main(argv: Sequence[str]) -> int:
     """Returns the exit status: 2, and one line on stderr, for errors that the user can fix."""
     parser = argparse.ArgumentParser(prog="python -m research.residual", description=__doc__)
     add = parser.add_argument
-    add("--repository", type=Path, default=Path("model_repository"))
-    add("--pipeline", default="glyphs")
-    add("--predictor", type=Path, help="checkpoint or folder (default: of the shipped model)")
+    add_exact_arguments(parser)
     add("--evaluations", type=int, nargs="+", default=[4, 6], choices=list(REFINED))
     add("--guidance", type=float, nargs="+", default=[1.0], help="one scale, or a range")
     add("--at", type=float, nargs="+", help="scales that are measured (default: the first)")
@@ -252,9 +254,7 @@ def main(argv: Sequence[str]) -> int:
 def _run(args: argparse.Namespace) -> None:
     engine = Engine(args.repository, args.pipeline)
     low, high = args.guidance[0], args.guidance[-1]
-    shipped = Path("weights") / args.pipeline / "predictor.safetensors"
-    predictor = args.predictor or (shipped if shipped.is_file() else shipped.with_name("model"))
-    exact = Exact.of_repository(predictor, args.repository, args.pipeline)
+    exact = exact_of(args.repository, args.pipeline, args.predictor)
     tests = {
         scale: exact_latents(exact, engine.subject, Guidance(scale), args.images, args.work)
         for scale in args.at or [low]
@@ -384,7 +384,7 @@ def cost(engine: Engine, made: Residual, given: Inputs, guidance: Guidance) -> d
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 made.network.eval(), example, dynamo=True, verbose=False,
-                input_names=["states", "scale", "label"],
+                input_names=[*_READ],
                 dynamic_shapes=({0: rows}, {0: rows}, {0: rows}),
             )  # fmt: skip
         assert program is not None
@@ -395,7 +395,7 @@ def cost(engine: Engine, made: Residual, given: Inputs, guidance: Guidance) -> d
             velocity = engine.velocity(seeds, guidance)
             x = noise(seeds, engine.pipeline.latent_shape)
             read = [of.numpy() for of in given.rows(slice(0, images))[:3]]
-            inputs = dict(zip(("states", "scale", "label"), read, strict=True))
+            inputs = dict(zip(_READ, read, strict=True))
             taken: dict[str, list[float]] = {"network": [], "predictor": []}
             for _ in range(_ROUNDS):
                 for name, call in (
@@ -452,11 +452,12 @@ def _write(args: argparse.Namespace, engine: Engine, found: Sequence[Mapping[str
     key = ("network", "guidance", "fitted", "evaluations")
     kept: dict[Any, Any] = {}
     if path.is_file():
-        kept = {str([row[k] for k in key]): row for row in json.loads(path.read_text())["found"]}
+        kept = {str([row[k] for k in key]): row for row in read_json(path)["found"]}
     kept |= {str([row[k] for k in key]): {**row, **said} for row in found}
     about = {"hardware": hardware(), "precision": engine.pipeline.precision}
-    write_json({**about, "found": list(kept.values())}, path)
-    path.with_suffix(".md").write_text(markdown(json.loads(path.read_text()), args.pipeline))
+    document = {**about, "found": list(kept.values())}
+    write_json(document, path)
+    path.with_suffix(".md").write_text(markdown(document, args.pipeline))
 
 
 def markdown(found: Mapping[str, Any], name: str) -> str:

@@ -7,6 +7,8 @@ the same number of evaluations. Images are judged too. Exact solutions are kept 
 
 import argparse
 import datetime
+import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,58 +22,81 @@ from flowturbo.command import run_command
 from flowturbo.errors import FlowTurboError, RequestError
 from flowturbo.solver.guidance import Guidance
 from flowturbo.solver.sampler import Array
+from flowturbo.solver.schedule import Schedule
+from flowturbo.textfile import read_json
 from research.quality.engine import (
     BATCH,
     Engine,
-    Exact,
     SamplingSpec,
+    add_exact_arguments,
     distances,
+    exact_of,
     schedule_evaluations,
 )
 from research.quality.evaluate import Evaluator, described, exact_latents, models_digest
 from research.quality.images import ImageFolder
 from research.quality.metrics import half_width, mean_without
+from tuning.scores import latents
 
 BESIDE = "A{}@3"
 # At each number of evaluations. What a pipeline has no fit for, or no table, is left out.
-RIVALS = "L{0} A{0}@2 A{0}@3 U{0}@2 U{0}@3 V{0}@3 D{0}@3 G{0}@3 B{0}@3 C{0}@3 N{0}"
+RIVALS = {letter: f"{letter}{{}}@3" for letter in "VDGBC"} | {"L": "L{}", "N": "N{}"}
+SHIFTED = {letter: f"{letter}{{}}@{{:g}}" for letter in "AU"}  # on several grids
+
+
+# What the picture shows: at most six families.
+CURVES = (
+    ("learned (L)", "L", "o-"),
+    ("Adams-Bashforth 2 (A), best grid", "A", "^--"),
+    ("UniPC 2 (U), best grid", "U", "s-."),
+    ("DPM-Solver++ 2M (D@3)", "D", "D:"),
+    ("NeuralSolver (N)", "N", "x--"),
+)
 
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit status: 2, and one line on stderr, for errors that the user can fix."""
     parser = argparse.ArgumentParser(prog="python -m research.solvers", description=__doc__)
     add = parser.add_argument
-    add("--repository", type=Path, default=Path("model_repository"))
-    add("--pipeline", default="glyphs")
-    add("--predictor", type=Path, help="checkpoint or folder (default: of the shipped model)")
+    add_exact_arguments(parser)
     add("--weights", type=Path, help="folder with the judge (default: weights/NAME)")
     add("--evaluations", type=int, nargs="+", default=[3, 4, 5, 6, 8])
+    letters = [*RIVALS, *SHIFTED]
+    add("--letters", nargs="+", default=letters, choices=letters, help="what is compared with A")
+    add("--shifts", type=float, nargs="+", default=[2.0, 3.0], help="grids of A and U")
     add("--guidance-scale", type=float, nargs="+", default=[1.0, 3.0])
     add("--schedule", nargs="*", default=["fast", "balanced", "best", "H1P5R3", "H8"])
     add("--images", type=int, default=1024)
     add("--first-seed", type=int, default=0)
     add("--work", type=Path, default=Path("runs/solvers"), help="keeps exact solutions and images")
     add("--json", type=Path, help="default: docs/benchmarks/solvers_NAME.json")
+    add("--report-only", action="store_true", help="writes text and picture again from the file")
     args = parser.parse_args(argv)
+    args.command = shlex.join(["python", "-m", "research.solvers", *argv])
     return run_command("solvers", lambda: _run(args), (FlowTurboError, OSError, ValueError))
 
 
 def _run(args: argparse.Namespace) -> None:
+    path = args.json or Path("docs/benchmarks") / f"solvers_{args.pipeline}.json"
+    if not args.report_only:
+        _measure(args, path)
+    _report(path, args.pipeline)
+
+
+def _measure(args: argparse.Namespace, path: Path) -> None:
     weights = args.weights or Path("weights") / args.pipeline
-    shipped = weights / "predictor.safetensors"
-    predictor = args.predictor or (shipped if shipped.is_file() else weights / "model")
     engine = Engine(args.repository, args.pipeline)
-    exact = Exact.of_repository(predictor, args.repository, args.pipeline)
+    exact = exact_of(args.repository, args.pipeline, args.predictor)
     judged = args.first_seed == 0  # the judge's subjects and the images count from there
     eyes = Evaluator.open(weights, None, None, engine.subject) if judged else None
     args.work.mkdir(parents=True, exist_ok=True)
-    path = args.json or Path("docs/benchmarks") / f"solvers_{args.pipeline}.json"
     found: dict[str, Any] = {
         "hardware": processor(),
         "date": datetime.date.today().isoformat(),
         "models": models_digest(args.repository, args.pipeline),
         "precision": engine.pipeline.precision,
         "runtime": engine.pipeline.runtime,
+        "command": args.command,
         "images": args.images,
         "first_seed": args.first_seed,
         "exact": {},
@@ -85,37 +110,51 @@ def _run(args: argparse.Namespace) -> None:
         rows: dict[str, Any] = {}
         apart: dict[str, Array] = {}
         for schedule in tqdm(listed, desc=f"guidance {scale:g}"):
-            spec = SamplingSpec(schedule, scale)
-            said = described(spec, args.repository, "process", args.pipeline)
-            name = f"{spec}_{said['models']}_{said.get('solvers', '')}_{args.first_seed}"
-            folder = ImageFolder(args.work / "images" / name, said, engine.subject)
-            apart[schedule] = _distances(engine, spec, folder, solved[args.first_seed :], args)
-            evaluations = schedule_evaluations(spec.schedule)[0] if spec.schedule else 0
+            read = Schedule.parse(schedule)
+            made = latents(engine, read, guidance, range(args.first_seed, last))
+            apart[schedule] = distances(made, solved[args.first_seed :])
+            evaluations, _ = schedule_evaluations(read)
             rows[schedule] = {"evaluations": evaluations, **_mean(apart[schedule])}
             if eyes:
-                rows[schedule] |= _judged(eyes, folder, args.images)
+                spec = SamplingSpec(schedule, scale)
+                said = described(spec, args.repository, "process", args.pipeline)
+                name = f"{spec}_{said['models']}_{said.get('solvers', '')}_{args.first_seed}"
+                folder = ImageFolder(args.work / "images" / name, said, engine.subject)
+                rows[schedule] |= _judged(eyes, engine, folder, made)
             beside = apart.get(BESIDE.format(evaluations))
             if beside is not None:
                 rows[schedule] |= compared(apart[schedule], beside)
             found["guidance"][f"{scale:g}"] = rows
             write_json(found, path)
+        for count, learned in nearest(rows, "L").items():
+            others = [of[count] for of in (nearest(rows, "A"), nearest(rows, "U")) if count in of]
+            rows[learned]["rivals"] = {
+                other: compared(apart[learned], apart[other]) for other in others
+            }
+        write_json(found, path)
         if eyes:
             said = described(SamplingSpec("H8", scale), args.repository, "process", args.pipeline)
             name = f"exact_{exact.digest}_g{scale:g}_{said['models']}"
             folder = ImageFolder(args.work / "images" / name, said | {"spec": name}, engine.subject)
-            for start in range(0, args.images, BATCH):
-                seeds = np.arange(start, min(start + BATCH, args.images))
-                folder.write(seeds, engine.decoded(solved[seeds]))
-            found["exact"][f"{scale:g}"] = _judged(eyes, folder, args.images)
+            found["exact"][f"{scale:g}"] = _judged(eyes, engine, folder, solved)
             write_json(found, path)
-    path.with_suffix(".md").write_text(markdown(found, args.pipeline))
-    print(markdown(found, args.pipeline))
+
+
+def _report(path: Path, name: str) -> None:
+    """Writes the text and the picture beside the figures in `path`."""
+    found = read_json(path)
+    draw(found, path.with_suffix(".png"))
+    path.with_suffix(".md").write_text(markdown(found, name, path.with_suffix(".png").name))
+    print(markdown(found, name))
 
 
 def _schedules(args: argparse.Namespace, engine: Engine, scale: float) -> list[str]:
     """What can be served of the rivals, those to compare with first."""
     texts = [BESIDE.format(count) for count in args.evaluations]
-    texts += [text.format(count) for count in args.evaluations for text in RIVALS.split()]
+    for count in args.evaluations:
+        texts += [text.format(count) for each, text in RIVALS.items() if each in args.letters]
+        for text in (text for each, text in SHIFTED.items() if each in args.letters):
+            texts += [text.format(count, shift) for shift in args.shifts]
     found = {}
     for text in [*texts, *args.schedule]:
         try:
@@ -129,20 +168,14 @@ def _schedules(args: argparse.Namespace, engine: Engine, scale: float) -> list[s
     return list(found)
 
 
-def _distances(
-    engine: Engine, spec: SamplingSpec, folder: ImageFolder, solved: Array, args: Any
-) -> Array:
-    parts = []
-    for start in range(0, len(solved), BATCH):
-        seeds = np.arange(start, min(start + BATCH, len(solved)))
-        made = engine.make(spec, args.first_seed + seeds)
-        folder.write(args.first_seed + seeds, made.image)
-        parts.append(distances(made.latent, solved[seeds]))
-    return np.concatenate(parts)
-
-
-def _judged(eyes: Evaluator, folder: ImageFolder, count: int) -> dict[str, float | None]:
-    figures = eyes.figures(folder, count)
+def _judged(
+    eyes: Evaluator, engine: Engine, folder: ImageFolder, latent: Array
+) -> dict[str, float | None]:
+    """The figures of the images of `latent`, of seeds from 0; they are kept in `folder`."""
+    for start in range(0, len(latent), BATCH):
+        part = latent[start : start + BATCH]
+        folder.write(np.arange(start, start + len(part)), engine.decoded(part))
+    figures = eyes.figures(folder, len(latent))
     return {
         "recognised": figures.recognised,
         "recognised_interval": figures.recognised_interval,
@@ -165,7 +198,54 @@ def compared(own: Array, beside: Array) -> dict[str, float]:
     return {"ratio": float(own.mean() / beside.mean()), "ratio_interval": half_width(ratios)}
 
 
-def markdown(found: dict[str, Any], name: str) -> str:
+def draw(found: dict[str, Any], path: Path) -> None:
+    """The distances of the families of CURVES by evaluations, one panel per guidance scale."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    scales = list(found["guidance"])
+    figure, axes = pyplot.subplots(
+        1, len(scales), figsize=(6 * len(scales), 4.6), layout="constrained", squeeze=False
+    )
+    for scale, axis in zip(scales, axes[0], strict=True):
+        rows = found["guidance"][scale]
+        for label, letter, look in CURVES:
+            points = [rows[schedule] for schedule in nearest(rows, letter).values()]
+            off = [row["distance"] for row in points]
+            bars = [row["interval"] for row in points]
+            counts = [row["evaluations"] for row in points]
+            if points:
+                axis.errorbar(counts, off, bars, fmt=look, label=label, capsize=2, lw=1.3)
+        for schedule in ("H1P5R3", "H8"):
+            if row := rows.get(schedule):
+                at = row["evaluations"], row["distance"]
+                axis.plot(*at, "k*", ms=9)
+                axis.annotate(
+                    schedule, at, (0, 7), textcoords="offset points", fontsize=9, ha="center"
+                )
+        axis.set(yscale="log", title=f"guidance {scale}", xlabel="evaluations of the predictor")
+        axis.set_ylabel("distance to the exact solution")
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=9)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def nearest(rows: dict[str, Any], letter: str) -> dict[int, str]:
+    """The nearest schedule of this letter alone, on any grid, by its number of evaluations."""
+    best: dict[int, str] = {}
+    for schedule, row in rows.items():
+        if re.fullmatch(rf"{letter}\d+(@.+)?", schedule):
+            count = row["evaluations"]
+            best[count] = min(
+                best.get(count, schedule), schedule, key=lambda s: rows[s]["distance"]
+            )
+    return dict(sorted(best.items()))
+
+
+def markdown(found: dict[str, Any], name: str, picture: str = "") -> str:
     """The report: one table per guidance scale, ordered by evaluations and then by distance."""
     seeds = f"{found['first_seed']} to {found['first_seed'] + found['images'] - 1}"
     lines = [
@@ -173,7 +253,7 @@ def markdown(found: dict[str, Any], name: str) -> str:
         "",
         f"{found['images']} images, seeds {seeds}; the deployed models in {found['precision']} "
         f"({found['runtime']}), {in_words(found['hardware'])}, {found['date']}. "
-        f"`python -m research.solvers --pipeline {name}` measures this again.",
+        f"`{found['command']}` measures this again.",
         "",
         "- **Distance**: RMS of a latent from the exact solution in float32, mean over images; "
         "± is half of the 95% interval.",
@@ -181,6 +261,8 @@ def markdown(found: dict[str, Any], name: str) -> str:
         "evaluations), on the same seeds.",
         "- The letters are in [schedules](../schedules.md#steps).",
     ]
+    if picture:
+        lines += ["", f"![Distance to the exact solution by evaluations]({picture})"]
     for scale, rows in found["guidance"].items():
         lines += [
             "",
@@ -201,6 +283,13 @@ def markdown(found: dict[str, Any], name: str) -> str:
                 f"| {row['evaluations']} | `{schedule}` | {row['distance']:.4f} ± "
                 f"{row['interval']:.4f} | {row['median']:.4f} | {ratio} | {judged} |"
             )
+        for schedule, row in rows.items():
+            if rivals := row.get("rivals"):
+                said = [
+                    f"{of['ratio']:.2f} ± {of['ratio_interval']:.2f} of `{name}`"
+                    for name, of in rivals.items()
+                ]
+                lines += ["", f"`{schedule}` is at {' and '.join(said)}, each on its best grid."]
     return "\n".join([*lines, ""])
 
 

@@ -75,31 +75,33 @@ def choose(
     Recommends the best schedule within the cap, or the fastest that reaches `quality`. Those that
     were `dropped` before can still stand in for presets that belong to one time grid.
     """
-    of_front = front(each for each in tried if each.ms <= cap_ms)
+    within = [[each for each in of if each.ms <= cap_ms] for of in (tried, dropped)]
+    of_front = front(within[0])
     of_paper = next(each for each in tried if each.schedule == paper)
     best = best_of(of_front)
     chosen = presets(of_front, of_paper.score.value)
-    otherwise = {
-        name: stand_in(each, tried) or stand_in(each, dropped) for name, each in chosen.items()
-    }
     return Choice(
         of_front,
         chosen,
         of_paper,
         best if quality is None else fastest_as_good(of_front, quality),
-        {name: each for name, each in otherwise.items() if each},
+        _otherwise(chosen, within, of_paper.score.value),
     )
 
 
-def stand_in(chosen: Rated, tried: Iterable[Rated]) -> Rated | None:
-    """What serves requests that `chosen` cannot: the best that takes no more time.
+def _otherwise(
+    chosen: Mapping[str, Rated], kinds: Sequence[Sequence[Rated]], of_paper: float
+) -> dict[str, Rated]:
+    """What serves requests that a chosen solver of whole schedules cannot.
 
-    None if `chosen` serves all, or if there is no such schedule.
+    It is the preset that would be chosen without such solvers, from the first of `kinds` that has
+    others.
     """
-    if not chosen.schedule.alone:
-        return None
-    others = [each for each in tried if not each.schedule.alone and each.ms <= chosen.ms]
-    return min(others, key=lambda each: each.score.value, default=None)
+    for rated in kinds:
+        if others := front(each for each in rated if not each.schedule.alone):
+            instead = presets(others, of_paper)
+            return {name: instead[name] for name, each in chosen.items() if each.schedule.alone}
+    return {}
 
 
 def front(rated: Iterable[Rated]) -> list[Rated]:
@@ -135,9 +137,13 @@ def presets(of_front: Sequence[Rated], of_paper: float) -> dict[str, Rated]:
 
 
 def knee(of_front: Sequence[Rated]) -> Rated:
-    """The one farthest below the line from the first to the last, on logarithmic axes."""
+    """The one farthest below the line from the first to the last, on logarithmic axes.
+
+    It is neither of the two, if there are others.
+    """
     points = [(math.log(each.ms), math.log(each.score.value)) for each in of_front]
     (x0, y0), (x1, y1) = points[0], points[-1]
     slope = (y1 - y0) / (x1 - x0) if x1 > x0 else 0.0
     below = [y0 + slope * (x - x0) - y for x, y in points]
-    return of_front[below.index(max(below))]
+    inner = below[1:-1] or below[:1]
+    return of_front[below.index(max(inner))]

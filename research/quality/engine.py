@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -18,12 +19,14 @@ from flowturbo.contract import SEED, Role
 from flowturbo.errors import RepositoryError, RequestError
 from flowturbo.generate import awaited, decode, image_block, in_chunks
 from flowturbo.latents import noise
+from flowturbo.local import open_role
 from flowturbo.nets.checkpoint import load_predictor
 from flowturbo.nets.families.family import FolderOptions
 from flowturbo.nets.sit import GUIDED_CHANNELS
 from flowturbo.nets.weights import CheckpointError, sha256
 from flowturbo.pipeline import Pipeline, read_pipeline
 from flowturbo.rows import Tensors, to_images, to_rows
+from flowturbo.runtimes import model_file
 from flowturbo.solver.calls import Network, PredictorCall, Variant
 from flowturbo.solver.guidance import Guidance, guide
 from flowturbo.solver.program import outline
@@ -164,6 +167,10 @@ class Engine(LocalPipeline):
         counted = Counted(self.velocity(seeds, spec.guidance))
         latent = samplers.parse(spec.sampler)(counted, noise(seeds, self.pipeline.latent_shape))
         return Made(latent, self.decoded(latent), counted.evaluations, 0)
+
+    def compute_in(self, repository: Path, role: Role, precision: str) -> None:
+        """From now on the model of `role` computes in this precision."""
+        self._models[role] = open_role(repository, self.pipeline, role, precision=precision)
 
     def decoded(self, latent: Array) -> Array:
         """The images [n, H, W, 3] uint8 of `latent` [n, C, h, w]."""
@@ -313,6 +320,58 @@ class ExactText(Exact):
             return v.numpy()
 
         return evaluate
+
+
+class ExactExported(Exact):
+    """The flow of the predictor's exported file, computed in float32: faster than PyTorch.
+
+    The export has checked that the file computes what the checkpoint does, within 1e-4. Raises
+    ValueError for a file whose weights have less than float32.
+    """
+
+    def __init__(self, repository: Path, name: str | None = None) -> None:
+        self._engine = engine = Engine(repository, name, solvers=False)
+        made = engine.pipeline.predictor
+        path = repository / engine.pipeline.model(Role.PREDICTOR) / "1" / model_file(made.runtime)
+        if made.runtime == "torch" or not _is_float32(path):
+            raise ValueError(
+                f"{path} is not a float32 file of ONNX, so it has no exact flow: give --predictor"
+            )
+        engine.compute_in(repository, Role.PREDICTOR, "fp32")
+        self.digest = f"file_{engine.pipeline.flow}"
+        self.latent_shape = engine.pipeline.latent_shape
+
+    def velocity(self, subject: Subject, seeds: Array, guidance: Guidance) -> Velocity:
+        """As in the base class."""
+        self._engine.subject = subject
+        return self._engine.velocity(seeds, guidance)
+
+
+def add_exact_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `exact_of`."""
+    add = parser.add_argument
+    add("--repository", type=Path, default=Path("model_repository"))
+    add("--pipeline", default="glyphs")
+    add(
+        "--predictor",
+        type=Path,
+        help="checkpoint or folder (default: the exported file in float32)",
+    )
+
+
+def exact_of(repository: Path, name: str | None, checkpoint: Path | None) -> Exact:
+    """The flow of `checkpoint`, or of the exported file."""
+    if checkpoint:
+        return Exact.of_repository(checkpoint, repository, name)
+    return ExactExported(repository, name)
+
+
+def _is_float32(path: Path) -> bool:
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    halves = onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16
+    return not any(each.data_type in halves for each in graph.initializer)
 
 
 def distances(one: Array, other: Array) -> Array:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from flowturbo_client import FlowTurboClient
 from PIL import Image
-from support import GLYPHS, GOLDEN
+from support import GLYPHS, GOLDEN, GOLDEN_EXPORT, run_export
 from torch import nn
 
 from export.install import write_record
@@ -35,6 +35,7 @@ from research.quality.engine import (
     ExactClasses,
     SamplingSpec,
     distances,
+    exact_of,
     find_sampler,
 )
 from research.quality.evaluate import Evaluator, kept, models_digest, served
@@ -269,6 +270,32 @@ def test_solvers_approach_the_exact_solution(engine: Engine) -> None:
         for name in ("H4", "H32", "U32", "dopri5:1e-2")
     }
     assert max(far for name, far in away.items() if name != "H4") < 0.3 * away["H4"]
+
+
+def test_the_exported_file_in_float32_is_as_exact(
+    engine: Engine, glyphs_repository: Path, tmp_path: Path
+) -> None:
+    """As near to PyTorch as the export checked, whatever precision serves the model."""
+    seeds, guidance = np.arange(3), Guidance(3.0)
+    checkpoint = exact_of(glyphs_repository, None, GLYPHS / "predictor.safetensors")
+    exported = exact_of(glyphs_repository, None, None)
+    wanted = checkpoint.latent(engine.subject, seeds, guidance)
+    found = exported.latent(engine.subject, seeds, guidance)
+    assert distances(found, wanted).max() < 2e-3
+    assert exported.digest != checkpoint.digest
+    repository = tmp_path / "models"
+    half = [
+        *GOLDEN_EXPORT,
+        "--runtime",
+        "openvino",
+        "--precision",
+        "bf16",
+        "--repository",
+        repository,
+    ]
+    assert run_export(*half).returncode == 0
+    with pytest.raises(ValueError, match="not a float32 file .* give --predictor"):
+        exact_of(repository, None, None)
 
 
 @pytest.mark.parametrize("sampler", ["H8X", "R3", "dopri5:0", "H1 P5"])

@@ -40,6 +40,9 @@ def test_solvers_are_compared(fitted: Path, tmp_path: Path) -> None:
         assert rows[text.format(4)]["distance"] < rows[text.format(3)]["distance"]
     beside = rows["L4"]["distance"] / rows["A4@3"]["distance"]
     assert rows["L4"]["ratio"] == pytest.approx(beside) and rows["A4@3"]["ratio"] == 1
+    nearest = min(("A4@2", "A4@3"), key=lambda each: rows[each]["distance"])
+    of_nearest = rows["L4"]["rivals"][nearest]["ratio"]
+    assert of_nearest == pytest.approx(rows["L4"]["distance"] / rows[nearest]["distance"])
     assert "| 4 | `L4` |" in path.with_suffix(".md").read_text()
 
 
@@ -73,16 +76,15 @@ def test_equal_time_is_between_two_solvers() -> None:
     assert found["at_4_percent"]["ratio"] == pytest.approx(0.3 / (0.4 * 0.25**0.04))
 
 
-@pytest.mark.unit
 @pytest.mark.parametrize("kind", residual.NETWORKS)
 def test_a_new_network_adds_nothing_and_a_trained_one_helps(kind: str) -> None:
     rng = np.random.default_rng(0)
-    states = rng.standard_normal((96, 3, 2, 4, 4)).astype(np.float32)
-    label = rng.integers(3, size=96)
+    states = rng.standard_normal((1024, 3, 2, 4, 4)).astype(np.float32)
+    label = rng.integers(3, size=1024)
     target = np.tanh(states[:, 0]) * states[:, 1]
-    given = residual.Inputs(states, np.zeros(96, np.float32), label, target)
+    given = residual.Inputs(states, np.zeros(1024, np.float32), label, target)
     untrained = residual.Residual(residual.NETWORKS[kind](2, 2, 3), 1.0)
     assert not untrained(given).any()
-    made = residual.trained(kind, given, 3, steps=80, batch=32, name=kind)
+    made = residual.trained(kind, given, 3, steps=400, batch=128, name=kind)
     left = np.square(made(given) - target).mean()
     assert left < 0.8 * np.square(target).mean()

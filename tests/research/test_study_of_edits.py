@@ -37,7 +37,7 @@ def test_the_study_of_few_images(
         monkeypatch.setattr(editing, name, value)
     out = tmp_path / "editing.json"
     asked = ["--repository", str(glyphs_repository), "--images", "6", "--json", str(out)]
-    assert editing.main([*asked, "--schedule", "E4", "H1P5R3", "fast"]) == 0
+    assert editing.main([*asked, "--schedule", "E4", "H1P5R3", "H1P3Z1@3"]) == 0
     found = json.loads(out.read_text())
     names = ("half", "box", "strokes")
     assert list(found["inpainting"]) == [*names, *(f"{name}, from noise" for name in names)]

@@ -30,7 +30,7 @@ from flowturbo import LocalPipeline
 from flowturbo.conditions import REQUEST_OUTPUTS
 from flowturbo.conditions.prompt import TRUNCATED
 from flowturbo.contract import LABEL_ROLES, ORCHESTRATOR, Role, model_name
-from flowturbo.generate import program_for
+from flowturbo.generate import program_of
 from flowturbo.request import parse_request
 from flowturbo.serving.tritonserver import ServerAddress, running_server
 from flowturbo.solver.calls import Variant
@@ -171,7 +171,7 @@ def test_outputs_in_process_come_in_the_order_asked_for(glyphs_repository: Path)
     pipeline = LocalPipeline(glyphs_repository)
     wanted = ["seed", "image", "settings", "class_name", "latent"]
     request = parse_request({"label": np.array([0])}, wanted, pipeline.pipeline, pipeline.settings)
-    program = program_for(request.schedule, Variant.REFERENCE)
+    program = program_of(request, pipeline.pipeline, Variant.REFERENCE)
     assert list(pipeline.run(request, program)) == wanted
 
 

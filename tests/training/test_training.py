@@ -133,8 +133,8 @@ def test_the_refiner_beats_the_velocity_kept_as_it_is() -> None:
 def test_glyphs_are_recognised(glyphs_repository: Path) -> None:
     """A small part of what README states for 1,000 images."""
     engine, labels = Engine(glyphs_repository), np.arange(72) % 36
-    settings = engine.settings
-    spec = SamplingSpec(str(engine.default_schedule), settings.default_guidance_scale)
+    scale = engine.pipeline.default_guidance_scale(engine.settings)  # as README's figures
+    spec = SamplingSpec(str(engine.default_schedule), scale)
     made = [engine.make(spec, np.arange(k, k + 24)) for k in (0, 24, 48)]
     seen = Classifier(WEIGHTS)(np.concatenate([part.image for part in made]))
     assert (seen.probability.argmax(1) == labels).mean() >= 0.94

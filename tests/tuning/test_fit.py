@@ -311,6 +311,8 @@ def test_what_a_missing_solver_stands_for() -> None:
     pipeline = some_pipeline(own_presets={"fast": "L5 or H1P3", "slow": "L5"})
     assert str(pipeline.find_schedule("fast")) == "H1P3"
     assert str(pipeline.default_schedule(SETTINGS)) == "H1P3"
+    stated = pipeline.described(SETTINGS)["presets"]
+    assert (stated["fast"], stated["slow"]) == ("L5 or H1P3", "L5")
     with pytest.raises(RequestError, match="no fitted solver L5, fitted: none"):
         pipeline.find_schedule("slow")
 

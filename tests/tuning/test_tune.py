@@ -99,6 +99,8 @@ def test_the_front() -> None:
     noisy = Rated(schedule("H6"), 6.0, Score(0.49, (0.2, 0.8) * 5))
     assert best_of([*found, noisy]) is found[2]  # 0.49 for certain is not below 0.5
     assert knee([rated("P1", 1, 100), rated("P2", 2, 10), rated("P3", 4, 9)]).ms == 2
+    assert knee([rated("P1", 1, 8), rated("P2", 2, 5), rated("P3", 4, 2)]).ms == 2  # above the line
+    assert knee([rated("P1", 1, 8), rated("P3", 4, 2)]).ms == 1
 
 
 def test_choice() -> None:
@@ -117,18 +119,18 @@ def test_choice() -> None:
 
 
 def test_a_preset_of_one_time_grid_has_a_stand_in() -> None:
-    """The best that takes no more time; one that was dropped before if there is no other."""
-    tried = [rated("L4", 4, 0.1), rated("P4", 4, 0.3), rated("E4", 3.9, 0.4), rated("P9", 9, 0.05)]
+    """The preset without such solvers; one that was dropped before if there is no other."""
+    tried = [rated("L4", 4, 0.1), rated("P4", 4, 0.3), rated("E4", 5, 0.15), rated("P9", 9, 0.05)]
     paper = rated("H8", 12, 0.2)
     found = choose([*tried, paper], paper.schedule, cap_ms=10.0, quality=None)
     assert str(found.presets["fast"].schedule) == "L4"
     assert {name: str(each.schedule) for name, each in found.otherwise.items()} == {
-        name: "P4" for name, each in found.presets.items() if each.schedule.learned
+        name: "E4" for name, each in found.presets.items() if each.schedule.learned
     }
-    assert found.stated()["presets"]["fast"]["otherwise"] == "P4"
+    assert found.stated()["presets"]["fast"]["otherwise"] == "E4"
     assert "otherwise" not in found.stated()["presets"]["best"]
-    alone = choose([tried[0], paper], paper.schedule, 10.0, None, [tried[2]])
-    assert str(alone.otherwise["fast"].schedule) == "E4"
+    alone = choose([tried[0], paper], paper.schedule, 10.0, None, [tried[1]])
+    assert str(alone.otherwise["fast"].schedule) == "P4"
 
 
 def test_the_front_is_never_cut() -> None:
