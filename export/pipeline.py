@@ -33,7 +33,7 @@ from export.runtime import (
 from export.source import Loaded, Source, source_digests
 from export.whole import WholeCheck
 from flowturbo.conditions.class_label import ClassLabel
-from flowturbo.contract import LONE_ROWS, ORCHESTRATOR, VAE_ROLES, Role, model_name
+from flowturbo.contract import ORCHESTRATOR, VAE_ROLES, Role, model_name
 from flowturbo.ensemble import check_schedule
 from flowturbo.errors import RepositoryError
 from flowturbo.nets.weights import CheckpointError
@@ -445,7 +445,8 @@ def _with_block_times(pipeline: Pipeline, options: Options, staged: Path) -> Pip
         folder = staged / pipeline.model(role)
         runtime = Runtime(record.runtime, record.precision)
         path = folder / "1" / model_file(record.runtime)
-        times = block_times(role, path, runtime, Figures.load(folder), record.max_rows)
+        fixed = pipeline.fixed_rows(role)
+        times = block_times(path, runtime, Figures.load(folder), record.max_rows, fixed)
         models[role] = replace(record, block_ms=times)
     print("done")
     return replace(pipeline, models=models)
@@ -743,7 +744,7 @@ def _config(pipeline: Pipeline, role: Role, deployment: Deployment) -> str:
         engines,
         digest,
         len(_profiles(pipeline, role, deployment)[0]),
-        LONE_ROWS.get(role),
+        pipeline.fixed_rows(role),
     )
     return text_format.MessageToString(config)
 

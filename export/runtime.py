@@ -10,13 +10,13 @@ from pathlib import Path
 from export.deployment import AUTO, Deployment
 from export.onnx_graph import ExportTarget, export_onnx
 from export.torch_program import export_program
-from flowturbo.contract import LONE_ROWS, Role
+from flowturbo.contract import FIXED_ROWS, Role
 from flowturbo.generate import roles_called
 from flowturbo.nets.folded import with_moment_norms
 from flowturbo.parity import TOLERANCES, Figures, VerificationError, check
 from flowturbo.presets import DEFAULT, built_in
 from flowturbo.rows import Tensors
-from flowturbo.runtimes import FIXED_FILE, model_file, open_model, runtime_for
+from flowturbo.runtimes import FIXED_FILE, OpenVinoModel, model_file, open_model, runtime_for
 from flowturbo.serving.scheduling import stated_rows
 from flowturbo.solver.program import compile_program
 
@@ -112,10 +112,12 @@ def try_runtimes(
         # OpenVINO in bfloat16 rounds what the file has in float32 too, such as embeddings of times.
         # That counts if it serves the model, and not for a file that is for another engine.
         precision = runtime.precision if served or runtime.name != "openvino" else "fp32"
-        fixed = LONE_ROWS.get(exported.role) if served else None
+        fixed = FIXED_ROWS.get(exported.role, ()) if served else ()
         model = open_model(path, precision, runtime=runtime.name, on_gpu=on_gpu, fixed_rows=fixed)
         try:
-            parity = figures.check(exported.role, model, TOLERANCES[runtime.precision])
+            own = model.fixed_rows if isinstance(model, OpenVinoModel) else ()
+            batches = sorted({*figures.batches, *own})
+            parity = figures.check(exported.role, model, TOLERANCES[runtime.precision], batches)
             for inputs, outputs in other_sizes:
                 found = dict(zip(outputs, model(inputs), strict=True))
                 check(exported.role, outputs, found, TOLERANCES[runtime.precision])
@@ -136,11 +138,10 @@ def try_runtimes(
 
 
 def block_times(
-    role: Role, path: Path, runtime: Runtime, figures: Figures, max_rows: int
+    path: Path, runtime: Runtime, figures: Figures, max_rows: int, fixed_rows: Sequence[int] = ()
 ) -> dict[str, float]:
     """Milliseconds per call of the file `path` by rows, from a pair to `max_rows` rows."""
-    fixed = LONE_ROWS.get(role)
-    model = open_model(path, runtime.precision, runtime=runtime.name, fixed_rows=fixed)
+    model = open_model(path, runtime.precision, runtime=runtime.name, fixed_rows=fixed_rows)
     best: dict[int, float] = {}
     for _ in range(_BLOCK_ROUNDS):  # in turns: a pause of the machine does not hit one size alone
         for rows in stated_rows(max_rows):

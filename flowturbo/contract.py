@@ -45,8 +45,8 @@ _MODELS = {
 }
 
 
-# Rows of a lone guided image. For them a model on a CPU has a program of its own.
-LONE_ROWS = {Role.PREDICTOR: 2, Role.REFINER: 2, Role.DECODER: 1}
+# Rows of one guided image and of eight. For them a model on a CPU has programs of its own.
+FIXED_ROWS = {Role.PREDICTOR: (2, 16), Role.REFINER: (2, 16), Role.DECODER: (1, 8)}
 
 
 def model_name(pipeline: str, role: Role) -> str:

@@ -17,7 +17,6 @@ from flowturbo.contract import (
     INITIAL_NOISE,
     INVERT,
     LATENT,
-    LONE_ROWS,
     MASK,
     SCHEDULE,
     SEED,
@@ -184,7 +183,7 @@ def open_role(
         threads,
         made.runtime,
         on_gpu=made.on_gpu,
-        fixed_rows=LONE_ROWS.get(role),
+        fixed_rows=pipeline.fixed_rows(role),
     )
 
 

@@ -105,12 +105,14 @@ class MomentNorm(nn.Module):
         self.register_buffer("mean_of_group", mean_of_group, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, h, w] to the same shape."""
-        mean = x.mean((2, 3)) @ self.mean_of_group
-        square = x.square().mean((2, 3)) @ self.mean_of_group
+        """[B, C, ...] to the same shape."""
+        places = tuple(range(2, x.ndim))
+        mean = x.mean(places) @ self.mean_of_group
+        square = x.square().mean(places) @ self.mean_of_group
         scale = self.weight * torch.rsqrt(square - mean.square() + self.eps)
         shift = self.bias - mean * scale
-        return x * scale[:, :, None, None] + shift[:, :, None, None]
+        shape = (*mean.shape, *[1] * len(places))
+        return x * scale.view(shape) + shift.view(shape)
 
 
 def with_moment_norms(module: nn.Module) -> nn.Module:
