@@ -205,7 +205,8 @@ def _attention(
 
     assert not dropout and not causal and not enable_gqa
     factor = scale or query.shape[-1] ** -0.5
-    scores = op.MatMul(op.Mul(query, factor), op.Transpose(key, perm=[0, 1, 3, 2]))
+    scaled = query if factor == 1 else op.Mul(query, factor)
+    scores = op.MatMul(scaled, op.Transpose(key, perm=[0, 1, 3, 2]))
     if mask is not None:  # boolean: which keys are read
         far = op.CastLike(op.Constant(value_float=_MASKED), scores)
         scores = op.Where(mask, scores, far)

@@ -445,7 +445,8 @@ def _with_block_times(pipeline: Pipeline, options: Options, staged: Path) -> Pip
         folder = staged / pipeline.model(role)
         runtime = Runtime(record.runtime, record.precision)
         path = folder / "1" / model_file(record.runtime)
-        times = block_times(path, runtime, Figures.load(folder), record.max_rows)
+        fixed = pipeline.fixed_rows(role)
+        times = block_times(path, runtime, Figures.load(folder), record.max_rows, fixed)
         models[role] = replace(record, block_ms=times)
     print("done")
     return replace(pipeline, models=models)
@@ -607,7 +608,8 @@ def _export_as(
     form = "a PyTorch program" if deployment.runtime == "torch" else "ONNX"
     print(f"{form} in {stored} ... ", end="", flush=True)
     to_precision(exported.module, stored)
-    path = export_for(deployment.runtime, exported, version)
+    fixed = any(runtime.name == "openvino" for runtime in candidates(deployment))
+    path = export_for(deployment.runtime, exported, version, fixed=fixed)
     if stored == "fp8" and exported.role not in VAE_ROLES:
         from export.quantize import quantize
 
@@ -742,6 +744,7 @@ def _config(pipeline: Pipeline, role: Role, deployment: Deployment) -> str:
         engines,
         digest,
         len(_profiles(pipeline, role, deployment)[0]),
+        pipeline.fixed_rows(role),
     )
     return text_format.MessageToString(config)
 

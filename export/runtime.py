@@ -4,18 +4,19 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from export.deployment import AUTO, Deployment
 from export.onnx_graph import ExportTarget, export_onnx
 from export.torch_program import export_program
-from flowturbo.contract import Role
+from flowturbo.contract import FIXED_ROWS, Role
 from flowturbo.generate import roles_called
+from flowturbo.nets.folded import with_moment_norms
 from flowturbo.parity import TOLERANCES, Figures, VerificationError, check
 from flowturbo.presets import DEFAULT, built_in
 from flowturbo.rows import Tensors
-from flowturbo.runtimes import model_file, open_model, runtime_for
+from flowturbo.runtimes import FIXED_FILE, OpenVinoModel, model_file, open_model, runtime_for
 from flowturbo.serving.scheduling import stated_rows
 from flowturbo.solver.program import compile_program
 
@@ -73,13 +74,19 @@ def candidates(deployment: Deployment) -> list[Runtime]:
     return [only] if runtime in (AUTO, only.name) else []
 
 
-def export_for(runtime: str, exported: ExportTarget, version: Path) -> Path:
-    """Writes the module into the folder `version`, in the format that `runtime` loads."""
+def export_for(runtime: str, exported: ExportTarget, version: Path, *, fixed: bool = False) -> Path:
+    """Writes the module into the folder `version`, in the format that `runtime` loads.
+
+    With `fixed` a decoder gets a second file for the rows that have a program of their own.
+    """
     path = version / model_file(runtime)
     if runtime == "torch":
         export_program(exported, path)
-    else:
-        export_onnx(exported, path)
+        return path
+    export_onnx(exported, path)
+    if fixed and exported.role is Role.DECODER:
+        faster = replace(exported, module=with_moment_norms(exported.module))
+        export_onnx(faster, version / FIXED_FILE)
     return path
 
 
@@ -105,9 +112,12 @@ def try_runtimes(
         # OpenVINO in bfloat16 rounds what the file has in float32 too, such as embeddings of times.
         # That counts if it serves the model, and not for a file that is for another engine.
         precision = runtime.precision if served or runtime.name != "openvino" else "fp32"
-        model = open_model(path, precision, runtime=runtime.name, on_gpu=on_gpu)
+        fixed = FIXED_ROWS.get(exported.role, ()) if served else ()
+        model = open_model(path, precision, runtime=runtime.name, on_gpu=on_gpu, fixed_rows=fixed)
         try:
-            parity = figures.check(exported.role, model, TOLERANCES[runtime.precision])
+            own = model.fixed_rows if isinstance(model, OpenVinoModel) else ()
+            batches = sorted({*figures.batches, *own})
+            parity = figures.check(exported.role, model, TOLERANCES[runtime.precision], batches)
             for inputs, outputs in other_sizes:
                 found = dict(zip(outputs, model(inputs), strict=True))
                 check(exported.role, outputs, found, TOLERANCES[runtime.precision])
@@ -127,9 +137,11 @@ def try_runtimes(
     return trials
 
 
-def block_times(path: Path, runtime: Runtime, figures: Figures, max_rows: int) -> dict[str, float]:
+def block_times(
+    path: Path, runtime: Runtime, figures: Figures, max_rows: int, fixed_rows: Sequence[int] = ()
+) -> dict[str, float]:
     """Milliseconds per call of the file `path` by rows, from a pair to `max_rows` rows."""
-    model = open_model(path, runtime.precision, runtime=runtime.name)
+    model = open_model(path, runtime.precision, runtime=runtime.name, fixed_rows=fixed_rows)
     best: dict[int, float] = {}
     for _ in range(_BLOCK_ROUNDS):  # in turns: a pause of the machine does not hit one size alone
         for rows in stated_rows(max_rows):

@@ -12,6 +12,7 @@ from flowturbo.conditions.class_label import ClassLabel
 from flowturbo.contract import Role
 from flowturbo.nets.blocks import DecoderBlock, PredictorBlock, RefinerBlock
 from flowturbo.nets.checkpoint import load_predictor, load_refiner
+from flowturbo.nets.folded import FoldedSiT
 from flowturbo.nets.sit import ByLabel, SiTConfig
 from flowturbo.nets.vae import Decoder, Encoder, latent_factor, load_vae
 from flowturbo.nets.weights import CheckpointError, sha256
@@ -123,13 +124,13 @@ def modules(source: Checkpoints, class_names: Sequence[str] = ()) -> Iterator[Ex
         )
     # Fail fast: read all checkpoints before the first export.
     condition = ClassLabel(config.num_classes, tuple(class_names), config.null_class)
-    predict = PredictorBlock(ByLabel(predictor), channels)
+    predict = PredictorBlock(ByLabel(FoldedSiT(predictor)), channels)
     found = [ExportTarget(Role.PREDICTOR, predict, shape, condition)]
     if source.refiner:
         refiner = load_refiner(
             source.refiner, config, source.refiner_weights, source.refiner_num_heads
         )
-        refine = RefinerBlock(ByLabel(refiner), channels)
+        refine = RefinerBlock(ByLabel(FoldedSiT(refiner)), channels)
         found.append(ExportTarget(Role.REFINER, refine, shape, condition))
     if source.vae:
         vae = _vae(source.vae, config)

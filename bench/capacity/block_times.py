@@ -121,7 +121,7 @@ def measure(
     for _ in range(repetitions + 1):
         for rows in (n for n in sizes if n <= pipeline.max_rows):
             for role, model in models.items():
-                inputs = _inputs(role, rows, pipeline)
+                inputs = random_inputs(role, rows, pipeline)
                 started = clock()
                 model(inputs)
                 taken[role.value, rows].append((clock() - started) * 1e3)
@@ -131,7 +131,8 @@ def measure(
     return dict(medians)
 
 
-def _inputs(role: Role, rows: int, pipeline: Pipeline) -> dict[str, np.ndarray]:
+def random_inputs(role: Role, rows: int, pipeline: Pipeline) -> dict[str, np.ndarray]:
+    """Inputs of a block by name, [rows, ...] each, that mean nothing but have all values finite."""
     sizes = latent_sizes(pipeline.latent_shape)
     numbers = np.random.default_rng(rows)  # in [0, 1): labels and pair offsets become 0
     return {

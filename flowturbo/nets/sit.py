@@ -6,6 +6,7 @@ FlowTurbo refiner), so their state dicts load unchanged.
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -203,18 +204,9 @@ class SiT(nn.Module):
         c = self.t_embedder(1 - t if reverse else t) + self.y_embedder(label)
         for block in self.blocks:
             tokens = block(tokens, c)
-        out = self.unpatchify(self.final_layer(tokens, c))[:, : self.config.latent_channels]
+        out = unpatchify(self.final_layer(tokens, c), self.config)
+        out = out[:, : self.config.latent_channels]
         return -out if reverse else out
-
-    def unpatchify(self, tokens: Tensor) -> Tensor:
-        """[B, tokens, patch*patch*out] to [B, out, h, w]."""
-        side, patch, out = (
-            self.config.tokens_per_side,
-            self.config.patch_size,
-            self.config.out_channels,
-        )
-        x = tokens.reshape(-1, side, side, patch, patch, out).permute(0, 5, 1, 3, 2, 4)
-        return x.reshape(-1, out, side * patch, side * patch)
 
     def initialize(self) -> None:
         """Random weights to start training: adaLN-Zero makes every block an identity at first."""
@@ -234,12 +226,19 @@ class SiT(nn.Module):
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
 
-class ByLabel(nn.Module):
-    """A SiT for a step block, whose conditioning is the label of each row, [B, 1] int64."""
+def unpatchify(tokens: Tensor, config: SiTConfig) -> Tensor:
+    """[B, tokens, patch*patch*out] to [B, out, h, w]."""
+    side, patch, out = config.tokens_per_side, config.patch_size, config.out_channels
+    x = tokens.reshape(-1, side, side, patch, patch, out).permute(0, 5, 1, 3, 2, 4)
+    return x.reshape(-1, out, side * patch, side * patch)
 
-    def __init__(self, network: SiT) -> None:
+
+class ByLabel(nn.Module):
+    """A SiT, or its folded form, for a step block. Conditioning: labels of rows, [B, 1] int64."""
+
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.network = network
+        self.network: Any = network
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
         # A label out of range, for example in a padding row, must not fail the whole batch.

@@ -65,8 +65,10 @@ class StoredAnswers:
         def evaluate(tensors: Tensors) -> tuple[np.ndarray, ...]:
             return self._call(model, tensors, outputs)
 
+        batches = [ROWS, *pipeline.fixed_rows(role)]
+
         def hold(_call: int) -> None:
-            figures.check(model, evaluate, allowed, [ROWS])
+            figures.check(model, evaluate, allowed, batches)
 
         instances = self._instances if pipeline.on_gpu else 1
         with ThreadPoolExecutor(instances) as pool:
