@@ -112,7 +112,7 @@ def test_edit_and_inpaint_by_mouse_and_by_keyboard(page: Page, tmp_path: Path) -
     assert changed[:, 40:].any() and not changed[:, :32].any()
     page.get_by_role("button", name="Clear the mask").click()
     canvas.focus()
-    for key in ["ArrowLeft"] * 5 + ["Space"]:
+    for key in ["ArrowLeft"] * 15 + ["Space"]:
         page.keyboard.press(key)
     made(page)
     changed = (shown(page) != first).any(2)
