@@ -1,8 +1,9 @@
-"""Exports SiT-XL/2 and trains its refiner at full size: `python -m bench.xl_check`.
+"""Exports SiT-XL/2, trains its refiner and fits a solver at full size: `python -m bench.xl_check`.
 
 Makes checkpoints of SiT-XL/2 and sd-vae-ft-ema with random weights and exports them as a user
 would. Builds TensorRT engines, which needs no GPU, and verifies the result. Encodes a few pictures
-and trains a refiner on them for ten steps. Records time and peak memory.
+and trains a refiner on them for ten steps. Fits a solver to a few trajectories. Records time and
+peak memory.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from flowturbo.textfile import read_json
 
 Source = dict[str, str]  # checkpoints, as options of the commands that read them
 PICTURES, STEPS, BATCH = 8, 10, 4  # of the training
+TRAJECTORIES = 8  # of the fit
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,21 @@ def _train(args: argparse.Namespace, source: Source) -> Iterator[Run]:
     yield _run(step, "bf16", ["-m", "training.refiner", *given])
 
 
-PARTS = {"export": _export, "train": _train}
+def _fit(args: argparse.Namespace, source: Source) -> Iterator[Run]:
+    """Exports for this CPU and fits L4 to few trajectories of guided images."""
+    given = [word for option in source.items() for word in option]
+    models, cache = args.folder / "models-cpu", args.folder / "fit"
+    for folder in (models, cache):  # what is there would take no time
+        shutil.rmtree(folder, ignore_errors=True)
+    repository = ["--repository", str(models)]
+    export = ["-m", "export", *given, *repository, "--precision", "bf16", "--runtime", "openvino"]
+    yield _run("export for this CPU", "bf16", export)
+    fit = ["-m", "tuning.fit", *repository, "--evaluations", "4", "--guidance", "4", "4"]
+    fit += ["--trajectories", str(TRAJECTORIES), "--held-out", "1", "--cache", str(cache)]
+    yield _run(f"fit L4 to {TRAJECTORIES} trajectories", "bf16", fit)
+
+
+PARTS = {"export": _export, "train": _train, "fit": _fit}
 
 
 def checkpoints(folder: Path, size: str) -> Source:

@@ -41,6 +41,8 @@ _ANSWERS_S = 600  # for one call of every model; a large model on few cores take
 _ASK_S = 10  # for one request; short, so that a stop is noticed
 _TRY_AGAIN = (499, 503, 504)  # the deadline passed, or the server is full
 _LOG_TAIL_LINES = 40
+# Each thread that allocates would keep freed memory of its own, in every process of the server.
+_ALLOCATOR = {"MALLOC_ARENA_MAX": "2"}
 # This program asks the kernel to end it with its parent, and then becomes the server. It is a
 # separate program because code between fork and exec can deadlock on locks of other threads
 # (gRPC's did). It also enlarges the stack of the server's threads. Release 24.10 parses JSON by
@@ -176,7 +178,7 @@ class TritonServer:
         arguments = _arguments(options, installation, self.address, self._shm_prefix)
         self._process = subprocess.Popen(
             [*_WITH_PARENT, installation.binary, *arguments],
-            env=os.environ | installation.environment,
+            env=_ALLOCATOR | os.environ | installation.environment,
             # The stub (for Python 3.11) ignores PYTHONPATH, but it searches its working directory.
             # So models find `flowturbo` in a checkout that is not installed.
             cwd=Path(__file__).parents[2],
