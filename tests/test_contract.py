@@ -73,7 +73,8 @@ def test_client() -> None:
     noise = np.zeros((1, 4, 2, 2), dtype=np.float32)
     pixels = np.zeros((2, 2, 3), dtype=np.uint8)
     every = {"seeds": 1, "schedule": "H1", "guidance_scale": 2.0, "guidance_interval": (0, 1)}
-    every |= {"pipeline": "glyphs", "times": (0, 1), "output_format": "png"}
+    every |= {"pipeline": "glyphs", "times": (0, 1), "output_format": "jpeg"}
+    every |= {"output_quality": 90, "strip_metadata": True}
     requests = [
         protocol.build_request(prompts="a", negative_prompts="b", size="32x16"),
         protocol.build_request(prompts="a", prompts_to="b", mix=[0.5]),

@@ -47,11 +47,15 @@ def imported(path: Path) -> set[str]:
 
 
 def test_tensor_names_are_spelled_once() -> None:
-    """In the contract, in the conditions and in the client."""
+    """In the contract, in the conditions and in the client.
+
+    The gateway has OpenAI's fields, some of which have the same names.
+    """
     spelled = [
         f"{path.relative_to(ROOT)}:{node.lineno} {node.value!r}"
         for path in modules(*FOLDERS)
-        if path.name != "contract.py" and "conditions" not in path.parts
+        if path.name not in ("contract.py", "gateway.py", "hostile.py")
+        and not {"conditions", "gateway"} & set(path.parts)
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in TENSORS
     ]

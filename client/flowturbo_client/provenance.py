@@ -16,6 +16,7 @@ from .errors import InvalidRequestError
 _EXIF, _COMMENT = 0x8769, 0x9286
 _ASCII = b"ASCII\0\0\0"
 _DIGITS = 16
+ROUNDING = 4  # levels of 0 to 255: batches of other sizes round differently
 _NOISE = "initial_noise_sha256"
 # Keys that are arguments of `generate` under the same name, and those under another one.
 _SAME = ("pipeline", "schedule", "guidance_scale", "guidance_interval", "strength", "feather")
