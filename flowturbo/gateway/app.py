@@ -39,6 +39,35 @@ _PAGE = {
 }
 _MOST_PARTS = 100  # of a form
 _LEFT = 499  # a status that nobody sees: the caller has left
+_TEXT = {"type": ["string", "null"]}
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": _TEXT,
+                "code": _TEXT,
+            },
+        }
+    },
+}
+_TOLD = {
+    400: "A field is wrong, or the service refuses the request",
+    401: "The API key is missing or unknown",
+    404: "There is no such model or image",
+    408: "The body did not come in time",
+    413: "The body is too large",
+    415: "The body is neither JSON nor a form",
+    429: "A limit of the key",
+    502: "The service failed",
+    503: "The service is busy, not ready or cannot be reached",
+    504: "The service did not answer in time",
+}
 _OBJECTS = {Generation: "image_generation", Edit: "image_edit"}
 Fields = TypeVar("Fields", Generation, Edit)
 Result = TypeVar("Result")
@@ -133,20 +162,20 @@ def application(gateway: Gateway, bounds: Bounds) -> Edge:
         """An image changed, or repainted where a mask is transparent."""
         return await answered(request, Edit)
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=_errors(401, 502, 503, 504))
     async def models(request: Request) -> dict[str, Any]:
         """The pipelines of the service."""
         gateway.keys.caller(request.headers.get("authorization"))
         found = [_model(each, started) for each in await gateway.service.models()]
         return {"object": "list", "data": found}
 
-    @app.get("/v1/models/{model}")
+    @app.get("/v1/models/{model}", responses=_errors(401, 404, 502, 503, 504))
     async def model(request: Request, model: str) -> dict[str, Any]:
         """One pipeline of the service."""
         gateway.keys.caller(request.headers.get("authorization"))
         return _model(await gateway.service.model(model), started)
 
-    @app.get("/images/{name}", response_class=Response)
+    @app.get("/images/{name}", response_class=Response, responses=_errors(404))
     async def image(name: str) -> Response:
         """An image file that an answer had the address of."""
         found = gateway.kept.get(name)
@@ -161,7 +190,7 @@ def application(gateway: Gateway, bounds: Bounds) -> Edge:
         """The gateway runs."""
         return {"status": "ok"}
 
-    @app.get("/readyz")
+    @app.get("/readyz", responses=_errors(503))
     async def ready() -> dict[str, str]:
         """The image service takes requests."""
         if not await gateway.service.is_ready():
@@ -395,38 +424,15 @@ def _model(described: Mapping[str, Any], created: int) -> dict[str, Any]:
     }
 
 
+def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Answers of a route that are errors, for the OpenAPI document."""
+    content = {"application/json": {"schema": _ERROR}}
+    return {status: {"description": _TOLD[status], "content": content} for status in statuses}
+
+
 def _described(kind: type[Generation]) -> dict[str, Any]:
     """The body of a route, which reads it itself, and its answers, for the OpenAPI document."""
     schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
-    error = {
-        "type": "object",
-        "required": ["error"],
-        "properties": {
-            "error": {
-                "type": "object",
-                "required": ["message", "type", "param", "code"],
-                "properties": {
-                    "message": {"type": "string"},
-                    "type": {"type": "string"},
-                    "param": {"type": ["string", "null"]},
-                    "code": {"type": ["string", "null"]},
-                },
-            }
-        },
-    }
-    told = {
-        400: "A field is wrong, or the service refuses the request",
-        401: "The API key is missing or unknown",
-        404: "The model is unknown",
-        408: "The body did not come in time",
-        413: "The body is too large",
-        415: "The body is neither JSON nor a form",
-        429: "A limit of the key",
-        502: "The service failed",
-        503: "The service is busy or cannot be reached",
-        504: "The service did not answer in time",
-    }
-    content = {"application/json": {"schema": error}}
     contents = {"application/json": {"schema": schema}, "multipart/form-data": {"schema": schema}}
     return {
         "response_class": JSONResponse,
@@ -435,7 +441,7 @@ def _described(kind: type[Generation]) -> dict[str, Any]:
                 "description": "Images, or events with `stream`",
                 "content": {"application/json": {}, "text/event-stream": {}},
             },
-            **{status: {"description": text, "content": content} for status, text in told.items()},
+            **_errors(*_TOLD),
         },
         "openapi_extra": {"requestBody": {"required": True, "content": contents}},
     }
