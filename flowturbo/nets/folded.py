@@ -92,7 +92,10 @@ class FoldedBlock(nn.Module):
 
 
 class MomentNorm(nn.Module):
-    """`norm` by the moments of channels, whose mean over each group is a small product."""
+    """`norm` by the moments of channels, whose mean over each group is a small product.
+
+    Moments are in float32, whatever the weights are in.
+    """
 
     mean_of_group: Tensor
 
@@ -106,13 +109,13 @@ class MomentNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, ...] to the same shape."""
-        places = tuple(range(2, x.ndim))
-        mean = x.mean(places) @ self.mean_of_group
-        square = x.square().mean(places) @ self.mean_of_group
-        scale = self.weight * torch.rsqrt(square - mean.square() + self.eps)
-        shift = self.bias - mean * scale
+        places, wide = tuple(range(2, x.ndim)), x.float()
+        mean = wide.mean(places) @ self.mean_of_group
+        square = wide.square().mean(places) @ self.mean_of_group
+        scale = self.weight.float() * torch.rsqrt(square - mean.square() + self.eps)
+        shift = self.bias.float() - mean * scale
         shape = (*mean.shape, *[1] * len(places))
-        return x * scale.view(shape) + shift.view(shape)
+        return x * scale.view(shape).to(x.dtype) + shift.view(shape).to(x.dtype)
 
 
 def with_moment_norms(module: nn.Module) -> nn.Module:
