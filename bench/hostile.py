@@ -50,10 +50,12 @@ _NAMES = ("prompt", "model", "n", "size", "quality", "response_format", "output_
           "output_compression", "background", "stream", "partial_images", "seed", "schedule",
           "guidance_scale", "negative_prompt", "label", "strip_metadata", "strength", "feather",
           "image", "mask", "images", "__class__", "", "n\0")  # fmt: skip
-_VALUES = (None, True, False, 0, -1, 1, 65, 2**63, -(2**63), 10**400, 0.5, -0.0, 1e308, "", "A",
-           "é", "\ud800", "\0", "a" * 40_000, "H999", "L99", "H1P5R3" * 200, "@", "1x1", "auto",
-           "99999x99999", [], [1], [1] * 65, {}, {"a": 1}, [[[[]]]], "http://127.0.0.1/",
-           {"image_url": "file:///etc/passwd"}, "data:image/png;base64,")  # fmt: skip
+_VALUES: Sequence[Any] = (
+    None, True, False, 0, -1, 1, 65, 2**63, -(2**63), 10**400, 0.5, -0.0, 1e308, "", "A", "é",
+    "\ud800", "\0", "a" * 40_000, "H999", "L99", "H1P5R3" * 200, "@", "1x1", "auto", [], [1],
+    "99999x99999", [1] * 65, {}, {"a": 1}, [[[[]]]], "http://127.0.0.1/",
+    {"image_url": "file:///etc/passwd"}, "data:image/png;base64,",
+)  # fmt: skip
 
 
 def _image(form: str, size: tuple[int, int] = (64, 64), **options: Any) -> bytes:

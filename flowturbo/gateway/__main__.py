@@ -82,7 +82,7 @@ def _run(args: argparse.Namespace) -> None:
     hosts = None if args.keys else _LOCAL | {args.host}
     bounds = Bounds(args.max_body_mb << 20, args.timeout, args.max_requests, hosts)
     config = uvicorn.Config(
-        application(gateway, bounds),  # type: ignore[arg-type]
+        application(gateway, bounds),
         ssl_certfile=args.certificate,
         ssl_keyfile=args.private_key,
         access_log=False,

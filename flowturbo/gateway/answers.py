@@ -10,7 +10,7 @@ from flowturbo_client import (
     ServerBusyError,
     ServerError,
 )
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 _RETRY_S = 2.0  # a service that cannot be reached may be back by then
 _SHOWN = 60  # characters of a value
@@ -66,7 +66,7 @@ def refusal_of(error: FlowTurboError) -> Refused:
     )
 
 
-def refusal_of_fields(error: ValidationError, known: list[str]) -> Refused:
+def refusal_of_fields(error: ValidationError, kind: type[BaseModel]) -> Refused:
     """The first field that is wrong, its value, and what is allowed."""
     first = error.errors(include_url=False, include_context=False)[0]
     if first["type"] in ("json_invalid", "model_type"):
@@ -75,7 +75,7 @@ def refusal_of_fields(error: ValidationError, known: list[str]) -> Refused:
     if first["type"] == "extra_forbidden":
         return Refused(
             400,
-            f"unknown field {param[:_SHOWN]!r}, known are {', '.join(known)}",
+            f"unknown field {param[:_SHOWN]!r}, known are {', '.join(kind.model_fields)}",
             param=param[:_SHOWN],
             code="unknown_parameter",
         )

@@ -224,7 +224,7 @@ async def read_fields(request: Request, kind: type[Fields]) -> Fields:
         if given == "multipart/form-data":
             return kind.model_validate(await _form(request))
     except ValidationError as error:
-        raise refusal_of_fields(error, [*kind.model_fields]) from None
+        raise refusal_of_fields(error, kind) from None
     except (ValueError, RecursionError) as error:
         raise Refused(400, f"the body must be JSON: {error}") from None
     raise Refused(

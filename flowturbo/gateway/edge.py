@@ -113,7 +113,7 @@ class _Bounded:
 
     async def __call__(self) -> Message:
         if self._whole:  # now it waits for the caller to leave
-            return await self._receive()  # type: ignore[no-any-return]
+            return await self._receive()
         try:
             async with asyncio.timeout(max(0.0, self._until - time.monotonic())):
                 message: Message = await self._receive()
