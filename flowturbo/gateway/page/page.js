@@ -299,6 +299,7 @@ async function submit(event) {
   at("go").disabled = true;
   at("stop").hidden = false;
   at("status").textContent = "Asked.";
+  if (at("result").offsetTop > innerHeight) at("result").scrollIntoView();  // on a phone
   try {
     let done;
     if (mode() === "compare") {
