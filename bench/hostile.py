@@ -41,6 +41,7 @@ from flowturbo.errors import FlowTurboError as ServiceError
 ANSWERED_S = 20.0  # a request that has no answer by then hangs
 CALLERS = 8
 GROWTH_MB = 64  # a growth below is no leak: pools fill
+_SEEN = 200  # bytes of an answer that are looked at
 _WARM = 2000  # requests, until memory is measured first
 _GENERATIONS, _EDITS = "/v1/images/generations", "/v1/images/edits"
 _PATHS = (_GENERATIONS, _EDITS, "/v1/models", "/v1/models/x", "/images/x", "/", "/healthz",
@@ -156,14 +157,14 @@ def ask(where: tuple[str, int], content: bytes) -> str:
                 caller.sendall(content)
                 caller.shutdown(socket.SHUT_WR)
             while part := caller.recv(1 << 16):
-                answer += part if len(answer) < 100 else b""
+                answer += part if len(answer) < _SEEN else b""
                 caller.settimeout(max(0.01, until - time.monotonic()))
     except TimeoutError:
         return "hangs"
     except OSError:
         pass
-    found = re.match(rb"HTTP/1\.[01] (\d{3})", answer)
-    return found[1].decode() if found else "closed"
+    found = re.findall(rb"HTTP/1\.[01] ([2-5]\d{2})", answer)  # 100 announces another one
+    return found[0].decode() if found else "closed"
 
 
 def attack(

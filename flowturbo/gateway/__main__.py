@@ -5,6 +5,7 @@ It is a client of the image service. On an address that other machines reach it 
 
 import argparse
 import ipaddress
+import logging
 import socket
 import sys
 from collections.abc import Sequence
@@ -81,6 +82,8 @@ def _run(args: argparse.Namespace) -> None:
     # Without keys, a page whose name leads here must not get answers (DNS rebinding).
     hosts = None if args.keys else _LOCAL | {args.host}
     bounds = Bounds(args.max_body_mb << 20, args.timeout, args.max_requests, hosts)
+    # Whoever sends nonsense would fill the log with warnings.
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
     config = uvicorn.Config(
         application(gateway, bounds),
         ssl_certfile=args.certificate,
@@ -88,7 +91,7 @@ def _run(args: argparse.Namespace) -> None:
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=_GRACE_S,
-        log_level="warning",
+        log_level="error",
     )
     with socket.create_server((args.host, args.port), family=_family(args.host)) as listener:
         scheme, port = "https" if args.certificate else "http", listener.getsockname()[1]

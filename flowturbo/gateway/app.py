@@ -433,7 +433,11 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 def _described(kind: type[Generation]) -> dict[str, Any]:
     """The body of a route, which reads it itself, and its answers, for the OpenAPI document."""
     schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
-    contents = {"application/json": {"schema": schema}, "multipart/form-data": {"schema": schema}}
+    # JSON has files as base64, a form as they are.
+    text = json.loads(
+        json.dumps(schema).replace('"format": "binary"', '"contentEncoding": "base64"')
+    )
+    contents = {"application/json": {"schema": text}, "multipart/form-data": {"schema": schema}}
     return {
         "response_class": JSONResponse,
         "responses": {

@@ -131,6 +131,7 @@ def test_errors_are_shown_and_the_form_stays_usable(page: Page) -> None:
     page.get_by_label("Schedule", exact=True).fill("Q7")
     page.get_by_role("button", name="Make it").click()
     expect(page.get_by_role("alert")).to_contain_text("unknown step")
+    expect(page.locator("figure")).to_have_count(0)
     page.get_by_label("Schedule", exact=True).fill("")
     made(page)
     expect(page.get_by_role("alert")).to_be_hidden()

@@ -2,6 +2,7 @@
 
 const at = (id) => document.getElementById(id);
 const KEY = "flowturbo-key", HISTORY = "flowturbo-history", MOST_HISTORY = 24, PARTIAL = 3;
+const NOTHING = "data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA=";  // one clear pixel
 const models = new Map();
 let running = null;  // the AbortController of what is being made
 let source = null;   // the file to start from: { file, image }
@@ -247,6 +248,7 @@ function figure(title) {
   const caption = document.createElement("figcaption");
   image.alt = `${title}, not there yet`;
   image.className = "forming";
+  image.src = NOTHING;
   image.addEventListener("load", () => image.classList.toggle("small", image.naturalWidth < 256));
   caption.textContent = title;
   made.append(image, caption);
@@ -322,6 +324,7 @@ async function submit(event) {
     at("copy").hidden = false;
   } catch (error) {
     const stopped = error.name === "AbortError";
+    document.querySelectorAll("figure:has(.forming)").forEach((each) => each.remove());
     at("status").textContent = stopped ? "Stopped." : "";
     if (!stopped) {
       at("error").textContent = error.message;
