@@ -89,6 +89,7 @@ def _run(args: argparse.Namespace) -> None:
         ssl_certfile=args.certificate,
         ssl_keyfile=args.private_key,
         access_log=False,
+        proxy_headers=False,
         server_header=False,
         timeout_graceful_shutdown=_GRACE_S,
         log_level="error",

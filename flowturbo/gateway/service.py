@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from flowturbo_client import AsyncFlowTurboClient, FlowTurboError, Update
@@ -127,6 +128,7 @@ class ImageService:
             await updates.aclose()  # type: ignore[attr-defined]
 
 
+@lru_cache(maxsize=256)
 def evaluations(schedule: str) -> int:
     """How often `schedule` evaluates the predictor."""
     parsed_schedule = Schedule.parse(schedule)
