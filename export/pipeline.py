@@ -608,8 +608,7 @@ def _export_as(
     form = "a PyTorch program" if deployment.runtime == "torch" else "ONNX"
     print(f"{form} in {stored} ... ", end="", flush=True)
     to_precision(exported.module, stored)
-    fixed = any(runtime.name == "openvino" for runtime in candidates(deployment))
-    path = export_for(deployment.runtime, exported, version, fixed=fixed)
+    path = export_for(deployment.runtime, exported, version)
     if stored == "fp8" and exported.role not in VAE_ROLES:
         from export.quantize import quantize
 

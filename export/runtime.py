@@ -4,7 +4,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from export.deployment import AUTO, Deployment
@@ -12,11 +12,10 @@ from export.onnx_graph import ExportTarget, export_onnx
 from export.torch_program import export_program
 from flowturbo.contract import FIXED_ROWS, Role
 from flowturbo.generate import roles_called
-from flowturbo.nets.folded import with_moment_norms
 from flowturbo.parity import TOLERANCES, Figures, VerificationError, check
 from flowturbo.presets import DEFAULT, built_in
 from flowturbo.rows import Tensors
-from flowturbo.runtimes import FIXED_FILE, OpenVinoModel, model_file, open_model, runtime_for
+from flowturbo.runtimes import OpenVinoModel, model_file, open_model, runtime_for
 from flowturbo.serving.scheduling import stated_rows
 from flowturbo.solver.program import compile_program
 
@@ -74,19 +73,13 @@ def candidates(deployment: Deployment) -> list[Runtime]:
     return [only] if runtime in (AUTO, only.name) else []
 
 
-def export_for(runtime: str, exported: ExportTarget, version: Path, *, fixed: bool = False) -> Path:
-    """Writes the module into the folder `version`, in the format that `runtime` loads.
-
-    With `fixed` a decoder gets a second file for the rows that have a program of their own.
-    """
+def export_for(runtime: str, exported: ExportTarget, version: Path) -> Path:
+    """Writes the module into the folder `version`, in the format that `runtime` loads."""
     path = version / model_file(runtime)
     if runtime == "torch":
         export_program(exported, path)
-        return path
-    export_onnx(exported, path)
-    if fixed and exported.role is Role.DECODER:
-        faster = replace(exported, module=with_moment_norms(exported.module))
-        export_onnx(faster, version / FIXED_FILE)
+    else:
+        export_onnx(exported, path)
     return path
 
 

@@ -31,9 +31,6 @@ def runtime_for(precision: str) -> str:
     return "openvino" if precision == "bf16" else "onnxruntime"
 
 
-FIXED_FILE = "fixed.onnx"  # beside a model's file, if programs of fixed rows need another form
-
-
 def model_file(runtime: str) -> str:
     """The name of the file that a runtime loads from a model's version folder."""
     return "model.pt2" if runtime == "torch" else "model.onnx"
@@ -137,8 +134,6 @@ class OpenVinoModel:
         graph = core.read_model(path)
         self._model = compiled(graph)
         self._fixed = {}
-        if fixed_rows and (fixed_file := path.with_name(FIXED_FILE)).is_file():
-            graph = core.read_model(fixed_file)
         for rows in fixed_rows:  # of one graph: its programs share the weights
             sizes = {each: list(each.get_partial_shape())[1:] for each in graph.inputs}
             if any(side.is_dynamic for sides in sizes.values() for side in sides):

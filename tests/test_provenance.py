@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flowturbo_client import FlowTurboClient, InvalidRequestError
 from flowturbo_client.cli import main
+from flowturbo_client.pictures import alpha_mask
 from flowturbo_client.provenance import ROUNDING, read_metadata, replay
 from PIL import Image
 
@@ -66,16 +67,20 @@ def test_replay_of_edits_needs_their_files(client: FlowTurboClient, tmp_path: Pa
     white[:, 32:] = 255
     Image.fromarray(white).save(mask)
     Image.fromarray(255 - white).save(other)
+    transparent = np.full((64, 64, 4), 255, np.uint8)
+    transparent[:, 32:, 3] = 0
+    Image.fromarray(transparent).save(cut := tmp_path / "cut.png")
     for name, more in (
         ("edit.png", {"strength": 0.5}),
         ("filled.png", {"mask": mask}),
+        ("alpha.png", {"mask": alpha_mask(cut)}),
         ("repainted.png", {"mask": mask, "strength": 0.7, "feather": 4}),
     ):
         made = client.generate(["B"], [8], image=source, output_format="png", **more)
         assert made.encoded
         path = tmp_path / name
         path.write_bytes(made.encoded[0])
-        given = mask if "mask" in more else None
+        given = cut if name == "alpha.png" else more.get("mask")
         again = replay(client, path, source, given)
         assert again.largest_difference == 0, name
         with pytest.raises(InvalidRequestError, match="give --image"):

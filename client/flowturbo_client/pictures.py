@@ -33,7 +33,7 @@ def picture_tensors(image: Pictures | None, mask: Pictures | None, n: int) -> li
     images = _listed("image", image, dims=3)
     masks = None
     if isinstance(mask, str) and mask == ALPHA:
-        masks = [_alpha_mask(each) for each in images]
+        masks = [alpha_mask(each) for each in images]
     elif mask is not None:
         masks = _listed("mask", mask, dims=2)
     for name, given in (("image", images), ("mask", masks)):
@@ -163,7 +163,8 @@ def _opened(name: str, value: Any) -> Image.Image:
         raise InvalidRequestError(f"{name} is no image: {error}") from error
 
 
-def _alpha_mask(image: Any) -> NDArray[np.uint8]:
+def alpha_mask(image: Any) -> NDArray[np.uint8]:
+    """Return the mask [H, W] of the transparent pixels of an image; InvalidRequestError if none."""
     opened = _opened("image", image)
     if "A" not in opened.getbands() and "transparency" not in opened.info:
         raise InvalidRequestError('mask "alpha" needs an image with transparency')

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from PIL import Image
 
 from .client import FlowTurboClient
 from .errors import InvalidRequestError
+from .pictures import alpha_mask
 
 _EXIF, _COMMENT = 0x8769, 0x9286
 _ASCII = b"ASCII\0\0\0"
@@ -92,7 +94,7 @@ def replay(
     )
 
 
-def _checked(path: Path, digest: str | None, name: str, file: Path | None) -> dict[str, bytes]:
+def _checked(path: Path, digest: str | None, name: str, file: Path | None) -> dict[str, Any]:
     """The argument `name`: the file that the metadata of `path` mean, if they mean one."""
     if (digest is None) != (file is None):
         told = f"give --{name}: {path} was made of one" if digest else f"{path} has no {name}"
@@ -100,9 +102,18 @@ def _checked(path: Path, digest: str | None, name: str, file: Path | None) -> di
     if file is None:
         return {}
     data = file.read_bytes()
-    if hashlib.sha256(data).hexdigest()[:_DIGITS] != digest:
-        raise InvalidRequestError(f"{file} is not the {name} that {path} was made of")
-    return {name: data}
+    if _sha256(data) == digest:
+        return {name: data}
+    if name == "mask":  # it may have been made of what is transparent
+        with suppress(InvalidRequestError):
+            mask = alpha_mask(data)
+            if _sha256(mask.tobytes()) == digest:
+                return {name: mask}
+    raise InvalidRequestError(f"{file} is not the {name} that {path} was made of")
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:_DIGITS]
 
 
 def _other(made: dict[str, Any], again: bytes) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import uvicorn
 from flowturbo_client import FlowTurboError
@@ -18,12 +19,14 @@ from flowturbo.command import positive, run_command
 from flowturbo.gateway.app import Gateway, application
 from flowturbo.gateway.edge import Bounds
 from flowturbo.gateway.filters import Filter
+from flowturbo.gateway.heads import BoundedHead
 from flowturbo.gateway.kept import Kept
 from flowturbo.gateway.keys import KeyFileError, Keys
 from flowturbo.gateway.service import ImageService
 
 _LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 _GRACE_S = 30
+_MAX_PORT = 65535
 
 
 def main(argv: Sequence[str]) -> int:
@@ -44,7 +47,7 @@ def options(argv: Sequence[str]) -> argparse.Namespace:
         help="gRPC endpoint; of several, each takes over if another fails (default: %(default)s)",
     )
     add("--host", default="127.0.0.1", help="default: %(default)s")
-    add("--port", type=int, default=8080, help="0: any free port (default: %(default)s)")
+    add("--port", type=_port, default=8080, help="0: any free port (default: %(default)s)")
     add("--keys", type=Path, metavar="FILE", help="API keys (python -m flowturbo.gateway.keys)")
     add(
         "--alias",
@@ -79,15 +82,21 @@ def _run(args: argparse.Namespace) -> None:
         Filter.load(args.filter) if args.filter else Filter(),
         args.public_url.rstrip("/") if args.public_url else None,
     )
+    if (args.certificate is None) != (args.private_key is None):
+        raise ValueError("give both --certificate and --private-key, or none")
+    public = urlsplit(args.public_url or "")
     # Without keys, a page whose name leads here must not get answers (DNS rebinding).
-    hosts = None if args.keys else _LOCAL | {args.host}
-    bounds = Bounds(args.max_body_mb << 20, args.timeout, args.max_requests, hosts)
+    own = _LOCAL | {args.host} | ({public.hostname} if public.hostname else set())
+    hosts = None if args.keys else frozenset(own)
+    size = args.max_body_mb << 20
+    bounds = Bounds(size, args.timeout, args.max_requests, hosts, public.netloc or None)
     # Whoever sends nonsense would fill the log with warnings.
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
     config = uvicorn.Config(
         application(gateway, bounds),
         ssl_certfile=args.certificate,
         ssl_keyfile=args.private_key,
+        http=BoundedHead,
         access_log=False,
         proxy_headers=False,
         server_header=False,
@@ -107,6 +116,12 @@ def _family(host: str) -> socket.AddressFamily:
 def shown_host(host: str) -> str:
     """As in an address: IPv6 in brackets."""
     return f"[{host}]" if ":" in host else host
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > _MAX_PORT:
+        raise argparse.ArgumentTypeError(f"must be 0 to {_MAX_PORT}, got {text!r}")
+    return int(text)
 
 
 def _is_loopback(host: str) -> bool:

@@ -71,7 +71,7 @@ def refusal_of_fields(error: ValidationError, kind: type[BaseModel]) -> Refused:
     first = error.errors(include_url=False, include_context=False)[0]
     if first["type"] in ("json_invalid", "model_type"):
         return Refused(400, f"the body must be a JSON object: {first['msg']}")
-    param = ".".join(str(part) for part in first["loc"])
+    param = str(first["loc"][0]) if first["loc"] else ""
     if first["type"] == "extra_forbidden":
         return Refused(
             400,

@@ -20,6 +20,7 @@ from pydantic_core import from_json
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
+from starlette.requests import ClientDisconnect
 
 from flowturbo.gateway.answers import Refused, refusal_of_fields
 from flowturbo.gateway.edge import Bounds, Edge
@@ -38,6 +39,7 @@ _PAGE = {
     "page.js": ("page.js", "text/javascript; charset=utf-8"),
 }
 _MOST_PARTS = 100  # of a form
+_SEND_S = 30.0  # for one event
 _LEFT = 499  # a status that nobody sees: the caller has left
 _TEXT = {"type": ["string", "null"]}
 _ERROR = {
@@ -113,8 +115,9 @@ def application(gateway: Gateway, bounds: Bounds) -> Edge:
     async def refused(_: Request, error: Refused) -> Response:
         return JSONResponse(error.body, error.status, error.headers)
 
+    @app.exception_handler(ClientDisconnect)
     @app.exception_handler(CallerLeftError)
-    async def left(_: Request, error: CallerLeftError) -> Response:
+    async def left(_: Request, error: Exception) -> Response:
         metrics.left.inc()
         return Response(status_code=_LEFT)
 
@@ -141,11 +144,11 @@ def application(gateway: Gateway, bounds: Bounds) -> Edge:
         task = await gateway.service.task(fields, key.name if key else None)
         if fields.stream:
             return await _streamed(gateway, metrics, request, task, key)
-        with gateway.keys.limited(key, fields.n), metrics.running.track_inprogress():
+        with gateway.keys.limited(key, fields.count), metrics.running.track_inprogress():
             made = await _unless_left(request, gateway.service.generate(task))
             for file in made.encoded or ():
                 await gateway.filter.after(fields, base64.b64decode(file))
-        metrics.images.labels(task.model["name"]).inc(fields.n)
+        metrics.images.labels(task.model["name"]).inc(fields.count)
         total_s = time.perf_counter() - arrived
         timing = f"service;dur={1e3 * made.latency_s:.1f}, total;dur={1e3 * total_s:.1f}"
         return JSONResponse(
@@ -286,12 +289,13 @@ class _Events(Response):
         async def sent() -> None:
             async with aclosing(self._source):  # type: ignore[type-var]
                 async for event in self._source:
-                    await send({"type": "http.response.body", "body": event, "more_body": True})
+                    async with asyncio.timeout(_SEND_S):  # a caller that does not read has left
+                        await send({"type": "http.response.body", "body": event, "more_body": True})
 
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             await _unless_left(self._request, sent())
-        except CallerLeftError:
+        except (CallerLeftError, TimeoutError):
             self._metrics.left.inc()
             return
         await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -303,16 +307,16 @@ async def _streamed(
     """Events; what fails before the first one is an answer as any other."""
 
     async def events() -> AsyncIterator[bytes]:
-        with gateway.keys.limited(key, task.fields.n), metrics.running.track_inprogress():
+        with gateway.keys.limited(key, task.fields.count), metrics.running.track_inprogress():
             partial = 0
             async with aclosing(_updates(gateway.service, task)) as updates:  # type: ignore[type-var]
                 async for update in updates:
                     for event in await _events_of(gateway, request, task, update, partial):
                         yield event
                     if update.final:
-                        metrics.images.labels(task.model["name"]).inc(task.fields.n)
+                        metrics.images.labels(task.model["name"]).inc(task.fields.count)
                     else:
-                        metrics.partial_images.labels(task.model["name"]).inc(task.fields.n)
+                        metrics.partial_images.labels(task.model["name"]).inc(task.fields.count)
                     partial += 1
 
     source = events()
@@ -359,6 +363,7 @@ async def _events_of(
             made = update.generation
             event |= {"size": _size(made), "seed": int(made.seeds[k])}
             event |= {"flowturbo": _made(request, task, made)}
+            event |= _truncated(made, k)
             kind = f"{name}.completed"
         found.append(_event(kind, {"type": kind, **event}))
     return found
@@ -382,9 +387,7 @@ def _document(gateway: Gateway, request: Request, task: Task, made: Made) -> dic
             image["url"] = f"{base}/images/{kept}"
         else:
             image["b64_json"] = file.decode()
-        if made.truncated and made.truncated[k]:
-            image["truncated"] = True  # the prompt was longer than the model reads
-        data.append(image)
+        data.append(image | _truncated(made, k))
     return {
         "created": int(time.time()),
         "background": "opaque",
@@ -408,6 +411,11 @@ def _made(request: Request, task: Task, made: Made) -> dict[str, Any]:
         "seeds": made.seeds.tolist(),
         "service_ms": round(1e3 * made.latency_s, 1),
     }
+
+
+def _truncated(made: Made, k: int) -> dict[str, bool]:
+    """Says so if the prompt of image `k` was longer than the model reads."""
+    return {"truncated": True} if made.truncated and made.truncated[k] else {}
 
 
 def _size(made: Made) -> str:

@@ -30,12 +30,16 @@ _WATCHED = "/v1/"  # the paths whose requests count against the limit
 
 @dataclass(frozen=True)
 class Bounds:
-    """The limits. `hosts` are the names that requests may address; None allows all."""
+    """The limits. `hosts` are the names that requests may address; None allows all.
+
+    `public_host` is what browsers address if a proxy in front says something else.
+    """
 
     body_bytes: int
     body_s: float
     requests: int
     hosts: frozenset[str] | None
+    public_host: str | None = None
 
 
 class Edge:
@@ -84,12 +88,13 @@ class Edge:
     def _check(self, scope: Message, watched: bool) -> None:
         headers = dict(scope["headers"])
         host = headers.get(b"host", b"").decode("latin-1")
-        if self._bounds.hosts is not None and _name(f"//{host}") not in self._bounds.hosts:
+        public = self._bounds.public_host
+        if self._bounds.hosts is not None and _parts(f"//{host}")[1] not in self._bounds.hosts:
             raise Refused(
                 403, f"this gateway answers to {', '.join(sorted(self._bounds.hosts))} only"
             )
         origin = headers.get(b"origin", b"").decode("latin-1")
-        if origin and scope["method"] != "GET" and urlsplit(origin).netloc != host:
+        if origin and scope["method"] != "GET" and _parts(origin)[0] not in (host, public):
             raise Refused(403, "requests from pages of another origin are refused")
         if watched and self._inside > self._bounds.requests:
             raise Refused(
@@ -131,11 +136,13 @@ def _too_large(bounds: Bounds) -> Refused:
     return Refused(413, f"the body must have at most {bounds.body_bytes >> 20} MB")
 
 
-def _name(address: str) -> str:
+def _parts(address: str) -> tuple[str | None, str | None]:
+    """Host and port of an address as written, and the host's name; None for what is no address."""
     try:
-        return urlsplit(address).hostname or ""
+        found = urlsplit(address)
+        return found.netloc, found.hostname
     except ValueError:
-        return ""
+        return None, None
 
 
 async def _send(refused: Refused, send: Any) -> None:

@@ -36,7 +36,9 @@ class Generation(BaseModel):
         None, description="What to show. For a model of classes: the name of a class."
     )
     model: Name | None = Field(None, description="A pipeline of the service (/v1/models).")
-    n: int = Field(1, ge=1, le=MAX_IMAGES, description="How many images.")
+    n: Annotated[int, Field(ge=1, le=MAX_IMAGES)] | None = Field(
+        None, description="How many images. Default: 1."
+    )
     size: str | None = Field(None, pattern=_SIZE, description="WIDTHxHEIGHT in pixels, or auto.")
     quality: Literal["auto", "low", "medium", "high"] | None = Field(
         None, description="The preset fast, balanced or best."
@@ -82,10 +84,17 @@ class Generation(BaseModel):
             raise ValueError("partial_images needs stream: true")
         if self.stream and self.response_format == "url":
             raise ValueError("a stream has its images in its events: response_format b64_json")
-        if isinstance(self.seed, list) and len(self.seed) != self.n:
-            raise ValueError(f"seed must be one number or n of them, n is {self.n}, got "
+        if isinstance(self.seed, list) and len(self.seed) != self.count:
+            raise ValueError(f"seed must be one number or n of them, n is {self.count}, got "
                              f"{len(self.seed)}")  # fmt: skip
+        if isinstance(self.seed, int) and self.seed + self.count - 1 > MAX_SEED:
+            raise ValueError(f"seed + n - 1 must be at most {MAX_SEED}, got {self.seed}")
         return self
+
+    @property
+    def count(self) -> int:
+        """How many images."""
+        return 1 if self.n is None else self.n
 
     @property
     def form(self) -> str:
@@ -106,7 +115,7 @@ class Generation(BaseModel):
         """One per image; None if the service draws them."""
         if self.seed is None or isinstance(self.seed, list):
             return self.seed
-        return [min(self.seed + k, MAX_SEED) for k in range(self.n)]
+        return [self.seed + k for k in range(self.count)]
 
 
 class Reference(BaseModel):

@@ -140,13 +140,19 @@ class Keys:
 def read_keys(path: Path) -> list[Key]:
     """The keys of a file. Raises OSError and KeyFileError."""
     try:
-        return [Key(**each) for each in json.loads(path.read_text(encoding="utf-8"))["keys"]]
+        found = [Key(**each) for each in json.loads(path.read_text(encoding="utf-8"))["keys"]]
+        for key in found:
+            for limit in (key.images_per_minute, key.concurrent):
+                if limit is not None and (type(limit) is not int or limit < 1):
+                    raise ValueError(f"limits of {key.name} must be numbers from 1 on: {limit!r}")
+        return found
     except (ValueError, TypeError, KeyError) as error:
         raise KeyFileError(f"{path} is no file of keys: {error}") from error
 
 
 def write_keys(path: Path, keys: Sequence[Key]) -> None:
     """Replaces the file at once; only its owner can read it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f"{path.name}.new")
     staged.touch(mode=0o600)
     text = json.dumps({"keys": [asdict(key) for key in keys]}, indent=1)

@@ -142,12 +142,13 @@ def _condition(fields: Generation, model: Mapping[str, Any]) -> dict[str, Any]:
     kind = model["condition"]["kind"]
     if kind == "class_label":
         label = fields.prompt if fields.label is None else fields.label
-        if isinstance(label, str) and label.isdecimal() and not model["condition"]["class_names"]:
+        named = bool(model["condition"]["class_names"])
+        if isinstance(label, str) and label.isdecimal() and len(label) < 19 and not named:
             label = int(label)
-        return {"labels": [label] * fields.n}
+        return {"labels": [label] * fields.count}
     if fields.label is not None:
         raise Refused(400, f"model {model['name']} takes a prompt and no label", param="label")
-    return {"prompts": [fields.prompt] * fields.n}
+    return {"prompts": [fields.prompt] * fields.count}
 
 
 def _edit(fields: Edit, model: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,14 +1,10 @@
-"""Networks for inference: the same functions, in the form that compilers make fast programs of.
+"""A SiT for inference: the same function, in the form that compilers make fast programs of.
 
-A SiT: what only the weights decide is done once, here. The scale of attention is in the weights of
+What only the weights decide is done once, here. The scale of attention is in the weights of
 the queries, and the 1 of `1 + scale` in a bias. The conditioning of all layers is one product.
 Patches are a product instead of a convolution.
-
-A VAE: group norms are a multiplication and an addition per channel, which compilers join to their
-neighbours. That is faster for a fixed number of rows only.
 """
 
-import copy
 from typing import Any
 
 import torch
@@ -89,43 +85,6 @@ class FoldedBlock(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, scale=1.0)
         projected: Tensor = self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
         return projected
-
-
-class MomentNorm(nn.Module):
-    """`norm` by the moments of channels, whose mean over each group is a small product.
-
-    Moments are in float32, whatever the weights are in.
-    """
-
-    mean_of_group: Tensor
-
-    def __init__(self, norm: nn.GroupNorm) -> None:
-        super().__init__()
-        self.eps, self.weight, self.bias = norm.eps, norm.weight, norm.bias
-        size = norm.num_channels // norm.num_groups
-        part = torch.full((size, size), 1 / size)
-        mean_of_group = torch.block_diag(*[part] * norm.num_groups)
-        self.register_buffer("mean_of_group", mean_of_group, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, ...] to the same shape."""
-        places, wide = tuple(range(2, x.ndim)), x.float()
-        mean = wide.mean(places) @ self.mean_of_group
-        square = wide.square().mean(places) @ self.mean_of_group
-        scale = self.weight.float() * torch.rsqrt(square - mean.square() + self.eps)
-        shift = self.bias.float() - mean * scale
-        shape = (*mean.shape, *[1] * len(places))
-        return x * scale.view(shape).to(x.dtype) + shift.view(shape).to(x.dtype)
-
-
-def with_moment_norms(module: nn.Module) -> nn.Module:
-    """A copy of `module` whose group norms are MomentNorm."""
-    found = copy.deepcopy(module)
-    for name, each in list(found.named_modules()):
-        if isinstance(each, nn.GroupNorm):
-            parent, _, own = name.rpartition(".")
-            setattr(found.get_submodule(parent), own, MomentNorm(each))
-    return found
 
 
 def _normed(x: Tensor) -> Tensor:

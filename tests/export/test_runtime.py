@@ -89,7 +89,7 @@ def test_a_runtime_that_lacks_the_precision_is_refused(tmp_path: Path) -> None:
 
 
 def test_programs_of_fixed_rows_give_the_same(glyphs_repository: Path) -> None:
-    """The decoder's have another form of group norm, which rounds the last level differently."""
+    """Rounding can change a level."""
     pipeline = read_pipeline(glyphs_repository, "glyphs")
     for role in (Role.PREDICTOR, Role.DECODER):
         path = glyphs_repository / pipeline.model(role) / "1" / "model.onnx"

@@ -1,6 +1,5 @@
 """The folded form of a SiT computes the same function with fewer operations."""
 
-import warnings
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -8,13 +7,12 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from torch import nn
 
 from export.onnx_graph import ExportTarget, export_onnx
 from flowturbo.conditions.class_label import ClassLabel
 from flowturbo.contract import Role
 from flowturbo.nets.blocks import PredictorBlock
-from flowturbo.nets.folded import FoldedSiT, MomentNorm, with_moment_norms
+from flowturbo.nets.folded import FoldedSiT
 from flowturbo.nets.sit import ByLabel, SiT, SiTConfig, refiner_config
 
 pytestmark = pytest.mark.unit
@@ -69,35 +67,3 @@ def test_the_graph_has_fewer_operations(tmp_path: Path) -> None:
     assert products[1] == products[0] + 1 - CONFIG.depth
     assert after["Mul"] <= before["Mul"] - CONFIG.depth
     assert sum(after.values()) < 0.9 * sum(before.values())
-
-
-@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_moments_normalise_groups(dtype: torch.dtype, allowed: float) -> None:
-    torch.manual_seed(0)
-    inner = nn.Sequential(nn.Conv2d(4, 12, 3), nn.GroupNorm(3, 12, eps=1e-3), nn.SiLU()).to(dtype)
-    network = nn.ModuleDict({"inner": inner})
-    nn.init.normal_(inner[1].weight)
-    nn.init.normal_(inner[1].bias)
-    found = with_moment_norms(network)
-    assert isinstance(found["inner"][1], MomentNorm) and isinstance(inner[1], nn.GroupNorm)
-    x = (3 + torch.randn(2, 4, 8, 8)).to(dtype)
-    with torch.inference_mode():
-        wanted, own = inner(x), found["inner"](x)
-    assert own.dtype == dtype
-    assert (own - wanted).abs().max() < allowed * wanted.abs().max()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_moments_export_in_each_precision(dtype: torch.dtype, tmp_path: Path) -> None:
-    """What compilers read has one type per product."""
-    network = with_moment_norms(nn.Sequential(nn.GroupNorm(3, 12)).to(dtype)).eval()
-    rows = torch.export.Dim("rows")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own
-        program = torch.onnx.export(
-            network, (torch.randn(2, 12, 4, 4).to(dtype),), dynamo=True, verbose=False,
-            dynamic_shapes=({0: rows},),
-        )  # fmt: skip
-    assert program is not None
-    program.save(str(tmp_path / "model.onnx"))
-    onnx.checker.check_model(str(tmp_path / "model.onnx"), full_check=True)

@@ -76,6 +76,7 @@ function showModel() {
   at("class").hidden = document.querySelector("label[for=class]").hidden = !names.length;
   at("class-id").hidden = document.querySelector("label[for=class-id]").hidden = names.length > 0;
   at("class-id").max = (of.condition.num_classes ?? 1) - 1;
+  at("class-id").disabled = !isClass() || names.length > 0;  // what is hidden must not be checked
   const presets = Object.keys(of.presets);
   const known = [...presets, ...Object.keys(of.solvers ?? {})];
   at("schedules").replaceChildren(...known.map((name) => option(name, of.presets[name] ?? name)));
@@ -275,7 +276,8 @@ async function make(asked, shown) {
   shown.image.alt = `${shown.title}, seed ${done.seed}`;
   const times = of.evaluations === 1 ? "evaluation" : "evaluations";
   shown.caption.textContent =
-    `${of.schedule}: ${of.evaluations} ${times}, ${of.service_ms.toFixed(0)} ms, seed ${done.seed}`;
+    `${of.schedule}: ${of.evaluations} ${times}, ${of.service_ms.toFixed(0)} ms, seed ${done.seed}` +
+    (done.truncated ? "; the prompt was too long and was cut" : "");
   const again = document.createElement("button");
   again.type = "button";
   again.textContent = "Start from this";
@@ -309,10 +311,11 @@ async function submit(event) {
       if (!names.length) throw new Error("name the schedules to compare");
       const seed = seedOf() ?? randomSeed();
       const shown = names.map((name) => figure(name));
-      for (const [k, name] of names.entries()) {  // one after the other: times can be compared
-        last = request(name, seed, null);
-        last.fields.stream = true;
-        done = await make(last, shown[k]);
+      const asked = names.map((name) => request(name, seed, null));
+      for (const [k, each] of asked.entries()) {  // one after the other: times can be compared
+        each.fields.stream = true;
+        last = each;
+        done = await make(each, shown[k]);
       }
     } else {
       last = request(at("schedule").value.trim(), seedOf(), PARTIAL);
@@ -405,7 +408,8 @@ function asCurl() {
     return `curl ${quoted(where)}${key} \\\n  -H 'Content-Type: application/json' \\\n` +
       `  -d ${quoted(JSON.stringify(plain()))}`;
   }
-  const parts = Object.entries(plain()).map(([name, value]) => `-F ${quoted(`${name}=${value}`)}`);
+  const parts = Object.entries(plain()).map(
+    ([name, value]) => `--form-string ${quoted(`${name}=${value}`)}`);
   const files = Object.keys(last.files).map((name) => `-F ${name}=@${name}.png`);
   return `curl ${quoted(where)}${key} \\\n  ${[...files, ...parts].join(" \\\n  ")}`;
 }
@@ -421,8 +425,8 @@ function asPython() {
   const given = [...files, ...prompt, ...usual.map(([name, value]) => `${name}=${written(value)}`)];
   const rest = `{${extra.map(([name, value]) => `"${name}": ${written(value)}`).join(", ")}}`;
   const verb = last.files ? "edit" : "generate";
-  return `import base64\n\nimport openai\n\n` +
-    `client = openai.OpenAI(base_url="${new URL("v1", location.href).href}", api_key="none")\n` +
+  return `import base64\nimport os\n\nimport openai\n\n` +
+    `client = openai.OpenAI(base_url="${new URL("v1", location.href).href}", api_key=${at("key").value ? 'os.environ["API_KEY"]' : '"none"'})\n` +
     `answer = client.images.${verb}(\n    ${[...given, `extra_body=${rest}`].join(",\n    ")},\n)\n` +
     `open("image.png", "wb").write(base64.b64decode(answer.data[0].b64_json))\n`;
 }
