@@ -445,8 +445,7 @@ def _with_block_times(pipeline: Pipeline, options: Options, staged: Path) -> Pip
         folder = staged / pipeline.model(role)
         runtime = Runtime(record.runtime, record.precision)
         path = folder / "1" / model_file(record.runtime)
-        fixed = pipeline.fixed_rows(role)
-        times = block_times(path, runtime, Figures.load(folder), record.max_rows, fixed)
+        times = block_times(path, runtime, Figures.load(folder), record.max_rows)
         models[role] = replace(record, block_ms=times)
     print("done")
     return replace(pipeline, models=models)
@@ -743,7 +742,6 @@ def _config(pipeline: Pipeline, role: Role, deployment: Deployment) -> str:
         engines,
         digest,
         len(_profiles(pipeline, role, deployment)[0]),
-        pipeline.fixed_rows(role),
     )
     return text_format.MessageToString(config)
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from export.deployment import AUTO, Deployment
 from export.onnx_graph import ExportTarget, export_onnx
 from export.torch_program import export_program
-from flowturbo.contract import FIXED_ROWS, Role
+from flowturbo.contract import Role
 from flowturbo.generate import roles_called
 from flowturbo.parity import TOLERANCES, Figures, VerificationError, check
 from flowturbo.presets import DEFAULT, built_in
 from flowturbo.rows import Tensors
-from flowturbo.runtimes import OpenVinoModel, model_file, open_model, runtime_for
+from flowturbo.runtimes import model_file, open_model, runtime_for
 from flowturbo.serving.scheduling import stated_rows
 from flowturbo.solver.program import compile_program
 
@@ -105,12 +105,9 @@ def try_runtimes(
         # OpenVINO in bfloat16 rounds what the file has in float32 too, such as embeddings of times.
         # That counts if it serves the model, and not for a file that is for another engine.
         precision = runtime.precision if served or runtime.name != "openvino" else "fp32"
-        fixed = FIXED_ROWS.get(exported.role, ()) if served else ()
-        model = open_model(path, precision, runtime=runtime.name, on_gpu=on_gpu, fixed_rows=fixed)
+        model = open_model(path, precision, runtime=runtime.name, on_gpu=on_gpu)
         try:
-            own = model.fixed_rows if isinstance(model, OpenVinoModel) else ()
-            batches = sorted({*figures.batches, *own})
-            parity = figures.check(exported.role, model, TOLERANCES[runtime.precision], batches)
+            parity = figures.check(exported.role, model, TOLERANCES[runtime.precision])
             for inputs, outputs in other_sizes:
                 found = dict(zip(outputs, model(inputs), strict=True))
                 check(exported.role, outputs, found, TOLERANCES[runtime.precision])
@@ -130,11 +127,9 @@ def try_runtimes(
     return trials
 
 
-def block_times(
-    path: Path, runtime: Runtime, figures: Figures, max_rows: int, fixed_rows: Sequence[int] = ()
-) -> dict[str, float]:
+def block_times(path: Path, runtime: Runtime, figures: Figures, max_rows: int) -> dict[str, float]:
     """Milliseconds per call of the file `path` by rows, from a pair to `max_rows` rows."""
-    model = open_model(path, runtime.precision, runtime=runtime.name, fixed_rows=fixed_rows)
+    model = open_model(path, runtime.precision, runtime=runtime.name)
     best: dict[int, float] = {}
     for _ in range(_BLOCK_ROUNDS):  # in turns: a pause of the machine does not hit one size alone
         for rows in stated_rows(max_rows):

@@ -45,11 +45,6 @@ _MODELS = {
 }
 
 
-# Rows of one guided image and of eight. For them a model on a CPU has programs of its own. Each
-# takes memory: where eight images gain little, there is none.
-FIXED_ROWS = {Role.PREDICTOR: (2, 16), Role.REFINER: (2,), Role.DECODER: (1,)}
-
-
 def model_name(pipeline: str, role: Role) -> str:
     """The Triton model with this role: `glyphs_velocity_predictor`."""
     return f"{pipeline}_{_MODELS[role]}"

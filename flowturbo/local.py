@@ -183,7 +183,6 @@ def open_role(
         threads,
         made.runtime,
         on_gpu=made.on_gpu,
-        fixed_rows=pipeline.fixed_rows(role),
     )
 
 

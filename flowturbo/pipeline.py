@@ -18,7 +18,6 @@ from typing import Any
 from flowturbo.conditions import Condition, read_condition, write_condition
 from flowturbo.conditions.class_label import ClassLabel
 from flowturbo.contract import (
-    FIXED_ROWS,
     ORCHESTRATOR,
     Role,
     Specs,
@@ -259,13 +258,6 @@ class Pipeline:
         if schedule.shift == 1 and self.grid == GridRule():  # its own grid by another name
             return replace(schedule, shift=None)
         return schedule
-
-    def fixed_rows(self, role: Role) -> tuple[int, ...]:
-        """The rows for which a model has programs of its own: on a CPU, if images have one size."""
-        record = self.models[role]
-        if record.engine != "python" or record.runtime != "openvino" or -1 in record.sizes.values():
-            return ()
-        return tuple(rows for rows in FIXED_ROWS.get(role, ()) if rows <= record.max_rows)
 
     def on_own_grid(
         self, schedule: Schedule, latent_shape: tuple[int, int, int]

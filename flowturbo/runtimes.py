@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
@@ -43,14 +42,12 @@ def open_model(
     runtime: str | None = None,
     *,
     on_gpu: bool = False,
-    fixed_rows: Sequence[int] = (),
 ) -> Model:
     """Loads the file `path` (see `model_file`) in one of RUNTIMES, to compute in `precision`.
 
     ONNX Runtime and PyTorch compute in the file's own types. ONNX Runtime uses a GPU if it supports
     one. PyTorch uses the first GPU if `on_gpu`. OpenVINO runs on a CPU. It can run a float32 file
-    in bfloat16. There batches of `fixed_rows` have programs of their own, which are faster than the
-    one for any number of rows. `threads` None means one per usable core. Raises RepositoryError if
+    in bfloat16. `threads` None means one per usable core. Raises RepositoryError if
     the runtime is not installed.
     """
     chosen = runtime or runtime_for(precision)
@@ -60,7 +57,7 @@ def open_model(
 
             return TorchModel(path, "cuda:0" if on_gpu else "cpu", threads)
         if chosen == "openvino":
-            return OpenVinoModel(path, precision, threads, fixed_rows)
+            return OpenVinoModel(path, precision, threads)
         return OnnxRuntimeModel(path, threads)
     except ImportError as error:
         raise RepositoryError(
@@ -107,13 +104,7 @@ class OpenVinoModel:
 
     on_gpu = False
 
-    def __init__(
-        self,
-        path: Path,
-        precision: str,
-        threads: int | None = None,
-        fixed_rows: Sequence[int] = (),
-    ) -> None:
+    def __init__(self, path: Path, precision: str, threads: int | None = None) -> None:
         import openvino
 
         core = openvino.Core()
@@ -122,32 +113,17 @@ class OpenVinoModel:
             "INFERENCE_PRECISION_HINT": _OPENVINO_TYPES[precision],
             "PERFORMANCE_HINT": "LATENCY",
         }
-
-        def compiled(graph: openvino.Model) -> openvino.CompiledModel:
-            # The tanh form of GELU takes twice as long as the product before it. The two forms
-            # differ by 5e-4, less than bfloat16 rounds.
-            for operation in graph.get_ops() if precision == "bf16" else ():
-                if operation.get_type_name() == "Gelu":
-                    operation.set_attribute("approximation_mode", "erf")
-            return core.compile_model(graph, "CPU", options)
-
         graph = core.read_model(path)
-        self._model = compiled(graph)
-        self._fixed = {}
-        for rows in fixed_rows:  # of one graph: its programs share the weights
-            sizes = {each: list(each.get_partial_shape())[1:] for each in graph.inputs}
-            if any(side.is_dynamic for sides in sizes.values() for side in sides):
-                break  # one program per size of images would be too many
-            shapes = {each: openvino.PartialShape([rows, *of]) for each, of in sizes.items()}
-            graph.reshape(shapes)
-            self._fixed[rows] = compiled(graph)
-        self.fixed_rows = tuple(self._fixed)
+        # The tanh form of GELU takes twice as long as the product before it. The two forms differ
+        # by 5e-4, less than bfloat16 rounds.
+        for operation in graph.get_ops() if precision == "bf16" else ():
+            if operation.get_type_name() == "Gelu":
+                operation.set_attribute("approximation_mode", "erf")
+        self._model = core.compile_model(graph, "CPU", options)
         del graph
         _trim()
 
     def __call__(self, inputs: Tensors) -> tuple[np.ndarray, ...]:
         """Outputs [rows, ...] in the model's order."""
-        rows = len(next(iter(inputs.values())))
-        model = self._fixed.get(rows, self._model)
-        results = model(inputs)
-        return tuple(np.array(results[k]) for k in range(len(model.outputs)))
+        results = self._model(inputs)
+        return tuple(np.array(results[k]) for k in range(len(self._model.outputs)))

@@ -84,13 +84,14 @@ def test_commands(document: str, command: str) -> None:
         check_options(command, module_words(words))
 
 
+_WITH_ACTIONS = ("flowturbo_client", "flowturbo.gateway.keys")
 _EXPORT_ACTIONS = (["verify"], ["list"], ["remove"])
 
 
 def check_options(command: str, words: list[str]) -> None:
     """That a module of this project takes the options in `words`; its name is the first."""
     # The first word of what a client or an export is to do has options of its own.
-    has_action = words[0] == "flowturbo_client" or words[1:2] in _EXPORT_ACTIONS
+    has_action = words[0] in _WITH_ACTIONS or words[1:2] in _EXPORT_ACTIONS
     given = words[1:2] if has_action else []
     if words[:2] == ["training.refiner", "--diffusers"]:
         given = ["--diffusers", "folder"]  # its refiners have options of their own

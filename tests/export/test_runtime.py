@@ -1,6 +1,5 @@
 """What the models run in is chosen by measurement, among what computes the same."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +9,9 @@ from support import GOLDEN_EXPORT, run_export
 from export.deployment import AUTO, Deployment
 from export.runtime import Runtime, TrialResult, candidates, choose
 from flowturbo import LocalPipeline
-from flowturbo.contract import FIXED_ROWS, LABEL_ROLES, Role
-from flowturbo.parity import Figures, VerificationError
+from flowturbo.contract import LABEL_ROLES, Role
+from flowturbo.parity import VerificationError
 from flowturbo.pipeline import read_pipeline
-from flowturbo.runtimes import OpenVinoModel
 
 ORT, OPENVINO, BF16 = (
     Runtime("onnxruntime", "fp32"),
@@ -86,35 +84,3 @@ def test_a_runtime_that_lacks_the_precision_is_refused(tmp_path: Path) -> None:
     done = run_export(*arguments, "--repository", tmp_path)
     assert done.returncode == 2
     assert "--runtime onnxruntime --precision bf16" in done.stderr
-
-
-def test_programs_of_fixed_rows_give_the_same(glyphs_repository: Path) -> None:
-    """Rounding can change a level."""
-    pipeline = read_pipeline(glyphs_repository, "glyphs")
-    for role in (Role.PREDICTOR, Role.DECODER):
-        path = glyphs_repository / pipeline.model(role) / "1" / "model.onnx"
-        fixed = FIXED_ROWS[role]
-        any_rows, model = OpenVinoModel(path, "fp32"), OpenVinoModel(path, "fp32", None, fixed)
-        assert (any_rows.fixed_rows, model.fixed_rows) == ((), fixed)
-        figures = Figures.load(glyphs_repository / pipeline.model(role))
-        for rows in (*fixed, 3):
-            inputs, _ = figures.batch(rows)
-            for one, other in zip(any_rows(inputs), model(inputs), strict=True):
-                assert one.shape == other.shape and len(one) == rows
-                allowed = 1 if one.dtype == np.uint8 else 1e-4 * np.abs(one).max()
-                assert np.abs(one.astype(float) - other).max() <= allowed
-
-
-def test_fixed_rows_are_those_that_can_be(glyphs_repository: Path) -> None:
-    """No more than a batch has, none for images of several sizes, and none for other runtimes."""
-    pipeline = read_pipeline(glyphs_repository, "glyphs")
-    record = replace(pipeline.models[Role.PREDICTOR], runtime="openvino")
-    changed = [
-        (record, (2, 16)),
-        (replace(record, max_rows=8), (2,)),
-        (replace(record, sizes={**record.sizes, "h": -1}), ()),
-        (replace(record, runtime="onnxruntime"), ()),
-        (replace(record, engine="tensorrt"), ()),
-    ]
-    for each, fixed in changed:
-        assert replace(pipeline, models={Role.PREDICTOR: each}).fixed_rows(Role.PREDICTOR) == fixed

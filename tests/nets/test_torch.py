@@ -89,7 +89,7 @@ def test_a_server_whose_answer_is_off_refuses_to_start(repository: Path, tmp_pat
     names = {INPUTS: ""}
     program = torch.export.load(path, extra_files=names)
     with torch.no_grad():
-        program.state_dict["network.network.final_layer.linear.weight"].mul_(1.05)
+        program.state_dict["network.network.out.weight"].mul_(1.05)
     torch.export.save(program, path, extra_files=names)
     said = r"glyphs_velocity_refiner: output .* is off by .* This server must not be used"
     with pytest.raises(ServerError, match=said), running_server(tampered):
@@ -302,7 +302,7 @@ def test_a_model_on_a_gpu_is_checked_before_it_is_ready(
     names = {INPUTS: ""}
     program = torch.export.load(folder / "1/model.pt2", extra_files=names)
     with torch.no_grad():
-        program.state_dict["network.network.final_layer.linear.weight"].mul_(1.05)
+        program.state_dict["network.network.out.weight"].mul_(1.05)
     torch.export.save(program, folder / "1/model.pt2", extra_files=names)
     with pytest.raises(VerificationError, match="glyphs_velocity_refiner: output .* is off by"):
         block.initialize(arguments)
