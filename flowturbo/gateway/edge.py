@@ -94,7 +94,7 @@ class Edge:
                 403, f"this gateway answers to {', '.join(sorted(self._bounds.hosts))} only"
             )
         origin = headers.get(b"origin", b"").decode("latin-1")
-        if origin and scope["method"] != "GET" and _parts(origin)[0] not in (host, public):
+        if origin and scope["method"] != "GET" and _parts(origin)[0] not in (host, public or host):
             raise Refused(403, "requests from pages of another origin are refused")
         if watched and self._inside > self._bounds.requests:
             raise Refused(

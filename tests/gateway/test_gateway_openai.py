@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import io
+import itertools
 import re
 import socket
 import subprocess
@@ -97,13 +98,15 @@ def test_partial_images_come_nearer_and_the_last_is_the_image(api: openai.OpenAI
     events = list(
         api.images.generate(**asked, stream=True, partial_images=3, extra_body=extra)  # type: ignore[call-overload]
     )
-    kinds = [event.type for event in events]
-    assert kinds == ["image_generation.partial_image"] * 3 + ["image_generation.completed"]
-    assert [event.partial_image_index for event in events[:3]] == [0, 1, 2]
+    *partial, last = [event.type for event in events]
+    assert last == "image_generation.completed"
+    # A busy service may drop some on the way.
+    assert set(partial) == {"image_generation.partial_image"} and len(partial) <= 3
+    assert [event.partial_image_index for event in events[:-1]] == list(range(len(partial)))
     final = of(plain.data[0])
     off = [np.abs(pixels(base64.b64decode(each.b64_json)) - final).mean() for each in events]
-    assert off[0] > off[1] > off[2] > off[3]
-    assert off[3] < 0.1  # its batches may be others
+    assert all(one > other for one, other in itertools.pairwise(off))
+    assert off[-1] < 0.1  # its batches may be others
     assert events[-1].seed == 3
 
 
