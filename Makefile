@@ -7,8 +7,8 @@ REPOSITORY := model_repository
 SOURCES := flowturbo export training tuning bench research examples client tests
 
 .PHONY: help demo gallery test unit check format setup export serve web quality editing study \
-  refiners train train-scenes fonts bench hostile gpu-check gpu-profile gpu-serve-check xl-check sd35-check \
-  rectified-check clean
+  refiners train train-scenes fonts bench hostile gpu-check gpu-profile gpu-serve-check xl-check \
+  sd35-check rectified-check clean
 .DEFAULT_GOAL := help
 
 help:  ## list these targets

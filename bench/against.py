@@ -122,6 +122,11 @@ def interval_of(values: np.ndarray) -> float:
     return _T_95[len(values)] * float(values.std(ddof=1)) / math.sqrt(len(values))
 
 
+def shown_ratio(of: dict[str, Any]) -> str:
+    """A ratio with its interval."""
+    return f"{of['ratio']:.3f} ({of['low']:.3f} to {of['high']:.3f})"
+
+
 def markdown(found: dict[str, Any]) -> str:
     """The table."""
     lines = [
@@ -132,10 +137,7 @@ def markdown(found: dict[str, Any]) -> str:
     ]
     for name, of in found.items():
         before, now = np.median(of["before"]), np.median(of["now"])
-        lines.append(
-            f"| {name} | {before:.1f} | {now:.1f} | {of['ratio']:.3f} ({of['low']:.3f} to "
-            f"{of['high']:.3f}) |"
-        )
+        lines.append(f"| {name} | {before:.1f} | {now:.1f} | {shown_ratio(of)} |")
     return "\n".join(lines)
 
 

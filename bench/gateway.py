@@ -6,7 +6,6 @@ files. Both take turns in one run. Writes a JSON file and prints a table.
 
 import argparse
 import contextlib
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -19,10 +18,11 @@ import urllib3
 from flowturbo_client import FlowTurboClient, FlowTurboError
 from tqdm import tqdm
 
-from bench.against import interval_of, ratio
+from bench.against import interval_of, ratio, shown_ratio
 from bench.closed_loop import closed_loop
 from bench.faults import served
 from bench.observe import hardware, in_words, write_json
+from bench.web import ready_process
 from flowturbo.command import run_command
 from flowturbo.errors import FlowTurboError as ServiceError
 
@@ -101,22 +101,10 @@ class RunningGateway:
 
 @contextlib.contextmanager
 def running_gateway(service: str, *options: str) -> Iterator[RunningGateway]:
-    """A gateway in its own process on a free loopback port.
-
-    Raises FlowTurboError if it exits before it is ready. Its messages go to standard error.
-    """
+    """A gateway in its own process on a free loopback port. Raises FlowTurboError."""
     command = [sys.executable, "-m", "flowturbo.gateway", "--service", service, "--port", "0"]
-    process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    try:
-        ready = process.stdout.readline()
-        if not ready.startswith("ready: "):
-            raise FlowTurboError(f"the gateway exited with {process.wait()}")
-        yield RunningGateway(ready.removeprefix("ready: ").strip(), process.pid)
-    finally:
-        process.terminate()
-        process.wait()
-        process.stdout.close()
+    with ready_process([*command, *options], "the gateway") as (pid, said):
+        yield RunningGateway(said.removeprefix("ready: "), pid)
 
 
 def markdown(found: dict[str, dict[str, Any]], schedule: str) -> str:
@@ -131,8 +119,8 @@ def markdown(found: dict[str, dict[str, Any]], schedule: str) -> str:
     for clients, of in found.items():
         grpc, http = (np.median(of["images_per_s"][name]) for name in ("grpc", "http"))
         lines.append(
-            f"| {clients} | {grpc:.1f} | {http:.1f} | {of['ratio']:.3f} ({of['low']:.3f} to "
-            f"{of['high']:.3f}) | {of['more_ms']:.2f} ± {of['more_ms_interval']:.2f} |"
+            f"| {clients} | {grpc:.1f} | {http:.1f} | {shown_ratio(of)} | "
+            f"{of['more_ms']:.2f} ± {of['more_ms_interval']:.2f} |"
         )
     return "\n".join(lines)
 

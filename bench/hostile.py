@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from bench.faults import served
 from bench.gateway import running_gateway
-from bench.observe import hardware, write_json
+from bench.observe import hardware, resident_bytes, write_json
 from flowturbo.command import positive, run_command
 from flowturbo.errors import FlowTurboError as ServiceError
 
@@ -201,14 +201,6 @@ def schemathesis(address: str, examples: int) -> dict[str, Any]:
     return {"generated": sum(int(each.replace(",", "")) for each in found)}
 
 
-def resident_mb(pid: int) -> float:
-    """Resident memory of a process."""
-    text = Path(f"/proc/{pid}/status").read_text()
-    found = re.search(r"VmRSS:\s+(\d+) kB", text)
-    assert found
-    return int(found[1]) / 1024
-
-
 def main(argv: Sequence[str]) -> int:
     """Returns the exit status: 2, and one line on stderr, for errors that the user can fix."""
     parser = argparse.ArgumentParser(prog="python -m bench.hostile", description=__doc__)
@@ -229,12 +221,12 @@ def _run(args: argparse.Namespace) -> None:
         gateway = stack.enter_context(running_gateway(server.grpc))
         bar = stack.enter_context(tqdm(total=args.requests))
         outcomes = attack(gateway.address, min(_WARM, args.requests), seen=bar.update)
-        before = resident_mb(gateway.pid)
+        before = resident_bytes([gateway.pid])
         outcomes += attack(
             gateway.address, max(0, args.requests - _WARM), seed=_WARM, seen=bar.update
         )
         generated = schemathesis(gateway.address, args.examples)
-        grown = resident_mb(gateway.pid) - before
+        grown = (resident_bytes([gateway.pid]) - before) / 2**20
     found = {"hardware": hardware(), "outcomes": dict(outcomes), "schemathesis": generated}
     write_json(found | {"grown_mb": grown}, args.json)
     print(found, f"grown by {grown:.0f} MB")

@@ -1,9 +1,9 @@
 """How near the blocks come to the machine's limit: `python -m bench.peak`.
 
-For each block and batch size: the time, the rate of its products, and the share of what a large
-matrix product reaches here in the same precision and in the same run. Blocks and product take
-turns. Products are counted from the exported graph: matrix products and convolutions, 2 operations
-per multiplication. Writes a JSON file.
+For each block and batch size it prints the time and the rate of its products. It also prints the
+share of what a large matrix product reaches here in the same precision. Blocks and product take
+turns in one run. Products are counted from the exported graph: matrix products and convolutions, 2
+operations per multiplication. Writes a JSON file.
 """
 
 import argparse

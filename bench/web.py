@@ -157,13 +157,25 @@ def running_web(
     command = [sys.executable, "-m", "bench.web", "--port", "0", "--threads", str(threads)]
     command += ["--weights", str(weights.resolve()), "--precision", precision]
     command += ["--compiled"] * compiled + ["--diffusers"] * diffusers
-    process = subprocess.Popen(command, cwd=_ROOT, stdout=subprocess.PIPE, text=True)
+    with ready_process(command, "the web server", _ROOT) as (_, said):
+        yield int(said.rpartition(":")[2])
+
+
+@contextlib.contextmanager
+def ready_process(
+    command: Sequence[str], name: str, folder: Path | None = None
+) -> Iterator[tuple[int, str]]:
+    """Runs a server until the block ends; yields its process id and the line that it prints first.
+
+    Raises FlowTurboError if it exits before that. Its messages go to standard error.
+    """
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
-        ready = process.stdout.readline()
-        if not ready:
-            raise FlowTurboError(f"the web server exited with {process.wait()}: {command}")
-        yield int(ready.rpartition(":")[2])
+        said = process.stdout.readline()
+        if not said:
+            raise FlowTurboError(f"{name} exited with {process.wait()}: {command}")
+        yield process.pid, said.strip()
     finally:
         process.terminate()
         try:

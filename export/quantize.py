@@ -28,10 +28,10 @@ def quantize(exported: ExportTarget, path: Path) -> None:
     large = path.with_suffix(".onnx.data").exists()
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     products = [n for n in model.graph.node if n.op_type == "MatMul" and n.input[1] in weights]
-    # Neither the patches' product nor the last layer's: errors of these would be errors of what the
-    # network reads, and of the velocity.
-    ends = products[0].input[1], products[-1].input[1]
-    products = [node for node in products if node.input[1] not in ends]
+    # Neither the patches' product (FoldedSiT) nor the last layer's: errors of these would be errors
+    # of what the network reads, and of the velocity.
+    last = products[-1].input[1]
+    products = [n for n in products if n.input[1] != last and not n.input[1].endswith(".patches")]
     largest = _largest_inputs(exported, path, sorted({node.input[0] for node in products}))
     for node in products:
         largest[node.input[1]] = float(np.abs(numpy_helper.to_array(weights[node.input[1]])).max())

@@ -35,6 +35,19 @@ def positive(text: str) -> int:
     return int(text)
 
 
+class integer:
+    """An argparse type: an integer within bounds (inclusive)."""
+
+    def __init__(self, low: int, high: int) -> None:
+        self._low, self._high = low, high
+
+    def __call__(self, text: str) -> int:
+        if not text.isdecimal() or not self._low <= int(text) <= self._high:
+            allowed = f"an integer from {self._low} to {self._high}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}")
+        return int(text)
+
+
 def image_size(text: str) -> tuple[int, int]:
     """An argparse type: WIDTHxHEIGHT in pixels, as (H, W)."""
     found = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", text)

@@ -17,13 +17,7 @@ from typing import Any
 
 from flowturbo.conditions import Condition, read_condition, write_condition
 from flowturbo.conditions.class_label import ClassLabel
-from flowturbo.contract import (
-    ORCHESTRATOR,
-    Role,
-    Specs,
-    composed_tensors,
-    model_name,
-)
+from flowturbo.contract import ORCHESTRATOR, Role, Specs, composed_tensors, model_name
 from flowturbo.errors import RepositoryError, RequestError
 from flowturbo.presets import Presets, built_in, find_schedule, parsed, shown
 from flowturbo.settings import Settings
@@ -223,6 +217,16 @@ class Pipeline:
         return self.predictor.on_gpu
 
     @cached_property
+    def digests(self) -> dict[str, str]:
+        """What identifies each model as it was exported, by role."""
+        return {
+            role.value: short_digest(
+                json.dumps([of.runtime, of.precision, *sorted(of.files.items())]).encode()
+            )
+            for role, of in self.models.items()
+        }
+
+    @cached_property
     def presets(self) -> Presets:
         """The built-in presets that the pipeline can serve, and its own presets."""
         ready_made = {} if self.solver_steps else built_in(has_refiner=self.has(Role.REFINER))
@@ -382,7 +386,12 @@ def flow_of(fingerprint: Mapping[str, Any]) -> str:
         for name in _READ_AS
         if not any(options.get(name) is each for each in unset)
     }
-    return hashlib.sha256(json.dumps([weights, read], sort_keys=True).encode()).hexdigest()[:16]
+    return short_digest(json.dumps([weights, read], sort_keys=True).encode())
+
+
+def short_digest(data: bytes) -> str:
+    """The start of a SHA-256: enough to tell things apart."""
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def shown_size(size: tuple[int, int]) -> str:

@@ -4,7 +4,6 @@ PNG, JPEG and WebP files all can have Exif, so it is one form for all: a JSON te
 and the program in Software. The keys are the names of request inputs.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -29,13 +28,12 @@ from flowturbo.contract import (
 )
 from flowturbo.errors import RequestError
 from flowturbo.pictures import Picture
-from flowturbo.pipeline import Pipeline
+from flowturbo.pipeline import Pipeline, short_digest
 from flowturbo.request import GenerationRequest
 from flowturbo.settings import Settings
 
 DIGESTS, VARIANT = "digests", "variant"
 DIGEST = "_sha256"  # ends a key of what the file cannot hold: an image, a mask, a given noise
-_DIGITS = 16  # of a digest
 _SOFTWARE, _EXIF, _COMMENT = 0x0131, 0x8769, 0x9286
 _ASCII = b"ASCII\0\0\0"  # Exif names the encoding of a comment
 _MOST_BYTES = 60_000  # a JPEG file has one segment of 64 KB for them
@@ -52,7 +50,7 @@ def provenance(
     common: dict[str, Any] = {
         "program": PROGRAM,
         PIPELINE: pipeline.name,
-        DIGESTS: _digests(request, pipeline),
+        DIGESTS: pipeline.digests | _of_solvers(request, pipeline),
         SCHEDULE: str(request.schedule),
         VARIANT: settings.variant,
         GUIDANCE_SCALE: request.guidance.scale,
@@ -75,7 +73,7 @@ def provenance(
         if request.initial_noise is None:
             own[SEED] = int(request.seeds[k])
         else:
-            own[INITIAL_NOISE + DIGEST] = _sha256(request.initial_noise[k].tobytes())
+            own[INITIAL_NOISE + DIGEST] = short_digest(request.initial_noise[k].tobytes())
         for name, given in ((IMAGE, edit.pictures), (MASK, edit.masks)) if edit else ():
             if given:
                 own[name + DIGEST] = _digest_of(given[k % len(given)])
@@ -99,25 +97,16 @@ def exif(record: Mapping[str, Any], output_format: str) -> bytes:
     return made.tobytes()
 
 
-def _digests(request: GenerationRequest, pipeline: Pipeline) -> dict[str, str]:
-    """Of each model's exported files, and of fitted solvers if they were used."""
-    found = {}
-    for role, record in pipeline.models.items():
-        files = json.dumps([record.runtime, record.precision, *sorted(record.files.items())])
-        found[role.value] = _sha256(files.encode())
-    if request.schedule.learned and pipeline.solvers:
-        found["solvers"] = pipeline.solvers.digest
-    return found
+def _of_solvers(request: GenerationRequest, pipeline: Pipeline) -> dict[str, str]:
+    """The digest of fitted solvers, if they were used."""
+    used = request.schedule.learned and pipeline.solvers
+    return {"solvers": used.digest} if used else {}
 
 
 def _digest_of(picture: Picture) -> str:
     """Of a file as it came, or of an array's bytes."""
     source = picture.source
-    return _sha256(source if isinstance(source, bytes) else np.ascontiguousarray(source).tobytes())
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:_DIGITS]
+    return short_digest(source if isinstance(source, bytes) else source.tobytes())
 
 
 def _plain(value: Any) -> Any:

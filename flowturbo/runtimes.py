@@ -46,9 +46,9 @@ def open_model(
     """Loads the file `path` (see `model_file`) in one of RUNTIMES, to compute in `precision`.
 
     ONNX Runtime and PyTorch compute in the file's own types. ONNX Runtime uses a GPU if it supports
-    one. PyTorch uses the first GPU if `on_gpu`. OpenVINO runs on a CPU. It can run a float32 file
-    in bfloat16. `threads` None means one per usable core. Raises RepositoryError if
-    the runtime is not installed.
+    one. PyTorch uses the first GPU if `on_gpu`. OpenVINO runs on a CPU; it can run a float32 file
+    in bfloat16. `threads` None means one per usable core. Raises RepositoryError if the runtime is
+    not installed.
     """
     chosen = runtime or runtime_for(precision)
     try:

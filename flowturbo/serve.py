@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
+from flowturbo.command import integer
 from flowturbo.contract import ORCHESTRATOR, Role
 from flowturbo.errors import RepositoryError
 from flowturbo.pipeline import (
@@ -235,34 +236,34 @@ def _parser() -> argparse.ArgumentParser:
     add("--host", default=default.host, help="IPv4 address to listen on")
     for name in ("http", "grpc", "metrics"):
         value = getattr(default, f"{name}_port")
-        add(f"--{name}-port", type=_integer(0, 65535), default=value, help="0 picks a free one")
+        add(f"--{name}-port", type=integer(0, 65535), default=value, help="0 picks a free one")
     add(
         "--thread-pool-size",
-        type=_integer(1, 65535),
+        type=integer(1, 65535),
         default=default.thread_pool_size,
         help="concurrent calls between models, per model; must exceed the in-flight requests",
     )
     add(
         "--shm-mb",
-        type=_integer(1, 2**20),
+        type=integer(1, 2**20),
         default=default.shm_mb,
         help="initial shared memory per Python model instance, in MiB; it grows when needed",
     )
     add(
         "--exit-timeout-s",
-        type=_integer(0, 86400),
+        type=integer(0, 86400),
         default=default.exit_timeout_s,
         help="seconds to let in-flight requests finish when the server stops",
     )
     add(
         "--restarts",
-        type=_integer(0, 1000),
+        type=integer(0, 1000),
         default=_RESTARTS,
         help="give up after so many restarts, each within 10 s of the one before; 0: never "
         "start again",
     )
     add("--check", action="store_true", help="check whether the repository can be served, and exit")
-    add("--log-verbose", type=_integer(0, 99), default=default.log_verbose, help="0 is off")
+    add("--log-verbose", type=integer(0, 99), default=default.log_verbose, help="0 is off")
     add(
         "--tritonserver",
         type=Path,
@@ -270,19 +271,6 @@ def _parser() -> argparse.ArgumentParser:
         help="server binary; by default the one on PATH, else that of the nvidia-pytriton wheel",
     )
     return parser
-
-
-class _integer:
-    """An argparse type: an integer within bounds (inclusive)."""
-
-    def __init__(self, low: int, high: int) -> None:
-        self._low, self._high = low, high
-
-    def __call__(self, text: str) -> int:
-        if not text.isdecimal() or not self._low <= int(text) <= self._high:
-            allowed = f"an integer from {self._low} to {self._high}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}")
-        return int(text)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from support import check_tensors, read_config
 
 from flowturbo.conditions import REQUEST_INPUTS, REQUEST_OUTPUTS
 from flowturbo.contract import (
+    CALLER_HEADER,
     LABEL_ROLES,
     ORCHESTRATOR,
     STREAM,
@@ -70,6 +71,7 @@ def test_client() -> None:
     for spec in REQUEST_OUTPUTS:
         dtype, dims = protocol._CONTRACT[spec.name]
         assert (dtype, len(dims)) == (spec.dtype, len(spec.dims))
+    assert protocol.CALLER_HEADER == CALLER_HEADER
     noise = np.zeros((1, 4, 2, 2), dtype=np.float32)
     pixels = np.zeros((2, 2, 3), dtype=np.uint8)
     every = {"seeds": 1, "schedule": "H1", "guidance_scale": 2.0, "guidance_interval": (0, 1)}

@@ -14,6 +14,7 @@ from .errors import InvalidRequestError
 from .pictures import padded
 from .protocol import Generation
 from .provenance import ROUNDING, replay
+from .verbs import EDIT_STRENGTH
 
 _Add = Callable[..., Any]
 
@@ -136,7 +137,7 @@ def _strength(add: _Add, default: float) -> None:
 
 def _edit_options(add: _Add) -> None:
     _image(add)
-    _strength(add, 0.6)
+    _strength(add, EDIT_STRENGTH)
     _seeds(add)
 
 

@@ -6,6 +6,8 @@ from .pictures import Pictures, noise_between
 from .protocol import latent_shape
 from .tensors import Labels, repeated
 
+EDIT_STRENGTH = 0.6  # of an edit that gives none
+
 
 def interpolated(
     pipelines: list[dict[str, Any]],
@@ -31,7 +33,12 @@ class Verbs:
     generate: Any
 
     def edit(
-        self, image: Pictures, labels: Labels | None = None, *, strength: float = 0.6, **more: Any
+        self,
+        image: Pictures,
+        labels: Labels | None = None,
+        *,
+        strength: float = EDIT_STRENGTH,
+        **more: Any,
     ) -> Any:
         """Change `image` towards `labels`, or towards `prompts`: SDEdit.
 

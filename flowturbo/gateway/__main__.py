@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import uvicorn
 from flowturbo_client import FlowTurboError
 
-from flowturbo.command import positive, run_command
+from flowturbo.command import integer, positive, run_command
 from flowturbo.gateway.app import Gateway, application
 from flowturbo.gateway.edge import Bounds
 from flowturbo.gateway.filters import Filter
@@ -26,7 +26,6 @@ from flowturbo.gateway.service import ImageService
 
 _LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 _GRACE_S = 30
-_MAX_PORT = 65535
 
 
 def main(argv: Sequence[str]) -> int:
@@ -47,7 +46,12 @@ def options(argv: Sequence[str]) -> argparse.Namespace:
         help="gRPC endpoint; of several, each takes over if another fails (default: %(default)s)",
     )
     add("--host", default="127.0.0.1", help="default: %(default)s")
-    add("--port", type=_port, default=8080, help="0: any free port (default: %(default)s)")
+    add(
+        "--port",
+        type=integer(0, 65535),
+        default=8080,
+        help="0: any free port (default: %(default)s)",
+    )
     add("--keys", type=Path, metavar="FILE", help="API keys (python -m flowturbo.gateway.keys)")
     add(
         "--alias",
@@ -105,7 +109,7 @@ def _run(args: argparse.Namespace) -> None:
     )
     with socket.create_server((args.host, args.port), family=_family(args.host)) as listener:
         scheme, port = "https" if args.certificate else "http", listener.getsockname()[1]
-        print(f"ready: {scheme}://{shown_host(args.host)}:{port}", flush=True)
+        print(f"ready: {scheme}://{_shown_host(args.host)}:{port}", flush=True)
         uvicorn.Server(config).run(sockets=[listener])
 
 
@@ -113,15 +117,9 @@ def _family(host: str) -> socket.AddressFamily:
     return socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
 
 
-def shown_host(host: str) -> str:
+def _shown_host(host: str) -> str:
     """As in an address: IPv6 in brackets."""
     return f"[{host}]" if ":" in host else host
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or int(text) > _MAX_PORT:
-        raise argparse.ArgumentTypeError(f"must be 0 to {_MAX_PORT}, got {text!r}")
-    return int(text)
 
 
 def _is_loopback(host: str) -> bool:

@@ -4,7 +4,7 @@ import asyncio
 import base64
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from importlib.resources import files
@@ -113,7 +113,7 @@ def application(gateway: Gateway, bounds: Bounds) -> Edge:
 
     @app.exception_handler(Refused)
     async def refused(_: Request, error: Refused) -> Response:
-        return JSONResponse(error.body, error.status, error.headers)
+        return _told(error)
 
     @app.exception_handler(ClientDisconnect)
     @app.exception_handler(CallerLeftError)
@@ -123,18 +123,16 @@ def application(gateway: Gateway, bounds: Bounds) -> Edge:
 
     @app.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> Response:
-        told = Refused(500, "the gateway failed: its log says why", code="internal_error")
-        return JSONResponse(told.body, told.status)
+        return _told(Refused(500, "the gateway failed: its log says why", code="internal_error"))
 
     @app.exception_handler(HTTPException)
     async def not_found(request: Request, error: HTTPException) -> Response:
-        told = Refused(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
-        return JSONResponse(told.body, error.status_code, error.headers)
+        told = f"{request.method} {request.url.path}: {error.detail}"
+        return _told(Refused(error.status_code, told), error.headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
-        told = Refused(400, str(error.errors()[0]["msg"]))
-        return JSONResponse(told.body, 400)
+        return _told(Refused(400, str(error.errors()[0]["msg"])))
 
     async def answered(request: Request, kind: type[Fields]) -> Response:
         key = gateway.keys.caller(request.headers.get("authorization"))
@@ -146,8 +144,7 @@ def application(gateway: Gateway, bounds: Bounds) -> Edge:
             return await _streamed(gateway, metrics, request, task, key)
         with gateway.keys.limited(key, fields.count), metrics.running.track_inprogress():
             made = await _unless_left(request, gateway.service.generate(task))
-            for file in made.encoded or ():
-                await gateway.filter.after(fields, base64.b64decode(file))
+            await _check_images(gateway, fields, made.encoded or ())
         metrics.images.labels(task.model["name"]).inc(fields.count)
         total_s = time.perf_counter() - arrived
         timing = f"service;dur={1e3 * made.latency_s:.1f}, total;dur={1e3 * total_s:.1f}"
@@ -209,6 +206,10 @@ def application(gateway: Gateway, bounds: Bounds) -> Edge:
     for path, (file, media_type) in _PAGE.items():
         _serve_file(app, f"/{path}", (page / file).read_bytes(), media_type)
     return Edge(app, bounds, metrics)
+
+
+def _told(refused: Refused, headers: Mapping[str, str] | None = None) -> Response:
+    return JSONResponse(refused.body, refused.status, {**(headers or {}), **refused.headers})
 
 
 def _serve_file(app: FastAPI, path: str, content: bytes, media_type: str) -> None:
@@ -346,13 +347,20 @@ async def _updates(service: ImageService, task: Task) -> AsyncIterator[Update]:
     yield Update(0, made.images, made.encoded, made)
 
 
+async def _check_images(gateway: Gateway, fields: Generation, encoded: Sequence[bytes]) -> None:
+    """Raises Refused if the filter refuses one of the files, which are base64 text."""
+    if gateway.filter.sees_images:
+        for file in encoded:
+            await gateway.filter.after(fields, base64.b64decode(file))
+
+
 async def _events_of(
     gateway: Gateway, request: Request, task: Task, update: Update, partial: int
 ) -> list[bytes]:
     """One event per image."""
     name, fields, found = _OBJECTS[type(task.fields)], task.fields, []
+    await _check_images(gateway, fields, update.encoded or ())
     for k, file in enumerate(update.encoded or ()):
-        await gateway.filter.after(fields, base64.b64decode(file))
         event: dict[str, Any] = {"b64_json": file.decode(), "created_at": int(time.time())}
         event |= {"output_format": fields.form, "background": "opaque"}
         event |= {"quality": fields.quality or "auto", "image_index": k}

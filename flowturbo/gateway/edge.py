@@ -8,7 +8,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,12 +19,15 @@ from flowturbo.gateway.metrics import Metrics
 Message = MutableMapping[str, Any]
 App = Callable[[Message, Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]],
                Awaitable[None]]  # fmt: skip
-_HEADERS = {
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; "
-    "base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
-}
+_HEADERS = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (
+        b"content-security-policy",
+        b"default-src 'self'; img-src 'self' data: blob:; base-uri 'none'; form-action 'self'; "
+        b"frame-ancestors 'none'",
+    ),
+]
 _WATCHED = "/v1/"  # the paths whose requests count against the limit
 
 
@@ -61,16 +64,8 @@ class Edge:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                own = {**_HEADERS, "x-request-id": request_id}
-                present = {name.lower() for name, _ in message.get("headers", [])}
-                message["headers"] = [
-                    *message.get("headers", []),
-                    *(
-                        (n.encode(), v.encode())
-                        for n, v in own.items()
-                        if n.encode() not in present
-                    ),
-                ]
+                own = [*_HEADERS, (b"x-request-id", request_id.encode())]
+                message["headers"] = [*message.get("headers", []), *own]
             await send(message)
 
         watched = scope["path"].startswith(_WATCHED)
@@ -147,12 +142,8 @@ def _parts(address: str) -> tuple[str | None, str | None]:
 
 async def _send(refused: Refused, send: Any) -> None:
     body = json.dumps(refused.body).encode()
-    headers: Iterable[tuple[str, str]] = {
-        "content-type": "application/json",
-        "content-length": str(len(body)),
-        "connection": "close",  # the rest of the body is not read
-        **refused.headers,
-    }.items()
-    raw = [(name.lower().encode(), value.encode()) for name, value in headers]
-    await send({"type": "http.response.start", "status": refused.status, "headers": raw})
+    headers = [(name.lower().encode(), value.encode()) for name, value in refused.headers.items()]
+    headers += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    headers += [(b"connection", b"close")]  # the rest of the body is not read
+    await send({"type": "http.response.start", "status": refused.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

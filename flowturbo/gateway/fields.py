@@ -14,9 +14,10 @@ from pydantic import (
     model_validator,
 )
 
+from flowturbo.latents import MAX_SEED
+
 MAX_IMAGES = 64
 MAX_PARTIAL = 3
-MAX_SEED = 2**63 - 1
 PRESETS = {"low": "fast", "medium": "balanced", "high": "best"}
 _SIZE = r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$"
 _DATA_URL = re.compile(r"data:image/(png|jpeg|webp);base64,")

@@ -41,6 +41,11 @@ class Filter:
         if self._before and (reason := await self._before(asked)):
             raise Refused(400, reason, code=_CODE)
 
+    @property
+    def sees_images(self) -> bool:
+        """Whether the hook looks at images."""
+        return self._after is not None
+
     async def after(self, asked: Generation, image: bytes) -> None:
         """Raises Refused if the filter refuses the image."""
         if self._after and (reason := await self._after(asked, image)):

@@ -9,11 +9,13 @@ from typing import Any
 
 from flowturbo_client import AsyncFlowTurboClient, FlowTurboError, Update
 from flowturbo_client import Generation as Made
+from flowturbo_client.verbs import EDIT_STRENGTH
 
 from flowturbo.errors import RequestError
 from flowturbo.gateway.answers import Refused, refusal_of
 from flowturbo.gateway.fields import Edit, Generation
 from flowturbo.gateway.masks import white_where_transparent
+from flowturbo.latents import BASE64
 from flowturbo.pictures import Picture
 from flowturbo.presets import parsed
 from flowturbo.solver.calls import Network
@@ -21,8 +23,6 @@ from flowturbo.solver.program import compile_program
 from flowturbo.solver.schedule import Schedule
 
 _DESCRIBED_S = 5.0  # how long the descriptions of the pipelines are kept
-_EDIT_STRENGTH = 0.6  # the client's default for an edit without a mask
-_BASE64 = "_base64"
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class ImageService:
             "guidance_scale": fields.guidance_scale,
             "negative_prompts": fields.negative_prompt,
             "size": fields.wanted_size,
-            "output_format": fields.form + _BASE64,
+            "output_format": fields.form + BASE64,
             "output_quality": fields.output_compression,
             "strip_metadata": bool(fields.strip_metadata),
             "caller": caller,
@@ -161,7 +161,7 @@ def _edit(fields: Edit, model: Mapping[str, Any]) -> dict[str, Any]:
         raise Refused(400, str(error), param=str(error).partition(" ")[0]) from error
     strength = fields.strength
     if mask is None and strength is None:
-        strength = _EDIT_STRENGTH
+        strength = EDIT_STRENGTH
     return {"image": fields.image, "mask": mask, "strength": strength, "feather": fields.feather}
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowturbo.nets.sit import NORM_EPS, Attention, SiT, SiTBlock, unpatchify
+from flowturbo.nets.sit import NORM_EPS, Attention, SiT, SiTBlock, velocity_of
 
 
 class FoldedSiT(nn.Module):
@@ -50,9 +50,7 @@ class FoldedSiT(nn.Module):
         for k, layer in enumerate(self.layers):
             tokens = layer(tokens, *all_parts[6 * k : 6 * k + 6])
         shift, scale = all_parts[-2:]
-        out = unpatchify(self.out(_normed(tokens) * scale + shift), self.config)
-        out = out[:, : self.config.latent_channels]
-        return -out if reverse else out
+        return velocity_of(self.out(_normed(tokens) * scale + shift), self.config)
 
 
 class FoldedBlock(nn.Module):

@@ -204,9 +204,7 @@ class SiT(nn.Module):
         c = self.t_embedder(1 - t if reverse else t) + self.y_embedder(label)
         for block in self.blocks:
             tokens = block(tokens, c)
-        out = unpatchify(self.final_layer(tokens, c), self.config)
-        out = out[:, : self.config.latent_channels]
-        return -out if reverse else out
+        return velocity_of(self.final_layer(tokens, c), self.config)
 
     def initialize(self) -> None:
         """Random weights to start training: adaLN-Zero makes every block an identity at first."""
@@ -226,11 +224,12 @@ class SiT(nn.Module):
             nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
 
-def unpatchify(tokens: Tensor, config: SiTConfig) -> Tensor:
-    """[B, tokens, patch*patch*out] to [B, out, h, w]."""
+def velocity_of(tokens: Tensor, config: SiTConfig) -> Tensor:
+    """The last layer's tokens [B, tokens, patch*patch*out] as a velocity [B, C, h, w]."""
     side, patch, out = config.tokens_per_side, config.patch_size, config.out_channels
     x = tokens.reshape(-1, side, side, patch, patch, out).permute(0, 5, 1, 3, 2, 4)
-    return x.reshape(-1, out, side * patch, side * patch)
+    x = x.reshape(-1, out, side * patch, side * patch)[:, : config.latent_channels]
+    return -x if config.reverse_time else x
 
 
 class ByLabel(nn.Module):

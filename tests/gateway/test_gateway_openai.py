@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import io
 import itertools
 import re
@@ -225,7 +226,8 @@ def test_a_caller_that_leaves_stops_its_work(
             time.sleep(0.05)
 
 
-def test_health_and_metrics(gateway: str) -> None:
+def test_health_and_metrics(api: openai.OpenAI, gateway: str) -> None:
+    api.images.generate(prompt="A", model="glyphs")
     for path in ("healthz", "readyz"):
         with urllib.request.urlopen(f"{gateway}/{path}") as answer:
             assert answer.status == 200
@@ -252,3 +254,14 @@ def test_the_curl_lines_of_the_docs_run(api: openai.OpenAI, gateway: str, tmp_pa
             ["bash", "-c", at_gateway], cwd=tmp_path, capture_output=True, text=True, check=True
         )
         assert '"b64_json"' in done.stdout and '"error"' not in done.stdout, done.stdout
+
+
+def test_headers_are_bounded(gateway: str) -> None:
+    """A caller whose headers do not end is cut off, and others are served."""
+    address = urlsplit(gateway)
+    with socket.create_connection((address.hostname, address.port), timeout=20) as caller:
+        with contextlib.suppress(ConnectionError):
+            caller.sendall(b"GET /healthz HTTP/1.1\r\nX: " + b"y" * (4 << 20))
+            assert caller.recv(1) == b""
+    with urllib.request.urlopen(f"{gateway}/healthz") as answer:
+        assert answer.status == 200

@@ -353,7 +353,7 @@ function remember(asked, done, image) {
   const fields = { ...asked.fields, seed: done.seed };
   image.decode().then(() => {
     small.getContext("2d").drawImage(image, 0, 0, 96, 96);
-    const entry = { picture: small.toDataURL("image/jpeg"), fields, edit: Boolean(asked.files) };
+    const entry = { picture: small.toDataURL("image/jpeg"), fields };
     const all = [entry, ...stored()].slice(0, MOST_HISTORY);
     try { localStorage.setItem(HISTORY, JSON.stringify(all)); } catch { /* no room */ }
     showHistory();
