@@ -1,6 +1,6 @@
 """How a composed model is deployed: its Triton configuration for each engine."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,13 +81,14 @@ def model_config(
     engine_files: Mapping[str, str],
     digest: str,
     profiles: int | None = None,
+    fixed_rows: Sequence[int] = (),
 ) -> model_config_pb2.ModelConfig:
     """Triton's configuration of a composed model with the inputs and outputs `tensors`.
 
     `sizes` has the values of C, h, w (and H, W); -1 means that they vary. `profiles` is the number
     of an engine's profiles, if it is not that of `deployment`. `engine_files` has the TensorRT
     engine's file for each compute capability, such as {"8.9": "model.plan"}. `digest` identifies
-    the weights.
+    the weights. `fixed_rows` are those of the model's record.
     """
     config = model_config_pb2.ModelConfig(
         name=model, backend=deployment.engine, max_batch_size=deployment.max_rows
@@ -122,6 +123,8 @@ def model_config(
                 _warm_up(config, count, inputs, sizes)
     else:
         config.instance_group.add(count=1, kind=_GROUP.KIND_CPU)
+        if deployment.engine == "python":
+            config.parameters["fixed_rows"].string_value = ",".join(map(str, fixed_rows))
     config.parameters["precision"].string_value = deployment.precision
     config.parameters["runtime"].string_value = deployment.runtime
     return config

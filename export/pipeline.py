@@ -36,6 +36,7 @@ from flowturbo.conditions.class_label import ClassLabel
 from flowturbo.contract import ORCHESTRATOR, VAE_ROLES, Role, model_name
 from flowturbo.ensemble import check_schedule
 from flowturbo.errors import RepositoryError
+from flowturbo.local import open_role
 from flowturbo.nets.weights import CheckpointError
 from flowturbo.parity import TOLERANCES, Figures, VerificationError, batches_up_to
 from flowturbo.pipeline import (
@@ -442,10 +443,8 @@ def _with_block_times(pipeline: Pipeline, options: Options, staged: Path) -> Pip
     print("export: block times ... ", end="", flush=True)
     models = {}
     for role, record in pipeline.models.items():
-        folder = staged / pipeline.model(role)
-        runtime = Runtime(record.runtime, record.precision)
-        path = folder / "1" / model_file(record.runtime)
-        times = block_times(path, runtime, Figures.load(folder), record.max_rows)
+        figures = Figures.load(staged / pipeline.model(role))
+        times = block_times(open_role(staged, pipeline, role), figures, record.max_rows)
         models[role] = replace(record, block_ms=times)
     print("done")
     return replace(pipeline, models=models)
@@ -464,17 +463,19 @@ def _with_runtimes(
             print(f"fastest here: {runtime} ({', '.join(group)})")
     models = {}
     for role, model in written.items():
-        parity = model.trials[chosen[role]].parity
+        trial = model.trials[chosen[role]]
+        parity = trial.parity
         shown = ", ".join(f"{output} off by {error:.1e}" for output, error in parity.items())
         print(f"{model_name(options.name, role)}: {shown}")
         models[role] = replace(
             model.record,
             runtime=chosen[role].name,
             precision=chosen[role].precision,
+            fixed_rows=trial.fixed_rows,
             parity=parity,
             times_ms={
-                str(runtime): {str(rows): ms for rows, ms in trial.times_ms.items()}
-                for runtime, trial in model.trials.items()
+                str(runtime): {str(rows): ms for rows, ms in each.times_ms.items()}
+                for runtime, each in model.trials.items()
             },
         )
     pipeline = replace(base, models=models)
@@ -613,16 +614,13 @@ def _export_as(
 
         quantize(exported, path)
     print("verify ... ", end="", flush=True)
-    _, opt_rows, _ = deployment.profile
     figures, other_sizes = reference
     trials = try_runtimes(
         exported,
         path,
         figures,
         candidates(deployment),
-        opt_rows,
-        on_gpu=deployment.on_gpu,
-        served=deployment.engine == "python",
+        deployment,
         other_sizes=other_sizes,
     )
     print(", ".join(map(_shown, trials, trials.values())), flush=True)
@@ -742,6 +740,7 @@ def _config(pipeline: Pipeline, role: Role, deployment: Deployment) -> str:
         engines,
         digest,
         len(_profiles(pipeline, role, deployment)[0]),
+        record.fixed_rows,
     )
     return text_format.MessageToString(config)
 

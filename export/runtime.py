@@ -15,7 +15,7 @@ from flowturbo.generate import roles_called
 from flowturbo.parity import TOLERANCES, Figures, VerificationError, check
 from flowturbo.presets import DEFAULT, built_in
 from flowturbo.rows import Tensors
-from flowturbo.runtimes import model_file, open_model, runtime_for
+from flowturbo.runtimes import Model, model_file, open_model, runtime_for
 from flowturbo.serving.scheduling import stated_rows
 from flowturbo.solver.program import compile_program
 
@@ -26,6 +26,15 @@ _OPENVINO_HINT = (
 MEASURE_S = 0.5  # per batch size
 _BLOCK_ROUNDS = 5  # over all batch sizes, for the times that the service plans with
 _SLOW_MS = 1000.0  # above it, larger batches are not measured: they take longer in proportion
+# Batches for which OpenVINO has programs of their own: each number costs memory. Other batches are
+# cut into these. A pair, a few images and eight images are common. The decoder gains nothing from
+# more than one image at a time.
+_FIXED_ROWS = {
+    Role.PREDICTOR: (1, 2, 4, 8, 16),
+    Role.REFINER: (2, 8, 16),
+    Role.DECODER: (1,),
+}
+_SMALL = 64 << 20  # bytes of a file; each program holds more than its weights
 # How often a request with the default schedule calls each model. Edits call the encoder too.
 _DEFAULT = compile_program(built_in()[DEFAULT])
 _CALLS = Counter([*roles_called(_DEFAULT), Role.DECODER, Role.ENCODER])
@@ -51,10 +60,13 @@ _ON_CPU = (
 
 @dataclass(frozen=True)
 class TrialResult:
-    """One model in one runtime: its error per output, and its milliseconds per batch size."""
+    """One model in one runtime: its error per output, its milliseconds per batch size, and the
+    batches with programs of their own.
+    """
 
     parity: dict[str, float]
     times_ms: dict[int, float]
+    fixed_rows: tuple[int, ...] = ()
 
 
 def candidates(deployment: Deployment) -> list[Runtime]:
@@ -83,29 +95,42 @@ def export_for(runtime: str, exported: ExportTarget, version: Path) -> Path:
     return path
 
 
+def fixed_rows(exported: ExportTarget, path: Path, max_rows: int) -> tuple[int, ...]:
+    """The batches for which OpenVINO has programs of their own; none for large files.
+
+    There is none either for images of several sizes: each size would need its own.
+    """
+    dims = [dim for spec in exported.tensors[0] for dim in spec.dims]
+    if exported.other_shapes or -1 in dims or path.stat().st_size > _SMALL:
+        return ()
+    # Half of them where an image has one row.
+    most = max_rows if exported.condition.can_guide else 8
+    return tuple(rows for rows in _FIXED_ROWS.get(exported.role, ()) if rows <= most)
+
+
 def try_runtimes(
     exported: ExportTarget,
     path: Path,
     figures: Figures,
     open_to: list[Runtime],
-    opt_rows: int,
+    deployment: Deployment,
     *,
-    on_gpu: bool = False,
-    served: bool = True,
     other_sizes: Sequence[tuple[Tensors, Tensors]] = (),
 ) -> dict[Runtime, TrialResult]:
     """Verifies the file `path` in each of `open_to`; also measures times if there are several.
 
-    PyTorch uses the same device as the server will (`on_gpu`). `served` says whether one of these
-    runtimes serves the model. A runtime with too large an error against `figures`, or against the
-    inputs and outputs of `other_sizes`, drops out. Raises VerificationError if no runtime is left.
+    The models are opened as `deployment` serves them, if one of these runtimes serves them. A
+    runtime with too large an error against `figures`, or against the inputs and outputs of
+    `other_sizes`, drops out. Raises VerificationError if no runtime is left.
     """
     trials: dict[Runtime, TrialResult] = {}
+    served, on_gpu = deployment.engine == "python", deployment.on_gpu
+    fixed = fixed_rows(exported, path, deployment.max_rows) if served and not on_gpu else ()
     for runtime in open_to:
         # OpenVINO in bfloat16 rounds what the file has in float32 too, such as embeddings of times.
         # That counts if it serves the model, and not for a file that is for another engine.
         precision = runtime.precision if served or runtime.name != "openvino" else "fp32"
-        model = open_model(path, precision, runtime=runtime.name, on_gpu=on_gpu)
+        model = open_model(path, precision, runtime=runtime.name, on_gpu=on_gpu, fixed_rows=fixed)
         try:
             parity = figures.check(exported.role, model, TOLERANCES[runtime.precision])
             for inputs, outputs in other_sizes:
@@ -118,18 +143,18 @@ def try_runtimes(
             print(f"{runtime} left out: {error} ... ", end="", flush=True)
             continue
         times = {}
-        for rows in (2, opt_rows) if len(open_to) > 1 else ():
+        for rows in (2, deployment.profile[1]) if len(open_to) > 1 else ():
             inputs = {k: v.numpy() for k, v in exported.random_inputs(rows, seed=rows).items()}
             times[rows] = round(_milliseconds(model, inputs), 3)
-        trials[runtime] = TrialResult(parity, times)
+        programs = fixed if runtime.name == "openvino" else ()
+        trials[runtime] = TrialResult(parity, times, programs)
     if not trials:
         raise VerificationError(f"{exported.role}: no runtime here agrees with PyTorch")
     return trials
 
 
-def block_times(path: Path, runtime: Runtime, figures: Figures, max_rows: int) -> dict[str, float]:
-    """Milliseconds per call of the file `path` by rows, from a pair to `max_rows` rows."""
-    model = open_model(path, runtime.precision, runtime=runtime.name)
+def block_times(model: Model, figures: Figures, max_rows: int) -> dict[str, float]:
+    """Milliseconds per call of `model` by rows, from a pair to `max_rows` rows."""
     best: dict[int, float] = {}
     for _ in range(_BLOCK_ROUNDS):  # in turns: a pause of the machine does not hit one size alone
         for rows in stated_rows(max_rows):

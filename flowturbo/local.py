@@ -183,6 +183,7 @@ def open_role(
         threads,
         made.runtime,
         on_gpu=made.on_gpu,
+        fixed_rows=made.fixed_rows,
     )
 
 

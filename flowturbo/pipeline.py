@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -49,7 +49,8 @@ class ModelRecord:
     `engine` is the Triton backend. `runtime` runs the network within the Python backend.
     `precision` is the precision of the network. `max_rows` is the largest batch of one execution.
     `sizes` has the values of the contract's letters. `block_ms` has milliseconds per call by rows,
-    as measured where it was exported; it is empty for engines and GPUs.
+    as measured where it was exported; it is empty for engines and GPUs. `fixed_rows` are the
+    batches that OpenVINO has programs for; empty for one program for any batch.
 
     The other fields are provenance:
 
@@ -68,6 +69,7 @@ class ModelRecord:
     max_rows: int = 64
     sizes: Mapping[str, int] = field(default_factory=dict)
     block_ms: Mapping[str, float] = field(default_factory=dict)
+    fixed_rows: Sequence[int] = ()
     source: str = ""
     files: Mapping[str, str] = field(default_factory=dict)
     engines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

@@ -3,7 +3,8 @@
 A guided image has two adjacent rows, conditional then unconditional.
 """
 
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ Infer = Callable[[Role, Tensors], tuple[Array, ...]]
 AwaitedInfer = Callable[[Role, Tensors], Coroutine[Any, Any, tuple[Array, ...]]]
 # Evaluates a step block on its named input tensors (contract.py); returns (x_next, velocity_next).
 RunBlock = Callable[[Network, Tensors], Awaitable[tuple[Array, Array]]]
+
+_CALL_ROWS = 2  # a call takes about as much time more as so many rows
 
 
 def to_rows(images: Array, guidance: Guidance) -> Array:
@@ -95,3 +98,40 @@ def pair_rows(rows: int, *, guided: bool) -> Array:
     if guided:
         pair[::2], pair[1::2] = 1, -1
     return pair
+
+
+def in_batches(tensors: Tensors, sizes: Sequence[int]) -> Iterator[tuple[Tensors, int]]:
+    """Cuts `tensors` [rows, ...] into batches of the given numbers of rows, without cutting a pair.
+
+    Returns each batch and how many of its rows count: a batch may end with copies of its last row.
+    `sizes` has a number above 1 if there are pairs.
+    """
+    rows, start = len(next(iter(tensors.values()))), 0
+    pair = tensors.get(PAIR)
+    while start < rows:
+        size = _first_batch(rows - start, tuple(sizes))
+        end = min(start + size, rows)
+        if pair is not None and end < rows and pair[end - 1, 0] > 0:  # its partner is the next row
+            end -= 1
+            if end == start:
+                size, end = min(each for each in sizes if each > 1), start + 2
+        batch = {name: tensor[start:end] for name, tensor in tensors.items()}
+        if end - start < size:
+            more = [(0, size - (end - start))]
+            batch = {
+                name: np.pad(part, more + [(0, 0)] * (part.ndim - 1), "edge")
+                for name, part in batch.items()
+            }
+        yield batch, end - start
+        start = end
+
+
+@cache
+def _first_batch(rows: int, sizes: tuple[int, ...]) -> int:
+    """The first and largest of the batches that take the least time for `rows` rows."""
+    least: list[tuple[int, int]] = [(0, 0)]  # by rows: the time, and the largest batch
+    for count in range(1, rows + 1):
+        choices = ((least[max(count - s, 0)][0] + s + _CALL_ROWS, -s) for s in sizes)
+        time, size = min(choices)
+        least.append((time, -size))
+    return least[rows][1]

@@ -2,18 +2,20 @@
 
 import ctypes
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from flowturbo.errors import RepositoryError
-from flowturbo.rows import Tensors
+from flowturbo.rows import Tensors, in_batches
 
 # Each runtime and the Python package that it needs.
 RUNTIMES = {"onnxruntime": "onnxruntime", "openvino": "openvino", "torch": "torch"}
 _CUDA = "CUDAExecutionProvider"
+_ANY = -1  # number of rows
 _OPENVINO_TYPES = {"fp32": "f32", "bf16": "bf16"}
 
 
@@ -42,13 +44,15 @@ def open_model(
     runtime: str | None = None,
     *,
     on_gpu: bool = False,
+    fixed_rows: Sequence[int] = (),
 ) -> Model:
     """Loads the file `path` (see `model_file`) in one of RUNTIMES, to compute in `precision`.
 
     ONNX Runtime and PyTorch compute in the file's own types. ONNX Runtime uses a GPU if it supports
     one. PyTorch uses the first GPU if `on_gpu`. OpenVINO runs on a CPU; it can run a float32 file
-    in bfloat16. `threads` None means one per usable core. Raises RepositoryError if the runtime is
-    not installed.
+    in bfloat16. There `fixed_rows` replace the program for any number of rows by faster ones, each
+    for batches of that many. `threads` None means one per usable core. Raises RepositoryError if
+    the runtime is not installed.
     """
     chosen = runtime or runtime_for(precision)
     try:
@@ -57,7 +61,7 @@ def open_model(
 
             return TorchModel(path, "cuda:0" if on_gpu else "cpu", threads)
         if chosen == "openvino":
-            return OpenVinoModel(path, precision, threads)
+            return OpenVinoModel(path, precision, threads, fixed_rows)
         return OnnxRuntimeModel(path, threads)
     except ImportError as error:
         raise RepositoryError(
@@ -104,7 +108,13 @@ class OpenVinoModel:
 
     on_gpu = False
 
-    def __init__(self, path: Path, precision: str, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        precision: str,
+        threads: int | None = None,
+        fixed_rows: Sequence[int] = (),
+    ) -> None:
         import openvino
 
         core = openvino.Core()
@@ -119,11 +129,45 @@ class OpenVinoModel:
         for operation in graph.get_ops() if precision == "bf16" else ():
             if operation.get_type_name() == "Gelu":
                 operation.set_attribute("approximation_mode", "erf")
-        self._model = core.compile_model(graph, "CPU", options)
+        _transpose_weights(graph)
+        rows_of = {each: list(each.get_partial_shape())[1:] for each in graph.inputs}
+        self._models = {}
+        for rows in fixed_rows or (_ANY,):  # of one graph: its programs share what is in the file
+            shapes = {each: openvino.PartialShape([rows, *of]) for each, of in rows_of.items()}
+            graph.reshape(shapes)
+            self._models[rows] = core.compile_model(graph, "CPU", options)
         del graph
         _trim()
 
     def __call__(self, inputs: Tensors) -> tuple[np.ndarray, ...]:
         """Outputs [rows, ...] in the model's order."""
-        results = self._model(inputs)
-        return tuple(np.array(results[k]) for k in range(len(self._model.outputs)))
+        if _ANY in self._models:
+            return _outputs(self._models[_ANY], inputs)
+        # All programs are of fixed rows, or none: the other kind rounds differently in bfloat16,
+        # and an image would depend on the rows beside it.
+        parts = []
+        for batch, count in in_batches(inputs, tuple(self._models)):
+            program = self._models[len(next(iter(batch.values())))]
+            parts.append([output[:count] for output in _outputs(program, batch)])
+        return tuple(map(np.concatenate, zip(*parts, strict=True)))
+
+
+def _transpose_weights(graph: Any) -> None:
+    """Stores the weights of products as OpenVINO computes: else each program has a copy."""
+    import openvino
+    from openvino import opset8
+
+    for product in graph.get_ops():
+        if product.get_type_name() != "MatMul" or product.get_attributes()["transpose_b"]:
+            continue
+        weights = product.input_value(1).get_node()
+        is_float = product.get_input_element_type(1) == openvino.Type.f32
+        if weights.get_type_name() == "Constant" and is_float and weights.data.ndim == 2:
+            turned = opset8.constant(np.ascontiguousarray(weights.data.T))
+            product.input(1).replace_source_output(turned.output(0))
+            product.set_attribute("transpose_b", True)
+
+
+def _outputs(model: Any, inputs: Tensors) -> tuple[np.ndarray, ...]:
+    results = model(inputs)
+    return tuple(np.array(results[k]) for k in range(len(model.outputs)))

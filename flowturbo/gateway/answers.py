@@ -68,7 +68,8 @@ def refusal_of(error: FlowTurboError) -> Refused:
 
 def refusal_of_fields(error: ValidationError, kind: type[BaseModel]) -> Refused:
     """The first field that is wrong, its value, and what is allowed."""
-    first = error.errors(include_url=False, include_context=False)[0]
+    errors = error.errors(include_url=False, include_context=False)
+    first = errors[0]
     if first["type"] in ("json_invalid", "model_type"):
         return Refused(400, f"the body must be a JSON object: {first['msg']}")
     param = str(first["loc"][0]) if first["loc"] else ""
@@ -81,8 +82,14 @@ def refusal_of_fields(error: ValidationError, kind: type[BaseModel]) -> Refused:
         )
     if first["type"] == "missing":
         return Refused(400, f"{param} is missing", param=param, code="missing_required_parameter")
-    value = repr(first["input"])
+    # A field that may be one thing or another has an error for each: the one inside a list says
+    # most. Otherwise what the field is says more than what one of them should be.
+    of_field = [each for each in errors if each["loc"][:1] == first["loc"][:1]]
+    deepest = max(of_field, key=lambda each: len(each["loc"]))
+    reason = deepest["msg"].removeprefix("Value error, ")
+    if deepest["type"] == "string_pattern_mismatch" or len(deepest["loc"]) == 2:
+        reason = (kind.model_fields[param].description or reason).rstrip(".")
+    value = repr(deepest["input"])
     shown = value if len(value) <= _SHOWN else f"{value[:_SHOWN]}..."
-    reason = first["msg"].removeprefix("Value error, ")
     message = f"{param}: {reason}, got {shown}" if param else reason
     return Refused(400, message, param=param or None, code="invalid_value")

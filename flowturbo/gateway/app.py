@@ -5,7 +5,7 @@ import base64
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import ExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, TypeVar
@@ -39,7 +39,6 @@ _PAGE = {
     "page.js": ("page.js", "text/javascript; charset=utf-8"),
 }
 _MOST_PARTS = 100  # of a form
-_SEND_S = 30.0  # for one event
 _LEFT = 499  # a status that nobody sees: the caller has left
 _TEXT = {"type": ["string", "null"]}
 _ERROR = {
@@ -136,15 +135,18 @@ def application(gateway: Gateway, bounds: Bounds) -> Edge:
 
     async def answered(request: Request, kind: type[Fields]) -> Response:
         key = gateway.keys.caller(request.headers.get("authorization"))
-        fields = await read_fields(request, kind)
-        arrived = time.perf_counter()
-        await gateway.filter.before(fields)
-        task = await gateway.service.task(fields, key.name if key else None)
-        if fields.stream:
-            return await _streamed(gateway, metrics, request, task, key)
-        with gateway.keys.limited(key, fields.count), metrics.running.track_inprogress():
-            made = await _unless_left(request, gateway.service.generate(task))
-            await _check_images(gateway, fields, made.encoded or ())
+        with ExitStack() as held:
+            held.enter_context(gateway.keys.place(key))
+            fields = await read_fields(request, kind)
+            arrived = time.perf_counter()
+            await gateway.filter.before(fields)
+            task = await gateway.service.task(fields, key.name if key else None)
+            if fields.stream:
+                events = await _streamed(gateway, metrics, request, task, key)
+                return _Events(events, request, metrics, held.pop_all())
+            with gateway.keys.images(key, fields.count), metrics.running.track_inprogress():
+                made = await _unless_left(request, gateway.service.generate(task))
+                await _check_images(gateway, fields, made.encoded or ())
         metrics.images.labels(task.model["name"]).inc(fields.count)
         total_s = time.perf_counter() - arrived
         timing = f"service;dur={1e3 * made.latency_s:.1f}, total;dur={1e3 * total_s:.1f}"
@@ -166,14 +168,15 @@ def application(gateway: Gateway, bounds: Bounds) -> Edge:
     async def models(request: Request) -> dict[str, Any]:
         """The pipelines of the service."""
         gateway.keys.caller(request.headers.get("authorization"))
-        found = [_model(each, started) for each in await gateway.service.models()]
-        return {"object": "list", "data": found}
+        found = await gateway.service.models_by_name()
+        data = [_model(name, described, started) for name, described in found.items()]
+        return {"object": "list", "data": data}
 
     @app.get("/v1/models/{model}", responses=_errors(401, 404, 502, 503, 504))
     async def model(request: Request, model: str) -> dict[str, Any]:
         """One pipeline of the service."""
         gateway.keys.caller(request.headers.get("authorization"))
-        return _model(await gateway.service.model(model), started)
+        return _model(model, await gateway.service.model(model), started)
 
     @app.get("/images/{name}", response_class=Response, responses=_errors(404))
     async def image(name: str) -> Response:
@@ -276,12 +279,15 @@ async def _left(request: Request) -> None:
 
 
 class _Events(Response):
-    """Server-sent events. The source is closed as soon as the caller leaves."""
+    """Server-sent events. The source is closed as soon as the caller leaves; then `held` is."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, source: AsyncIterator[bytes], request: Request, metrics: Metrics) -> None:
-        self._source, self._request, self._metrics = source, request, metrics
+    def __init__(
+        self, source: AsyncIterator[bytes], request: Request, metrics: Metrics, held: ExitStack
+    ) -> None:
+        self._source, self._request = source, request
+        self._metrics, self._held = metrics, held
         self.status_code, self.background = 200, None
         self.init_headers({"cache-control": "no-store", "x-accel-buffering": "no"})
         del self.headers["content-length"]
@@ -290,25 +296,25 @@ class _Events(Response):
         async def sent() -> None:
             async with aclosing(self._source):  # type: ignore[type-var]
                 async for event in self._source:
-                    async with asyncio.timeout(_SEND_S):  # a caller that does not read has left
-                        await send({"type": "http.response.body", "body": event, "more_body": True})
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
 
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        try:
-            await _unless_left(self._request, sent())
-        except (CallerLeftError, TimeoutError):
-            self._metrics.left.inc()
-            return
+        with self._held:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            try:
+                await _unless_left(self._request, sent())
+            except CallerLeftError:
+                self._metrics.left.inc()
+                return
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def _streamed(
     gateway: Gateway, metrics: Metrics, request: Request, task: Task, key: Key | None
-) -> Response:
+) -> AsyncIterator[bytes]:
     """Events; what fails before the first one is an answer as any other."""
 
     async def events() -> AsyncIterator[bytes]:
-        with gateway.keys.limited(key, task.fields.count), metrics.running.track_inprogress():
+        with gateway.keys.images(key, task.fields.count), metrics.running.track_inprogress():
             partial = 0
             async with aclosing(_updates(gateway.service, task)) as updates:  # type: ignore[type-var]
                 async for update in updates:
@@ -333,7 +339,7 @@ async def _streamed(
         finally:
             await source.aclose()  # type: ignore[attr-defined]
 
-    return _Events(all_of_them(), request, metrics)
+    return all_of_them()
 
 
 async def _updates(service: ImageService, task: Task) -> AsyncIterator[Update]:
@@ -383,19 +389,20 @@ def _event(kind: str, document: Mapping[str, Any]) -> bytes:
 
 def _document(gateway: Gateway, request: Request, task: Task, made: Made) -> dict[str, Any]:
     """The answer of a request that is no stream."""
-    fields, data = task.fields, []
-    for k, file in enumerate(made.encoded or ()):
-        image: dict[str, Any] = {"seed": int(made.seeds[k])}
-        if fields.response_format == "url":
-            try:
-                kept = gateway.kept.add(base64.b64decode(file), fields.form)
-            except ValueError as error:
-                raise Refused(400, f"{error}: ask for b64_json", param="response_format") from None
-            base = gateway.public_url or str(request.base_url).rstrip("/")
-            image["url"] = f"{base}/images/{kept}"
-        else:
-            image["b64_json"] = file.decode()
-        data.append(image | _truncated(made, k))
+    fields, files = task.fields, made.encoded or ()
+    if fields.response_format == "url":
+        try:
+            kept = gateway.kept.add([base64.b64decode(file) for file in files], fields.form)
+        except ValueError as error:
+            raise Refused(400, f"{error}: ask for b64_json", param="response_format") from None
+        base = gateway.public_url or str(request.base_url).rstrip("/")
+        places = [{"url": f"{base}/images/{name}"} for name in kept]
+    else:
+        places = [{"b64_json": file.decode()} for file in files]
+    data = [
+        {"seed": int(made.seeds[k]), **place, **_truncated(made, k)}
+        for k, place in enumerate(places)
+    ]
     return {
         "created": int(time.time()),
         "background": "opaque",
@@ -430,9 +437,9 @@ def _size(made: Made) -> str:
     return shown_size(made.settings["size"])
 
 
-def _model(described: Mapping[str, Any], created: int) -> dict[str, Any]:
+def _model(name: str, described: Mapping[str, Any], created: int) -> dict[str, Any]:
     return {
-        "id": described["name"],
+        "id": name,
         "object": "model",
         "created": created,
         "owned_by": "flowturbo",

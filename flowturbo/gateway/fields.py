@@ -60,13 +60,13 @@ class Generation(BaseModel):
         None, description="Not used."
     )
     seed: Seed | Annotated[list[Seed], Field(min_length=1, max_length=MAX_IMAGES)] | None = Field(
-        None, description="Of the first image, image i has seed + i; or a list of n."
+        None, description="A number, image i has seed + i; or a list of n numbers."
     )
     schedule: Name | None = Field(None, description="Such as H1P5R3, or a preset.")
     guidance_scale: Number | None = None
     negative_prompt: Text | None = None
     label: Annotated[int, Field(ge=0)] | Name | None = Field(
-        None, description="A class by id or name, in place of the prompt."
+        None, description="A class by id (a number) or name, in place of the prompt."
     )
     strip_metadata: bool | None = Field(None, description="Leave out of the file how it was made.")
 

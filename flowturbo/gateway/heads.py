@@ -1,4 +1,4 @@
-"""Bounds of the part of a request before its body: uvicorn's faster parser has none."""
+"""Bounds of what uvicorn's faster parser does not bound: headers, and callers that do not read."""
 
 import asyncio
 from typing import Any
@@ -7,21 +7,34 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MOST_BYTES = 64 << 10
 SECONDS = 30.0  # from the connection, or the first byte of a later request, to the last header
+UNREAD_S = 30.0  # in which a caller reads nothing of what waits for it
 
 
 class BoundedHead(HttpToolsProtocol):
-    """Closes a connection whose headers are too long or too slow."""
+    """Closes a connection whose headers are too long or too slow, or that nobody reads from."""
 
     _head_bytes = 0
     _timer: asyncio.TimerHandle | None = None
+    _reading: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        # What a caller does not take at once waits under `pause_writing`, however little it is.
+        transport.set_write_buffer_limits(high=0)
         self._begin()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end()
+        self._stop_reading()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_reading(self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        self._stop_reading()
+        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -48,6 +61,23 @@ class BoundedHead(HttpToolsProtocol):
         if self._timer:
             self._timer.cancel()
         self._timer = None
+
+    def _watch_reading(self, waiting: int) -> None:
+        """`waiting` bytes are to be read."""
+
+        def look() -> None:
+            left = self.transport.get_write_buffer_size()
+            if left >= waiting:
+                self.transport.abort()
+            else:
+                self._watch_reading(left)
+
+        self._reading = self.loop.call_later(UNREAD_S, look)
+
+    def _stop_reading(self) -> None:
+        if self._reading:
+            self._reading.cancel()
+        self._reading = None
 
     def _close(self) -> None:
         self._end()

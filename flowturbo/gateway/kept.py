@@ -3,7 +3,7 @@
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 
@@ -29,15 +29,22 @@ class Kept:
         self._files: OrderedDict[str, File] = OrderedDict()
         self.bytes = 0
 
-    def add(self, data: bytes, form: str) -> str:
-        """Keeps a file and returns its name. Raises ValueError for one that is larger than all."""
-        if len(data) > self._most:
-            raise ValueError(f"an image of {len(data)} bytes, at most {self._most} are kept")
-        self._drop(len(data))
-        name = f"{secrets.token_urlsafe(32)}.{form}"
-        self._files[name] = File(data, f"image/{form}", self._clock_s() + self._seconds)
-        self.bytes += len(data)
-        return name
+    def add(self, files: Sequence[bytes], form: str) -> list[str]:
+        """Keeps the files of one answer and returns their names.
+
+        Raises ValueError for more bytes than all that are kept.
+        """
+        size = sum(map(len, files))
+        if size > self._most:
+            raise ValueError(f"images of {size} bytes, at most {self._most} are kept")
+        self._drop(size)
+        names = []
+        for data in files:
+            names.append(f"{secrets.token_urlsafe(32)}.{form}")
+            kept = File(data, f"image/{form}", self._clock_s() + self._seconds)
+            self._files[names[-1]] = kept
+        self.bytes += size
+        return names
 
     def get(self, name: str) -> File | None:
         """The file, or None if it is gone or never was."""

@@ -58,6 +58,10 @@ class Bucket:
             return 0.0
         return (images - self._left) * 60 / self._most
 
+    def give_back(self, images: int) -> None:
+        """Undoes a `take`."""
+        self._left = min(self._most, self._left + images)
+
 
 class Keys:
     """The keys of the file `path`; without one everybody may ask, and there are no limits."""
@@ -87,8 +91,8 @@ class Keys:
         return found
 
     @contextmanager
-    def limited(self, key: Key | None, images: int) -> Iterator[None]:
-        """Holds a place of the key for a request of so many images. Raises Refused."""
+    def place(self, key: Key | None) -> Iterator[None]:
+        """Holds a place of the key for a request. Raises Refused."""
         if key is None:
             yield
             return
@@ -101,15 +105,29 @@ class Keys:
                 code="rate_limit_exceeded",
                 retry_after_s=1.0,
             )
-        if key.images_per_minute is not None:
-            self._take(key, key.images_per_minute, images)
         self._running[key.name] = running + 1
         try:
             yield
         finally:
             self._running[key.name] -= 1
 
-    def _take(self, key: Key, most: int, images: int) -> None:
+    @contextmanager
+    def images(self, key: Key | None, count: int) -> Iterator[None]:
+        """Takes so many images of the key's; gives them back if the block is refused.
+
+        Raises Refused.
+        """
+        if key is None or key.images_per_minute is None:
+            yield
+            return
+        bucket = self._take(key, key.images_per_minute, count)
+        try:
+            yield
+        except Refused:
+            bucket.give_back(count)
+            raise
+
+    def _take(self, key: Key, most: int, images: int) -> Bucket:
         limit = f"key {key.name} may make {most} images per minute"
         if images > most:
             raise Refused(
@@ -120,6 +138,7 @@ class Keys:
             known = self._buckets[key.name] = most, Bucket(most, self._clock_s)
         if wait_s := known[1].take(images):
             raise Refused(429, limit, code="rate_limit_exceeded", retry_after_s=wait_s)
+        return known[1]
 
     def _refresh(self) -> None:
         """Reads the file if it has changed. A file that cannot be read lets nobody in."""

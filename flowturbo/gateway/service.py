@@ -63,18 +63,20 @@ class ImageService:
             self._until = time.monotonic() + _DESCRIBED_S
         return self._models
 
+    async def models_by_name(self) -> dict[str, dict[str, Any]]:
+        """The pipelines' descriptions by each name that requests may give. Raises Refused."""
+        found = {each["name"]: each for each in await self.models()}
+        others = {name: found[of] for name, of in self._aliases.items() if of in found}
+        return found | others
+
     async def model(self, name: str | None) -> dict[str, Any]:
         """The description of a pipeline, or of the default one. Raises Refused."""
-        models = await self.models()
-        wanted = self._aliases.get(name, name) if name else None
-        for each in models:
-            if each["name"] == wanted or (wanted is None and each["default"]):
-                return each
-        known = ", ".join([*(each["name"] for each in models), *self._aliases])
-        raise Refused(
-            404, f"model {name!r} is unknown, known are {known}", param="model",
-            code="model_not_found",
-        )  # fmt: skip
+        known = await self.models_by_name()
+        for each, described in known.items():
+            if each == name or (name is None and described["default"]):
+                return described
+        told = f"model {name!r} is unknown, known are {', '.join(known)}"
+        raise Refused(404, told, param="model", code="model_not_found")
 
     async def task(self, fields: Generation, caller: str | None) -> Task:
         """What to ask the service for. Raises Refused."""

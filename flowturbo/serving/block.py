@@ -53,7 +53,8 @@ class TritonPythonModel:
             figures.check(config["name"], self._model, allowed, batches)
         else:
             os.nice(_NICE)
-            self._model = open_model(path, stated["precision"], runtime=runtime)
+            fixed = [int(rows) for rows in stated["fixed_rows"].split(",") if rows]
+            self._model = open_model(path, stated["precision"], runtime=runtime, fixed_rows=fixed)
         self._name = config["name"]
         self._inputs = [entry["name"] for entry in config["input"]]
         self._outputs = [entry["name"] for entry in config["output"]]

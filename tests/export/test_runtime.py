@@ -1,17 +1,22 @@
 """What the models run in is chosen by measurement, among what computes the same."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from support import GOLDEN_EXPORT, run_export
 
 from export.deployment import AUTO, Deployment
-from export.runtime import Runtime, TrialResult, candidates, choose
+from export.onnx_graph import ExportTarget
+from export.runtime import Runtime, TrialResult, candidates, choose, fixed_rows
 from flowturbo import LocalPipeline
+from flowturbo.conditions.class_label import ClassLabel
 from flowturbo.contract import LABEL_ROLES, Role
-from flowturbo.parity import VerificationError
+from flowturbo.parity import Figures, VerificationError
 from flowturbo.pipeline import read_pipeline
+from flowturbo.runtimes import OpenVinoModel
 
 ORT, OPENVINO, BF16 = (
     Runtime("onnxruntime", "fp32"),
@@ -84,3 +89,45 @@ def test_a_runtime_that_lacks_the_precision_is_refused(tmp_path: Path) -> None:
     done = run_export(*arguments, "--repository", tmp_path)
     assert done.returncode == 2
     assert "--runtime onnxruntime --precision bf16" in done.stderr
+
+
+@pytest.mark.parametrize("role", [Role.PREDICTOR, Role.REFINER, Role.DECODER])
+def test_a_row_does_not_depend_on_its_batch(glyphs_repository: Path, role: Role) -> None:
+    """In bfloat16 too, where another program would round differently."""
+    pipeline = read_pipeline(glyphs_repository, "glyphs")
+    folder, fixed = glyphs_repository / pipeline.model(role), pipeline.models[role].fixed_rows
+    figures = Figures.load(folder)
+    model = OpenVinoModel(folder / "1" / "model.onnx", "bf16", None, fixed or (1, 2, 4))
+    alone = model(figures.batch(2)[0])
+    for rows in (3, 6, 15, 16, 40):
+        for one, of in zip(alone, model(figures.batch(rows)[0]), strict=True):
+            assert len(of) == rows
+            np.testing.assert_array_equal(of[:2], one)
+
+
+def test_fixed_rows_compute_the_same(glyphs_repository: Path) -> None:
+    pipeline = read_pipeline(glyphs_repository, "glyphs")
+    folder = glyphs_repository / pipeline.model(Role.PREDICTOR)
+    inputs, _ = Figures.load(folder).batch(7)
+    path = folder / "1" / "model.onnx"
+    any_rows, fixed = OpenVinoModel(path, "fp32"), OpenVinoModel(path, "fp32", None, (2, 4))
+    for one, other in zip(any_rows(inputs), fixed(inputs), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(one).max())
+
+
+def test_which_models_have_programs_of_fixed_rows(tmp_path: Path) -> None:
+    """Small ones whose images have one size; without guidance, half the rows."""
+    small, large = tmp_path / "small", tmp_path / "large"
+    small.touch()
+    with large.open("wb") as file:
+        file.truncate(100 << 20)
+    shape, guided = (4, 16, 16), ClassLabel(10, null_class=True)
+    target = ExportTarget(Role.PREDICTOR, torch.nn.Identity(), shape, guided)
+    assert fixed_rows(target, small, 64) == (1, 2, 4, 8, 16)
+    assert fixed_rows(target, small, 4) == (1, 2, 4)
+    assert fixed_rows(target, large, 64) == ()
+    assert fixed_rows(replace(target, other_shapes=((4, 8, 8),)), small, 64) == ()
+    assert fixed_rows(replace(target, role=Role.ENCODER), small, 64) == ()
+    assert fixed_rows(replace(target, role=Role.DECODER), small, 64) == (1,)
+    unguided = replace(target, condition=ClassLabel(10, null_class=False))
+    assert fixed_rows(unguided, small, 64) == (1, 2, 4, 8)

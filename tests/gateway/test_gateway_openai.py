@@ -193,7 +193,8 @@ def test_errors_have_openais_form(
 
 
 def test_models(api: openai.OpenAI) -> None:
-    assert {model.id for model in api.models.list()} == {"glyphs", "scenes"}
+    assert {model.id for model in api.models.list()} == {"glyphs", "scenes", "gpt-image-1"}
+    assert api.models.retrieve("gpt-image-1").id == "gpt-image-1"
     assert api.models.retrieve("scenes").owned_by == "flowturbo"
 
 

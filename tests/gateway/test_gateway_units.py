@@ -4,15 +4,21 @@ import asyncio
 import base64
 import io
 import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import uvicorn
 from PIL import Image
 from pydantic import ValidationError
 
 from flowturbo.errors import RequestError
+from flowturbo.gateway import heads
 from flowturbo.gateway.answers import Refused, refusal_of_fields
 from flowturbo.gateway.edge import Bounds, Edge
 from flowturbo.gateway.fields import Edit, Generation
@@ -47,7 +53,10 @@ GREY = png(np.full((4, 6, 3), 128, np.uint8))
         ({"prompt": "a", "output_compression": 50}, "got output_format png", None),
         ({"prompt": "a", "partial_images": 2}, "partial_images needs stream: true", None),
         ({"prompt": "a", "seed": [1, 2]}, "n is 1, got 2", None),
-        ({"prompt": "a", "size": "64"}, "size: String should match", "size"),
+        ({"prompt": "a", "size": "64"}, "size: WIDTHxHEIGHT in pixels, or auto, got '64'", "size"),
+        ({"prompt": "a", "seed": [1, -2], "n": 2}, "than or equal to 0, got -2", "seed"),
+        ({"prompt": "a", "seed": "x"}, "seed: A number, image i has", "seed"),
+        ({"label": 1.5}, "label: A class by id (a number) or name", "label"),
         ({"prompt": "a", "background": "transparent"}, "background: Input should be", "background"),
         ({"prompt": "a", "stream": True, "response_format": "url"}, "b64_json", None),
     ],
@@ -98,17 +107,20 @@ def test_evaluations_of_schedules() -> None:
 def test_kept_files_end_by_time_and_by_space() -> None:
     now = [0.0]
     kept = Kept(10, 60, lambda: now[0])
-    first = kept.add(b"12345", "png")
-    second = kept.add(b"12345", "png")
+    (first,) = kept.add([b"12345"], "png")
+    (second,) = kept.add([b"12345"], "png")
     assert kept.get(first) and kept.get(second) and kept.bytes == 10
-    third = kept.add(b"123", "jpeg")
+    (third,) = kept.add([b"123"], "jpeg")
     assert kept.get(first) is None and kept.bytes == 8
     found = kept.get(third)
     assert found and found.media_type == "image/jpeg"
     now[0] = 61
     assert kept.get(second) is None and kept.bytes == 0
-    with pytest.raises(ValueError, match="at most 10"):
-        kept.add(b"12345678901", "png")
+    pair = kept.add([b"12345", b"6789"], "png")
+    assert [kept.get(name).data for name in pair] == [b"12345", b"6789"]  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="images of 11 bytes, at most 10"):  # one would end another
+        kept.add([b"123456", b"78901"], "png")
+    assert kept.bytes == 9
 
 
 def test_bucket() -> None:
@@ -118,6 +130,8 @@ def test_bucket() -> None:
     assert bucket.take(3) == 3.0
     now[0] = 3.0
     assert bucket.take(3) == 0
+    bucket.give_back(2)
+    assert bucket.take(2) == 0
 
 
 def test_keys_have_digests_and_limits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,21 +147,25 @@ def test_keys_have_digests_and_limits(tmp_path: Path, capsys: pytest.CaptureFixt
         with pytest.raises(Refused) as refused:
             keys.caller(wrong)
         assert refused.value.status == 401
-    with keys.limited(key, 6):
+    with keys.place(key):
         with pytest.raises(Refused, match="1 requests in flight") as refused:
-            with keys.limited(key, 1):
+            with keys.place(key):
                 pass
         assert refused.value.status == 429
+    with pytest.raises(Refused, match="no such schedule"), keys.images(key, 6):
+        raise Refused(400, "no such schedule")  # its images are given back
+    with keys.images(key, 6):
+        pass
     with pytest.raises(Refused, match="6 images per minute") as refused:
-        with keys.limited(key, 2):
+        with keys.images(key, 2):
             pass
     assert refused.value.headers == {"Retry-After": "20"}
     with pytest.raises(Refused, match="asks for 7") as refused:
-        with keys.limited(key, 7):
+        with keys.images(key, 7):
             pass
     assert refused.value.status == 400
     now[0] = 20.0
-    with keys.limited(key, 2):
+    with keys.images(key, 2):
         pass
     assert main(["remove", "alice", *options]) == 0
     with pytest.raises(Refused, match="unknown"):
@@ -259,3 +277,41 @@ def test_every_answer_has_an_id() -> None:
     caller.ask(edge())
     names = dict(caller.sent[0]["headers"])
     assert len(names[b"x-request-id"]) == 32 and b"content-security-policy" in names
+
+
+@pytest.fixture
+def endless(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, threading.Event]]:
+    """A server whose answer has no end: its port, and whether the answer was given up."""
+    monkeypatch.setattr(heads, "UNREAD_S", 0.3)
+    given_up = threading.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        leaving = asyncio.ensure_future(receive())
+        while not leaving.done():
+            await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})
+            await asyncio.sleep(0)
+        given_up.set()
+
+    config = uvicorn.Config(app, http=heads.BoundedHead, lifespan="off", log_level="error")
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        yield listener.getsockname()[1], given_up
+        server.should_exit = server.force_exit = True
+        thread.join()
+
+
+def test_a_caller_that_does_not_read_is_cut_off(endless: tuple[int, threading.Event]) -> None:
+    """And one that reads slowly is not."""
+    port, given_up = endless
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as caller:
+        caller.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        until = time.monotonic() + 1.5
+        while time.monotonic() < until:
+            assert caller.recv(4 << 20)
+            time.sleep(0.05)
+        assert not given_up.is_set()
+        assert given_up.wait(20)

@@ -126,6 +126,11 @@ def test_edit_and_inpaint_by_mouse_and_by_keyboard(page: Page, tmp_path: Path) -
     page.get_by_label("Strength").fill("0.3")
     made(page)
     assert 0 < np.abs(shown(page) - first).mean() < 60
+    page.get_by_label("Create", exact=True).check()
+    page.locator("#history button").first.click()
+    expect(page.get_by_label("Change an image")).to_be_checked()
+    expect(page.get_by_label("Strength")).to_have_value("0.3")
+    expect(page.get_by_role("status")).to_contain_text("Choose the image")
 
 
 def test_errors_are_shown_and_the_form_stays_usable(page: Page) -> None:
@@ -176,7 +181,12 @@ def test_copies_run(page: Page, tmp_path: Path) -> None:
     text = page.evaluate("navigator.clipboard.readText()")
     done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=True)
     assert '"seed":3' in done.stdout
+    page.evaluate(
+        "Object.defineProperty(navigator, 'clipboard', { value: undefined, configurable: true })"
+    )  # as by plain http
     page.get_by_role("button", name="Copy as Python").click()
+    expect(page.get_by_role("status")).to_have_text("Copied.")
+    page.evaluate("delete navigator.clipboard")
     code = page.evaluate("navigator.clipboard.readText()")
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
     with Image.open(tmp_path / "image.png") as image:

@@ -100,6 +100,7 @@ function showMode() {
   at("for-one").hidden = now === "compare";
   at("for-many").hidden = now !== "compare";
   at("brush-tools").hidden = now !== "inpaint";
+  at("canvas").classList.toggle("brush", now === "inpaint");  // a finger paints or scrolls
   at("canvas-help").textContent = now === "inpaint"
     ? "Paint what to repaint. By keyboard: arrows move the brush, Space paints." : "";
   at("canvas").setAttribute("aria-label", now === "inpaint"
@@ -351,9 +352,10 @@ function stored() {
 function remember(asked, done, image) {
   const small = Object.assign(document.createElement("canvas"), { width: 96, height: 96 });
   const fields = { ...asked.fields, seed: done.seed };
+  const kind = mode() === "compare" ? "create" : mode();
   image.decode().then(() => {
     small.getContext("2d").drawImage(image, 0, 0, 96, 96);
-    const entry = { picture: small.toDataURL("image/jpeg"), fields };
+    const entry = { picture: small.toDataURL("image/jpeg"), fields, kind };
     const all = [entry, ...stored()].slice(0, MOST_HISTORY);
     try { localStorage.setItem(HISTORY, JSON.stringify(all)); } catch { /* no room */ }
     showHistory();
@@ -370,16 +372,19 @@ function showHistory() {
     image.alt = `${titleOf(entry.fields)}, seed ${entry.fields.seed}: take these settings`;
     button.type = "button";
     button.append(image);
-    button.addEventListener("click", () => restore(entry.fields));
+    button.addEventListener("click", () => restore(entry));
     item.append(button);
     return item;
   }));
 }
 
-function restore(fields) {
+function restore({ fields, kind = "create" }) {
   if (models.has(fields.model)) at("model").value = fields.model;
   showModel();
-  document.querySelector("input[value=create]").click();
+  document.querySelector(`input[value=${kind}]`).click();
+  if (fields.strength !== undefined) {
+    at("strength").value = at("strength-shown").textContent = fields.strength;
+  }
   at("prompt").value = fields.prompt ?? "";
   at("negative").value = fields.negative_prompt ?? "";
   if (fields.label !== undefined) at("class").value = at("class-id").value = fields.label;
@@ -387,7 +392,9 @@ function restore(fields) {
   at("guidance").value = fields.guidance_scale ?? "";
   at("seed").value = fields.seed;
   if (fields.size) at("size").value = fields.size;
-  at("status").textContent = "The settings of that picture are in the form.";
+  at("status").textContent = kind === "create"
+    ? "The settings of that picture are in the form."
+    : "The settings of that picture are in the form. Choose the image that it started from.";
   at("go").focus();
 }
 
@@ -432,15 +439,30 @@ function asPython() {
 }
 
 async function copy(text) {
-  await navigator.clipboard.writeText(text);
-  at("status").textContent = "Copied.";
+  try {
+    if (navigator.clipboard) {
+      await navigator.clipboard.writeText(text);
+    } else {  // by plain http from another machine
+      const area = Object.assign(document.createElement("textarea"), { value: text });
+      document.body.append(area);
+      area.select();
+      const done = document.execCommand("copy");
+      area.remove();
+      if (!done) throw new Error("refused");
+    }
+    at("status").textContent = "Copied.";
+  } catch {
+    at("error").textContent = `the browser does not let this page copy; the text is:\n${text}`;
+    at("error").hidden = false;
+  }
 }
 
 // Start ----------------------------------------------------------------------------------------
 
 async function start() {
   try {
-    const found = (await (await call("v1/models")).json()).data;
+    const all = (await (await call("v1/models")).json()).data;
+    const found = all.filter((each) => each.id === each.flowturbo.name);  // no aliases
     models.clear();
     for (const each of found) models.set(each.id, each.flowturbo);
     at("model").replaceChildren(...found.map((each) => option(each.id)));
