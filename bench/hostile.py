@@ -138,7 +138,9 @@ def request(chance: random.Random, host: str) -> bytes:
         headers.append(chance.choice((
             "Authorization: Bearer " + "k" * 7000, "Origin: http://evil.example",
             "Transfer-Encoding: chunked", "X: " + "y" * 60_000, "Expect: 100-continue",
-            "Content-Encoding: gzip", "Range: bytes=0-1,5-", "X-Request-Id: \x01"
+            "Content-Encoding: gzip", "Range: bytes=0-1,5-", "X-Request-Id: \x01",
+            "Origin: http://[", "Origin: null", "Host: [", "X: " + "y" * 300_000,
+            "\r\n".join(f"X-{k}: y" for k in range(5000)), "Cookie: " + "a=b; " * 9000,
         )))  # fmt: skip
     head = f"{method} {path} HTTP/1.1\r\n" + "\r\n".join(headers) + "\r\nConnection: close\r\n\r\n"
     return head.encode("latin-1", errors="replace") + body

@@ -389,7 +389,8 @@ def cost(engine: Engine, made: Residual, given: Inputs, guidance: Guidance) -> d
             )  # fmt: skip
         assert program is not None
         program.save(str(path))
-        model = open_model(path, precision, runtime=engine.pipeline.runtime)
+        runtime = engine.pipeline.runtime
+        model = open_model(path, precision, runtime=runtime, fixed_rows=_TIMED)  # as the predictor
         for images in _TIMED:
             seeds = np.arange(images)
             velocity = engine.velocity(seeds, guidance)
