@@ -27,6 +27,11 @@ from flowturbo.command import run_command
 from flowturbo.errors import FlowTurboError as ServiceError
 
 CLIENTS = (1, 8)
+# What to ask each pipeline for, by gRPC and by HTTP.
+_ASKED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "glyphs": ({"labels": [1]}, {"label": 1}),
+    "scenes": ({"prompts": ["a red circle"]}, {"prompt": "a red circle"}),
+}
 _FORM = "png"
 
 
@@ -35,6 +40,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gateway", description=__doc__)
     add = parser.add_argument
     add("--repository", type=Path, default=Path("model_repository"))
+    add("--pipeline", nargs="+", choices=list(_ASKED), default=list(_ASKED))
     add("--schedule", default="H1P5R3")
     add("--rounds", type=int, default=24, choices=(12, 16, 24))
     add("--seconds", type=float, default=2.5, help="of a measurement")
@@ -51,36 +57,50 @@ def _run(args: argparse.Namespace) -> None:
         server = stack.enter_context(served(args.repository, scratch / "server.log"))
         address = stack.enter_context(running_gateway(server.grpc)).address
         grpc = stack.enter_context(FlowTurboClient(server.grpc, timeout_s=600, retries=0))
-        calls = {"grpc": _by_grpc(grpc, args.schedule), "http": _by_http(address, args.schedule)}
-        for call in calls.values():
-            call()
-        for clients in CLIENTS:
-            speeds: dict[str, list[float]] = {"grpc": [], "http": []}
-            medians: dict[str, list[float]] = {"grpc": [], "http": []}
-            for index in tqdm(range(args.rounds), f"{clients} clients"):
-                for name in list(calls)[:: 1 if index % 2 else -1]:
-                    measured = closed_loop(calls[name], clients, args.seconds)
-                    speeds[name].append(measured.images_per_s)
-                    medians[name].append(measured.percentile(50))
-            more_ms = np.subtract(medians["http"], medians["grpc"])
-            found[str(clients)] = {
-                "images_per_s": speeds,
-                "latency_ms": medians,
-                **ratio(speeds["grpc"], speeds["http"]),
-                "more_ms": float(more_ms.mean()),
-                "more_ms_interval": interval_of(more_ms),
+        for pipeline in args.pipeline:
+            calls = {
+                "grpc": _by_grpc(grpc, pipeline, args.schedule),
+                "http": _by_http(address, pipeline, args.schedule),
             }
-    write_json({"hardware": hardware(), "schedule": args.schedule, "clients": found}, args.json)
+            for call in calls.values():
+                call()
+            for clients in CLIENTS:
+                found[f"{pipeline}, {clients}"] = _measured(
+                    calls, clients, args, f"{pipeline}, {clients} clients"
+                )
+    write_json({"hardware": hardware(), "schedule": args.schedule, "found": found}, args.json)
     print(markdown(found, args.schedule))
 
 
-def _by_grpc(client: FlowTurboClient, schedule: str) -> Callable[[], object]:
-    return lambda: client.generate([1], [2], schedule, output_format=f"{_FORM}_base64")
+def _measured(
+    calls: dict[str, Callable[[], object]], clients: int, args: argparse.Namespace, title: str
+) -> dict[str, Any]:
+    speeds: dict[str, list[float]] = {"grpc": [], "http": []}
+    medians: dict[str, list[float]] = {"grpc": [], "http": []}
+    for index in tqdm(range(args.rounds), title):
+        for name in list(calls)[:: 1 if index % 2 else -1]:
+            measured = closed_loop(calls[name], clients, args.seconds)
+            speeds[name].append(measured.images_per_s)
+            medians[name].append(measured.percentile(50))
+    more_ms = np.subtract(medians["http"], medians["grpc"])
+    return {
+        "images_per_s": speeds,
+        "latency_ms": medians,
+        **ratio(speeds["grpc"], speeds["http"]),
+        "more_ms": float(more_ms.mean()),
+        "more_ms_interval": interval_of(more_ms),
+    }
 
 
-def _by_http(address: str, schedule: str) -> Callable[[], object]:
+def _by_grpc(client: FlowTurboClient, pipeline: str, schedule: str) -> Callable[[], object]:
+    asked = _ASKED[pipeline][0] | {"pipeline": pipeline, "schedule": schedule}
+    return lambda: client.generate(seeds=[2], output_format=f"{_FORM}_base64", **asked)
+
+
+def _by_http(address: str, pipeline: str, schedule: str) -> Callable[[], object]:
     pool = urllib3.PoolManager(maxsize=64)
-    fields = {"label": 1, "seed": 2, "schedule": schedule, "output_format": _FORM}
+    fields = {"model": pipeline, "seed": 2, "schedule": schedule, "output_format": _FORM}
+    fields |= _ASKED[pipeline][1]
 
     def call() -> object:
         answer = pool.request("POST", f"{address}/v1/images/generations", json=fields)
@@ -113,13 +133,13 @@ def markdown(found: dict[str, dict[str, Any]], schedule: str) -> str:
         f"{in_words(hardware())}, schedule {schedule}, one image per request. Medians; intervals "
         "are 95%, paired.",
         "",
-        "| clients | gRPC, images/s | HTTP, images/s | ratio | more time per request, ms |",
+        "| pipeline, clients | gRPC, images/s | HTTP, images/s | ratio | more time, ms |",
         "|---|---|---|---|---|",
     ]
-    for clients, of in found.items():
-        grpc, http = (np.median(of["images_per_s"][name]) for name in ("grpc", "http"))
+    for name, of in found.items():
+        grpc, http = (np.median(of["images_per_s"][way]) for way in ("grpc", "http"))
         lines.append(
-            f"| {clients} | {grpc:.1f} | {http:.1f} | {shown_ratio(of)} | "
+            f"| {name} | {grpc:.1f} | {http:.1f} | {shown_ratio(of)} | "
             f"{of['more_ms']:.2f} ± {of['more_ms_interval']:.2f} |"
         )
     return "\n".join(lines)

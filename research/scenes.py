@@ -64,12 +64,13 @@ def _run(args: argparse.Namespace) -> None:
         "guidance_scale": scale,
         "images": args.images,
         "rounds": args.rounds,
-        "presets": {name: str(of) for name, of in engine.pipeline.presets.items()},
     }
     study: dict[str, Any] = read_json(args.json) if args.json.exists() else {"schedules": {}}
     if any(study.get(name, value) != value for name, value in settings.items()):
         raise ValueError(f"{args.json} has other models or settings: give another --json")
     study |= settings
+    # Not a setting: they may be chosen anew, by these very figures.
+    study["presets"] = {name: str(of) for name, of in engine.pipeline.presets.items()}
     for text in args.schedule:
         sampler = find_sampler(text, engine.pipeline)
         if sampler in study["schedules"]:

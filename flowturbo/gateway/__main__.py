@@ -4,6 +4,7 @@ It is a client of the image service. On an address that other machines reach it 
 """
 
 import argparse
+import gc
 import ipaddress
 import logging
 import socket
@@ -109,6 +110,7 @@ def _run(args: argparse.Namespace) -> None:
     )
     with socket.create_server((args.host, args.port), family=_family(args.host)) as listener:
         scheme, port = "https" if args.certificate else "http", listener.getsockname()[1]
+        gc.freeze()  # what is there now stays: collections need not look at it
         print(f"ready: {scheme}://{_shown_host(args.host)}:{port}", flush=True)
         uvicorn.Server(config).run(sockets=[listener])
 

@@ -4,15 +4,16 @@ import asyncio
 import base64
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, TypeVar
 
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from flowturbo_client import Generation as Made
 from flowturbo_client import Update
 from pydantic import ValidationError
@@ -76,6 +77,13 @@ Result = TypeVar("Result")
 
 class CallerLeftError(Exception):
     """The caller has closed the connection: nobody waits for the answer."""
+
+
+class _Direct(APIRoute):
+    """A route that takes the request and gives the response itself: nothing is looked up for it."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        return self.endpoint
 
 
 @dataclass(frozen=True)
@@ -154,15 +162,19 @@ def application(gateway: Gateway, bounds: Bounds) -> Edge:
             _document(gateway, request, task, made), headers={"server-timing": timing}
         )
 
-    @app.post("/v1/images/generations", **_described(Generation))
+    images = APIRouter(route_class=_Direct)
+
+    @images.post("/v1/images/generations", **_described(Generation))
     async def generations(request: Request) -> Response:
         """Images of a prompt or a class."""
         return await answered(request, Generation)
 
-    @app.post("/v1/images/edits", **_described(Edit))
+    @images.post("/v1/images/edits", **_described(Edit))
     async def edits(request: Request) -> Response:
         """An image changed, or repainted where a mask is transparent."""
         return await answered(request, Edit)
+
+    app.include_router(images)
 
     @app.get("/v1/models", responses=_errors(401, 502, 503, 504))
     async def models(request: Request) -> dict[str, Any]:

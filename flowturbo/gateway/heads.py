@@ -7,6 +7,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MOST_BYTES = 64 << 10
 SECONDS = 30.0  # from the connection, or the first byte of a later request, to the last header
+_UNWATCHED = 4096  # bytes; headers go together with what follows
 UNREAD_S = 30.0  # in which a caller reads nothing of what waits for it
 
 
@@ -19,8 +20,8 @@ class BoundedHead(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        # What a caller does not take at once waits under `pause_writing`, however little it is.
-        transport.set_write_buffer_limits(high=0)
+        # Of an image, what a caller does not take at once waits under `pause_writing`.
+        transport.set_write_buffer_limits(high=_UNWATCHED)
         self._begin()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -40,7 +40,11 @@ class Speed:
 
 
 def beside(path: Path) -> Path:
-    """A path that only this process writes, for an atomic write: rename it to `path`."""
+    """A path that only this process writes, for an atomic write: rename it to `path`.
+
+    Makes the folder.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     return path.with_name(f"{path.name}.{os.getpid()}.partial")
 
 
