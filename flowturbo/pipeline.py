@@ -223,7 +223,10 @@ class Pipeline:
         """What identifies each model as it was exported, by role."""
         return {
             role.value: short_digest(
-                json.dumps([of.runtime, of.precision, *sorted(of.files.items())]).encode()
+                json.dumps(
+                    # Programs of fixed rows round differently.
+                    [of.runtime, of.precision, *sorted(of.files.items()), *of.fixed_rows]
+                ).encode()
             )
             for role, of in self.models.items()
         }

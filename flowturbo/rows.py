@@ -21,7 +21,7 @@ AwaitedInfer = Callable[[Role, Tensors], Coroutine[Any, Any, tuple[Array, ...]]]
 # Evaluates a step block on its named input tensors (contract.py); returns (x_next, velocity_next).
 RunBlock = Callable[[Network, Tensors], Awaitable[tuple[Array, Array]]]
 
-_CALL_ROWS = 2  # a call takes about as much time more as so many rows
+_CALL_ROWS = 2  # the fixed cost of a call, in rows
 
 
 def to_rows(images: Array, guidance: Guidance) -> Array:

@@ -143,8 +143,8 @@ class OpenVinoModel:
         """Outputs [rows, ...] in the model's order."""
         if _ANY in self._models:
             return _outputs(self._models[_ANY], inputs)
-        # All programs are of fixed rows, or none: the other kind rounds differently in bfloat16,
-        # and an image would depend on the rows beside it.
+        # A model has programs of fixed rows, or one for any number: that one rounds differently in
+        # bfloat16, and an image would depend on the rows beside it.
         parts = []
         for batch, count in in_batches(inputs, tuple(self._models)):
             program = self._models[len(next(iter(batch.values())))]

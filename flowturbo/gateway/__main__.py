@@ -20,7 +20,7 @@ from flowturbo.command import integer, positive, run_command
 from flowturbo.gateway.app import Gateway, application
 from flowturbo.gateway.edge import Bounds
 from flowturbo.gateway.filters import Filter
-from flowturbo.gateway.heads import BoundedHead
+from flowturbo.gateway.heads import BoundedHead, bounded_listener
 from flowturbo.gateway.kept import Kept
 from flowturbo.gateway.keys import KeyFileError, Keys
 from flowturbo.gateway.service import ImageService
@@ -108,9 +108,9 @@ def _run(args: argparse.Namespace) -> None:
         timeout_graceful_shutdown=_GRACE_S,
         log_level="error",
     )
-    with socket.create_server((args.host, args.port), family=_family(args.host)) as listener:
+    with bounded_listener((args.host, args.port), _family(args.host)) as listener:
         scheme, port = "https" if args.certificate else "http", listener.getsockname()[1]
-        gc.freeze()  # what is there now stays: collections need not look at it
+        gc.freeze()  # garbage collections leave out what the start has made
         print(f"ready: {scheme}://{_shown_host(args.host)}:{port}", flush=True)
         uvicorn.Server(config).run(sockets=[listener])
 

@@ -82,14 +82,15 @@ def refusal_of_fields(error: ValidationError, kind: type[BaseModel]) -> Refused:
         )
     if first["type"] == "missing":
         return Refused(400, f"{param} is missing", param=param, code="missing_required_parameter")
-    # A field that may be one thing or another has an error for each: the one inside a list says
-    # most. Otherwise what the field is says more than what one of them should be.
+    # A field that may be one thing or another has an error for each. One about the value says more
+    # than one about its type, and one inside a list more than one about the list.
     of_field = [each for each in errors if each["loc"][:1] == first["loc"][:1]]
-    deepest = max(of_field, key=lambda each: len(each["loc"]))
-    reason = deepest["msg"].removeprefix("Value error, ")
-    if deepest["type"] == "string_pattern_mismatch" or len(deepest["loc"]) == 2:
+    told = max(of_field, key=lambda each: (not each["type"].endswith("_type"), len(each["loc"])))
+    reason = told["msg"].removeprefix("Value error, ")
+    only_types = len(of_field) > 1 and told["type"].endswith("_type")
+    if told["type"] == "string_pattern_mismatch" or only_types:
         reason = (kind.model_fields[param].description or reason).rstrip(".")
-    value = repr(deepest["input"])
+    value = repr(told["input"])
     shown = value if len(value) <= _SHOWN else f"{value[:_SHOWN]}..."
     message = f"{param}: {reason}, got {shown}" if param else reason
     return Refused(400, message, param=param or None, code="invalid_value")

@@ -152,15 +152,15 @@ def application(gateway: Gateway, bounds: Bounds) -> Edge:
             if fields.stream:
                 events = await _streamed(gateway, metrics, request, task, key)
                 return _Events(events, request, metrics, held.pop_all())
-            with gateway.keys.images(key, fields.count), metrics.running.track_inprogress():
-                made = await _unless_left(request, gateway.service.generate(task))
+            with metrics.running.track_inprogress():
+                with gateway.keys.images(key, fields.count):
+                    made = await _unless_left(request, gateway.service.generate(task))
                 await _check_images(gateway, fields, made.encoded or ())
-        metrics.images.labels(task.model["name"]).inc(fields.count)
-        total_s = time.perf_counter() - arrived
-        timing = f"service;dur={1e3 * made.latency_s:.1f}, total;dur={1e3 * total_s:.1f}"
-        return JSONResponse(
-            _document(gateway, request, task, made), headers={"server-timing": timing}
-        )
+            metrics.images.labels(task.model["name"]).inc(fields.count)
+            total_s = time.perf_counter() - arrived
+            timing = f"service;dur={1e3 * made.latency_s:.1f}, total;dur={1e3 * total_s:.1f}"
+            document = _document(gateway, request, task, made)
+            return _Held(document, {"server-timing": timing}, held.pop_all())
 
     images = APIRouter(route_class=_Direct)
 
@@ -290,6 +290,18 @@ async def _left(request: Request) -> None:
         pass
 
 
+class _Held(JSONResponse):
+    """An answer; `held` is closed once the caller has taken it."""
+
+    def __init__(self, document: Any, headers: Mapping[str, str], held: ExitStack) -> None:
+        super().__init__(document, headers=dict(headers))
+        self._held = held
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        with self._held:
+            await super().__call__(scope, receive, send)
+
+
 class _Events(Response):
     """Server-sent events. The source is closed as soon as the caller leaves; then `held` is."""
 
@@ -307,17 +319,21 @@ class _Events(Response):
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         async def sent() -> None:
             async with aclosing(self._source):  # type: ignore[type-var]
+                begun = False
                 async for event in self._source:
+                    if not begun:  # a source that nobody has begun could not be closed
+                        await send(start)
+                        begun = True
                     await send({"type": "http.response.body", "body": event, "more_body": True})
 
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         with self._held:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             try:
                 await _unless_left(self._request, sent())
             except CallerLeftError:
                 self._metrics.left.inc()
                 return
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def _streamed(
@@ -326,10 +342,12 @@ async def _streamed(
     """Events; what fails before the first one is an answer as any other."""
 
     async def events() -> AsyncIterator[bytes]:
-        with gateway.keys.images(key, task.fields.count), metrics.running.track_inprogress():
+        images = gateway.keys.images(key, task.fields.count)
+        with images as keep, metrics.running.track_inprogress():
             partial = 0
             async with aclosing(_updates(gateway.service, task)) as updates:  # type: ignore[type-var]
                 async for update in updates:
+                    keep()
                     for event in await _events_of(gateway, request, task, update, partial):
                         yield event
                     if update.final:

@@ -1,41 +1,40 @@
 """Bounds of what uvicorn's faster parser does not bound: headers, and callers that do not read."""
 
 import asyncio
+import socket
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MOST_BYTES = 64 << 10
 SECONDS = 30.0  # from the connection, or the first byte of a later request, to the last header
-_UNWATCHED = 4096  # bytes; headers go together with what follows
-UNREAD_S = 30.0  # in which a caller reads nothing of what waits for it
+UNREAD_S = 30.0  # a caller that takes nothing of what was sent to it for so long is cut off
+
+
+def bounded_listener(
+    address: tuple[str, int], family: socket.AddressFamily, unread_s: float = UNREAD_S
+) -> socket.socket:
+    """A listening socket. The kernel ends connections whose callers do not read."""
+    made = socket.create_server(address, family=family)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * unread_s))
+    return made
 
 
 class BoundedHead(HttpToolsProtocol):
-    """Closes a connection whose headers are too long or too slow, or that nobody reads from."""
+    """Closes a connection whose headers are too long or too slow."""
 
     _head_bytes = 0
     _timer: asyncio.TimerHandle | None = None
-    _reading: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        # Of an image, what a caller does not take at once waits under `pause_writing`.
-        transport.set_write_buffer_limits(high=_UNWATCHED)
+        # Low: a route waits as soon as its caller falls behind. Headers still leave with the body.
+        transport.set_write_buffer_limits(high=4096)
         self._begin()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end()
-        self._stop_reading()
         super().connection_lost(exc)
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._watch_reading(self.transport.get_write_buffer_size())
-
-    def resume_writing(self) -> None:
-        self._stop_reading()
-        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -62,23 +61,6 @@ class BoundedHead(HttpToolsProtocol):
         if self._timer:
             self._timer.cancel()
         self._timer = None
-
-    def _watch_reading(self, waiting: int) -> None:
-        """`waiting` bytes are to be read."""
-
-        def look() -> None:
-            left = self.transport.get_write_buffer_size()
-            if left >= waiting:
-                self.transport.abort()
-            else:
-                self._watch_reading(left)
-
-        self._reading = self.loop.call_later(UNREAD_S, look)
-
-    def _stop_reading(self) -> None:
-        if self._reading:
-            self._reading.cancel()
-        self._reading = None
 
     def _close(self) -> None:
         self._end()

@@ -112,19 +112,26 @@ class Keys:
             self._running[key.name] -= 1
 
     @contextmanager
-    def images(self, key: Key | None, count: int) -> Iterator[None]:
-        """Takes so many images of the key's; gives them back if the block is refused.
+    def images(self, key: Key | None, count: int) -> Iterator[Callable[[], None]]:
+        """Counts `count` images against the key's limit; undone if the service refuses them.
 
-        Raises Refused.
+        Yields what makes the count final. Raises Refused.
         """
+        final = False
+
+        def keep() -> None:
+            nonlocal final
+            final = True
+
         if key is None or key.images_per_minute is None:
-            yield
+            yield keep
             return
         bucket = self._take(key, key.images_per_minute, count)
         try:
-            yield
-        except Refused:
-            bucket.give_back(count)
+            yield keep
+        except Refused as refused:
+            if refused.status in (400, 503) and not final:  # nothing was computed
+                bucket.give_back(count)
             raise
 
     def _take(self, key: Key, most: int, images: int) -> Bucket:

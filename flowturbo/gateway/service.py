@@ -67,14 +67,14 @@ class ImageService:
         """The pipelines' descriptions by each name that requests may give. Raises Refused."""
         found = {each["name"]: each for each in await self.models()}
         others = {name: found[of] for name, of in self._aliases.items() if of in found}
-        return found | others
+        return others | found
 
     async def model(self, name: str | None) -> dict[str, Any]:
         """The description of a pipeline, or of the default one. Raises Refused."""
         known = await self.models_by_name()
-        for each, described in known.items():
-            if each == name or (name is None and described["default"]):
-                return described
+        wanted = name or next(each["name"] for each in self._models if each["default"])
+        if wanted in known:
+            return known[wanted]
         told = f"model {name!r} is unknown, known are {', '.join(known)}"
         raise Refused(404, told, param="model", code="model_not_found")
 

@@ -53,7 +53,7 @@ class TritonPythonModel:
             figures.check(config["name"], self._model, allowed, batches)
         else:
             os.nice(_NICE)
-            fixed = [int(rows) for rows in stated["fixed_rows"].split(",") if rows]
+            fixed = [int(rows) for rows in stated.get("fixed_rows", "").split(",") if rows]
             self._model = open_model(path, stated["precision"], runtime=runtime, fixed_rows=fixed)
         self._name = config["name"]
         self._inputs = [entry["name"] for entry in config["input"]]

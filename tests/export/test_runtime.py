@@ -10,12 +10,21 @@ from support import GOLDEN_EXPORT, run_export
 
 from export.deployment import AUTO, Deployment
 from export.onnx_graph import ExportTarget
-from export.runtime import Runtime, TrialResult, candidates, choose, fixed_rows
+from export.runtime import (
+    Runtime,
+    TrialResult,
+    candidates,
+    choose,
+    fixed_rows,
+    independent,
+    is_faster,
+)
 from flowturbo import LocalPipeline
 from flowturbo.conditions.class_label import ClassLabel
 from flowturbo.contract import LABEL_ROLES, Role
 from flowturbo.parity import Figures, VerificationError
 from flowturbo.pipeline import read_pipeline
+from flowturbo.rows import Tensors
 from flowturbo.runtimes import OpenVinoModel
 
 ORT, OPENVINO, BF16 = (
@@ -98,11 +107,18 @@ def test_a_row_does_not_depend_on_its_batch(glyphs_repository: Path, role: Role)
     folder, fixed = glyphs_repository / pipeline.model(role), pipeline.models[role].fixed_rows
     figures = Figures.load(folder)
     model = OpenVinoModel(folder / "1" / "model.onnx", "bf16", None, fixed or (1, 2, 4))
-    alone = model(figures.batch(2)[0])
-    for rows in (3, 6, 15, 16, 40):
-        for one, of in zip(alone, model(figures.batch(rows)[0]), strict=True):
-            assert len(of) == rows
-            np.testing.assert_array_equal(of[:2], one)
+    assert independent(model, figures, (3, 6, 15, 16, 40))
+
+    class Tired:
+        """Another model for large batches."""
+
+        on_gpu = False
+
+        def __call__(self, inputs: Tensors) -> tuple[np.ndarray, ...]:
+            rows = len(next(iter(inputs.values())))
+            return tuple(each + (rows > 6) for each in model(inputs))
+
+    assert independent(Tired(), figures, (3, 6)) and not independent(Tired(), figures, (3, 6, 8))
 
 
 def test_fixed_rows_compute_the_same(glyphs_repository: Path) -> None:
@@ -115,11 +131,34 @@ def test_fixed_rows_compute_the_same(glyphs_repository: Path) -> None:
         np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(one).max())
 
 
+def test_the_faster_form_is_served() -> None:
+    now = [0.0]
+
+    class Stated:
+        """Takes so much time for few rows, and for many."""
+
+        on_gpu = False
+
+        def __init__(self, few: float, many: float) -> None:
+            self._few, self._many = few, many
+
+        def __call__(self, inputs: Tensors) -> tuple[np.ndarray, ...]:
+            now[0] += self._few if len(inputs["x"]) == 2 else self._many
+            return ()
+
+    batches = [{"x": np.zeros(2)}, {"x": np.zeros(16)}]
+    any_rows = Stated(2.0, 8.0)
+    assert is_faster(Stated(1.0, 9.0), any_rows, batches, lambda: now[0])
+    assert not is_faster(Stated(1.5, 12.0), any_rows, batches, lambda: now[0])
+
+
 def test_which_models_have_programs_of_fixed_rows(tmp_path: Path) -> None:
     """Small ones whose images have one size; without guidance, half the rows."""
-    small, large = tmp_path / "small", tmp_path / "large"
-    small.touch()
-    with large.open("wb") as file:
+    small, large = tmp_path / "small/model.onnx", tmp_path / "large/model.onnx"
+    for path in (small, large):
+        path.parent.mkdir()
+        path.touch()
+    with large.with_name("model.onnx.data").open("wb") as file:  # as ONNX has many weights
         file.truncate(100 << 20)
     shape, guided = (4, 16, 16), ClassLabel(10, null_class=True)
     target = ExportTarget(Role.PREDICTOR, torch.nn.Identity(), shape, guided)
@@ -131,3 +170,4 @@ def test_which_models_have_programs_of_fixed_rows(tmp_path: Path) -> None:
     assert fixed_rows(replace(target, role=Role.DECODER), small, 64) == (1,)
     unguided = replace(target, condition=ClassLabel(10, null_class=False))
     assert fixed_rows(unguided, small, 64) == (1, 2, 4, 8)
+    assert fixed_rows(unguided, small, 4) == (1, 2, 4)

@@ -352,7 +352,7 @@ function stored() {
 function remember(asked, done, image) {
   const small = Object.assign(document.createElement("canvas"), { width: 96, height: 96 });
   const fields = { ...asked.fields, seed: done.seed };
-  const kind = mode() === "compare" ? "create" : mode();
+  const kind = !asked.files ? "create" : asked.files.mask ? "inpaint" : "edit";
   image.decode().then(() => {
     small.getContext("2d").drawImage(image, 0, 0, 96, 96);
     const entry = { picture: small.toDataURL("image/jpeg"), fields, kind };
@@ -450,6 +450,7 @@ async function copy(text) {
       area.remove();
       if (!done) throw new Error("refused");
     }
+    at("error").hidden = true;
     at("status").textContent = "Copied.";
   } catch {
     at("error").textContent = `the browser does not let this page copy; the text is:\n${text}`;
