@@ -66,8 +66,8 @@ class ImageService:
     async def models_by_name(self) -> dict[str, dict[str, Any]]:
         """The pipelines' descriptions by each name that requests may give. Raises Refused."""
         found = {each["name"]: each for each in await self.models()}
-        others = {name: found[of] for name, of in self._aliases.items() if of in found}
-        return others | found
+        aliases = {name: of for name, of in self._aliases.items() if name not in found}
+        return found | {name: found[of] for name, of in aliases.items() if of in found}
 
     async def model(self, name: str | None) -> dict[str, Any]:
         """The description of a pipeline, or of the default one. Raises Refused."""
