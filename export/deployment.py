@@ -123,7 +123,7 @@ def model_config(
                 _warm_up(config, count, inputs, sizes)
     else:
         config.instance_group.add(count=1, kind=_GROUP.KIND_CPU)
-        if deployment.engine == "python":
+        if fixed_rows:
             config.parameters["fixed_rows"].string_value = ",".join(map(str, fixed_rows))
     config.parameters["precision"].string_value = deployment.precision
     config.parameters["runtime"].string_value = deployment.runtime

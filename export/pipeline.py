@@ -471,7 +471,7 @@ def _with_runtimes(
             model.record,
             runtime=chosen[role].name,
             precision=chosen[role].precision,
-            fixed_rows=trial.fixed_rows,
+            fixed_rows=list(trial.fixed_rows),
             parity=parity,
             times_ms={
                 str(runtime): {str(rows): ms for rows, ms in each.times_ms.items()}

@@ -69,7 +69,7 @@ class ModelRecord:
     max_rows: int = 64
     sizes: Mapping[str, int] = field(default_factory=dict)
     block_ms: Mapping[str, float] = field(default_factory=dict)
-    fixed_rows: Sequence[int] = ()
+    fixed_rows: Sequence[int] = field(default_factory=list)
     source: str = ""
     files: Mapping[str, str] = field(default_factory=dict)
     engines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

@@ -25,7 +25,7 @@ from flowturbo.solver.steps import steps_table
 
 SERVICES = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
 # Words of the shell, or of the system: nothing of this project to check.
-NOT_OURS = {"cd", "export", "git", "grep", "ldconfig", "mkdir"}
+NOT_OURS = {"aiperf", "cd", "export", "git", "grep", "ldconfig", "mkdir", "sed"}
 TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in DOCUMENTS}
 
 
