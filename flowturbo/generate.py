@@ -23,7 +23,15 @@ from flowturbo.latents import BASE64, encode_images
 from flowturbo.pipeline import Pipeline
 from flowturbo.provenance import exif, provenance
 from flowturbo.request import GenerationRequest
-from flowturbo.rows import AwaitedInfer, Infer, Tensors, guided_block, to_images, to_rows
+from flowturbo.rows import (
+    AwaitedInfer,
+    Infer,
+    Tensors,
+    guided_block,
+    row_count,
+    to_images,
+    to_rows,
+)
 from flowturbo.settings import Settings
 from flowturbo.solver.calls import BlockCall, Network, Variant
 from flowturbo.solver.guidance import Guidance
@@ -271,7 +279,7 @@ def in_chunks(infer: AwaitedInfer, max_rows: int) -> AwaitedInfer:
     size = max_rows - max_rows % 2  # even, so that no guidance pair is split
 
     async def chunked(role: Role, tensors: Tensors) -> tuple[Array, ...]:
-        rows = len(next(iter(tensors.values())))
+        rows = row_count(tensors)
         if rows <= size:
             return await infer(role, tensors)
         parts = [

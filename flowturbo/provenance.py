@@ -1,7 +1,7 @@
 """How an image was made, as metadata of its file: enough to make it again.
 
-PNG, JPEG and WebP files all can have Exif, so it is one form for all: a JSON text in UserComment,
-and the program in Software. The keys are the names of request inputs.
+PNG, JPEG and WebP files all can have Exif, so there is one form for all. UserComment has a JSON
+text, Software the program. The keys of the text are the names of request inputs.
 """
 
 import json

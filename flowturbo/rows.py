@@ -24,6 +24,11 @@ RunBlock = Callable[[Network, Tensors], Awaitable[tuple[Array, Array]]]
 _CALL_ROWS = 2  # the fixed cost of a call, in rows
 
 
+def row_count(tensors: Tensors) -> int:
+    """The number of rows of each of `tensors`."""
+    return len(next(iter(tensors.values())))
+
+
 def to_rows(images: Array, guidance: Guidance) -> Array:
     """One value per image, [n, ...], to one per row: [2n, ...] with guidance, else unchanged."""
     return np.repeat(images, 2, axis=0) if guidance.enabled else images
@@ -106,7 +111,7 @@ def in_batches(tensors: Tensors, sizes: Sequence[int]) -> Iterator[tuple[Tensors
     Returns each batch and how many of its rows count: a batch may end with copies of its last row.
     `sizes` has a number above 1 if there are pairs.
     """
-    rows, start = len(next(iter(tensors.values()))), 0
+    rows, start = row_count(tensors), 0
     pair = tensors.get(PAIR)
     while start < rows:
         size = _first_batch(rows - start, tuple(sizes))

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from flowturbo.errors import RepositoryError
-from flowturbo.rows import Tensors, in_batches
+from flowturbo.rows import Tensors, in_batches, row_count
 
 # Each runtime and the Python package that it needs.
 RUNTIMES = {"onnxruntime": "onnxruntime", "openvino": "openvino", "torch": "torch"}
@@ -147,7 +147,7 @@ class OpenVinoModel:
         # bfloat16, and an image would depend on the rows beside it.
         parts = []
         for batch, count in in_batches(inputs, tuple(self._models)):
-            program = self._models[len(next(iter(batch.values())))]
+            program = self._models[row_count(batch)]
             parts.append([output[:count] for output in _outputs(program, batch)])
         return tuple(map(np.concatenate, zip(*parts, strict=True)))
 

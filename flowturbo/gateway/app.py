@@ -150,8 +150,10 @@ def application(gateway: Gateway, bounds: Bounds) -> Edge:
             await gateway.filter.before(fields)
             task = await gateway.service.task(fields, key.name if key else None)
             if fields.stream:
-                events = await _streamed(gateway, metrics, request, task, key)
-                return _Events(events, request, metrics, held.pop_all())
+                events = _events(gateway, metrics, request, task, key)
+                # What fails before the first event is an answer as any other.
+                first = await _unless_left(request, anext(events))
+                return _Events(first, events, request, metrics, held.pop_all())
             with metrics.running.track_inprogress():
                 with gateway.keys.images(key, fields.count):
                     made = await _unless_left(request, gateway.service.generate(task))
@@ -180,7 +182,7 @@ def application(gateway: Gateway, bounds: Bounds) -> Edge:
     async def models(request: Request) -> dict[str, Any]:
         """The pipelines of the service."""
         gateway.keys.caller(request.headers.get("authorization"))
-        found = await gateway.service.models_by_name()
+        found = await gateway.service.models()
         data = [_model(name, described, started) for name, described in found.items()]
         return {"object": "list", "data": data}
 
@@ -303,30 +305,42 @@ class _Held(JSONResponse):
 
 
 class _Events(Response):
-    """Server-sent events. The source is closed as soon as the caller leaves; then `held` is."""
+    """The event `first`, and the others of `source`, as server-sent events.
+
+    The source is closed as soon as the caller leaves; then `held` is.
+    """
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, source: AsyncIterator[bytes], request: Request, metrics: Metrics, held: ExitStack
+        self,
+        first: bytes,
+        source: AsyncIterator[bytes],
+        request: Request,
+        metrics: Metrics,
+        held: ExitStack,
     ) -> None:
-        self._source, self._request = source, request
+        self._first, self._source, self._request = first, source, request
         self._metrics, self._held = metrics, held
         self.status_code, self.background = 200, None
         self.init_headers({"cache-control": "no-store", "x-accel-buffering": "no"})
         del self.headers["content-length"]
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def send_event(event: bytes) -> None:
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+
         async def sent() -> None:
             async with aclosing(self._source):  # type: ignore[type-var]
-                begun = False
-                async for event in self._source:
-                    if not begun:  # a source that nobody has begun could not be closed
-                        await send(start)
-                        begun = True
-                    await send({"type": "http.response.body", "body": event, "more_body": True})
+                start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+                await send(start)
+                await send_event(self._first)
+                try:
+                    async for event in self._source:
+                        await send_event(event)
+                except Refused as error:
+                    await send_event(_event("error", error.body))
 
-        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         with self._held:
             try:
                 await _unless_left(self._request, sent())
@@ -336,40 +350,22 @@ class _Events(Response):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def _streamed(
+async def _events(
     gateway: Gateway, metrics: Metrics, request: Request, task: Task, key: Key | None
 ) -> AsyncIterator[bytes]:
-    """Events; what fails before the first one is an answer as any other."""
-
-    async def events() -> AsyncIterator[bytes]:
-        images = gateway.keys.images(key, task.fields.count)
-        with images as keep, metrics.running.track_inprogress():
-            partial = 0
-            async with aclosing(_updates(gateway.service, task)) as updates:  # type: ignore[type-var]
-                async for update in updates:
-                    keep()
-                    for event in await _events_of(gateway, request, task, update, partial):
-                        yield event
-                    if update.final:
-                        metrics.images.labels(task.model["name"]).inc(task.fields.count)
-                    else:
-                        metrics.partial_images.labels(task.model["name"]).inc(task.fields.count)
-                    partial += 1
-
-    source = events()
-    first = await _unless_left(request, anext(source))
-
-    async def all_of_them() -> AsyncIterator[bytes]:
-        try:
-            yield first
-            async for event in source:
-                yield event
-        except Refused as error:
-            yield _event("error", error.body)
-        finally:
-            await source.aclose()  # type: ignore[attr-defined]
-
-    return all_of_them()
+    """The events of a stream. Raises Refused."""
+    count, partial = task.fields.count, 0
+    with metrics.running.track_inprogress():
+        async with aclosing(_updates(gateway.service, task)) as updates:  # type: ignore[type-var]
+            with gateway.keys.images(key, count):
+                update = await anext(updates, None)
+            while update is not None:
+                for event in await _events_of(gateway, request, task, update, partial):
+                    yield event
+                counted = metrics.images if update.final else metrics.partial_images
+                counted.labels(task.model["name"]).inc(count)
+                partial += 1
+                update = await anext(updates, None)
 
 
 async def _updates(service: ImageService, task: Task) -> AsyncIterator[Update]:

@@ -112,25 +112,19 @@ class Keys:
             self._running[key.name] -= 1
 
     @contextmanager
-    def images(self, key: Key | None, count: int) -> Iterator[Callable[[], None]]:
+    def images(self, key: Key | None, count: int) -> Iterator[None]:
         """Counts `count` images against the key's limit; undone if the service refuses them.
 
-        Yields what makes the count final. Raises Refused.
+        Raises Refused.
         """
-        final = False
-
-        def keep() -> None:
-            nonlocal final
-            final = True
-
         if key is None or key.images_per_minute is None:
-            yield keep
+            yield
             return
         bucket = self._take(key, key.images_per_minute, count)
         try:
-            yield keep
+            yield
         except Refused as refused:
-            if refused.status in (400, 503) and not final:  # nothing was computed
+            if refused.status in (400, 503):  # nothing was computed
                 bucket.give_back(count)
             raise
 

@@ -42,7 +42,7 @@ class ImageService:
         others = len(urls) - 1
         self._client = AsyncFlowTurboClient(urls, timeout_s=timeout_s, retries=others)
         self._aliases = aliases
-        self._models: list[dict[str, Any]] = []
+        self._models: dict[str, dict[str, Any]] = {}
         self._until = 0.0
 
     async def close(self) -> None:
@@ -53,28 +53,25 @@ class ImageService:
         """Whether a server answers and has its models ready."""
         return await self._client.is_ready()
 
-    async def models(self) -> list[dict[str, Any]]:
-        """The pipelines' descriptions. Raises Refused."""
+    async def models(self) -> dict[str, dict[str, Any]]:
+        """The pipelines' descriptions by each name that requests may give. Raises Refused."""
         if time.monotonic() > self._until:
             try:
-                self._models = await self._client.pipelines()
+                self._models = {each["name"]: each for each in await self._client.pipelines()}
             except FlowTurboError as error:
                 raise refusal_of(error) from error
+            for name, of in self._aliases.items():
+                if of in self._models:
+                    self._models.setdefault(name, self._models[of])
             self._until = time.monotonic() + _DESCRIBED_S
         return self._models
 
-    async def models_by_name(self) -> dict[str, dict[str, Any]]:
-        """The pipelines' descriptions by each name that requests may give. Raises Refused."""
-        found = {each["name"]: each for each in await self.models()}
-        aliases = {name: of for name, of in self._aliases.items() if name not in found}
-        return found | {name: found[of] for name, of in aliases.items() if of in found}
-
     async def model(self, name: str | None) -> dict[str, Any]:
         """The description of a pipeline, or of the default one. Raises Refused."""
-        known = await self.models_by_name()
-        wanted = name or next(each["name"] for each in self._models if each["default"])
-        if wanted in known:
-            return known[wanted]
+        known = await self.models()
+        for each, described in known.items():
+            if each == name or (name is None and described["default"]):
+                return described
         told = f"model {name!r} is unknown, known are {', '.join(known)}"
         raise Refused(404, told, param="model", code="model_not_found")
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from flowturbo.rows import Tensors
+from flowturbo.rows import Tensors, row_count
 from flowturbo.serving.scheduling import Scheduler, Times, Turns, Work
 
 _CHECK_S = 0.05  # between two looks at what waits
@@ -86,7 +86,7 @@ class _Waiting:
         self.most = self.call.most
         shapes = [value.shape[1:] for value in self.call.tensors.values()]
         self.key: Key = (self.model, *shapes)
-        self.rows = len(next(iter(self.call.tensors.values())))
+        self.rows = row_count(self.call.tensors)
         self.work = self.call.owner.work if self.call.owner else None
         self.scale = self.call.owner.scale if self.call.owner else 1.0
 
@@ -272,7 +272,7 @@ class Batcher:
             if len(parts) == 1:
                 return [self._call(model, parts[0])]
             joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-            ends = np.cumsum([len(next(iter(part.values()))) for part in parts])[:-1]
+            ends = np.cumsum([row_count(part) for part in parts])[:-1]
             split = [np.split(output, ends) for output in self._call(model, joined)]
             return list(zip(*split, strict=True))
         except BaseException as error:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flowturbo.rows import Tensors
+from flowturbo.rows import Tensors, row_count
 from flowturbo.serving.batcher import Shared
 
 Key = tuple[str, bytes]
@@ -114,7 +114,7 @@ class Encodings:
 
 def _keys(model: str, tensors: Tensors) -> list[Key]:
     """A key per row: token ids determine the outputs of a model."""
-    count = len(next(iter(tensors.values()))) if tensors else 0
+    count = row_count(tensors) if tensors else 0
     return [(model, b"".join(of[k].tobytes() for of in tensors.values())) for k in range(count)]
 
 
