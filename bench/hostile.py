@@ -11,6 +11,7 @@ import base64
 import contextlib
 import io
 import json
+import os
 import random
 import re
 import socket
@@ -195,8 +196,10 @@ def schemathesis(address: str, examples: int) -> dict[str, Any]:
     checks = "not_a_server_error,content_type_conformance,status_code_conformance"
     command += ["--checks", checks, "--max-examples", str(examples), "--no-color"]
     command += ["--request-timeout", str(ANSWERED_S), "--phases", "examples,coverage,fuzzing"]
+    hooks = str(Path(__file__).with_name("schemathesis_hooks.py"))
+    loading = os.environ | {"SCHEMATHESIS_HOOKS": hooks}
     with tempfile.TemporaryDirectory() as folder:  # it keeps a database of examples
-        done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=loading)
     if done.returncode:
         raise FlowTurboError(f"schemathesis: {done.stdout[-6000:]}{done.stderr[-2000:]}")
     found = re.findall(r"(\d[\d,]*) generated", done.stdout)
