@@ -2,9 +2,14 @@
 
 Triton's request metrics end when `execute` returns, before a request has run. These cover the whole
 request.
+
+Each update of a metric is a round trip to the server, and all of Python waits for it. So updates
+are collected, and a thread of their own passes them on. A tenth of a second later they can be read.
 """
 
+import logging
 import threading
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +19,8 @@ from flowturbo.contract import Role
 from flowturbo.pipeline import UNKNOWN, Pipeline
 from flowturbo.serving.outcomes import CODES
 
+_EVERY_S = 0.1  # between two times that updates are passed on
+_logger = logging.getLogger(__name__)
 LATENCY_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
@@ -24,8 +31,6 @@ class TritonMetrics:
     """
 
     def __init__(self, pipelines: Mapping[str, Pipeline], orchestrator: str) -> None:
-        # Updating one metric from two threads at once crashes the server (seen on 24.10).
-        self._lock = threading.Lock()
         family, counter = pb_utils.MetricFamily, pb_utils.MetricFamily.COUNTER
         # A family must outlive its metrics.
         self._families = [
@@ -75,36 +80,87 @@ class TritonMetrics:
             for p in (*pipelines, UNKNOWN)
         }
 
+        # What was not passed on yet, by metric.
+        self._levels: dict[Any, float] = {}
+        self._counts: Counter[Any] = Counter()
+        self._durations: list[tuple[Any, float]] = []
+        self._block_seconds: dict[tuple[str, int], float] = {}
+        self._changed = threading.Condition()  # and the lock of all these
+        self._closed = threading.Event()
+        # Updating one metric from two threads at once crashes the server (seen on 24.10).
+        self._thread = threading.Thread(target=self._serve, name="metrics", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Passes on what is left, and ends the thread."""
+        self._closed.set()
+        with self._changed:
+            self._changed.notify()
+        self._thread.join()
+
     def inflight(self, pipeline: str, count: int) -> None:
         """States how many requests of a pipeline are in flight now."""
-        with self._lock:
-            self._inflight[pipeline].set(count)
+        with self._changed:
+            self._levels[self._inflight[pipeline]] = count
+            self._changed.notify()
 
     def executed(self, pipeline: str, rows: Mapping[str, int]) -> None:
         """Counts the rows that each composed model executed for one request."""
-        with self._lock:
-            for model, count in rows.items():
-                self._rows[model].increment(count)
+        self._count({self._rows[model]: count for model, count in rows.items()})
 
     def encoded(self, pipeline: str, hits: int, misses: int) -> None:
         """Counts the texts of one request: kept encodings, and new ones."""
-        with self._lock:
-            self._texts[pipeline, "hit"].increment(hits)
-            self._texts[pipeline, "miss"].increment(misses)
+        self._count({self._texts[pipeline, "hit"]: hits, self._texts[pipeline, "miss"]: misses})
 
     def finished(self, pipeline: str, outcome: str, seconds: float) -> None:
         """Counts one answered request."""
-        with self._lock:
-            self._requests[pipeline, outcome].increment(1)
+        with self._changed:
             if outcome == "ok":
-                self._duration[pipeline].observe(seconds)
+                self._durations.append((self._duration[pipeline], seconds))
+        self._count({self._requests[pipeline, outcome]: 1})
 
     def planned(self, left_s: float, blocks: Mapping[tuple[str, int], float]) -> None:
         """States the work that is left, and the times of calls by model and rows."""
-        with self._lock:
-            self._work.set(left_s)
-            for (model, rows), seconds in blocks.items():
-                if (model, rows) not in self._blocks:
-                    labels = {"model": model, "rows": str(rows)}
-                    self._blocks[model, rows] = self._of_blocks.Metric(labels=labels)
-                self._blocks[model, rows].set(seconds)
+        with self._changed:
+            self._levels[self._work] = left_s
+            self._block_seconds.update(blocks)
+            self._changed.notify()
+
+    def _count(self, more: Mapping[Any, int]) -> None:
+        with self._changed:
+            self._counts.update(more)
+            self._changed.notify()
+
+    def _serve(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._is_waiting or self._closed.is_set())
+                if not self._is_waiting:
+                    return
+            self._closed.wait(_EVERY_S)
+            try:
+                self._pass_on()
+            except Exception:
+                _logger.exception("metrics could not be updated")
+
+    @property
+    def _is_waiting(self) -> bool:
+        return bool(self._levels or self._counts or self._durations or self._block_seconds)
+
+    def _pass_on(self) -> None:
+        with self._changed:
+            levels, self._levels = self._levels, {}
+            counts, self._counts = self._counts, Counter()
+            durations, self._durations = self._durations, []
+            blocks, self._block_seconds = self._block_seconds, {}
+        for metric, count in counts.items():
+            metric.increment(count)
+        for metric, seconds in durations:
+            metric.observe(seconds)
+        for (model, rows), seconds in blocks.items():
+            if (model, rows) not in self._blocks:
+                labels = {"model": model, "rows": str(rows)}
+                self._blocks[model, rows] = self._of_blocks.Metric(labels=labels)
+            self._blocks[model, rows].set(seconds)
+        for metric, level in levels.items():
+            metric.set(level)

@@ -50,8 +50,10 @@ class TritonPythonModel:
         on_gpu = any(pipeline.on_gpu for pipeline in pipelines.values())
         instances = max(1, gpu_count()) if on_gpu else 1
         answers = StoredAnswers(repository, pipelines.values(), call_model, instances)
-        metrics = TritonMetrics(pipelines, ORCHESTRATOR)
-        self._service = Service(pipelines, settings, call_model, metrics, answers.check, instances)
+        self._metrics = TritonMetrics(pipelines, ORCHESTRATOR)
+        self._service = Service(
+            pipelines, settings, call_model, self._metrics, answers.check, instances
+        )
         self._streams = Endpoint(endpoint(os.getppid()), self._stream, self._service.drain)
         self._forwarded = Forwarded.by_server(os.getpid())
 
@@ -70,6 +72,7 @@ class TritonPythonModel:
         """Lets the requests in flight finish."""
         self._service.close()
         self._streams.close()
+        self._metrics.close()
 
     def _stream(self, asked: Asked, post: Callable[[bytes], None]) -> Reply:
         reply = Reply(post, partial(told, STREAM))

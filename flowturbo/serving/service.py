@@ -517,7 +517,6 @@ class Service:
         except BaseException as error:
             result = error
             response = job.sender.response(error)
-        # Counted first: whoever has the answer finds it in the metrics.
         self._metrics.finished(job.pipeline, outcome_of(result), time.monotonic() - job.arrived)
         try:
             with job.lock:
