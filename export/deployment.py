@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from tritonclient.grpc import model_config_pb2
 
-from flowturbo.contract import Specs, TensorSpec
+from flowturbo.contract import Specs, TensorSpec, run_inputs
 
 ENGINES = ("python", "onnxruntime", "tensorrt")
 AUTO = "auto"  # chosen by measurement: export/runtime.py
@@ -94,6 +94,8 @@ def model_config(
         name=model, backend=deployment.engine, max_batch_size=deployment.max_rows
     )
     inputs, outputs = tensors
+    if deployment.engine == "python":
+        inputs = run_inputs(inputs)
     varying = -1 in sizes.values()
     add_tensors(config, inputs, outputs, sizes)
     if not deployment.on_gpu:

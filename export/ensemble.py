@@ -10,7 +10,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 from export.deployment import add_tensors
 from flowturbo import contract
 from flowturbo.contract import IMAGE, LATENT, MAGNITUDE, Role
-from flowturbo.ensemble import Step, block_steps, ensemble_name
+from flowturbo.ensemble import Step, block_steps, ensemble_name, runs
 from flowturbo.pipeline import Pipeline
 from flowturbo.settings import Settings
 from flowturbo.solver.calls import Variant
@@ -123,7 +123,8 @@ def _inputs(pipeline: Pipeline) -> contract.Specs:
 
 
 def _outputs(program: Program, pipeline: Pipeline) -> contract.Specs:
-    return contract.plan_outputs(len(program.calls), pipeline.condition.block_inputs)
+    calls = [len(run) for run in runs(program, pipeline)]
+    return contract.plan_outputs(calls, pipeline.condition.block_inputs)
 
 
 def _planner(program: Program, pipeline: Pipeline, settings: Settings) -> ModelConfig:

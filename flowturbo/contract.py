@@ -172,6 +172,15 @@ def composed_tensors(
     return (*BLOCK_INPUTS, *conditioning), BLOCK_OUTPUTS
 
 
+def run_inputs(inputs: Specs) -> Specs:
+    """The `inputs` of a block in the Python backend, which makes several calls in one execution.
+
+    `scalars` has the columns of all calls, in order. Each call reads the outputs of the one before.
+    """
+    several = TensorSpec(SCALARS, np.float32, (-1,))
+    return tuple(several if spec.name == SCALARS else spec for spec in inputs)
+
+
 # Tensors of an ensemble, which serves one schedule (ensemble.py), and tensors between its steps.
 PLAN_NOISE = "noise_rows"
 PLAN_PAIR = "pair_rows"
@@ -223,17 +232,20 @@ def plan_condition(name: str) -> str:
 
 
 def plan_scalars(index: int) -> str:
-    """The planner's output with the scalars of block call number `index`, from 0."""
+    """The planner's output with the scalars of block execution number `index`, from 0."""
     return f"scalars_{index}"
 
 
-def plan_outputs(calls: int, conditioning: Specs) -> Specs:
-    """The planner's outputs, one entry per row, for a program of `calls` block calls."""
+def plan_outputs(calls: Sequence[int], conditioning: Specs) -> Specs:
+    """The planner's outputs, one entry per row, for executions of so many block `calls` each."""
     return (
         TensorSpec(PLAN_NOISE, np.float32, (-1, "C", "h", "w")),
         *(TensorSpec(plan_condition(s.name), s.dtype, (-1, *s.dims)) for s in conditioning),
         TensorSpec(PLAN_PAIR, np.int32, (-1, 1)),
-        *(TensorSpec(plan_scalars(k), np.float32, (-1, SCALAR_COLUMNS)) for k in range(calls)),
+        *(
+            TensorSpec(plan_scalars(k), np.float32, (-1, count * SCALAR_COLUMNS))
+            for k, count in enumerate(calls)
+        ),
     )
 
 

@@ -37,6 +37,8 @@ from flowturbo.solver.schedule import Schedule
 
 # Largest request in rows for an ensemble on a CPU. On a GPU there is no limit: latents stay there.
 _MAX_ROWS = 8
+# Calls that one execution makes take no longer, by the times of the export: others wait for it.
+_EXECUTION_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -66,20 +68,45 @@ def check_schedule(schedule: Schedule) -> None:
         )
 
 
+def runs(program: Program, pipeline: Pipeline) -> list[list[BlockCall]]:
+    """The calls of `program`, in order, by the executions that make them.
+
+    The Python backend can make calls of one network in a row in one execution.
+    """
+    most = {network: _calls_at_once(Role(network), pipeline) for network in program.counts}
+    found: list[list[BlockCall]] = []
+    for call in program.calls:
+        run = found[-1] if found else []
+        if run and run[0].network == call.network and len(run) < most[call.network]:
+            run.append(call)
+        else:
+            found.append([call])
+    return found
+
+
+def _calls_at_once(role: Role, pipeline: Pipeline) -> int:
+    times = pipeline.block_seconds[pipeline.model(role)]
+    slowest = max((seconds for rows, seconds in times.items() if rows <= _MAX_ROWS), default=0.0)
+    if pipeline.models[role].engine != "python" or not slowest:
+        return 1
+    return max(1, int(_EXECUTION_S / slowest))
+
+
 def block_steps(program: Program, pipeline: Pipeline) -> tuple[tuple[Step, ...], str]:
-    """The block calls in order, and the name of the latent rows at the end.
+    """The executions of blocks in order, and the name of the latent rows at the end.
 
     It runs the sampler itself, with names of tensors instead of tensors. Raises RequestError as
     `check_schedule` does.
     """
     check_schedule(program.schedule)
     steps: list[Step] = []
+    places = (k for run in runs(program, pipeline) for k in range(len(run)))
 
     def block(call: BlockCall, x: str, v: str) -> tuple[str, str]:
-        steps.append(_step(len(steps), call, pipeline, x, v))
-        written = steps[-1].outputs
-        moves = call.lands_at != call.starts_at
-        return written[X_NEXT] if moves else x, written[VELOCITY_NEXT]
+        if next(places) == 0:
+            steps.append(_step(len(steps), call, pipeline, x, v))
+        # A call that does not move x gives it back as it was.
+        return f"x_{len(steps)}", f"velocity_{len(steps)}"
 
     end = sample(program, contract.PLAN_NOISE, block)
     return _without_unread(steps, end), end
@@ -173,8 +200,9 @@ def plan(request: GenerationRequest, pipeline: Pipeline, program: Program) -> Te
     for name, value in conditioning.items():
         rows = interleave(value, null[name]) if guidance.enabled else value
         tensors[contract.plan_condition(name)] = rows
-    for index, call in enumerate(program.calls):
-        tensors[contract.plan_scalars(index)] = scalar_rows(call, len(noise), guidance)
+    for index, run in enumerate(runs(program, pipeline)):
+        scalars = [scalar_rows(call, len(noise), guidance) for call in run]
+        tensors[contract.plan_scalars(index)] = np.concatenate(scalars, axis=1)
     return tensors
 
 

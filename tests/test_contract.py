@@ -17,6 +17,7 @@ from flowturbo.contract import (
     STREAM_OUTPUTS,
     Role,
     model_name,
+    run_inputs,
 )
 from flowturbo.errors import RepositoryError
 from flowturbo.pipeline import read_pipeline
@@ -60,7 +61,7 @@ def test_composed(role: Role, glyphs_repository: Path) -> None:
     assert config.name == model_name("glyphs", role)
     inputs, outputs = pipeline.tensors(role)
     sizes = {"C": 4, "h": 16, "w": 16, "H": 64, "W": 64}
-    check_tensors(config.input, inputs, sizes)
+    check_tensors(config.input, run_inputs(inputs), sizes)
     check_tensors(config.output, outputs, sizes)
     assert config.HasField("dynamic_batching")
     assert config.max_batch_size == pipeline.max_rows

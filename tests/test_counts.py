@@ -16,8 +16,10 @@ from support import Caller
 
 from bench.observe import Observation, Work, observing, read_work
 from flowturbo.contract import LABEL_ROLES, ORCHESTRATOR, Role
-from flowturbo.generate import generate, roles_called
+from flowturbo.ensemble import runs
+from flowturbo.generate import generate
 from flowturbo.local import LocalPipeline
+from flowturbo.pipeline import read_pipeline
 from flowturbo.request import parse_request
 from flowturbo.rows import Tensors
 from flowturbo.serving.tritonserver import ServerAddress
@@ -47,13 +49,22 @@ def calls_of(url: str, model: str) -> Work:
 
 
 @pytest.mark.parametrize("schedule", [ON_STEPS, ON_ENSEMBLE])
-def test_a_lone_image_costs_its_program(glyphs_server: ServerAddress, schedule: str) -> None:
-    """Every block call of its program once, and one of the decoder."""
+def test_a_lone_image_costs_its_program(
+    glyphs_server: ServerAddress, glyphs_repository: Path, schedule: str
+) -> None:
+    """Every block call of its program once, and one of the decoder.
+
+    An ensemble makes calls in a row in one execution.
+    """
     images = 3
+    time.sleep(1.1)  # after company, requests are gathered for a while
     done = observed(glyphs_server.grpc, (schedule,), clients=1, requests=images).models
-    of_image = roles_called(compile_program(Schedule.parse(schedule)))
+    program = compile_program(Schedule.parse(schedule))
+    made = runs(program, read_pipeline(glyphs_repository, "glyphs"))
     for role in (Role.PREDICTOR, Role.REFINER):
-        calls, work = of_image.count(role) * images, done[role]
+        executions = [run for run in made if Role(run[0].network) is role]
+        of_image = len(executions) if schedule == ON_ENSEMBLE else sum(map(len, executions))
+        calls, work = of_image * images, done[role]
         assert (work.calls, work.executions, work.rows) == (calls, calls, calls * GUIDED)
     decoder = done[Role.DECODER]
     assert (decoder.calls, decoder.executions, decoder.rows) == (images,) * 3

@@ -15,9 +15,11 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from flowturbo import contract
-from flowturbo.errors import NotFiniteError
+from flowturbo.contract import SCALAR_COLUMNS, SCALARS, VELOCITY, X
+from flowturbo.errors import NotFiniteError, RequestError
 from flowturbo.generate import check_finite
 from flowturbo.parity import TOLERANCES, Figures, batches_up_to
+from flowturbo.rows import Tensors
 from flowturbo.runtimes import Model, model_file, open_model
 from flowturbo.serving.triton_io import error_response
 
@@ -72,10 +74,24 @@ class TritonPythonModel:
             joined = per_request[0]
         else:
             joined = [np.concatenate(parts) for parts in zip(*per_request, strict=True)]
-        outputs = self._model(dict(zip(self._inputs, joined, strict=True)))
+        outputs = self._run(dict(zip(self._inputs, joined, strict=True)))
         ends = np.cumsum([len(tensors[0]) for tensors in per_request])[:-1]
         split = zip(*(np.split(output, ends) for output in outputs), strict=True)
         return [self._answer(*pair) for pair in zip(requests, split, strict=True)]
+
+    def _run(self, tensors: Tensors) -> tuple[np.ndarray, ...]:
+        """One call, or those of all columns of `scalars`, one after another."""
+        if SCALARS not in tensors:
+            return self._model(tensors)
+        columns = tensors[SCALARS].shape[1]
+        if not columns or columns % SCALAR_COLUMNS:
+            raise RequestError(
+                f"{SCALARS} must have {SCALAR_COLUMNS} columns for each call, got {columns}"
+            )
+        for scalars in np.split(tensors[SCALARS], columns // SCALAR_COLUMNS, axis=1):
+            outputs = self._model(tensors | {SCALARS: np.ascontiguousarray(scalars)})
+            tensors = tensors | {X: outputs[0], VELOCITY: outputs[1]}
+        return outputs
 
     def _answer(self, request: Any, parts: tuple[np.ndarray, ...]) -> Any:
         named = dict(zip(self._outputs, parts, strict=True))

@@ -32,7 +32,14 @@ from export.deployment import Deployment, model_config
 from export.engine import EngineError, _strong_typing, build_engine, find_builders
 from flowturbo import LocalPipeline
 from flowturbo.conditions.class_label import ClassLabel
-from flowturbo.contract import LABEL_ROLES, SCALAR_COLUMNS, Role, composed_tensors, model_name
+from flowturbo.contract import (
+    LABEL_ROLES,
+    SCALAR_COLUMNS,
+    Role,
+    composed_tensors,
+    model_name,
+    run_inputs,
+)
 from flowturbo.gpu import Gpu, GpuError, usable_gpus
 from flowturbo.pipeline import ModelRecord, Pipeline, read_pipeline
 from flowturbo.rows import Tensors
@@ -61,6 +68,7 @@ def test_every_form_has_the_contract(role: Role, form: Deployment) -> None:
     made = model_config(model, TENSORS[role], SIZES, form, files, "digest")
     written = text_format.MessageToString(made)
     config = text_format.Parse(written, model_config_pb2.ModelConfig())  # strict
+    inputs = run_inputs(inputs) if form.engine == "python" else inputs
     check_tensors(config.input, inputs, SIZES)
     check_tensors(config.output, outputs, SIZES)
     assert (config.name, config.backend) == (model, form.engine)

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from flowturbo import LocalPipeline, contract
 from flowturbo.conditions.class_label import ClassLabel
-from flowturbo.contract import LABEL_ROLES, Role
-from flowturbo.ensemble import block_steps, ensemble_name
+from flowturbo.contract import LABEL_ROLES, SCALAR_COLUMNS, Role
+from flowturbo.ensemble import block_steps, ensemble_name, runs
 from flowturbo.pipeline import ModelRecord, Pipeline, read_pipeline
 from flowturbo.serving.tritonserver import ServerAddress, running_server
-from flowturbo.solver.calls import BlockCall, RefinerCall, Variant
+from flowturbo.solver.calls import BlockCall, Network, RefinerCall, Variant
 from flowturbo.solver.program import Program, compile_program
 from flowturbo.solver.sampler import sample
 from flowturbo.solver.schedule import Schedule
@@ -102,15 +103,40 @@ def test_repository_has_the_ensembles_asked_for_last(repository: Path) -> None:
     outputs = (contract.ENSEMBLE_IMAGE, contract.ENSEMBLE_LATENT)
     check_tensors(config.output, outputs, {"H": 64, "W": 64, "C": 4, "h": 16, "w": 16})
     models = [step.model_name for step in config.ensemble_scheduling.step]
-    assert models.count(pipeline.model(Role.PREDICTOR)) == 7
-    assert models.count(pipeline.model(Role.REFINER)) == 3
+    blocks = [model for model in models if "velocity" in model]
+    made = runs(compile_program(SCHEDULES[0]), pipeline)
+    assert blocks == [pipeline.model(Role(run[0].network)) for run in made]
+    assert len(blocks) < 7 + 3  # the networks are small: one execution makes several calls
+
+
+@pytest.mark.parametrize(
+    ("predictor", "refiner", "lengths"),
+    [
+        ({}, {}, [1] * 10),  # not measured
+        ({"block_ms": {"8": 10.0, "64": 99.0}}, {"block_ms": {"8": 2.0}}, [7, 3]),
+        ({"block_ms": {"2": 1.0, "8": 24.0}}, {"block_ms": {"8": 40.0}}, [4, 3, 2, 1]),
+        ({"block_ms": {"8": 900.0}}, {"block_ms": {"8": 5.0}}, [1] * 7 + [3]),
+        ({"block_ms": {"8": 5.0}, "engine": "tensorrt"}, {"engine": "tensorrt"}, [1] * 10),
+    ],
+)
+def test_an_execution_makes_short_calls_together(
+    predictor: dict[str, Any], refiner: dict[str, Any], lengths: list[int]
+) -> None:
+    models = {role: ModelRecord() for role in LABEL_ROLES}
+    models[Role.PREDICTOR], models[Role.REFINER] = ModelRecord(**predictor), ModelRecord(**refiner)
+    pipeline = Pipeline("any", ClassLabel(36), (4, 16, 16), models)
+    program = compile_program(SCHEDULES[0])
+    found = runs(program, pipeline)
+    assert [len(run) for run in found] == lengths
+    assert [call for run in found for call in run] == list(program.calls)
 
 
 @pytest.mark.parametrize("variant", Variant)
+@pytest.mark.parametrize("most", [1, 2, 50])
 @pytest.mark.parametrize(
     "schedule", ["H1P5R3", "P2R2", "E3", "A4", "E1R2P1R1A2", "H2E1P1", "H1P2Z1A1T2"]
 )
-def test_wiring_is_the_samplers(schedule: str, variant: Variant) -> None:
+def test_wiring_is_the_samplers(schedule: str, most: int, variant: Variant) -> None:
     """Any block at all gives the same, called by the sampler or by an ensemble's rules."""
     program = compile_program(Schedule.parse(schedule), variant=variant)
     noise = np.random.default_rng(0).standard_normal((2, 3))
@@ -122,19 +148,28 @@ def test_wiring_is_the_samplers(schedule: str, variant: Variant) -> None:
         return x + call.w_prev * v + call.w_next * v_next, v_next
 
     expected = sample(program, noise, block)
-    np.testing.assert_array_equal(run_steps(program, noise, block), expected)
+    np.testing.assert_array_equal(run_steps(program, noise, block, most), expected)
 
 
-def run_steps(program: Program, noise: np.ndarray, block: Callable[..., Any]) -> np.ndarray:
-    models = {role: ModelRecord() for role in LABEL_ROLES}
-    steps, end = block_steps(program, Pipeline("any", ClassLabel(36), (4, 16, 16), models))
+def run_steps(
+    program: Program, noise: np.ndarray, block: Callable[..., Any], most: int
+) -> np.ndarray:
+    """Executions make at most so many calls."""
+    models = {role: ModelRecord(block_ms={"8": 100.0 / most}) for role in LABEL_ROLES}
+    pipeline = Pipeline("any", ClassLabel(36), (4, 16, 16), models)
+    steps, end = block_steps(program, pipeline)
+    made = runs(program, pipeline)
+    assert max(map(len, made)) == min(most, max(len(list(of)) for _, of in groupby(
+        call.network for call in program.calls)))  # fmt: skip
     tensors = {contract.PLAN_NOISE: noise}
-    for index, (step, call) in enumerate(zip(steps, program.calls, strict=True)):
-        assert step.model == contract.model_name("any", Role(call.network))
+    for index, (step, run) in enumerate(zip(steps, made, strict=True)):
+        assert step.model == contract.model_name("any", Role(run[0].network))
         assert step.inputs["scalars"] == contract.plan_scalars(index)
         assert (step.inputs["label"], step.inputs["pair"]) == ("label_rows", "pair_rows")
-        arrays = [tensors[step.inputs[key]] for key in ("x", "velocity")]
-        results = dict(zip(("x_next", "velocity_next"), block(call, *arrays), strict=True))
+        x, v = (tensors[step.inputs[key]] for key in ("x", "velocity"))
+        for call in run:
+            x, v = block(call, x, v)
+        results = {"x_next": x, "velocity_next": v}
         tensors |= {name: results[key] for key, name in step.outputs.items()}
     return tensors[end]
 
@@ -184,7 +219,11 @@ def test_class_names(infer: Infer) -> None:
     np.testing.assert_array_equal(by_name, infer(H1P5R3, label=ids(2), seed=ids(5)))
 
 
-def test_concurrent_requests_share_batches(infer: Infer, server: ServerAddress) -> None:
+def test_concurrent_requests_share_batches(
+    infer: Infer, server: ServerAddress, repository: Path
+) -> None:
+    made = runs(compile_program(SCHEDULES[0]), read_pipeline(repository))
+    each = sum(run[0].network == Network.PREDICTOR for run in made)
     expected = infer(H1P5R3, label=ids(3), seed=ids(1))
     before = executions_by_rows(server)
     with ThreadPoolExecutor(32) as pool:
@@ -192,31 +231,39 @@ def test_concurrent_requests_share_batches(infer: Infer, server: ServerAddress) 
         for job in jobs:
             assert np.abs(job.result() - expected).max() <= 1
     new = executions_by_rows(server) - before
-    assert sum(rows * count for rows, count in new.items()) == 32 * 2 * 7
-    assert new.total() < 32 * 7  # how many fewer hangs on what else the machine does
+    assert sum(rows * count for rows, count in new.items()) == 32 * 2 * each
+    assert new.total() < 32 * each  # how many fewer hangs on what else the machine does
 
 
-def test_batches_are_shared_with_the_orchestrators(infer: Infer, server: ServerAddress) -> None:
-    """While rows of a larger request are evaluated, two small requests come to wait together.
+def test_a_block_makes_calls_one_after_another(server: ServerAddress) -> None:
+    chance = np.random.default_rng(0)
+    rows = {
+        "x": chance.standard_normal((2, 4, 16, 16), np.float32),
+        "velocity": chance.standard_normal((2, 4, 16, 16), np.float32),
+        "pair": np.array([[1], [-1]], np.int32),
+        "label": np.array([[3], [36]]),
+    }
+    calls = chance.random((2, 3 * SCALAR_COLUMNS), np.float32)
+    with triton.InferenceServerClient(server.grpc) as client:
 
-    Whether they do is chance, more often than not: they get many.
-    """
-    before = executions_by_rows(server)
-    large = {"label": ids(*range(8)), "seed": ids(*range(8))}
-    small = {"label": ids(1), "seed": ids(2)}
-    for _ in range(30):
-        with ThreadPoolExecutor(3) as pool:
-            jobs = [
-                pool.submit(infer, H1P5R3, **large),
-                pool.submit(infer, H1P5R3, **small),
-                pool.submit(infer, "flowturbo", **small, schedule=text("H1P6")),
-            ]
-            for job in jobs:
-                job.result()
-        new = executions_by_rows(server) - before
-        if new[4] + new[20]:  # both small ones, perhaps with the large one
-            return
-    raise AssertionError(new)
+        def block(scalars: np.ndarray) -> tuple[np.ndarray, ...]:
+            inputs = []
+            for name, value in {**rows, "scalars": scalars}.items():
+                dtype = np_to_triton_dtype(value.dtype)
+                inputs.append(triton.InferInput(name, list(value.shape), dtype))
+                inputs[-1].set_data_from_numpy(value)
+            found = client.infer("glyphs_velocity_predictor", inputs, client_timeout=60)
+            return found.as_numpy("x_next"), found.as_numpy("velocity_next")
+
+        together = block(calls)
+        for wrong in (0, 7):
+            with pytest.raises(
+                InferenceServerException, match=f"5 columns for each call, got {wrong}"
+            ):
+                block(np.zeros((2, wrong), np.float32))
+        for one in np.split(calls, 3, axis=1):
+            rows["x"], rows["velocity"] = block(np.ascontiguousarray(one))
+    np.testing.assert_array_equal(together, (rows["x"], rows["velocity"]))
 
 
 def executions_by_rows(server: ServerAddress) -> Counter[int]:
