@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from flowturbo_client import FlowTurboClient
+from tqdm import tqdm
 
 from flowturbo.conditions.class_label import LABEL
 from flowturbo.conditions.prompt import PROMPT
@@ -105,7 +106,7 @@ def models_digest(repository: Path, name: str | None = None) -> str:
     """Twelve hexadecimal digits for the networks of `repository` and how they are computed.
 
     Another export of the same networks has the same digits, even if its ONNX files differ, such as
-    in paths.
+    in paths. So has one with other `fixed_rows`, which differs in rounding alone.
     """
     pipeline, stated = read_pipeline(repository, name), []
     made_from = pipeline.fingerprint
@@ -187,8 +188,8 @@ def exact_latents(
 
     def solve() -> Array:
         parts = np.array_split(np.arange(count), -(-count // BATCH))
-        found = [exact.latent(subject, seeds, guidance) for seeds in parts]
-        return np.concatenate(found)
+        shown = tqdm(parts, f"exact solutions, {guidance.scale:g}", leave=False)
+        return np.concatenate([exact.latent(subject, seeds, guidance) for seeds in shown])
 
     return kept(path, solve)
 
