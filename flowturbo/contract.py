@@ -5,7 +5,8 @@ any size. A letter is a size of the pipeline (C, h, w of a latent; H, W of an im
 also have a leading row dimension, which belongs to Triton's batcher.
 """
 
-from collections.abc import Sequence, Sized
+import itertools
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -176,6 +177,7 @@ def run_inputs(inputs: Specs) -> Specs:
     """The `inputs` of a block in the Python backend, which makes several calls in one execution.
 
     `scalars` has the columns of all calls, in order. Each call reads the outputs of the one before.
+    The exported network itself has the columns of one call.
     """
     several = TensorSpec(SCALARS, np.float32, (-1,))
     return tuple(several if spec.name == SCALARS else spec for spec in inputs)
@@ -237,7 +239,10 @@ def plan_scalars(index: int) -> str:
 
 
 def plan_outputs(calls: Sequence[int], conditioning: Specs) -> Specs:
-    """The planner's outputs, one entry per row, for executions of so many block `calls` each."""
+    """The planner's outputs, one entry per row.
+
+    `calls` has the number of block calls of each execution.
+    """
     return (
         TensorSpec(PLAN_NOISE, np.float32, (-1, "C", "h", "w")),
         *(TensorSpec(plan_condition(s.name), s.dtype, (-1, *s.dims)) for s in conditioning),
@@ -247,6 +252,13 @@ def plan_outputs(calls: Sequence[int], conditioning: Specs) -> Specs:
             for k, count in enumerate(calls)
         ),
     )
+
+
+def planned_calls(outputs: Iterable[Mapping[str, Any]]) -> list[int]:
+    """The `calls` of `plan_outputs`, from the outputs in a planner's configuration."""
+    dims = {entry["name"]: entry["dims"] for entry in outputs}
+    names = itertools.takewhile(dims.__contains__, map(plan_scalars, itertools.count()))
+    return [int(dims[name][-1]) // SCALAR_COLUMNS for name in names]
 
 
 def latent_sizes(shape: tuple[int, int, int]) -> dict[int | str, int]:

@@ -1,12 +1,13 @@
 """A program as a fixed graph, for Triton's ensemble scheduler.
 
-The planner makes all rows and coefficients of a request at once. The block calls follow without
-Python code in between. The finisher keeps the conditional rows. The number of rows is fixed on the
-way, so an ensemble has no guidance interval, which would change it.
+The planner makes all rows and coefficients of a request at once. The executions of the blocks
+follow without the orchestrator. The finisher keeps the conditional rows. The number of rows is
+fixed on the way, so an ensemble has no guidance interval, which would change it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
@@ -37,7 +38,8 @@ from flowturbo.solver.schedule import Schedule
 
 # Largest request in rows for an ensemble on a CPU. On a GPU there is no limit: latents stay there.
 _MAX_ROWS = 8
-# Calls that one execution makes take no longer, by the times of the export: others wait for it.
+# Limit for the calls of one execution, by the export's times for so many rows. Other requests wait
+# meanwhile.
 _EXECUTION_S = 0.1
 
 
@@ -71,7 +73,8 @@ def check_schedule(schedule: Schedule) -> None:
 def runs(program: Program, pipeline: Pipeline) -> list[list[BlockCall]]:
     """The calls of `program`, in order, by the executions that make them.
 
-    The Python backend can make calls of one network in a row in one execution.
+    The Python backend can make calls of one network in a row in one execution. It does so where the
+    export measured that they are short: on a CPU.
     """
     most = {network: _calls_at_once(Role(network), pipeline) for network in program.counts}
     found: list[list[BlockCall]] = []
@@ -179,8 +182,12 @@ def read_request(tensors: Tensors, pipeline: Pipeline, settings: Settings) -> Ge
     return parse_request(tensors | own, [LATENT], pipeline, settings)
 
 
-def plan(request: GenerationRequest, pipeline: Pipeline, program: Program) -> Tensors:
-    """The inputs of all block calls of one request, by name (contract.plan_outputs).
+def plan(
+    request: GenerationRequest, pipeline: Pipeline, program: Program, calls: Sequence[int]
+) -> Tensors:
+    """The inputs of all executions of one request, by name (contract.plan_outputs).
+
+    `calls` has the number of block calls of each execution, as the ensemble was exported.
 
     Raises RequestError for more rows than one batch holds, because an ensemble cannot split them.
     """
@@ -200,9 +207,10 @@ def plan(request: GenerationRequest, pipeline: Pipeline, program: Program) -> Te
     for name, value in conditioning.items():
         rows = interleave(value, null[name]) if guidance.enabled else value
         tensors[contract.plan_condition(name)] = rows
-    for index, run in enumerate(runs(program, pipeline)):
-        scalars = [scalar_rows(call, len(noise), guidance) for call in run]
-        tensors[contract.plan_scalars(index)] = np.concatenate(scalars, axis=1)
+    scalars = [scalar_rows(call, len(noise), guidance) for call in program.calls]
+    for index, (start, count) in enumerate(zip(accumulate(calls, initial=0), calls, strict=False)):
+        run = scalars[start : start + count]
+        tensors[contract.plan_scalars(index)] = np.concatenate(run, axis=1)
     return tensors
 
 

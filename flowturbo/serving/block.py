@@ -2,7 +2,7 @@
 
 It is for servers that have only the Python backend. On a CPU it runs ONNX Runtime, OpenVINO or
 PyTorch, on a GPU PyTorch. Triton's dynamic batcher may pass several requests at once: their rows
-are evaluated as one batch.
+are evaluated as one batch. A step block can make several calls in one execution.
 """
 
 import itertools

@@ -3,14 +3,11 @@
 Triton's request metrics end when `execute` returns, before a request has run. These cover the whole
 request.
 
-Each update of a metric is a round trip to the server, and all of Python waits for it. So updates
-are collected, and a thread of their own passes them on. A tenth of a second later they can be read.
+They lag by a tenth of a second (flowturbo.serving.updates).
 """
 
-import logging
-import threading
-from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
@@ -18,9 +15,8 @@ import triton_python_backend_utils as pb_utils
 from flowturbo.contract import Role
 from flowturbo.pipeline import UNKNOWN, Pipeline
 from flowturbo.serving.outcomes import CODES
+from flowturbo.serving.updates import Updates
 
-_EVERY_S = 0.1  # between two times that updates are passed on
-_logger = logging.getLogger(__name__)
 LATENCY_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
@@ -80,87 +76,40 @@ class TritonMetrics:
             for p in (*pipelines, UNKNOWN)
         }
 
-        # What was not passed on yet, by metric.
-        self._levels: dict[Any, float] = {}
-        self._counts: Counter[Any] = Counter()
-        self._durations: list[tuple[Any, float]] = []
-        self._block_seconds: dict[tuple[str, int], float] = {}
-        self._changed = threading.Condition()  # and the lock of all these
-        self._closed = threading.Event()
-        # Updating one metric from two threads at once crashes the server (seen on 24.10).
-        self._thread = threading.Thread(target=self._serve, name="metrics", daemon=True)
-        self._thread.start()
+        self._updates = Updates()
 
     def close(self) -> None:
-        """Passes on what is left, and ends the thread."""
-        self._closed.set()
-        with self._changed:
-            self._changed.notify()
-        self._thread.join()
+        """Makes the updates that are left."""
+        self._updates.close()
 
     def inflight(self, pipeline: str, count: int) -> None:
         """States how many requests of a pipeline are in flight now."""
-        with self._changed:
-            self._levels[self._inflight[pipeline]] = count
-            self._changed.notify()
+        self._updates.level(self._inflight[pipeline], count)
 
     def executed(self, pipeline: str, rows: Mapping[str, int]) -> None:
         """Counts the rows that each composed model executed for one request."""
-        self._count({self._rows[model]: count for model, count in rows.items()})
+        for model, count in rows.items():
+            self._updates.count(self._rows[model], count)
 
     def encoded(self, pipeline: str, hits: int, misses: int) -> None:
         """Counts the texts of one request: kept encodings, and new ones."""
-        self._count({self._texts[pipeline, "hit"]: hits, self._texts[pipeline, "miss"]: misses})
+        self._updates.count(self._texts[pipeline, "hit"], hits)
+        self._updates.count(self._texts[pipeline, "miss"], misses)
 
     def finished(self, pipeline: str, outcome: str, seconds: float) -> None:
         """Counts one answered request."""
-        with self._changed:
-            if outcome == "ok":
-                self._durations.append((self._duration[pipeline], seconds))
-        self._count({self._requests[pipeline, outcome]: 1})
+        self._updates.count(self._requests[pipeline, outcome], 1)
+        if outcome == "ok":
+            self._updates.observe(self._duration[pipeline], seconds)
 
     def planned(self, left_s: float, blocks: Mapping[tuple[str, int], float]) -> None:
         """States the work that is left, and the times of calls by model and rows."""
-        with self._changed:
-            self._levels[self._work] = left_s
-            self._block_seconds.update(blocks)
-            self._changed.notify()
+        self._updates.level(self._work, left_s)
+        for key, seconds in blocks.items():
+            self._updates.run(partial(self._state, key, seconds))
 
-    def _count(self, more: Mapping[Any, int]) -> None:
-        with self._changed:
-            self._counts.update(more)
-            self._changed.notify()
-
-    def _serve(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._is_waiting or self._closed.is_set())
-                if not self._is_waiting:
-                    return
-            self._closed.wait(_EVERY_S)
-            try:
-                self._pass_on()
-            except Exception:
-                _logger.exception("metrics could not be updated")
-
-    @property
-    def _is_waiting(self) -> bool:
-        return bool(self._levels or self._counts or self._durations or self._block_seconds)
-
-    def _pass_on(self) -> None:
-        with self._changed:
-            levels, self._levels = self._levels, {}
-            counts, self._counts = self._counts, Counter()
-            durations, self._durations = self._durations, []
-            blocks, self._block_seconds = self._block_seconds, {}
-        for metric, count in counts.items():
-            metric.increment(count)
-        for metric, seconds in durations:
-            metric.observe(seconds)
-        for (model, rows), seconds in blocks.items():
-            if (model, rows) not in self._blocks:
-                labels = {"model": model, "rows": str(rows)}
-                self._blocks[model, rows] = self._of_blocks.Metric(labels=labels)
-            self._blocks[model, rows].set(seconds)
-        for metric, level in levels.items():
-            metric.set(level)
+    def _state(self, key: tuple[str, int], seconds: float) -> None:
+        if key not in self._blocks:
+            labels = {"model": key[0], "rows": str(key[1])}
+            self._blocks[key] = self._of_blocks.Metric(labels=labels)
+        self._blocks[key].set(seconds)

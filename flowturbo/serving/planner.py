@@ -1,10 +1,12 @@
 """Triton Python-backend model: the first step of an ensemble, from a request to its rows."""
 
+import json
 import os
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
+from flowturbo import contract
 from flowturbo.ensemble import plan, read_request
 from flowturbo.generate import program_for
 from flowturbo.pipeline import read_pipeline
@@ -28,6 +30,7 @@ class TritonPythonModel:
         schedule = self._pipeline.find_schedule(self._settings.default_schedule)
         variant, trained = Variant(self._settings.variant), self._pipeline.trained_step
         self._program = program_for(schedule, variant, trained=trained)
+        self._calls = contract.planned_calls(json.loads(args["model_config"])["output"])
         self._forwarded = Forwarded.by_server(os.getpid())
 
     def execute(self, requests: list[Any]) -> list[Any]:
@@ -38,7 +41,7 @@ class TritonPythonModel:
         try:
             self._forwarded.check(request.parameters)
             checked = read_request(read_tensors(request), self._pipeline, self._settings)
-            planned = plan(checked, self._pipeline, self._program)
+            planned = plan(checked, self._pipeline, self._program, self._calls)
             return pb_utils.InferenceResponse([pb_utils.Tensor(*item) for item in planned.items()])
         except Exception as error:
             return error_response("planner", error)

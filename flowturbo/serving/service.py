@@ -115,7 +115,7 @@ class Sender(Protocol):
 
 
 class Metrics(Protocol):
-    """What is counted (flowturbo.serving.metrics)."""
+    """What is counted (flowturbo.serving.metrics), soon after it has happened."""
 
     def inflight(self, pipeline: str, count: int) -> None: ...
 

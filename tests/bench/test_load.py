@@ -61,11 +61,13 @@ def check_overload(point: load.Point) -> None:
     assert counts["failed"] == 0
     assert sum(counts.values()) == round(point["rate"] * point["seconds"])
     assert point["server"]["requests"] == sum(counts.values())
-    # Those that were refused cost no evaluation.
+    # Those that were refused cost no evaluation. The first one may have been alone, on the
+    # ensemble, whose executions make several calls.
     calls = roles_called(compile_program(Schedule.parse(load.SCHEDULE)))
     for model in (Role.PREDICTOR, Role.REFINER):
         rows = point["server"]["models"][model]["rows"]
-        assert rows == 2 * calls.count(model) * counts["answered"]
+        of_one = 2 * calls.count(model)
+        assert of_one * (counts["answered"] - 1) < rows <= of_one * counts["answered"]
 
 
 def check_report(out: Path) -> None:
@@ -90,9 +92,9 @@ def test_observed_work_is_that_of_the_program(glyphs_server: ServerAddress) -> N
         FlowTurboClient(glyphs_server.grpc) as client,
     ):
         for seed in range(3):
-            client.generate([0, 1], [seed, seed + 1], "H1P5R3")
+            client.generate([0, 1], [seed, seed + 1], "H2P4R2")  # it has no ensemble
     found = observer.observation
-    calls = [call.network for call in compile_program(Schedule.parse("H1P5R3")).calls]
+    calls = [call.network for call in compile_program(Schedule.parse("H2P4R2")).calls]
     executions = {name: work.executions for name, work in found.models.items()}
     assert executions == {
         Role.PREDICTOR: 3 * calls.count("predictor"),

@@ -19,9 +19,10 @@ from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 from flowturbo import LocalPipeline, contract
 from flowturbo.conditions.class_label import ClassLabel
 from flowturbo.contract import LABEL_ROLES, SCALAR_COLUMNS, Role
-from flowturbo.ensemble import block_steps, ensemble_name, runs
+from flowturbo.ensemble import block_steps, ensemble_name, plan, read_request, runs
 from flowturbo.pipeline import ModelRecord, Pipeline, read_pipeline
 from flowturbo.serving.tritonserver import ServerAddress, running_server
+from flowturbo.settings import Settings
 from flowturbo.solver.calls import BlockCall, Network, RefinerCall, Variant
 from flowturbo.solver.program import Program, compile_program
 from flowturbo.solver.sampler import sample
@@ -129,6 +130,18 @@ def test_an_execution_makes_short_calls_together(
     found = runs(program, pipeline)
     assert [len(run) for run in found] == lengths
     assert [call for run in found for call in run] == list(program.calls)
+    # The planner has the lengths from its configuration: those of the export.
+    config = [
+        {"name": spec.name, "dims": list(spec.dims)}
+        for spec in contract.plan_outputs(lengths, ClassLabel.block_inputs)
+    ]
+    assert contract.planned_calls(config) == lengths
+    tensors = {"label": ids(3), "seed": ids(1)}
+    planned = plan(read_request(tensors, pipeline, Settings()), pipeline, program, lengths)
+    scalars = [planned[contract.plan_scalars(k)] for k in range(len(lengths))]
+    assert [part.shape[1] for part in scalars] == [SCALAR_COLUMNS * count for count in lengths]
+    whole = plan(read_request(tensors, pipeline, Settings()), pipeline, program, [10])
+    np.testing.assert_array_equal(np.concatenate(scalars, 1), whole[contract.plan_scalars(0)])
 
 
 @pytest.mark.parametrize("variant", Variant)
@@ -154,13 +167,13 @@ def test_wiring_is_the_samplers(schedule: str, most: int, variant: Variant) -> N
 def run_steps(
     program: Program, noise: np.ndarray, block: Callable[..., Any], most: int
 ) -> np.ndarray:
-    """Executions make at most so many calls."""
+    """An execution makes at most `most` calls."""
     models = {role: ModelRecord(block_ms={"8": 100.0 / most}) for role in LABEL_ROLES}
     pipeline = Pipeline("any", ClassLabel(36), (4, 16, 16), models)
     steps, end = block_steps(program, pipeline)
     made = runs(program, pipeline)
-    assert max(map(len, made)) == min(most, max(len(list(of)) for _, of in groupby(
-        call.network for call in program.calls)))  # fmt: skip
+    longest = max(len(list(of)) for _, of in groupby(call.network for call in program.calls))
+    assert max(map(len, made)) == min(most, longest)
     tensors = {contract.PLAN_NOISE: noise}
     for index, (step, run) in enumerate(zip(steps, made, strict=True)):
         assert step.model == contract.model_name("any", Role(run[0].network))
@@ -233,6 +246,22 @@ def test_concurrent_requests_share_batches(
     new = executions_by_rows(server) - before
     assert sum(rows * count for rows, count in new.items()) == 32 * 2 * each
     assert new.total() < 32 * each  # how many fewer hangs on what else the machine does
+
+
+def test_executions_of_other_lengths_are_not_joined(infer: Infer, server: ServerAddress) -> None:
+    """Ensembles of other lengths and single calls of the orchestrator, at a time."""
+    request = {"label": ids(3), "seed": ids(1)}
+    asked = [("flowturbo", {"schedule": text("H1P6")})]
+    asked += [(ensemble_name("glyphs", schedule), {}) for schedule in SCHEDULES]
+    expected = [infer(model, **request, **more) for model, more in asked]
+    with ThreadPoolExecutor(6) as pool:
+        jobs = [
+            (pool.submit(infer, model, **request, **more), image)
+            for _ in range(20)
+            for (model, more), image in zip(asked, expected, strict=True)
+        ]
+        for job, image in jobs:
+            assert np.abs(job.result() - image).max() <= 1
 
 
 def test_a_block_makes_calls_one_after_another(server: ServerAddress) -> None:

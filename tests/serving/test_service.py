@@ -35,7 +35,7 @@ from flowturbo.request import parse_request
 from flowturbo.serving.tritonserver import ServerAddress, running_server
 from flowturbo.solver.calls import Variant
 
-ReadMetrics = Callable[[ServerAddress], dict[str, float]]
+ReadMetrics = Callable[..., dict[str, float]]
 # As much as one request may ask for: 250 steps of 128 rows. No test waits for its end.
 LONG = {"schedule": "E250", "labels": [0] * 64}
 LONG_STEP_ROWS, LONG_ROWS = 128, 250 * 128
@@ -401,9 +401,9 @@ def test_a_cancelled_request_stops(
     before = read_metrics(glyphs_server)
     with long_request(glyphs_server) as call:
         begun = before[PREDICTED] + LONG_STEP_ROWS
-        wait_until(lambda: read_metrics(glyphs_server)[PREDICTED] >= begun)
+        wait_until(lambda: read_metrics(glyphs_server, at_once=True)[PREDICTED] >= begun)
         call.cancel()
-        at_cancel = read_metrics(glyphs_server)[PREDICTED]
+        at_cancel = read_metrics(glyphs_server, at_once=True)[PREDICTED]
         wait_until(
             lambda: (
                 read_metrics(glyphs_server)[outcome("cancelled")]
