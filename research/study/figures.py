@@ -15,16 +15,23 @@ from research.study.points import CURVES, GRIDS, GUIDANCE, REFINER_STEPS, measur
 Study = dict[str, Any]
 Found = dict[str, Any]
 
-# Series of the curves: how the names of their families start, a label, and the look. Lines join
+# Series of the curves: a label, the look, and families if the label does not name it. Lines join
 # schedules of one kind of step; other schedules have no order.
-_SERIES: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("Heun", "Heun", {"fmt": "o-", "color": "C0"}),
-    ("Adams", "Adams-Bashforth 2", {"fmt": "^--", "color": "C1"}),
-    ("UniPC", "UniPC", {"fmt": "s-.", "color": "C4"}),
-    ("DPM", "DPM-Solver++", {"fmt": "D:", "color": "C5"}),
-    ("FlowTurbo with", "FlowTurbo with Z or T for R", {"fmt": "h", "color": "C2", "ms": 8}),
-    ("FlowTurbo", "FlowTurbo", {"fmt": "*", "color": "black", "ms": 11}),
+_SERIES: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
+    ("Heun", {"fmt": "o-", "color": "C0"}, ()),
+    ("Adams-Bashforth 2", {"fmt": "^--", "color": "C1"}, ()),
+    ("UniPC", {"fmt": "s-.", "color": "C4"}, ()),
+    ("DPM-Solver++", {"fmt": "D:", "color": "C5"}, ()),
+    ("NeuralSolver", {"fmt": "v:", "color": "C7"}, ()),
+    ("learned (L)", {"fmt": "P-", "color": "C3", "ms": 8}, ("learned",)),
+    (
+        "FlowTurbo with Z or T for R",
+        {"fmt": "h", "color": "C2", "ms": 8},
+        ("FlowTurbo with Z for R", "FlowTurbo with T for R"),
+    ),
+    ("FlowTurbo", {"fmt": "*", "color": "black", "ms": 11}, ()),
 )
+_OWN_GRID = ("learned", "NeuralSolver")
 _LABELS = {FRECHET: "Fréchet distance minus H8's", EXACT: "distance to the exact solution"}
 _TOP = 0.01  # of Fréchet distance minus H8's in the curves: a few bad schedules would hide the rest
 _GAIN = 0.1  # a named schedule has a figure lower by this share than any faster schedule
@@ -40,7 +47,7 @@ _PLACES = (
 
 _BARS = "Bars: 95% intervals; differences from H8 are paired by seeds."
 CAPTIONS = {
-    "curves": "Quality against time, on the uniform time grid and on shifted grids. Names: the "
+    "curves": "Quality against time, on the uniform time grid and on other grids. Names: the "
     f"built-in presets, and schedules that are better than all faster ones. {_BARS} Schedules "
     f"more than {_TOP:g} above H8 are outside the upper panels.",
     "stability": "Relative change of the velocity over 1/32 of the time. Lines: medians over the "
@@ -80,17 +87,19 @@ def _curves(study: Study, axes: Any) -> bool:
     grids: tuple[list[Found], list[Found]] = ([], [])
     for found in _points(study, CURVES):
         if _series(found) is not None:
-            grids["@" in found["sampler"]].append(found)
+            elsewhere = "@" in found["sampler"] or family(found["sampler"]) in _OWN_GRID
+            grids[elsewhere].append(found)
     for (row, figure), column in product(enumerate(_LABELS), range(2)):
         axis = axes[row][column]
-        for series, (_, label, look) in enumerate(_SERIES):
+        for series, (label, look, _) in enumerate(_SERIES):
             own = [each for each in grids[column] if _series(each) == series]
             shifts = sorted({_shift(each) for each in own})
             for shift in shifts:  # a line each, one label
                 of_shift = [each for each in own if _shift(each) == shift]
                 named = label if shift == shifts[0] else None
                 _errorbar(axis, study, of_shift, time_share, figure, label=named, **look)
-        axis.set(title=f"{('uniform', 'shifted')[column]} time grid", xscale="log")
+        title = ("uniform time grid", "shifted and solvers' own time grids")[column]
+        axis.set(title=title, xscale="log")
         axis.set(xlabel="time per image relative to H8", ylabel=_LABELS[figure])
         axis.grid(alpha=0.3, which="both")
         if figure == EXACT:
@@ -118,9 +127,9 @@ def _points(study: Study, title: str) -> list[Found]:
 
 def _series(found: Found) -> int | None:
     """The position in _SERIES; None for a family that is in the tables only."""
-    name = family(found["sampler"]) or ""
-    starts = (start for start, _, _ in _SERIES)
-    return next((k for k, start in enumerate(starts) if name.startswith(start)), None)
+    name = (family(found["sampler"]) or "").removesuffix(", shifted")
+    names = (families or (label,) for label, _, families in _SERIES)
+    return next((k for k, of_series in enumerate(names) if name in of_series), None)
 
 
 def _shift(found: Found) -> float:
@@ -192,7 +201,7 @@ def _legend_below(axes: Any) -> None:
     for axis in axes.flat:
         handles, labels = axis.get_legend_handles_labels()
         named = dict(zip(labels, handles, strict=True)) | named
-    order = [label for _, label, _ in _SERIES if label in named]
+    order = [label for label, _, _ in _SERIES if label in named]
     axes[0][0].figure.legend(
         [named[label] for label in order], order, loc="outside lower center", ncols=len(order) or 1
     )
