@@ -170,15 +170,15 @@ def test_streams_share_batches_with_other_requests(
     def one(k: int) -> None:
         together.wait()
         if k % 2:
-            client.generate("A", seeds=[k], schedule="E300")
+            client.generate("A", seeds=[k], schedule="E250")
         else:
-            *_, last = client.stream("A", seeds=[k], schedule="E300", preview_every=300)
+            *_, last = client.stream("A", seeds=[k], schedule="E250", preview_every=250)
             assert last.final
 
     before = executions()
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(one, range(16)))
-    assert executions() - before < 2 * 300  # two batchers would make 300 calls each
+    assert executions() - before < 2 * 250  # two batchers would make 250 calls each
 
 
 def test_many_streams_at_once(glyphs_server: ServerAddress, read_metrics: ReadMetrics) -> None:
