@@ -7,7 +7,7 @@ fixed on the way, so an ensemble has no guidance interval, which would change it
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import islice
 
 import numpy as np
 
@@ -108,8 +108,8 @@ def block_steps(program: Program, pipeline: Pipeline) -> tuple[tuple[Step, ...],
     def block(call: BlockCall, x: str, v: str) -> tuple[str, str]:
         if next(places) == 0:
             steps.append(_step(len(steps), call, pipeline, x, v))
-        # A call that does not move x gives it back as it was.
-        return f"x_{len(steps)}", f"velocity_{len(steps)}"
+        written = steps[-1].outputs  # a call that does not move x gives it back as it was
+        return written[X_NEXT], written[VELOCITY_NEXT]
 
     end = sample(program, contract.PLAN_NOISE, block)
     return _without_unread(steps, end), end
@@ -207,9 +207,9 @@ def plan(
     for name, value in conditioning.items():
         rows = interleave(value, null[name]) if guidance.enabled else value
         tensors[contract.plan_condition(name)] = rows
-    scalars = [scalar_rows(call, len(noise), guidance) for call in program.calls]
-    for index, (start, count) in enumerate(zip(accumulate(calls, initial=0), calls, strict=False)):
-        run = scalars[start : start + count]
+    scalars = (scalar_rows(call, len(noise), guidance) for call in program.calls)
+    for index, count in enumerate(calls):
+        run = list(islice(scalars, count))
         tensors[contract.plan_scalars(index)] = np.concatenate(run, axis=1)
     return tensors
 

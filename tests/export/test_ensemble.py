@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton
 from support import GLYPHS_EXPORT, GOLDEN, Caller, check_tensors, read_config, run_export
-from tritonclient.utils import InferenceServerException, np_to_triton_dtype
+from tritonclient.utils import InferenceServerException
 
 from flowturbo import LocalPipeline, contract
 from flowturbo.conditions.class_label import ClassLabel
@@ -61,17 +61,11 @@ def server(repository: Path) -> Iterator[ServerAddress]:
 
 @pytest.fixture(scope="module")
 def infer(server: ServerAddress) -> Iterator[Infer]:
-    with triton.InferenceServerClient(server.grpc) as client:
+    with Caller(server.grpc) as caller:
 
         def call(model: str, **tensors: Any) -> np.ndarray:
-            inputs = []
-            for name, value in tensors.items():
-                dtype = "BYTES" if value.dtype == object else np_to_triton_dtype(value.dtype)
-                inputs.append(triton.InferInput(name, list(value.shape), dtype))
-                inputs[-1].set_data_from_numpy(value)
-            outputs = [triton.InferRequestedOutput("image")]
-            image = client.infer(model, inputs, outputs=outputs, client_timeout=60)
-            return image.as_numpy("image").astype(np.int64)
+            (image,) = caller.infer(model, ["image"], **tensors)
+            return image.astype(np.int64)
 
         yield call
 
@@ -273,16 +267,11 @@ def test_a_block_makes_calls_one_after_another(server: ServerAddress) -> None:
         "label": np.array([[3], [36]]),
     }
     calls = chance.random((2, 3 * SCALAR_COLUMNS), np.float32)
-    with triton.InferenceServerClient(server.grpc) as client:
+    with Caller(server.grpc) as caller:
 
-        def block(scalars: np.ndarray) -> tuple[np.ndarray, ...]:
-            inputs = []
-            for name, value in {**rows, "scalars": scalars}.items():
-                dtype = np_to_triton_dtype(value.dtype)
-                inputs.append(triton.InferInput(name, list(value.shape), dtype))
-                inputs[-1].set_data_from_numpy(value)
-            found = client.infer("glyphs_velocity_predictor", inputs, client_timeout=60)
-            return found.as_numpy("x_next"), found.as_numpy("velocity_next")
+        def block(scalars: np.ndarray) -> list[np.ndarray]:
+            outputs = ["x_next", "velocity_next"]
+            return caller.infer("glyphs_velocity_predictor", outputs, scalars=scalars, **rows)
 
         together = block(calls)
         for wrong in (0, 7):
