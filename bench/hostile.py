@@ -42,6 +42,13 @@ from flowturbo.errors import FlowTurboError as ServiceError
 ANSWERED_S = 20.0  # a request that has no answer by then hangs
 CALLERS = 8
 GROWTH_MB = 64  # a growth below is no leak: pools fill
+# What schemathesis loads first. It otherwise makes the files of forms of bytes, and sometimes stops
+# with "Unsupported type: 'Binary'" while it checks them (4.32). `attack` sends files of all kinds.
+_HOOKS = """import schemathesis
+from hypothesis import strategies
+
+schemathesis.openapi.format("binary", strategies.text())
+"""
 _SEEN = 200  # bytes of an answer that are looked at
 _WARM = 2000  # requests, until memory is measured first
 _GENERATIONS, _EDITS = "/v1/images/generations", "/v1/images/edits"
@@ -196,9 +203,10 @@ def schemathesis(address: str, examples: int) -> dict[str, Any]:
     checks = "not_a_server_error,content_type_conformance,status_code_conformance"
     command += ["--checks", checks, "--max-examples", str(examples), "--no-color"]
     command += ["--request-timeout", str(ANSWERED_S), "--phases", "examples,coverage,fuzzing"]
-    hooks = str(Path(__file__).with_name("schemathesis_hooks.py"))
-    loading = os.environ | {"SCHEMATHESIS_HOOKS": hooks}
     with tempfile.TemporaryDirectory() as folder:  # it keeps a database of examples
+        hooks = Path(folder) / "hooks.py"
+        hooks.write_text(_HOOKS)
+        loading = os.environ | {"SCHEMATHESIS_HOOKS": str(hooks)}
         done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=loading)
     if done.returncode:
         raise FlowTurboError(f"schemathesis: {done.stdout[-6000:]}{done.stderr[-2000:]}")
