@@ -31,8 +31,9 @@ class Fit:
 
     `weights` [k, n, n] are those of a Table. `operators` has one matrix [k, features, outputs] per
     move, with windows of `side`, or it is empty. With k = 2 the second is the change by
-    guidance: it counts (scale - middle) / half of the range. `figures` are for readers: errors on
-    images that were not used.
+    guidance: it counts (scale - middle) / half of the range. `refiners` are those of the last
+    operators, [units, outputs] each (operator.py). `figures` are for readers: errors on images that
+    were not used.
     """
 
     low: float
@@ -40,6 +41,7 @@ class Fit:
     times: tuple[float, ...]
     weights: np.ndarray
     operators: tuple[np.ndarray, ...] = ()
+    refiners: tuple[np.ndarray, ...] = ()
     side: int = 1
     figures: Mapping[str, Any] = field(default_factory=dict)
 
@@ -56,6 +58,11 @@ class Fit:
         """Whether it was fitted for this guidance scale."""
         return self.low <= float(np.float32(scale)) <= self.high
 
+    @property
+    def by_operator(self) -> list[np.ndarray | None]:
+        """The refiner of each operator, None for those without."""
+        return [None] * (len(self.operators) - len(self.refiners)) + [*self.refiners]
+
     def terms(self, scale: float) -> np.ndarray:
         """The factors [k] of the coefficients at this scale."""
         return scale_terms(np.array([scale]), self.low, self.high)[0]
@@ -64,8 +71,10 @@ class Fit:
         """The coefficients at one guidance scale."""
         terms = self.terms(scale)
         operators = tuple(
-            Operator(np.tensordot(terms, matrix, 1).astype(np.float32), self.side, k + 1)
-            for k, matrix in enumerate(self.operators)
+            Operator(np.tensordot(terms, matrix, 1).astype(np.float32), self.side, k + 1, refiner)
+            for k, (matrix, refiner) in enumerate(
+                zip(self.operators, self.by_operator, strict=True)
+            )
         )
         return Table(self.times, np.tensordot(terms, self.weights, 1), operators)
 
@@ -94,7 +103,7 @@ class Solvers:
         sha = hashlib.sha256()
         for fit in self.fits:
             sha.update(repr((fit.low, fit.high, fit.times, fit.side)).encode())
-            for array in (fit.weights, *fit.operators):
+            for array in (fit.weights, *fit.operators, *fit.refiners):
                 sha.update(np.ascontiguousarray(array, np.float32).tobytes())
         object.__setattr__(self, "digest", sha.hexdigest()[:16])
 
@@ -146,8 +155,14 @@ class Solvers:
             arrays[f"{number}.weights"] = fit.weights
             for k, matrix in enumerate(fit.operators):
                 arrays[f"{number}.operator.{k}"] = matrix.astype(np.float32)
+            for k, refiner in enumerate(fit.refiners):
+                arrays[f"{number}.refiner.{k}"] = refiner.astype(np.float32)
             scales = {"low": fit.low, "high": fit.high}
-            matrices = {"side": fit.side, "operators": len(fit.operators)}
+            matrices = {
+                "side": fit.side,
+                "operators": len(fit.operators),
+                "refiners": len(fit.refiners),
+            }
             stated.append({**scales, **matrices, "figures": dict(fit.figures)})
         about = {"version": VERSION, "flow": self.flow, "latent_shape": self.latent_shape}
         text = json.dumps(about | {"fits": stated})
@@ -184,6 +199,9 @@ class Solvers:
                     times=tuple(arrays[f"{k}.times"].tolist()),
                     weights=arrays[f"{k}.weights"],
                     operators=tuple(arrays[f"{k}.operator.{i}"] for i in range(each["operators"])),
+                    refiners=tuple(
+                        arrays[f"{k}.refiner.{i}"] for i in range(each.get("refiners", 0))
+                    ),
                     side=each["side"],
                     figures=each["figures"],
                 )
@@ -200,15 +218,24 @@ def _check(fit: Fit, channels: int) -> None:
     times = np.asarray(fit.times)
     if n < 1 or times[0] != 0 or times[-1] != 1 or not np.all(np.diff(times) > 0):
         raise ValueError(f"times must rise from 0 to 1, got {times.tolist()}")
-    if not fit.low <= fit.high or fit.side not in SIDES or len(fit.operators) not in (0, n):
+    operators, refiners = len(fit.operators), len(fit.refiners)
+    if (
+        not fit.low <= fit.high
+        or fit.side not in SIDES
+        or operators not in (0, n)
+        or refiners > operators
+    ):
         raise ValueError(
-            f"scales {fit.low:g} to {fit.high:g}, windows of {fit.side}, {len(fit.operators)} "
-            f"operators for {n} evaluations"
+            f"scales {fit.low:g} to {fit.high:g}, windows of {fit.side}, {operators} operators and "
+            f"{refiners} refiners for {n} evaluations"
         )
     outputs = channels * (4 if fit.side == 4 else 1)
-    wanted = [(terms, n, n)]
-    wanted += [(terms, (k + 2) * channels * fit.side**2 + 1, outputs) for k in range(n)]
-    arrays = [fit.weights, *fit.operators]
-    for array, shape in zip(arrays, wanted, strict=False):
+    wanted: list[tuple[int, ...]] = [(terms, n, n)]
+    for k, refiner in enumerate(fit.by_operator):
+        units = 0 if refiner is None else len(refiner)
+        wanted.append((terms, (k + 2) * channels * fit.side**2 + 1, outputs + units))
+    wanted += [(len(refiner), outputs) for refiner in fit.refiners]
+    arrays = [fit.weights, *fit.operators, *fit.refiners]
+    for array, shape in zip(arrays, wanted, strict=True):
         if array.shape != shape or not np.all(np.isfinite(array)):
             raise ValueError(f"an array of shape {array.shape}, wanted are finite {shape}")

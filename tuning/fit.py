@@ -1,17 +1,18 @@
 """Fits solvers to a deployed pipeline: `python -m tuning.fit --pipeline NAME --evaluations 4 6`.
 
 Makes exact trajectories with the deployed predictor, or with its checkpoint in float32
-(`--predictor`). Then it finds a time grid and coefficients for each number of evaluations. No
-network is trained. The solvers are installed beside the pipeline, and requests name them L4, L6.
-Trajectories and finished fits are kept in `--cache`: a fit that was stopped goes on from there.
+(`--predictor`). Then it finds a time grid and coefficients for each number of evaluations, and
+trains a small refiner for the last two steps. The solvers are installed beside the pipeline, and
+requests name them L4, L6. Trajectories and finished fits are kept in `--cache`: a fit that was
+stopped goes on from there.
 """
 
 import argparse
 import math
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,19 @@ from research.quality.engine import Engine, Exact, distances
 from research.quality.metrics import half_width, mean_without
 from research.quality.subjects import Prompts
 from tuning.grids import best_grid
-from tuning.learned import Rollout, Task, fit_steps, refined_grid
+from tuning.learned import Rollout, Step, Task, refined_grid
+from tuning.refiner import refined
 from tuning.trajectories import Trajectories, Velocity, gram, integrate
 
-FIRST_SEED = 10_000_000  # of the trajectories: measurements and examples count from 0
+# The seeds of trajectories come after these: measurements and examples count from 0.
+_FITTED, _HELD_OUT = 10_000_000, 20_000_000
 _VERSION = 1  # of the fits and trajectories that are kept: their form and how they are made
 BATCH = 32  # trajectories that are evaluated together, at one guidance scale
 _BATCHES = 4  # at least, so that a range of scales has several
 _GRAM, _FEW = 512, 256  # trajectories for both searches of the grid
+_GRIDS = 1024  # for the choice between what they found
+REFINED = 2  # last steps of a solver that have a refiner
+UNITS, MAX_UNITS = 64, 1024  # of a refiner
 BESIDE = "A{}@3"  # the schedule that a fit is compared with
 
 
@@ -73,6 +79,12 @@ def _parser() -> argparse.ArgumentParser:
         choices=(0, *SIDES),
         help="windows of the linear operator in latent pixels, 0 for none (default: 4)",
     )
+    add(
+        "--units",
+        type=int,
+        help=f"of the refiner in the last {REFINED} steps, 0 for none (default: {UNITS}, 0 without "
+        "an operator)",
+    )
     add("--prompts", type=Path, help="texts to fit to, one per line (default: the scenes model's)")
     add("--predictor", type=Path, help="checkpoint (default: the deployed predictor)")
     add("--cache", type=Path, default=Path("runs/fit"), help="folder for trajectories and fits")
@@ -87,7 +99,8 @@ def _run(args: argparse.Namespace) -> str:
         engine.subject = Prompts.of_file(args.prompts)
     pipeline = engine.pipeline
     ranges = scale_ranges(args.guidance, can_guide=pipeline.condition.can_guide)
-    _check(args, pipeline)
+    units = (UNITS if args.operator else 0) if args.units is None else args.units
+    _check(args, units, pipeline)
     held_out = args.held_out or max(1, min(256, args.trajectories // 8))
     path = args.out or solvers_path(args.repository, pipeline.name)
     exact = args.predictor and Exact.of_repository(args.predictor, args.repository, pipeline.name)
@@ -97,7 +110,8 @@ def _run(args: argparse.Namespace) -> str:
     for low, high in ranges:
         batches = source.batches(low, high, args.trajectories, held_out)
         for count in args.evaluations:
-            done.append(source.fit(count, Task((low, high), args.operator), *batches))
+            task = Task((low, high), args.operator, units)
+            done.append(source.fit(count, task, *batches))
             former.joined(done).write(path)
     lines = [report(done), f"{in_words(hardware())}. {time.monotonic() - began:.0f} s in all"]
     if source.seconds:
@@ -133,7 +147,7 @@ def scale_ranges(given: Sequence[float] | None, *, can_guide: bool) -> list[tupl
     return alone if low == high == 1 else [*alone, (low, high)]
 
 
-def _check(args: argparse.Namespace, pipeline: Pipeline) -> None:
+def _check(args: argparse.Namespace, units: int, pipeline: Pipeline) -> None:
     if pipeline.solver_steps:
         raise ValueError(
             f"pipeline {pipeline.name} is step-distilled, its steps are {pipeline.solver_steps}"
@@ -144,6 +158,10 @@ def _check(args: argparse.Namespace, pipeline: Pipeline) -> None:
     _, height, width = pipeline.latent_shape
     if args.operator == 4 and (height % 2 or width % 2):
         raise ValueError(f"--operator 4 needs even latents, these are {height} x {width}: take 1")
+    if not 0 <= units <= MAX_UNITS:
+        raise ValueError(f"--units must be 0 to {MAX_UNITS}, got {units}")
+    if units and not args.operator:
+        raise ValueError(f"--units must be 0 without an operator, got {units}")
     if args.trajectories < 2 or (args.held_out is not None and args.held_out < 1):
         raise ValueError("--trajectories must be 2 or more, --held-out 1 or more")
 
@@ -162,19 +180,17 @@ class Source:
         self, low: float, high: float, count: int, held_out: int
     ) -> tuple[list[Trajectories], list[Trajectories]]:
         """`count` trajectories at scales from `low` to `high`, and `held_out` others."""
-        sizes = _sizes(count), _sizes(held_out)
-        scales = [_scales(low, high, len(of)) for of in sizes]
-        found: tuple[list[Trajectories], list[Trajectories]] = ([], [])
-        seed = FIRST_SEED
+        found: list[list[Trajectories]] = []
         name = f"trajectories, guidance {low:g}" + (f" to {high:g}" if high > low else "")
         with tqdm(total=count + held_out, desc=name) as bar:
-            for kind in (1, 0):  # those held out first: more can be fitted later with the same
-                for size, scale in zip(sizes[kind], scales[kind], strict=True):
-                    seeds = np.arange(seed, seed + size)
-                    found[kind].append(self._kept(seeds, scale))
-                    seed += size
+            for last, total in ((_FITTED, count), (_HELD_OUT, held_out)):
+                found.append([])
+                sizes = _sizes(total)
+                for size, scale in zip(sizes, _scales(low, high, len(sizes)), strict=True):
+                    found[-1].append(self._kept(np.arange(last + 1, last + 1 + size), scale))
+                    last += size
                     bar.update(size)
-        return found
+        return found[0], found[1]
 
     @property
     def _folder(self) -> Path:
@@ -217,7 +233,8 @@ class Source:
         """The solver for so many evaluations, with its error on `others`."""
         low, high = task.scales
         counts = f"{sum(map(len, fitted))}_{sum(map(len, others))}"
-        path = self._folder / f"L{evaluations}_g{low!r}to{high!r}_{task.side}_{counts}.npz"
+        kind = f"{task.side}_{task.units}"
+        path = self._folder / f"L{evaluations}_g{low!r}to{high!r}_{kind}_{counts}.npz"
         pipeline = self.engine.pipeline
         if path.is_file():
             return Solvers.read(path).fits[0]
@@ -239,25 +256,28 @@ class Source:
         coarse = best_grid(evaluations, gram(_first(fitted, _GRAM)))
         with tqdm(desc=f"{name}, grid, evaluations", leave=False) as bar:
             grids = coarse, refined_grid(coarse, few, task.scales, bar.update)
-        total = len(grids) * evaluations * sum(map(len, (*fitted, *others)))
-        found = []
-        with tqdm(total=total, desc=f"{name}, fit, evaluations", leave=False) as bar:
-            for times in grids:
-                every = rollouts([*fitted, *others])
-                steps, ends = fit_steps(times, task, every, len(fitted), bar.update)
-                found.append(
-                    (_mean_distance(ends[: len(fitted)]), times, steps, ends[len(fitted) :])
-                )
-        # The refined grid is the better one without operators, which is not always so with them.
-        _, times, steps, held = min(found, key=lambda each: each[0])
+        some = rollouts(_first(fitted, _GRIDS))
+        every = rollouts([*fitted, *others])
+        counts = len(grids) * sum(len(each.x) for each in some) + sum(len(each.x) for each in every)
+        with tqdm(total=evaluations * counts, desc=f"{name}, fit, evaluations", leave=False) as bar:
+
+            def on(times: Sequence[float], of: Sequence[Rollout], count: int, units: int) -> Any:
+                return fit_steps(times, replace(task, units=units), of, count, bar.update)
+
+            # The refined grid is the better one without operators, not always with them.
+            errors = [_mean_distance(on(times, some, len(some), 0)[1]) for times in grids]
+            times = grids[int(np.argmin(errors))]
+            steps, ends = on(times, every, len(fitted), task.units)
+        held = ends[len(fitted) :]
         weights = np.zeros((len(steps[0].weights), evaluations, evaluations))
         for k, step in enumerate(steps):
             weights[:, k, : k + 1] = step.weights
         matrices = tuple(step.matrix for step in steps if step.matrix is not None)
+        refiners = tuple(step.refiner for step in steps if step.refiner is not None)
         apart = np.concatenate([rollout.distances for rollout in held])
         beside = np.concatenate([self._beside(evaluations, rollout) for rollout in held])
         figures = {"trajectories": sum(map(len, fitted)), **_compared(apart, beside)}
-        return Fit(*task.scales, times, weights, matrices, task.side or 1, figures)
+        return Fit(*task.scales, times, weights, matrices, refiners, task.side or 1, figures)
 
     def _beside(self, evaluations: int, rollout: Rollout) -> Array:
         """The distances of the schedule to compare with."""
@@ -269,6 +289,33 @@ class Source:
 
         start = rollout.exact.x[0].astype(np.float32)
         return distances(sample(program, start, block), rollout.exact.state(1.0))
+
+
+def fit_steps(
+    times: Sequence[float],
+    task: Task,
+    rollouts: Sequence[Rollout],
+    fitted: int,
+    progress: Callable[[int], object] = lambda count: None,
+) -> tuple[list[Step], list[Rollout]]:
+    """The steps on the grid `times`, and all `rollouts` at the end of it; they start at the noise.
+
+    The first `fitted` of them determine the steps. The last REFINED steps have a refiner if the
+    task has units. `progress` is called with the trajectories that were evaluated.
+    """
+    steps: list[Step] = []
+    moved, last = list(rollouts), len(times) - 1 - REFINED
+    for number, (t, end) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        for k, rollout in enumerate(moved):
+            moved[k] = rollout.evaluate(t)
+            progress(len(rollout.exact))
+        step = task.fit(moved[:fitted], end)
+        if task.units and number >= last:
+            name = f"refiner of step {number + 1}"
+            step = refined(moved[:fitted], step, task, end, name)
+        steps.append(step)
+        moved = [task.moved(rollout, steps[-1]) for rollout in moved]
+    return steps, moved
 
 
 def _mean_distance(rollouts: Sequence[Rollout]) -> float:

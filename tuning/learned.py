@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from flowturbo.solver.operator import features, from_squares, to_squares
+from flowturbo.solver.operator import features, from_squares, outputs, to_squares
 from flowturbo.solver.sampler import Array
 from flowturbo.solvers import scale_terms
 from research.quality.engine import distances
@@ -19,7 +19,7 @@ from tuning.trajectories import Trajectories, Velocity
 
 _RIDGE = 1e-6  # of the sums of velocities, in parts of their squares
 _OPERATOR_RIDGE = 1e-4  # of the operator, whose features are scaled to 1
-_SOFT = 0.3  # of the mean distance: trajectories nearer than that count alike
+SOFT = 0.3  # of the mean distance: trajectories nearer than that count alike
 _GRID_STEPS = (0.2, 0.1)  # of the search, in parts of the gap between neighbours
 _GAIN = 1e-3  # what a moved time must gain to stay, in parts of the distance
 _CHUNK = 64  # trajectories whose windows are in memory at once
@@ -51,18 +51,26 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Step:
-    """What was fitted for one step: `weights` [k, velocities], `matrix` [k, features, outputs]."""
+    """What was fitted for one step: `weights` [k, velocities], `matrix` [k, features, outputs].
+
+    With a `refiner` [units, outputs] the matrix has a column more for each unit.
+    """
 
     weights: Array
     matrix: Array | None
+    refiner: Array | None = None
 
 
 @dataclass(frozen=True)
 class Task:
-    """For which guidance `scales`, and with windows of which `side`; 0 is without an operator."""
+    """For which guidance `scales`, and with windows of which `side`; 0 is without an operator.
+
+    The last steps have a refiner of so many `units`.
+    """
 
     scales: tuple[float, float]
     side: int
+    units: int = 0
 
     def fit(self, rollouts: Sequence[Rollout], end: float) -> Step:
         """The best step of `rollouts` to the time `end`; all know their velocity."""
@@ -76,7 +84,7 @@ class Task:
             for rollout, target in zip(rollouts, targets, strict=True)
         ]
         mean = float(np.concatenate(off).mean())
-        return _fit(rollouts, targets, [1 / (each + _SOFT * mean) for each in off], self)
+        return _fit(rollouts, targets, [1 / (each + SOFT * mean) for each in off], self)
 
     def moved(self, rollout: Rollout, step: Step) -> Rollout:
         """`rollout` after the step."""
@@ -126,28 +134,6 @@ def refined_grid(
     return tuple(found)
 
 
-def fit_steps(
-    times: Sequence[float],
-    task: Task,
-    rollouts: Sequence[Rollout],
-    fitted: int,
-    progress: Callable[[int], object] = lambda count: None,
-) -> tuple[list[Step], list[Rollout]]:
-    """The steps on the grid `times`, and all `rollouts` at the end of it; they start at the noise.
-
-    The first `fitted` of them determine the steps. `progress` is called with the trajectories that
-    were evaluated.
-    """
-    steps, moved = [], list(rollouts)
-    for t, end in zip(times[:-1], times[1:], strict=True):
-        for k, rollout in enumerate(moved):
-            moved[k] = rollout.evaluate(t)
-            progress(len(rollout.exact))
-        steps.append(task.fit(moved[:fitted], end))
-        moved = [task.moved(rollout, steps[-1]) for rollout in moved]
-    return steps, moved
-
-
 def _fit(
     rollouts: Sequence[Rollout],
     targets: Sequence[Array],
@@ -158,7 +144,7 @@ def _fit(
     square: Array | float = 0.0
     right: Array | float = 0.0
     for rollout, target, count in zip(rollouts, targets, counts, strict=True):
-        terms = _terms(rollout, task)
+        terms = terms_of(rollout, task)
         velocities = np.stack(rollout.velocities).reshape(len(rollout.velocities), len(count), -1)
         change = (target - rollout.x).reshape(len(count), -1)
         inner = np.einsum("inp,jnp,n->ij", velocities, velocities, count, optimize=True)
@@ -184,12 +170,12 @@ def _operator(
     right: Array | float = 0.0
     for rollout, target, count in zip(rollouts, targets, counts, strict=True):
         left = target - rollout.x - _moved(rollout, step, task)
-        terms = _terms(rollout, task)
-        for part in _parts(len(count)):
-            windows = _windows(rollout, task.side, part)
+        terms = terms_of(rollout, task)
+        for part in parts(len(count)):
+            windows = windows_of(rollout, task.side, part)
             heavy = windows * np.repeat(count[part], len(windows) // len(count[part]))[:, None]
             inner = (heavy.T @ windows).astype(np.float64)
-            outer = (heavy.T @ to_squares(left[part], _square(task.side))).astype(np.float64)
+            outer = (heavy.T @ to_squares(left[part], square_of(task.side))).astype(np.float64)
             square = square + np.kron(np.outer(terms, terms), inner)
             right = right + np.kron(terms[:, None], outer)
     square, right = np.asarray(square), np.asarray(right)
@@ -202,32 +188,35 @@ def _operator(
 
 def _moved(rollout: Rollout, step: Step, task: Task) -> Array:
     """The change of the state of `rollout` by a step, [n, C, h, w] float32."""
-    terms = _terms(rollout, task)
+    terms = terms_of(rollout, task)
     change = np.tensordot(
         (terms @ step.weights).astype(np.float32), np.stack(rollout.velocities), 1
     )
     if step.matrix is None:
         return np.asarray(change)
     matrix = np.tensordot(terms, step.matrix, 1).astype(np.float32)
-    for part in _parts(len(change)):
-        made = _windows(rollout, task.side, part) @ matrix
-        change[part] += from_squares(made, change[part].shape, _square(task.side))
+    for part in parts(len(change)):
+        made = outputs(windows_of(rollout, task.side, part) @ matrix, step.refiner)
+        change[part] += from_squares(made, change[part].shape, square_of(task.side))
     return np.asarray(change)
 
 
-def _windows(rollout: Rollout, side: int, part: slice) -> Array:
+def windows_of(rollout: Rollout, side: int, part: slice) -> Array:
     """The features of the operator, and 1, [n * squares, features]."""
     found = features([rollout.x[part], *(v[part] for v in rollout.velocities)], side)
     return np.concatenate([found, np.ones((len(found), 1), found.dtype)], 1)
 
 
-def _parts(count: int) -> list[slice]:
+def parts(count: int) -> list[slice]:
+    """`count` trajectories, so many at once that their windows fit in memory."""
     return [slice(k, min(k + _CHUNK, count)) for k in range(0, count, _CHUNK)]
 
 
-def _square(side: int) -> int:
+def square_of(side: int) -> int:
+    """The side of the square of pixels that windows of `side` belong to."""
     return 1 if side == 1 else 2
 
 
-def _terms(rollout: Rollout, task: Task) -> Array:
+def terms_of(rollout: Rollout, task: Task) -> Array:
+    """The factors [k] of coefficients at the guidance scale of `rollout`."""
     return scale_terms(np.array([rollout.exact.scale]), *task.scales)[0]
