@@ -20,7 +20,7 @@ from tuning.learned import SOFT, Rollout, Step, Task, parts, square_of, terms_of
 
 _WINDOWS = 2**20  # at most, drawn from all images
 _BYTES = 2**30  # at most, of whitened windows in float16
-_EPOCHS, _BATCH = 24, 2**14  # windows
+_EPOCHS, _BATCHES = 24, 64  # batches per epoch
 _RATE, _DECAY = 8e-3, 0.01
 _WHITE = 1e-3  # of the largest variance: smaller ones are not blown up to 1
 _HELD_OUT = 8  # the last eighth of the images says when to stop
@@ -79,8 +79,7 @@ def refined(
     shape = len(whiten), len(step.matrix), step.matrix.shape[-1]
     network = _Units(*shape, task.units)
     average = _Units(*shape, task.units)
-    batch = min(_BATCH, len(fitted))
-    steps = max(_CHECKS, _EPOCHS * len(fitted) // batch)
+    batch, steps = -(-len(fitted) // _BATCHES), _EPOCHS * _BATCHES
     optimizer = torch.optim.AdamW(network.parameters(), _RATE, weight_decay=_DECAY)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, _RATE / 100)
     chance = torch.Generator().manual_seed(0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,10 +72,13 @@ def latents(
     """Latents [n, C, h, w] of `seeds` and their subjects."""
     every = np.fromiter(seeds, np.int64)
     parts = np.array_split(every, -(-len(every) // BATCH))
-    return np.concatenate([_latents(pipeline, schedule, guidance, part) for part in parts])
+    return np.concatenate([prepared(pipeline, schedule, guidance, part)() for part in parts])
 
 
-def _latents(pipeline: Engine, schedule: Schedule, guidance: Guidance, seeds: Array) -> Array:
+def prepared(
+    pipeline: Engine, schedule: Schedule, guidance: Guidance, seeds: Array
+) -> Callable[[], Array]:
+    """What makes the latents of one request, whose program is compiled."""
     tensors = {
         **pipeline.subject.tensors(seeds),
         SEED: seeds,
@@ -86,7 +89,7 @@ def _latents(pipeline: Engine, schedule: Schedule, guidance: Guidance, seeds: Ar
     # Not program_for: it warns of long refiner steps, whose effect is measured here.
     fitted = pipeline.pipeline.fitted(schedule, guidance.scale)
     program = compile_program(schedule, None, Variant(pipeline.settings.variant), fitted)
-    return pipeline.run(request, program)[LATENT]
+    return lambda: pipeline.run(request, program)[LATENT]
 
 
 def solve(

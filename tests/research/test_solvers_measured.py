@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from support import GOLDEN
 
-from research import residual, solvers
+from flowturbo.pipeline import solvers_path
+from research import fitted_refiner, solvers
 from tuning import fit
 
 GUIDANCE = ["--guidance", "1", "3"]
@@ -47,44 +48,47 @@ def test_solvers_are_compared(fitted: Path, tmp_path: Path) -> None:
 
 
 def test_a_refiner_is_compared(fitted: Path, tmp_path: Path) -> None:
-    path = tmp_path / "found.json"
+    """With the same solvers without refiner, at equal evaluations and at equal time."""
+    plain, path = tmp_path / "plain.npz", tmp_path / "found.json"
+    few = ["--trajectories", "24", "--held-out", "1", "--evaluations", "3", "4", *GUIDANCE]
+    kept = ["--cache", str(fitted / "cache")]
+    assert fit.main([*common(fitted), *few, *kept, "--units", "0", "--out", str(plain)]) == 0
     asked = ["--predictor", str(GOLDEN / "predictor.pt"), "--work", str(tmp_path)]
-    few = ["--trajectories", "24", "--images", "20", "--steps", "8", "--batch", "8"]
-    words = [*common(fitted), *asked, *few, "--evaluations", "4", *GUIDANCE, "--at", "1", "3"]
-    cache = ["--cache", str(fitted / "cache"), "--json", str(path)]
-    assert residual.main([*words, *cache, "--networks", "windows"]) == 0
-    assert residual.main([*words, *cache, "--networks", "mixer"]) == 0
-    found = json.loads(path.read_text())["found"]
-    assert [(row["network"], row["guidance"]) for row in found] == [
-        (network, scale) for network in ("windows", "mixer") for scale in (1, 3)
+    words = [*common(fitted), *asked, "--images", "20", "--rounds", "2", *GUIDANCE]
+    words += ["--json", str(path)]
+    few = ["--evaluations", "3", "4"]
+    assert fitted_refiner.main([*words, *few, "--without", str(plain)]) == 0
+    found = json.loads(path.read_text())["guidance"]
+    assert [(scale, list(of)) for scale, of in found.items()] == [
+        ("1", ["L3", "L4"]),
+        ("3", ["L3", "L4"]),
     ]
-    for row in found:
+    for row in (row for of in found.values() for row in of.values()):
+        assert row["units"] == [fit.UNITS, fit.UNITS]
         of = row["equal_evaluations"]
-        assert of["ratio"] == pytest.approx(row["distance"] / row["solver"])
-        assert row["equal_time"]["8"]["cost"] > 0
-    assert path.with_suffix(".md").read_text().count("| mixer, 2 |") == 2
+        assert of["ratio"] == pytest.approx(row["distance"] / row["without"])
+        assert row["equal_time"]["8"]["ms"] > 0
+    assert path.with_suffix(".md").read_text().count("| L4 |") == 2
+
+
+def test_a_refiner_is_compared_with_none(
+    fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    installed = solvers_path(fitted / "models", "sit")
+    words = [*common(fitted), "--predictor", str(GOLDEN / "predictor.pt")]
+    assert fitted_refiner.main([*words, "--without", str(installed)]) == 2
+    assert "has refiners: fit it with --units 0" in capsys.readouterr().err
+    assert fitted_refiner.main([*words, "--without", str(tmp_path / "none.npz")]) == 2
+    assert "has no fitted solvers" in capsys.readouterr().err
 
 
 @pytest.mark.unit
 def test_equal_time_is_between_two_solvers() -> None:
-    """The logarithm of the distance is linear in evaluations, and 0 cost is no change."""
+    """The logarithm of the distance is linear in time; beyond the last it is the last one's."""
     own = np.full(20, 0.3)
-    solver = {4: np.full(20, 0.4), 6: np.full(20, 0.1)}
-    found = residual.compared(4, own, solver, {1: 0.0, 8: 1.0})
-    assert found["equal_time"]["1"]["ratio"] == pytest.approx(0.75)
-    assert found["equal_time"]["8"]["ratio"] == pytest.approx(1.5)
-    assert found["at_4_percent"]["ratio"] == pytest.approx(0.3 / (0.4 * 0.25**0.04))
-
-
-@pytest.mark.parametrize("kind", residual.NETWORKS)
-def test_a_new_network_adds_nothing_and_a_trained_one_helps(kind: str) -> None:
-    rng = np.random.default_rng(0)
-    states = rng.standard_normal((1024, 3, 2, 4, 4)).astype(np.float32)
-    label = rng.integers(3, size=1024)
-    target = np.tanh(states[:, 0]) * states[:, 1]
-    given = residual.Inputs(states, np.zeros(1024, np.float32), label, target)
-    untrained = residual.Residual(residual.NETWORKS[kind](2, 2, 3), 1.0)
-    assert not untrained(given).any()
-    made = residual.trained(kind, given, 3, steps=400, batch=128, name=kind)
-    left = np.square(made(given) - target).mean()
-    assert left < 0.8 * np.square(target).mean()
+    others = {4: np.full(20, 0.4), 6: np.full(20, 0.1)}
+    times = {4: 10.0, 6: 14.0}
+    for at, wanted in ((10.0, 0.4), (12.0, 0.2), (11.0, 0.4 * 0.25**0.25), (20.0, 0.1)):
+        found = fitted_refiner.compared(own, others, times, at)
+        assert found["ratio"] == pytest.approx(0.3 / wanted)
+        assert found["interval"] == pytest.approx(0)

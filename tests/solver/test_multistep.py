@@ -185,6 +185,19 @@ def test_operators_use_what_lies_around_a_pixel(side: int) -> None:
     assert features([x], side).shape == (2 * (6 // square) * (8 // square), 3 * side**2)
 
 
+@pytest.mark.parametrize("side", [1, 4])
+def test_a_refiner_is_a_layer_of_rectified_units_over_the_same_windows(side: int) -> None:
+    rng = np.random.default_rng(7)
+    x, velocity = rng.standard_normal((2, 2, 3, 4, 6)).astype(np.float32)
+    outputs, square = (3, 1) if side == 1 else (12, 2)
+    matrix = rng.standard_normal((6 * side**2 + 1, outputs + 5)).astype(np.float32)
+    refiner = rng.standard_normal((5, outputs)).astype(np.float32)
+    found = Operator(matrix, side, 1, refiner)(x, [velocity])
+    made = features([x, velocity], side) @ matrix[:-1] + matrix[-1]
+    wanted = made[:, :outputs] + np.where(made[:, outputs:] > 0, made[:, outputs:], 0) @ refiner
+    np.testing.assert_allclose(found, from_squares(wanted, x.shape, square), rtol=1e-4, atol=1e-4)
+
+
 def test_a_table_with_an_operator_adds_it_to_the_update() -> None:
     """With all velocities so far, its own included."""
     matrix = np.zeros((3 * 2 + 1, 2))

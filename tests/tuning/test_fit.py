@@ -31,8 +31,9 @@ from flowturbo.solver.calls import BlockCall, PredictorCall, Variant
 from flowturbo.solver.grid import time_grid
 from flowturbo.solver.sampler import Array
 from flowturbo.solvers import Fit, Solvers
-from tuning import fit, grids
-from tuning.learned import Rollout, Task, fit_steps, refined_grid
+from tuning import fit, grids, refiner
+from tuning.fit import fit_steps
+from tuning.learned import Rollout, Step, Task, refined_grid
 from tuning.trajectories import NODES, Trajectories, gram, integrate
 
 unit = pytest.mark.unit
@@ -123,22 +124,26 @@ def test_a_refined_grid_leads_nearer_and_evaluates_no_more_than_changed() -> Non
 
 
 @unit
-@pytest.mark.parametrize("side", [0, 1, 4])
+@pytest.mark.parametrize(("side", "units"), [(0, 0), (1, 0), (4, 0), (1, 6), (4, 6)])
 @pytest.mark.parametrize("scales", [(1.0, 1.0), (1.0, 3.0)])
-def test_what_is_served_is_what_was_fitted(side: int, scales: tuple[float, float]) -> None:
+def test_what_is_served_is_what_was_fitted(
+    side: int, units: int, scales: tuple[float, float]
+) -> None:
     """The table's program reaches the states of the fit, and they are nearer than AB2's."""
     drawn = [1.0, 1.0] if scales[0] == scales[1] else [1.2, 2.0, 2.8]
     fitted, held = rollouts(96, drawn, 0), rollouts(48, [drawn[-1]], 50)
     times = (0.0, 0.1, 0.3, 0.6, 1.0)
     starts = held[0].x
-    steps, ends = fit_steps(times, Task(scales, side), [*fitted, *held], len(fitted))
+    steps, ends = fit_steps(times, Task(scales, side, units), [*fitted, *held], len(fitted))
     held = ends[len(fitted) :]
     weights = np.zeros((len(steps[0].weights), 4, 4))
     for k, step in enumerate(steps):
         weights[:, k, : k + 1] = step.weights
     matrices = tuple(step.matrix for step in steps if step.matrix is not None)
     assert len(matrices) == (4 if side else 0)
-    made = Fit(*scales, times, weights, matrices, side or 1)
+    refiners = tuple(step.refiner for step in steps if step.refiner is not None)
+    assert [len(of) for of in refiners] == ([units, units] if units else [])
+    made = Fit(*scales, times, weights, matrices, refiners, side or 1)
     program = compile_program(Schedule.parse("L4"), fitted=made.table(drawn[-1]))
     found = run(program, starts, drawn[-1])
     np.testing.assert_allclose(found, held[0].x, atol=1e-4)
@@ -147,16 +152,67 @@ def test_what_is_served_is_what_was_fitted(side: int, scales: tuple[float, float
     assert rms(found - exact) < 0.75 * rms(beside - exact)
 
 
+@unit
+def test_a_refiner_mends_what_a_linear_operator_cannot() -> None:
+    """Its step leads nearer to the exact one, on trajectories that it was not trained on, too."""
+    task = Task((1.0, 3.0), 1, units=32)
+
+    def evaluated(count: int, scale: float, seed: int) -> Rollout:
+        def velocity(x: Array, t: float) -> Array:
+            return np.asarray(np.sin(2 * x) + scale * np.cos(x), np.float32)
+
+        start = np.random.default_rng(seed).standard_normal((count, *SHAPE)).astype(np.float32)
+        batch = Trajectories(np.arange(count), scale, *integrate(velocity, start))
+        return Rollout.start(batch, velocity).evaluate(0.0)
+
+    fitted = [evaluated(128, scale, seed) for seed, scale in enumerate((1.2, 2.8, 2.0, 1.6, 2.4))]
+    held = [evaluated(64, scale, 50) for scale in (1.5, 2.5)]
+    step = task.fit(fitted, 0.6)
+    made = refiner.refined(fitted, step, task, 0.6)
+    assert step.matrix is not None and made.matrix is not None and made.refiner is not None
+    np.testing.assert_array_equal(made.matrix[..., :2], step.matrix)
+    assert made.refiner.shape == (32, 2) and made.matrix.shape == (2, 5, 34)
+
+    def off(step: Step) -> float:
+        left = [each.exact.state(0.6) - task.moved(each, step).x for each in held]
+        return rms(np.concatenate(left))
+
+    assert off(made) < 0.5 * off(step)
+    again = refiner.refined(fitted, step, task, 0.6)
+    np.testing.assert_array_equal(made.refiner, again.refiner)
+
+
+@unit
+def test_a_refiner_that_cannot_help_adds_nothing() -> None:
+    """What is left is chance, so training makes images worse that it does not see."""
+    task, start = Task((1.0, 1.0), 1, units=8), rollouts(64, [1.0, 1.0], 0)
+    rng = np.random.default_rng(3)
+    fitted = [
+        replace(
+            each,
+            x=rng.standard_normal(each.x.shape).astype(np.float32),
+            velocities=(rng.standard_normal(each.x.shape).astype(np.float32),),
+        )
+        for each in start
+    ]
+    step = task.fit(fitted, 1.0)
+    made = refiner.refined(fitted, step, task, 1.0)
+    for each in fitted:
+        np.testing.assert_array_equal(task.moved(each, made).x, task.moved(each, step).x)
+
+
 def some_fit(evaluations: int, low: float = 1.0, high: float = 1.0, seed: int = 0) -> Fit:
     rng = np.random.default_rng(seed)
     terms = 1 if low == high else 2
     times = time_grid(evaluations, 2.0)
     weights = np.tril(rng.standard_normal((terms, evaluations, evaluations)))
     matrices = tuple(
-        rng.standard_normal((terms, (k + 2) * 4 * 16 + 1, 16)).astype(np.float32)
+        rng.standard_normal((terms, (k + 2) * 4 * 16 + 1, 16 + 3 * (k >= evaluations - 2)))
         for k in range(evaluations)
     )
-    return Fit(low, high, times, weights, matrices, 4, {"distance": 0.1})
+    matrices = tuple(matrix.astype(np.float32) for matrix in matrices)
+    refiners = tuple(rng.standard_normal((3, 16)).astype(np.float32) for _ in range(2))
+    return Fit(low, high, times, weights, matrices, refiners, 4, {"distance": 0.1})
 
 
 def some_pipeline(**fields: Any) -> Pipeline:
@@ -212,10 +268,14 @@ def test_a_file_keeps_everything(tmp_path: Path) -> None:
     for before, after in zip(FITS, read.fits, strict=True):
         assert (before.low, before.high, before.times) == (after.low, after.high, after.times)
         np.testing.assert_array_equal(before.weights, after.weights)
-        np.testing.assert_array_equal(before.operators[2], after.operators[2])
+        for name in ("operators", "refiners"):
+            for one, other in zip(getattr(before, name), getattr(after, name), strict=True):
+                np.testing.assert_array_equal(one, other)
         assert after.figures == {"distance": 0.1}
     assert with_solvers(pipeline, tmp_path / "none.npz") is pipeline
     assert solvers != some_solvers(pipeline, *FITS[:2])
+    changed = tuple(2 * of for of in FITS[0].refiners)
+    assert solvers != some_solvers(pipeline, replace(FITS[0], refiners=changed), *FITS[1:])
 
 
 @unit
@@ -253,7 +313,14 @@ def test_damaged_files_are_refused(damage: Any, tmp_path: Path) -> None:
         ({"weights": np.full((1, 4, 4), np.nan)}, "wanted are finite"),
         ({"weights": np.zeros((2, 4, 4))}, "shape"),
         ({"side": 3}, "windows of 3"),
-        ({"operators": FITS[0].operators[:2]}, "2 operators for 4"),
+        ({"operators": FITS[0].operators[:2]}, "2 operators and 2 refiners for 4"),
+        ({"operators": ()}, "0 operators and 2 refiners for 4"),
+        (
+            {"refiners": FITS[0].refiners[:1]},
+            r"shape \(1, 257, 19\), wanted are finite \(1, 257, 16\)",
+        ),
+        ({"refiners": (np.zeros((3, 9)), FITS[0].refiners[1])}, r"wanted are finite \(3, 16\)"),
+        ({"refiners": (np.full((3, 16), np.inf), FITS[0].refiners[1])}, "wanted are finite"),
     ],
 )
 def test_impossible_fits_are_refused(fields: dict[str, Any], said: str, tmp_path: Path) -> None:
@@ -525,6 +592,8 @@ def test_the_command_refuses_what_it_cannot_fit(
     for given, said in (
         (["--evaluations", "1"], "--evaluations must be 2 to 250, got 1"),
         (["--trajectories", "1"], "--trajectories must be 2 or more"),
+        (["--units", "-1"], "--units must be 0 to 1024, got -1"),
+        (["--units", "8", "--operator", "0"], "--units must be 0 without an operator, got 8"),
         (["--pipeline", "other"], "has no pipeline 'other'"),
     ):
         assert fit.main([*base, *given]) == 2
