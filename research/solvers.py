@@ -2,7 +2,8 @@
 
 Each schedule makes the same images with the deployed models. The figure is the distance of each
 latent to the exact solution in float32. It is compared, paired by seeds, with Adams-Bashforth 2 at
-the same number of evaluations. Images are judged too. Exact solutions are kept in `--work`.
+the same number of evaluations. Images are judged too. Exact solutions are kept in `--work`. What a
+run does not measure stays in the report, if it was measured with the same networks and images.
 """
 
 import argparse
@@ -96,18 +97,21 @@ def _measure(args: argparse.Namespace, path: Path) -> None:
         "models": models_digest(args.repository, args.pipeline),
         "precision": engine.pipeline.precision,
         "runtime": engine.pipeline.runtime,
+        "solvers": engine.pipeline.solvers.digest if engine.pipeline.solvers else None,
         "command": args.command,
         "images": args.images,
         "first_seed": args.first_seed,
         "exact": {},
         "guidance": {},
     }
+    before = _before(path, found)
+    found |= {key: before[key] for key in ("exact", "guidance", "command") if key in before}
     for scale in args.guidance_scale:
         listed = _schedules(args, engine, scale)
         guidance = Guidance(scale)
         last = args.first_seed + args.images
         solved = exact_latents(exact, engine.subject, guidance, last, args.work)
-        rows: dict[str, Any] = {}
+        rows: dict[str, Any] = found["guidance"].get(f"{scale:g}", {})
         apart: dict[str, Array] = {}
         for schedule in tqdm(listed, desc=f"guidance {scale:g}"):
             read = Schedule.parse(schedule)
@@ -127,9 +131,11 @@ def _measure(args: argparse.Namespace, path: Path) -> None:
             found["guidance"][f"{scale:g}"] = rows
             write_json(found, path)
         for count, learned in nearest(rows, "L").items():
+            if learned not in apart:
+                continue
             others = [of[count] for of in (nearest(rows, "A"), nearest(rows, "U")) if count in of]
             rows[learned]["rivals"] = {
-                other: compared(apart[learned], apart[other]) for other in others
+                other: compared(apart[learned], apart[other]) for other in others if other in apart
             }
         write_json(found, path)
         if eyes:
@@ -138,6 +144,20 @@ def _measure(args: argparse.Namespace, path: Path) -> None:
             folder = ImageFolder(args.work / "images" / name, said | {"spec": name}, engine.subject)
             found["exact"][f"{scale:g}"] = _judged(eyes, engine, folder, solved)
             write_json(found, path)
+
+
+def _before(path: Path, found: dict[str, Any]) -> dict[str, Any]:
+    """What the report at `path` has of the same networks and images; none of other solvers."""
+    known: dict[str, Any] = read_json(path) if path.is_file() else {}
+    same = "hardware", "models", "precision", "runtime", "images", "first_seed"
+    if any(known.get(key) != found[key] for key in same):
+        return {}
+    if known.get("solvers") != found["solvers"]:
+        for scale, rows in known["guidance"].items():
+            known["guidance"][scale] = {
+                text: row for text, row in rows.items() if not Schedule.parse(text).learned
+            }
+    return known
 
 
 def _report(path: Path, name: str) -> None:

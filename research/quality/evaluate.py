@@ -125,6 +125,9 @@ def models_digest(repository: Path, name: str | None = None) -> str:
     return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()[:12]
 
 
+DIGESTS = ("models", "solvers")  # of what makes the images; only learned schedules have solvers
+
+
 def described(
     spec: SamplingSpec, repository: Path, source: str, name: str | None = None
 ) -> dict[str, Any]:

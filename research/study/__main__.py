@@ -26,7 +26,7 @@ from flowturbo.solver.guidance import Guidance
 from flowturbo.solver.schedule import Schedule
 from flowturbo.textfile import read_json
 from research.quality.engine import BATCH, Engine, Exact, check_decoder, schedule_evaluations
-from research.quality.evaluate import Evaluator, models_digest
+from research.quality.evaluate import DIGESTS, Evaluator, described, models_digest
 from research.study import report
 from research.study.measure import BASELINE, Bench, stability
 from research.study.points import MAIN, Point, Size, sections_of, unique
@@ -216,8 +216,9 @@ def _check_predictor(one: Path, other: Path) -> None:
 
 
 def _done(study: Study, point: Point, bench: Bench) -> bool:
-    known = study["points"].get(str(point), {})
-    return known.get("models") == models_digest(bench.repositories[point.repository])
+    known = study["points"].get(str(point))
+    said = described(point.spec, bench.repositories[point.repository], "process")
+    return known is not None and all(known.get(key) == said.get(key) for key in DIGESTS)
 
 
 def _evaluations(points: Sequence[Point], bench: Bench) -> float:

@@ -45,6 +45,16 @@ def test_solvers_are_compared(fitted: Path, tmp_path: Path) -> None:
     of_nearest = rows["L4"]["rivals"][nearest]["ratio"]
     assert of_nearest == pytest.approx(rows["L4"]["distance"] / rows[nearest]["distance"])
     assert "| 4 | `L4` |" in path.with_suffix(".md").read_text()
+    kept = json.loads(path.read_text())
+    again = ["--letters", "U", "--schedule", "H4"]
+    few = ["--images", "20", "--first-seed", "7", "--evaluations", "4", *again]
+    assert solvers.main([*common(fitted), *asked, *few, "--json", str(path)]) == 0
+    more = json.loads(path.read_text())["guidance"]["3"]
+    assert more["L4"] == rows["L4"] and more["H8"] == rows["H8"] and "H4" in more
+    path.write_text(json.dumps(kept | {"solvers": "others"}))
+    assert solvers.main([*common(fitted), *asked, *few, "--json", str(path)]) == 0
+    more = json.loads(path.read_text())["guidance"]["3"]
+    assert "L4" not in more and more["H8"] == rows["H8"]
 
 
 def test_a_refiner_is_compared(fitted: Path, tmp_path: Path) -> None:

@@ -131,10 +131,15 @@ def test_a_small_study(arguments: list, tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "study_findings.md").write_text("## Findings\n\nLittle.\n")
     for only, said in (
         ("/H8_g1 ", "2 points to measure, 0 done"),
-        ("/(H8|H1P5R3|U6@2|H5P7T3|H1P5R2)_g1 ", "5 points to measure, 2 done"),
+        ("/(H8|H1P5R3|U6@2|H5P7T3|H1P5R2|L4)_g1 ", "6 points to measure, 2 done"),
     ):
         assert study.main([*arguments, "--only", only]) == 0
         assert said in capsys.readouterr().out
+    kept = json.loads((tmp_path / "study.json").read_text())
+    kept["points"]["main/L4_g1 24"]["solvers"] = "those fitted before"
+    (tmp_path / "study.json").write_text(json.dumps(kept))
+    assert study.main([*arguments, "--only", "/(L4|U6@2)_g1 24"]) == 0
+    assert "1 points to measure, 1 done" in capsys.readouterr().out
     points = json.loads((tmp_path / "study.json").read_text())["points"]
     ours = points["main/H1P5R3_g1 24"]
     assert (ours["predictor"], ours["refiner"], ours["images"]) == (7, 6, 24)
