@@ -68,9 +68,8 @@ def _run(args: argparse.Namespace) -> None:
         solved = exact_latents(exact, engine.subject, Guidance(scale), args.images, args.work)
         with_refiner = _Runs.of(engine, refined, scale, args.evaluations, solved)
         without = _Runs.of(engine, plain, scale, plain.solvers.counts, solved)
-        for _ in tqdm(range(args.rounds), f"guidance {scale:g}, rounds"):
-            for each in (with_refiner, without):
-                each.time()
+        for number in tqdm(range(args.rounds), f"guidance {scale:g}, rounds"):
+            _round(with_refiner, without, np.random.default_rng(number))
         found["guidance"][f"{scale:g}"] = {
             f"L{count}": {
                 "units": [len(of) for of in refined.solvers.fit_for(count, scale).refiners],
@@ -110,13 +109,21 @@ class _Runs:
         }
         return cls(apart, requests, {images: {count: [] for count in counts} for images in _IMAGES})
 
-    def time(self) -> None:
-        """Each request once more."""
-        for images, requests in self.requests.items():
-            for count, request in requests.items():
-                began = time.perf_counter()
-                request()
-                self.taken[images][count].append(time.perf_counter() - began)
+    def time(self, images: int, count: int) -> None:
+        """One more request of the solver with `count` evaluations."""
+        began = time.perf_counter()
+        self.requests[images][count]()
+        self.taken[images][count].append(time.perf_counter() - began)
+
+
+def _round(refined: _Runs, plain: _Runs, chance: np.random.Generator) -> None:
+    """Times each request once, in an order drawn anew: a request is slower after a larger one."""
+    for images in _IMAGES:
+        turns = [(each, count) for each in (refined, plain) for count in each.apart]
+        turns[0][0].requests[images][turns[0][1]]()
+        for k in chance.permutation(len(turns)):
+            each, count = turns[k]
+            each.time(images, count)
 
 
 def _row(refined: _Runs, plain: _Runs, count: int) -> dict[str, Any]:
