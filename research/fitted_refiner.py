@@ -87,8 +87,8 @@ class _Runs:
     """The solvers of one pipeline: distances [n] by evaluations, and how requests are timed."""
 
     apart: dict[int, Array]
-    requests: dict[int, dict[int, Callable[[], Array]]]  # by images, by evaluations
-    taken: dict[int, dict[int, list[float]]]  # the same way, seconds
+    requests: dict[tuple[int, int], Callable[[], Array]]  # by images and evaluations
+    taken: dict[tuple[int, int], list[float]]  # the same way, seconds
 
     @classmethod
     def of(cls, engine: Engine, pipeline: Pipeline, scale: float, counts: Sequence[int],
@@ -101,26 +101,24 @@ class _Runs:
             for count, schedule in tqdm(read.items(), f"guidance {scale:g}, distances")
         }
         requests = {
-            images: {
-                count: prepared(engine, schedule, guidance, np.arange(images))
-                for count, schedule in read.items()
-            }
+            (images, count): prepared(engine, schedule, guidance, np.arange(images))
             for images in _IMAGES
+            for count, schedule in read.items()
         }
-        return cls(apart, requests, {images: {count: [] for count in counts} for images in _IMAGES})
+        return cls(apart, requests, {key: [] for key in requests})
 
     def time(self, images: int, count: int) -> None:
         """One more request of the solver with `count` evaluations."""
         began = time.perf_counter()
-        self.requests[images][count]()
-        self.taken[images][count].append(time.perf_counter() - began)
+        self.requests[images, count]()
+        self.taken[images, count].append(time.perf_counter() - began)
 
 
 def _round(refined: _Runs, plain: _Runs, chance: np.random.Generator) -> None:
     """Times each request once, in an order drawn anew: a request is slower after a larger one."""
     for images in _IMAGES:
         turns = [(each, count) for each in (refined, plain) for count in each.apart]
-        turns[0][0].requests[images][turns[0][1]]()
+        refined.requests[images, turns[0][1]]()  # warms up: what ran before had other sizes
         for k in chance.permutation(len(turns)):
             each, count = turns[k]
             each.time(images, count)
@@ -131,8 +129,8 @@ def _row(refined: _Runs, plain: _Runs, count: int) -> dict[str, Any]:
     own, same = refined.apart[count], {count: plain.apart[count]}
     at_equal_time = {}
     for images in _IMAGES:
-        ms = {each: 1e3 * float(np.median(of)) for each, of in plain.taken[images].items()}
-        slower = np.array(refined.taken[images][count]) / np.array(plain.taken[images][count])
+        ms = {each: 1e3 * float(np.median(plain.taken[images, each])) for each in plain.apart}
+        slower = np.array(refined.taken[images, count]) / np.array(plain.taken[images, count])
         factor = float(np.median(slower))
         at_equal_time[str(images)] = {
             "ms": factor * ms[count],
@@ -179,8 +177,7 @@ def markdown(found: Mapping[str, Any], name: str) -> str:
         "",
         f"Models in {found['precision']}, {in_words(found['hardware'])}. Refiners of "
         f"{' or '.join(map(str, units))} units. `python -m research.fitted_refiner --pipeline "
-        f"{name} --without FILE` measures this again; FILE has the solvers of the same "
-        "`tuning.fit` with `--units 0`.",
+        f"{name} --without FILE` measures this again; FILE is what `tuning.fit --units 0` wrote.",
         "",
         f"- **Distance**: of latents to the exact solution in float32, mean over {found['images']} "
         "images.",

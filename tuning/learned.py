@@ -19,7 +19,7 @@ from tuning.trajectories import Trajectories, Velocity
 
 _RIDGE = 1e-6  # of the sums of velocities, in parts of their squares
 _OPERATOR_RIDGE = 1e-4  # of the operator, whose features are scaled to 1
-SOFT = 0.3  # of the mean distance: trajectories nearer than that count alike
+_SOFT = 0.3  # of the mean distance: trajectories nearer than that count alike
 _GRID_STEPS = (0.2, 0.1)  # of the search, in parts of the gap between neighbours
 _GAIN = 1e-3  # what a moved time must gain to stay, in parts of the distance
 _CHUNK = 64  # trajectories whose windows are in memory at once
@@ -83,8 +83,7 @@ class Task:
             distances(target, self.moved(rollout, step).x)
             for rollout, target in zip(rollouts, targets, strict=True)
         ]
-        mean = float(np.concatenate(off).mean())
-        return _fit(rollouts, targets, [1 / (each + SOFT * mean) for each in off], self)
+        return _fit(rollouts, targets, counts_of(off), self)
 
     def moved(self, rollout: Rollout, step: Step) -> Rollout:
         """`rollout` after the step."""
@@ -205,6 +204,12 @@ def windows_of(rollout: Rollout, side: int, part: slice) -> Array:
     """The features of the operator, and 1, [n * squares, features]."""
     found = features([rollout.x[part], *(v[part] for v in rollout.velocities)], side)
     return np.concatenate([found, np.ones((len(found), 1), found.dtype)], 1)
+
+
+def counts_of(off: Sequence[Array]) -> list[Array]:
+    """How much trajectories count whose distances to the target are `off`: nearer ones more."""
+    mean = float(np.concatenate(off).mean())
+    return [1 / (each + _SOFT * mean) for each in off]
 
 
 def parts(count: int) -> list[slice]:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from flowturbo.solver.operator import to_squares
 from flowturbo.solver.sampler import Array
 from research.quality.engine import distances
-from tuning.learned import SOFT, Rollout, Step, Task, parts, square_of, terms_of, windows_of
+from tuning.learned import Rollout, Step, Task, counts_of, parts, square_of, terms_of, windows_of
 
 _WINDOWS = 2**20  # at most, drawn from all images
 _BYTES = 2**30  # at most, of whitened windows in float16
@@ -128,8 +128,8 @@ def _drawn(
 ) -> tuple[float, _Windows, _Windows]:
     """The size of what the step leaves, in which targets count, and windows to train and check."""
     left = [rollout.exact.state(end) - task.moved(rollout, step).x for rollout in rollouts]
-    off = np.concatenate([distances(each, np.zeros_like(each)) for each in left])
-    weights = 1 / (off + SOFT * off.mean())
+    apart = [distances(each, np.zeros_like(each)) for each in left]
+    off, weights = np.concatenate(apart), np.concatenate(counts_of(apart))
     size = float(np.sqrt(np.square(off).mean()))
     squares = left[0][0].size // step.matrix.shape[-1]  # type: ignore[union-attr]
     most = min(_WINDOWS, _BYTES // (2 * len(whiten)))

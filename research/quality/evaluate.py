@@ -108,7 +108,7 @@ def models_digest(repository: Path, name: str | None = None) -> str:
     Another export of the same networks has the same digits, even if its ONNX files differ, such as
     in paths. So has one with other `fixed_rows`, which differs in rounding alone.
     """
-    pipeline, stated = read_pipeline(repository, name), []
+    pipeline, stated = read_pipeline(repository, name, solvers=False), []
     made_from = pipeline.fingerprint
     options = {name: of for name, of in made_from["options"].items() if (name, of) not in _UNSET}
     # Keys as before pipelines had names, so that stored figures stay valid.

@@ -216,9 +216,9 @@ def _check_predictor(one: Path, other: Path) -> None:
 
 
 def _done(study: Study, point: Point, bench: Bench) -> bool:
-    known = study["points"].get(str(point))
+    known = study["points"].get(str(point), {})
     said = described(point.spec, bench.repositories[point.repository], "process")
-    return known is not None and all(known.get(key) == said.get(key) for key in DIGESTS)
+    return all(known.get(key) == said.get(key) for key in DIGESTS)
 
 
 def _evaluations(points: Sequence[Point], bench: Bench) -> float:
