@@ -154,9 +154,13 @@ class Solvers:
             arrays[f"{number}.times"] = np.array(fit.times)
             arrays[f"{number}.weights"] = fit.weights
             for k, matrix in enumerate(fit.operators):
-                arrays[f"{number}.operator.{k}"] = matrix.astype(np.float32)
+                # The columns of units are apart: they are float16, in half of the space.
+                refiner = fit.by_operator[k]
+                linear = matrix.shape[2] if refiner is None else refiner.shape[1]
+                arrays[f"{number}.operator.{k}"] = matrix[..., :linear].astype(np.float32)
+                arrays[f"{number}.units.{k}"] = _small(matrix[..., linear:])
             for k, refiner in enumerate(fit.refiners):
-                arrays[f"{number}.refiner.{k}"] = refiner.astype(np.float32)
+                arrays[f"{number}.refiner.{k}"] = _small(refiner)
             scales = {"low": fit.low, "high": fit.high}
             matrices = {
                 "side": fit.side,
@@ -198,9 +202,10 @@ class Solvers:
                     high=float(each["high"]),
                     times=tuple(arrays[f"{k}.times"].tolist()),
                     weights=arrays[f"{k}.weights"],
-                    operators=tuple(arrays[f"{k}.operator.{i}"] for i in range(each["operators"])),
+                    operators=tuple(_operator(arrays, k, i) for i in range(each["operators"])),
                     refiners=tuple(
-                        arrays[f"{k}.refiner.{i}"] for i in range(each.get("refiners", 0))
+                        arrays[f"{k}.refiner.{i}"].astype(np.float32)
+                        for i in range(each.get("refiners", 0))
                     ),
                     side=each["side"],
                     figures=each["figures"],
@@ -210,6 +215,21 @@ class Solvers:
         for fit in fits:
             _check(fit, channels)
         return cls(str(about["flow"]), (channels, height, width), fits)
+
+
+def _small(array: np.ndarray) -> np.ndarray:
+    """The same values in float16 where they are exact there, else in float32."""
+    with np.errstate(over="ignore"):
+        half = array.astype(np.float16)
+    return half if np.array_equal(half, array) else array.astype(np.float32)
+
+
+def _operator(arrays: Mapping[str, np.ndarray], fit: int, k: int) -> np.ndarray:
+    """The matrix of a move; files without refiners have no columns of units."""
+    linear, units = arrays[f"{fit}.operator.{k}"], f"{fit}.units.{k}"
+    if units not in arrays:
+        return linear
+    return np.concatenate([linear, arrays[units].astype(np.float32)], 2)
 
 
 def _check(fit: Fit, channels: int) -> None:

@@ -100,8 +100,13 @@ def refined(
     inputs = np.tensordot(whiten, enter, 1)  # of windows as they are
     constant = bias - np.tensordot(center, inputs, 1)
     columns = np.concatenate([inputs, constant[None]]).transpose(1, 0, 2)
-    matrix = np.concatenate([step.matrix, columns], 2)
-    return replace(step, matrix=matrix, refiner=(size * leave).astype(np.float32))
+    matrix = np.concatenate([step.matrix, _rounded(columns)], 2)
+    return replace(step, matrix=matrix, refiner=_rounded(size * leave))
+
+
+def _rounded(values: Array) -> Array:
+    """To float16, as files of solvers keep them: later steps mend that too."""
+    return values.astype(np.float16).astype(np.float32)
 
 
 def _arrays(network: _Units) -> list[Array]:

@@ -178,6 +178,8 @@ def test_a_refiner_mends_what_a_linear_operator_cannot() -> None:
         return rms(np.concatenate(left))
 
     assert off(made) < 0.5 * off(step)
+    for trained in (made.matrix[..., 2:], made.refiner):
+        np.testing.assert_array_equal(trained, trained.astype(np.float16))
     again = refiner.refined(fitted, step, task, 0.6)
     np.testing.assert_array_equal(made.refiner, again.refiner)
 
@@ -276,6 +278,27 @@ def test_a_file_keeps_everything(tmp_path: Path) -> None:
     assert solvers != some_solvers(pipeline, *FITS[:2])
     changed = tuple(2 * of for of in FITS[0].refiners)
     assert solvers != some_solvers(pipeline, replace(FITS[0], refiners=changed), *FITS[1:])
+
+
+@unit
+def test_trained_units_take_half_of_the_space(tmp_path: Path) -> None:
+    """They are rounded when they are trained, so the file changes nothing."""
+    pipeline, path, made = some_pipeline(), tmp_path / "s.npz", FITS[1]
+    half = tuple(of.astype(np.float16).astype(np.float32) for of in made.refiners)
+    operators = [matrix.copy() for matrix in made.operators]
+    for matrix in operators[2:]:
+        matrix[..., 16:] = matrix[..., 16:].astype(np.float16)
+    made = replace(made, refiners=half, operators=tuple(operators))
+    some_solvers(pipeline, made).write(path)
+    with np.load(path) as kept:
+        kinds = {name: kept[name].dtype for name in kept.files}
+    for name in ("0.units.2", "0.units.3", "0.refiner.0", "0.refiner.1"):
+        assert kinds[name] == np.float16
+    assert kinds["0.operator.3"] == np.float32
+    (read,) = Solvers.read(path).fits
+    for one, other in zip((*made.operators, *half), (*read.operators, *read.refiners), strict=True):
+        assert other.dtype == np.float32
+        np.testing.assert_array_equal(one, other)
 
 
 @unit
