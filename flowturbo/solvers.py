@@ -154,10 +154,10 @@ class Solvers:
             arrays[f"{number}.times"] = np.array(fit.times)
             arrays[f"{number}.weights"] = fit.weights
             for k, matrix in enumerate(fit.operators):
-                # The columns of units are apart: they are float16, in half of the space.
+                # The columns of units are apart: earlier files have operators in float32.
                 refiner = fit.by_operator[k]
                 linear = matrix.shape[2] if refiner is None else refiner.shape[1]
-                arrays[f"{number}.operator.{k}"] = matrix[..., :linear].astype(np.float32)
+                arrays[f"{number}.operator.{k}"] = _small(matrix[..., :linear])
                 arrays[f"{number}.units.{k}"] = _small(matrix[..., linear:])
             for k, refiner in enumerate(fit.refiners):
                 arrays[f"{number}.refiner.{k}"] = _small(refiner)
@@ -228,8 +228,8 @@ def _operator(arrays: Mapping[str, np.ndarray], fit: int, k: int) -> np.ndarray:
     """The matrix of a move; files without refiners have no columns of units."""
     linear, units = arrays[f"{fit}.operator.{k}"], f"{fit}.units.{k}"
     if units not in arrays:
-        return linear
-    return np.concatenate([linear, arrays[units].astype(np.float32)], 2)
+        return linear.astype(np.float32)
+    return np.concatenate([linear, arrays[units]], 2).astype(np.float32)
 
 
 def _check(fit: Fit, channels: int) -> None:

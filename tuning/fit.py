@@ -12,14 +12,14 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
-from bench.observe import hardware, in_words
+from bench.observe import hardware, in_words, write_json
 from flowturbo.command import run_command
 from flowturbo.errors import FlowTurboError, RepositoryError
 from flowturbo.latents import noise
@@ -30,23 +30,30 @@ from flowturbo.solver.program import compile_program
 from flowturbo.solver.sampler import Array, sample
 from flowturbo.solver.schedule import MAX_STEPS, Schedule
 from flowturbo.solvers import Fit, Solvers
+from flowturbo.textfile import read_json
 from research.quality.engine import Engine, Exact, distances
 from research.quality.metrics import half_width, mean_without
 from research.quality.subjects import Prompts
 from tuning.grids import best_grid
 from tuning.learned import Rollout, Step, Task, refined_grid
 from tuning.refiner import refined
-from tuning.trajectories import Trajectories, Velocity, gram, integrate
+from tuning.trajectories import NODES, Trajectories, Velocity, gram, halved, integrate
 
 # The seeds of trajectories come after these: measurements and examples count from 0.
 _FITTED, _HELD_OUT = 10_000_000, 20_000_000
-_VERSION = 1  # of the fits and trajectories that are kept: their form and how they are made
+_VERSION = 2  # of the fits and trajectories that are kept: their form and how they are made
 BATCH = 32  # trajectories that are evaluated together, at one guidance scale
 _BATCHES = 4  # at least, so that a range of scales has several
+_CHECKED = 16  # trajectories whose steps are halved, to see how exact they are
+_EXACT = 0.02  # RMS: what halved steps may change, else all trajectories take more steps
+_MOST_PARTS = 4  # of a step between nodes
 _GRAM, _FEW = 512, 256  # trajectories for both searches of the grid
 _GRIDS = 1024  # for the choice between what they found
+_LINEAR = 2048  # for weights and operators: more bring 0.3%, only refiners need them
+_GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples, modulo 1, are spread the most evenly
 REFINED = 2  # last steps of a solver that have a refiner
 UNITS, MAX_UNITS = 64, 1024  # of a refiner
+T = TypeVar("T", Trajectories, Rollout)
 BESIDE = "A{}@3"  # the schedule that a fit is compared with
 
 
@@ -114,6 +121,7 @@ def _run(args: argparse.Namespace) -> str:
             done.append(source.fit(count, task, *batches))
             former.joined(done).write(path)
     lines = [report(done), f"{in_words(hardware())}. {time.monotonic() - began:.0f} s in all"]
+    lines += source.accuracies
     if source.seconds:
         lines.append(f"{source.seconds / source.made:.2f} s per trajectory ({source.made} made)")
     return "\n".join([*lines, f"written to {path}: start the service again to use it"])
@@ -175,6 +183,7 @@ class Source:
     cache: Path
     made: int = 0
     seconds: float = 0.0
+    accuracies: list[str] = field(default_factory=list)  # of the trajectories of each range
 
     def batches(
         self, low: float, high: float, count: int, held_out: int
@@ -182,12 +191,14 @@ class Source:
         """`count` trajectories at scales from `low` to `high`, and `held_out` others."""
         found: list[list[Trajectories]] = []
         name = f"trajectories, guidance {low:g}" + (f" to {high:g}" if high > low else "")
+        parts = self.parts(high, min(_CHECKED, max(1, count // 8)))
         with tqdm(total=count + held_out, desc=name) as bar:
             for last, total in ((_FITTED, count), (_HELD_OUT, held_out)):
                 found.append([])
                 sizes = _sizes(total)
                 for size, scale in zip(sizes, _scales(low, high, len(sizes)), strict=True):
-                    found[-1].append(self._kept(np.arange(last + 1, last + 1 + size), scale))
+                    seeds = np.arange(last + 1, last + 1 + size)
+                    found[-1].append(self._kept(seeds, scale, parts))
                     last += size
                     bar.update(size)
         return found[0], found[1]
@@ -199,15 +210,40 @@ class Source:
         shape = "x".join(map(str, pipeline.latent_shape))
         return self.cache / f"v{_VERSION}_{pipeline.flow}_{shape}_{kind}{suffix}"
 
-    def _kept(self, seeds: Array, scale: float) -> Trajectories:
+    def parts(self, scale: float, count: int) -> int:
+        """Into how many parts steps of trajectories are divided, so that they are exact enough."""
+        path = self._folder / f"parts_{count}_g{scale!r}.json"
+        if path.is_file():
+            kept = read_json(path)
+        else:
+            seeds = np.arange(_FITTED, _FITTED + count)
+            start = noise(seeds, self.engine.pipeline.latent_shape)
+            parts = 1
+            while (off := halved(self._velocity(seeds, scale), start, parts)) > _EXACT:
+                if parts == _MOST_PARTS:
+                    break
+                parts *= 2
+            kept = {"parts": parts, "off": off}
+            write_json(kept, path)
+        said = (
+            f"trajectories at guidance {scale:g}: {kept['parts'] * (len(NODES) - 1)} steps; halved "
+            f"steps move their ends by {kept['off']:.4f}"
+        )
+        if kept["off"] > _EXACT:
+            said += f", more than {_EXACT}: solvers cannot be nearer to exact than about that"
+            print(f"fit: {said}", file=sys.stderr)
+        self.accuracies.append(said)
+        return int(kept["parts"])
+
+    def _kept(self, seeds: Array, scale: float, parts: int) -> Trajectories:
         folder = self._folder
-        path = folder / f"{seeds[0]}_{len(seeds)}_g{scale!r}.npz"
+        path = folder / f"{seeds[0]}_{len(seeds)}_{parts}_g{scale!r}.npz"
         if path.is_file():
             return Trajectories.read(path)
         began = time.monotonic()
         shape = self.engine.pipeline.latent_shape
         velocity = self._velocity(seeds, scale)
-        made = Trajectories(seeds, scale, *integrate(velocity, noise(seeds, shape)))
+        made = Trajectories(seeds, scale, *integrate(velocity, noise(seeds, shape), parts))
         self.seconds += time.monotonic() - began
         self.made += len(seeds)
         folder.mkdir(parents=True, exist_ok=True)
@@ -300,8 +336,9 @@ def fit_steps(
 ) -> tuple[list[Step], list[Rollout]]:
     """The steps on the grid `times`, and all `rollouts` at the end of it; they start at the noise.
 
-    The first `fitted` of them determine the steps. The last REFINED steps have a refiner if the
-    task has units. `progress` is called with the trajectories that were evaluated.
+    The first `fitted` of them determine the steps: all of them refiners, _LINEAR trajectories the
+    linear parts. The last REFINED steps have a refiner if the task has units. `progress` is called
+    with the trajectories that were evaluated.
     """
     steps: list[Step] = []
     moved, last = list(rollouts), len(times) - 1 - REFINED
@@ -309,7 +346,7 @@ def fit_steps(
         for k, rollout in enumerate(moved):
             moved[k] = rollout.evaluate(t)
             progress(len(rollout.exact))
-        step = task.fit(moved[:fitted], end)
+        step = task.fit(_first(moved[:fitted], _LINEAR), end)
         if task.units and number >= last:
             name = f"refiner of step {number + 1}"
             step = refined(moved[:fitted], step, task, end, name)
@@ -329,19 +366,14 @@ def _sizes(count: int) -> list[int]:
 
 
 def _scales(low: float, high: float, count: int) -> list[float]:
-    """`count` scales evenly over the range, in mixed order."""
-    even = low + (high - low) * (np.arange(count) + 0.5) / count
-    return np.random.default_rng(0).permutation(even).tolist()
+    """`count` scales evenly over the range, the first ones too: a larger fit goes on with more."""
+    return [low + (high - low) * (_GOLDEN * (k + 1) % 1) for k in range(count)]
 
 
-def _first(batches: Sequence[Trajectories], count: int) -> list[Trajectories]:
+def _first(batches: Sequence[T], count: int) -> list[T]:
     """So many batches that they have `count` trajectories, if there are as many."""
-    taken, found = 0, []
-    for batch in batches:
-        if taken < count:
-            found.append(batch)
-            taken += len(batch)
-    return found
+    before = np.cumsum([0, *(len(batch) for batch in batches)])
+    return [batch for batch, taken in zip(batches, before, strict=False) if taken < count]
 
 
 def _compared(off: Array, beside: Array) -> dict[str, Any]:

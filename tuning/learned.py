@@ -34,6 +34,9 @@ class Rollout:
     x: Array
     velocities: tuple[Array, ...] = ()
 
+    def __len__(self) -> int:
+        return len(self.exact)
+
     @classmethod
     def start(cls, exact: Trajectories, velocity: Velocity) -> "Rollout":
         """At the noise."""
@@ -182,7 +185,12 @@ def _operator(
     scaled = square / size / size[:, None]
     scaled[np.diag_indices(len(scaled))] += _OPERATOR_RIDGE
     found = np.linalg.solve(scaled, right / size[:, None]) / size[:, None]
-    return found.reshape(len(step.weights), -1, right.shape[1])
+    return rounded(found.reshape(len(step.weights), -1, right.shape[1]))
+
+
+def rounded(values: Array) -> Array:
+    """To float16, as files of solvers keep matrices: later steps mend that too."""
+    return values.astype(np.float16).astype(np.float32)
 
 
 def _moved(rollout: Rollout, step: Step, task: Task) -> Array:

@@ -16,7 +16,17 @@ from tqdm import tqdm
 from flowturbo.solver.operator import to_squares
 from flowturbo.solver.sampler import Array
 from research.quality.engine import distances
-from tuning.learned import Rollout, Step, Task, counts_of, parts, square_of, terms_of, windows_of
+from tuning.learned import (
+    Rollout,
+    Step,
+    Task,
+    counts_of,
+    parts,
+    rounded,
+    square_of,
+    terms_of,
+    windows_of,
+)
 
 _WINDOWS = 2**20  # at most, drawn from all images
 _BYTES = 2**30  # at most, of whitened windows in float16
@@ -100,13 +110,8 @@ def refined(
     inputs = np.tensordot(whiten, enter, 1)  # of windows as they are
     constant = bias - np.tensordot(center, inputs, 1)
     columns = np.concatenate([inputs, constant[None]]).transpose(1, 0, 2)
-    matrix = np.concatenate([step.matrix, _rounded(columns)], 2)
-    return replace(step, matrix=matrix, refiner=_rounded(size * leave))
-
-
-def _rounded(values: Array) -> Array:
-    """To float16, as files of solvers keep them: later steps mend that too."""
-    return values.astype(np.float16).astype(np.float32)
+    matrix = np.concatenate([step.matrix, rounded(columns)], 2)
+    return replace(step, matrix=matrix, refiner=rounded(size * leave))
 
 
 def _arrays(network: _Units) -> list[Array]:

@@ -1,7 +1,9 @@
 """Exact trajectories of a flow: what solvers are fitted to.
 
-The teacher is Adams-Bashforth 4, started by Runge-Kutta 4. Its grid is shifted by 3, and finer near
-the data, where the flow of images turns sharply.
+The teacher is Adams-Bashforth 3, started by Runge-Kutta 4. The fourth order is unstable under
+strong guidance: on glyph scenes at guidance 4 it ends 0.55 away from the exact solution, the third
+0.005. The grid is shifted, and the last steps halve: there the flow of images turns sharply. What
+this leaves is measured for each fit (`halved`), and steps are divided where it is too much.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,11 +16,12 @@ from scipy.interpolate import CubicHermiteSpline, CubicSpline
 from flowturbo.solver.grid import time_grid
 from flowturbo.solver.sampler import Array
 from flowturbo.solver.steps import integral_weights
+from research.quality.engine import distances
 
 Velocity = Callable[[Array, float], Array]
-_coarse = time_grid(20, 3.0)
-NODES = np.array([*_coarse[:-2], *np.linspace(_coarse[-2], 1.0, 7)])
-_ORDER = 4
+_coarse = time_grid(24, 2.5)
+NODES = np.array([*_coarse[:-1], *(1 - (1 - _coarse[-2]) / 2 ** np.arange(1, 4)), 1.0])
+_ORDER = 3
 
 
 @dataclass(frozen=True)
@@ -67,29 +70,49 @@ STATE_AT = _state_spline()
 VELOCITY_AT = CubicSpline(NODES, np.eye(len(NODES), 2 * len(NODES), len(NODES)), axis=0)
 
 
-def integrate(velocity: Velocity, noise: Array) -> tuple[Array, Array]:
+def integrate(velocity: Velocity, noise: Array, parts: int = 1) -> tuple[Array, Array]:
     """States and velocities [nodes, n, C, h, w] float16 at NODES, from `noise` [n, C, h, w].
 
-    Raises ValueError if they are not finite.
+    Each step between nodes is divided into `parts`. Raises ValueError if they are not finite.
     """
+    times = _divided(NODES, parts)
     x, states, velocities = noise, [noise], [velocity(noise, 0.0)]
-    for k, (t, end) in enumerate(zip(NODES[:-1], NODES[1:], strict=True)):
+    for k, (t, end) in enumerate(zip(times[:-1], times[1:], strict=True)):
         if k < _ORDER - 1:
             x = _runge_kutta(velocity, x, velocities[-1], t, end)
         else:
-            nodes = NODES[k - _ORDER + 1 : k + 1][::-1].tolist()
+            nodes = times[k - _ORDER + 1 : k + 1][::-1].tolist()
             weights = integral_weights(nodes, t, end)
             newest = velocities[: -_ORDER - 1 : -1]
             x = x + sum(w * v for w, v in zip(weights, newest, strict=True))
         x = x.astype(np.float32)
         states.append(x)
         velocities.append(velocity(x, float(end)))
-    found = np.stack(states).astype(np.float16), np.stack(velocities).astype(np.float16)
-    if not all(np.isfinite(each).all() for each in found):
+    with np.errstate(over="ignore"):  # checked below
+        at_nodes = [np.stack(of[::parts]).astype(np.float16) for of in (states, velocities)]
+    if not all(np.isfinite(each).all() for each in at_nodes):
         raise ValueError(
             "a trajectory is not finite: the networks left the range of their precision"
         )
-    return found
+    return at_nodes[0], at_nodes[1]
+
+
+def halved(velocity: Velocity, noise: Array, parts: int = 1) -> float:
+    """How far the ends move when all steps are halved: mean RMS distance over images.
+
+    It tells how exact trajectories with `parts` are. It is infinite if they are not finite.
+    """
+    try:
+        ends = [integrate(velocity, noise, count)[0][-1] for count in (parts, 2 * parts)]
+    except ValueError:
+        return np.inf
+    return float(distances(*(each.astype(np.float32) for each in ends)).mean())
+
+
+def _divided(times: Array, parts: int) -> Array:
+    """`times` with each gap divided into `parts`."""
+    wanted = np.arange(parts * (len(times) - 1) + 1) / parts
+    return np.interp(wanted, np.arange(len(times)), times)
 
 
 def _runge_kutta(velocity: Velocity, x: Array, first: Array, t: float, end: float) -> Array:

@@ -10,6 +10,7 @@ windows. It takes the place of FlowTurbo's refiner, and costs a few percent of a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -36,22 +37,44 @@ class Operator:
 
     def __call__(self, x: np.ndarray, velocities: Sequence[np.ndarray]) -> np.ndarray:
         """The change of `x` [n, C, h, w]; `velocities` [n, C, h, w] with the newest last."""
-        joined = np.concatenate([x, *velocities[-self.velocities :]], 1).transpose(0, 2, 3, 1)
+        read = [x, *velocities[-self.velocities :]]
         if self.side == 1:
-            made = outputs(joined @ self.matrix[:-1] + self.matrix[-1], self.refiner)
+            pixels = np.concatenate(read, 1).transpose(0, 2, 3, 1)
+            made = outputs(pixels @ self.matrix[:-1] + self.matrix[-1], self.refiner)
             return np.ascontiguousarray(made.transpose(0, 3, 1, 2))
-        n, height, width, channels = joined.shape
-        padded = np.pad(joined, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        by_place = self.matrix[:-1].reshape(channels, self.side, self.side, -1)
-        # Place by place, so that the windows, which overlap, are never all in memory.
-        squares = np.tile(self.matrix[-1], (n * height * width // 4, 1))
-        for row in range(self.side):
-            for column in range(self.side):
-                seen = padded[:, row : row + height : 2, column : column + width : 2]
+        padded = _padded_squares(read)
+        n, rows, columns, size = padded.shape
+        # A window of 4 x 4 is four squares of the padded image. One after the other, so that the
+        # windows, which overlap, are never all in memory.
+        made = np.tile(self.matrix[-1], (n * (rows - 1) * (columns - 1), 1))
+        for row in range(2):
+            for column in range(2):
+                seen = padded[:, row : row + rows - 1, column : column + columns - 1]
                 # Only whole rows go through BLAS.
-                places = np.ascontiguousarray(seen).reshape(-1, channels)
-                squares += places @ np.ascontiguousarray(by_place[:, row, column])
-        return from_squares(outputs(squares, self.refiner), x.shape, 2)
+                made += np.ascontiguousarray(seen).reshape(-1, size) @ self._by_square[row, column]
+        return from_squares(outputs(made, self.refiner), x.shape, 2)
+
+    @cached_property
+    def _by_square(self) -> np.ndarray:
+        """The matrix for windows of 4 x 4, for each square, [2, 2, 4 * channels, outputs]."""
+        parts = self.matrix[:-1].reshape(-1, 2, 2, 2, 2, self.matrix.shape[1])
+        by_square = parts.transpose(1, 3, 2, 4, 0, 5)
+        return np.ascontiguousarray(by_square).reshape(2, 2, -1, self.matrix.shape[1])
+
+
+def _padded_squares(states: Sequence[np.ndarray]) -> np.ndarray:
+    """Squares of 2 x 2 pixels of all `states` [n, C, h, w] with a border of zeros.
+
+    Their shape is [n, h / 2 + 1, w / 2 + 1, 4 * channels].
+    """
+    n, channels, height, width = states[0].shape
+    shape = n, height + 2, width + 2, len(states) * channels
+    padded = np.zeros(shape, states[0].dtype)
+    for k, state in enumerate(states):
+        part = padded[:, 1:-1, 1:-1, k * channels : (k + 1) * channels]
+        part[...] = state.transpose(0, 2, 3, 1)
+    squares = padded.reshape(n, height // 2 + 1, 2, width // 2 + 1, 2, -1)
+    return squares.transpose(0, 1, 3, 2, 4, 5).reshape(n, height // 2 + 1, width // 2 + 1, -1)
 
 
 def outputs(made: np.ndarray, refiner: np.ndarray | None) -> np.ndarray:
