@@ -79,7 +79,7 @@ def _padded_squares(states: Sequence[np.ndarray]) -> np.ndarray:
 
 def outputs(made: np.ndarray, refiner: np.ndarray | None) -> np.ndarray:
     """The outputs [..., outputs] of what the matrix `made` of windows, with those of the units."""
-    if refiner is None:
+    if refiner is None or not len(refiner):
         return made
     linear, units = np.split(made, [refiner.shape[1]], -1)
     return np.asarray(linear + np.maximum(units, 0) @ refiner)

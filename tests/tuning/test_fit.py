@@ -189,7 +189,9 @@ def test_what_is_served_is_what_was_fitted(
     matrices = tuple(step.matrix for step in steps if step.matrix is not None)
     assert len(matrices) == (4 if side else 0)
     refiners = tuple(step.refiner for step in steps if step.refiner is not None)
-    assert [len(of) for of in refiners] == ([units, units] if units else [])
+    assert len(refiners) == (2 if units else 0)
+    if side == 1:  # windows of 4 x 4 are too few here
+        assert all(len(of) == units for of in refiners)
     made = Fit(*scales, times, weights, matrices, refiners, side or 1)
     program = compile_program(Schedule.parse("L4"), fitted=made.table(drawn[-1]))
     found = run(program, starts, drawn[-1])
@@ -232,7 +234,7 @@ def test_a_refiner_mends_what_a_linear_operator_cannot() -> None:
 
 
 @unit
-def test_a_refiner_that_cannot_help_adds_nothing() -> None:
+def test_a_refiner_that_cannot_help_is_left_out() -> None:
     """What is left is chance, so training makes images worse that it does not see."""
     task, start = Task((1.0, 1.0), 1, units=8), rollouts(256, [1.0, 1.0], 0)
     rng = np.random.default_rng(3)
@@ -246,6 +248,7 @@ def test_a_refiner_that_cannot_help_adds_nothing() -> None:
     ]
     step = task.fit(fitted, 1.0)
     made = refiner.refined(fitted, step, task, 1.0)
+    assert made.refiner is not None and made.refiner.shape == (0, 2)
     for each in fitted:
         np.testing.assert_array_equal(task.moved(each, made).x, task.moved(each, step).x)
 
