@@ -2,8 +2,8 @@
 
 Each schedule is timed in turns with H8, and compared with the exact solution of the flow. Its
 images are judged: every attribute of the prompt, and the Fréchet distance to training images, both
-paired with H8 by seeds. Each schedule is written to the JSON file at once and is not measured
-again. Also writes a report and a plot.
+paired with H8 by seeds. Each schedule is written to the JSON file at once. It is not measured again
+unless other solvers were fitted. Also writes a report and a plot.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from flowturbo.command import run_command
 from flowturbo.errors import FlowTurboError
 from flowturbo.textfile import read_json
 from research.quality.engine import Engine, Exact, SamplingSpec, find_sampler
-from research.quality.evaluate import Evaluator, models_digest
+from research.quality.evaluate import Evaluator, described, measured_with, models_digest
 from research.study.equal import FRECHET, difference
 from research.study.measure import BASELINE, Bench
 from research.study.points import MAIN, Point
@@ -73,9 +73,11 @@ def _run(args: argparse.Namespace) -> None:
     study["presets"] = {name: str(of) for name, of in engine.pipeline.presets.items()}
     for text in args.schedule:
         sampler = find_sampler(text, engine.pipeline)
-        if sampler in study["schedules"]:
+        spec = SamplingSpec(sampler, scale)
+        said = described(spec, args.repository, "process", args.pipeline)
+        if measured_with(study["schedules"].get(sampler, {}), said):
             continue
-        found = bench.point(Point(SamplingSpec(sampler, scale), args.images))
+        found = bench.point(Point(spec, args.images))
         study["schedules"][sampler] = found
         study["date"] = datetime.date.today().isoformat()
         write_json(study, args.json)

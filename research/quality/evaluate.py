@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,11 @@ def described(
         solvers = read_pipeline(repository, name).solvers
         said["solvers"] = solvers.digest if solvers else "none"
     return said
+
+
+def measured_with(known: Mapping[str, Any], said: Mapping[str, Any]) -> bool:
+    """Whether `known` figures are of the networks and solvers that `described` states."""
+    return all(known.get(key) == said.get(key) for key in DIGESTS)
 
 
 class Local:

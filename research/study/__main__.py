@@ -26,7 +26,7 @@ from flowturbo.solver.guidance import Guidance
 from flowturbo.solver.schedule import Schedule
 from flowturbo.textfile import read_json
 from research.quality.engine import BATCH, Engine, Exact, check_decoder, schedule_evaluations
-from research.quality.evaluate import DIGESTS, Evaluator, described, models_digest
+from research.quality.evaluate import Evaluator, described, measured_with, models_digest
 from research.study import report
 from research.study.measure import BASELINE, Bench, stability
 from research.study.points import MAIN, Point, Size, sections_of, unique
@@ -218,7 +218,7 @@ def _check_predictor(one: Path, other: Path) -> None:
 def _done(study: Study, point: Point, bench: Bench) -> bool:
     known = study["points"].get(str(point), {})
     said = described(point.spec, bench.repositories[point.repository], "process")
-    return all(known.get(key) == said.get(key) for key in DIGESTS)
+    return measured_with(known, said)
 
 
 def _evaluations(points: Sequence[Point], bench: Bench) -> float:

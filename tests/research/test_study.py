@@ -15,6 +15,7 @@ from flowturbo.pipeline import read_pipeline
 from flowturbo.solver.guidance import Guidance
 from flowturbo.solver.sampler import Array
 from research.quality.engine import ExactClasses
+from research.quality.evaluate import measured_with
 from research.quality.subjects import Classes, Subject
 from research.study import __main__ as study
 from research.study import measure
@@ -125,6 +126,21 @@ def arguments(glyphs_repository: Path, tmp_path: Path, monkeypatch: pytest.Monke
     words += ["--refiners", tmp_path / "none"]
     words += ["--json", tmp_path / "study.json", "--report", tmp_path / "study.md"]
     return [*map(str, words)]
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    ("known", "done"),
+    [
+        ({}, False),
+        ({"models": "m", "solvers": "s"}, True),
+        ({"models": "m", "solvers": "others"}, False),
+        ({"models": "m"}, False),
+        ({"models": "others", "solvers": "s"}, False),
+    ],
+)
+def test_figures_of_other_solvers_are_measured_again(known: dict[str, str], done: bool) -> None:
+    assert measured_with(known, {"models": "m", "solvers": "s", "spec": "L4_g1"}) == done
 
 
 def test_a_small_study(arguments: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
