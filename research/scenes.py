@@ -8,8 +8,9 @@ unless other solvers were fitted. Also writes a report and a plot.
 
 import argparse
 import datetime
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,42 +146,59 @@ def _row(name: str, found: dict[str, Any], study: dict[str, Any]) -> list[str]:
     ]
 
 
+# What the pictures tell apart: the name, which schedules, and the marker with its line.
+FAMILIES = (
+    ("learned (L)", r"L\d+", "o-"),
+    ("FlowTurbo with refiner (R)", r"H\d.*R.*", "s"),
+    ("FlowTurbo without refiner", r"H\dP.*", "^"),
+    ("Heun (H)", r"H\d+", "D-"),
+    ("Adams-Bashforth 2 (A)", r"A\d+.*", "v"),
+    ("others", r".*", "."),
+)
+NAMED = rf"L\d+|H1P5R3|{BASELINE}"
+
+
 def draw(study: dict[str, Any], path: Path) -> None:
-    """Fréchet distance, distance to exact, and what is not right, against time."""
+    """Fréchet distance, distance to exact, and what is not right, against time.
+
+    Only some are named: there are many, and most of them are close together.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    kinds = {"with R": "o", "Heun": "s", "others": "."}
-    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
-    for kind, marker in kinds.items():
-        names = [name for name in study["schedules"] if _kind(name) == kind]
-        points = [study["schedules"][name] for name in names]
-        times = [point["ratio"]["median"] for point in points]
-        figures = (
-            [point[FRECHET] for point in points],
-            [point["from_exact"] for point in points],
-            [100 * (1 - point["recognised"]) for point in points],
-        )
-        for axis, values in zip(axes, figures, strict=True):
-            axis.plot(times, values, marker, label=kind)
-            for name, x, y in zip(names, times, values, strict=True):
-                axis.annotate(name, (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
-    titles = ("Fréchet distance", "distance to exact", "prompts not all right (%)")
-    for axis, title in zip(axes, titles, strict=True):
+    known = study["schedules"]
+    times = {name: of["ratio"]["median"] for name, of in known.items()}
+    panels: dict[str, Callable[[dict[str, Any]], float]] = {
+        "Fréchet distance": lambda of: of[FRECHET],
+        "distance to exact": lambda of: of["from_exact"],
+        "prompts not all right (%)": lambda of: 100 * (1 - of["recognised"]),
+    }
+    figure, axes = pyplot.subplots(1, 3, figsize=(15, 5), layout="constrained")
+    for axis, (title, value) in zip(axes, panels.items(), strict=True):
+        values = {name: value(of) for name, of in known.items()}
+        for label, _, marker in FAMILIES:
+            own = [name for name in sorted(known, key=times.__getitem__) if _family(name) == label]
+            axis.plot([times[n] for n in own], [values[n] for n in own], marker, label=label)
+        for name in (name for name in known if re.fullmatch(NAMED, name)):
+            axis.annotate(
+                name, (times[name], values[name]), xytext=(2, 6), textcoords="offset points"
+            )
         axis.set(xlabel="time / H8", ylabel=title)
         axis.grid(alpha=0.3)
-    axes[1].set(yscale="log")
+    for axis in axes[:2]:
+        axis.set(yscale="log")
+    axes[0].yaxis.set_minor_formatter("{x:g}")  # less than a decade
+    axes[2].set_yscale("symlog", linthresh=1)  # most have none
+    axes[2].set_ylim(bottom=-0.05)
     axes[0].legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
-def _kind(name: str) -> str:
-    if "R" in name:
-        return "with R"
-    return "Heun" if name.startswith("H") and name[1:].isdigit() else "others"
+def _family(name: str) -> str:
+    return next(label for label, pattern, _ in FAMILIES if re.fullmatch(pattern, name))
 
 
 if __name__ == "__main__":
