@@ -216,13 +216,7 @@ class Source:
         if path.is_file():
             kept = read_json(path)
         else:
-            seeds = np.arange(_FITTED, _FITTED + count)
-            start = noise(seeds, self.engine.pipeline.latent_shape)
-            parts = 1
-            while (off := halved(self._velocity(seeds, scale), start, parts)) > _EXACT:
-                if parts == _MOST_PARTS:
-                    break
-                parts *= 2
+            parts, off = self._exact_enough(np.arange(_FITTED, _FITTED + count), scale)
             kept = {"parts": parts, "off": off}
             write_json(kept, path)
         said = (
@@ -234,6 +228,20 @@ class Source:
             print(f"fit: {said}", file=sys.stderr)
         self.accuracies.append(said)
         return int(kept["parts"])
+
+    def _exact_enough(self, seeds: Array, scale: float) -> tuple[int, float]:
+        """So many parts, and how far halved steps move the ends of these trajectories."""
+        velocity, parts = self._velocity(seeds, scale), 1
+        start = noise(seeds, self.engine.pipeline.latent_shape)
+        with tqdm(desc=f"steps at guidance {scale:g}, evaluations", leave=False) as bar:
+
+            def shown(x: Array, t: float) -> Array:
+                bar.update(len(x))
+                return velocity(x, t)
+
+            while (off := halved(shown, start, parts)) > _EXACT and parts < _MOST_PARTS:
+                parts *= 2
+        return parts, off
 
     def _kept(self, seeds: Array, scale: float, parts: int) -> Trajectories:
         folder = self._folder
