@@ -122,9 +122,7 @@ def test_halved_steps_tell_how_far_the_teacher_is_from_exact() -> None:
 
 
 @unit
-@pytest.mark.parametrize(
-    ("rate", "parts", "said"), [(6, 1, False), (20, 2, False), (90, 4, True)]
-)
+@pytest.mark.parametrize(("rate", "parts", "said"), [(6, 1, False), (20, 2, False), (90, 4, True)])
 def test_steps_are_divided_until_trajectories_are_exact(
     rate: float, parts: int, said: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
