@@ -74,7 +74,8 @@ def test_a_refiner_is_compared(fitted: Path, tmp_path: Path) -> None:
         ("3", ["L3", "L4"]),
     ]
     for row in (row for of in found.values() for row in of.values()):
-        assert row["units"] == [fit.UNITS, fit.UNITS]
+        # So few trajectories may show no gain by units: the fit leaves them out then.
+        assert len(row["units"]) == 2 and {*row["units"]} <= {0, fit.UNITS}
         of = row["equal_evaluations"]
         assert of["ratio"] == pytest.approx(row["distance"] / row["without"])
         assert row["equal_time"]["8"]["ms"] > 0
