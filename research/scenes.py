@@ -20,7 +20,8 @@ from flowturbo.errors import FlowTurboError
 from flowturbo.textfile import read_json
 from research.quality.engine import Engine, Exact, SamplingSpec, find_sampler
 from research.quality.evaluate import Evaluator, described, measured_with, models_digest
-from research.study.equal import FRECHET, difference
+from research.study.equal import EXACT, FRECHET, Found, difference, time_share
+from research.study.figures import SERIES, plain_numbers, series
 from research.study.measure import BASELINE, Bench
 from research.study.points import MAIN, Point
 
@@ -146,15 +147,6 @@ def _row(name: str, found: dict[str, Any], study: dict[str, Any]) -> list[str]:
     ]
 
 
-# What the pictures tell apart: the name, which schedules, and the marker with its line.
-FAMILIES = (
-    ("learned (L)", r"L\d+", "o-"),
-    ("FlowTurbo with refiner (R)", r"H\d.*R.*", "s"),
-    ("FlowTurbo without refiner", r"H\dP.*", "^"),
-    ("Heun (H)", r"H\d+", "D-"),
-    ("Adams-Bashforth 2 (A)", r"A\d+.*", "v"),
-    ("others", r".*", "."),
-)
 NAMED = rf"L\d+|H1P5R3|{BASELINE}"
 
 
@@ -168,37 +160,37 @@ def draw(study: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    known = study["schedules"]
-    times = {name: of["ratio"]["median"] for name, of in known.items()}
-    panels: dict[str, Callable[[dict[str, Any]], float]] = {
+    known = study["schedules"].values()
+    panels: dict[str, Callable[[Found], float]] = {
         "Fréchet distance": lambda of: of[FRECHET],
-        "distance to exact": lambda of: of["from_exact"],
+        "distance to exact": lambda of: of[EXACT],
         "prompts not all right (%)": lambda of: 100 * (1 - of["recognised"]),
     }
+    looks: list[tuple[int | None, str, dict[str, Any]]] = [
+        *((number, label, look) for number, (label, look, _) in enumerate(SERIES)),
+        (None, "others", {"fmt": ".", "color": "C7"}),
+    ]
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 5), layout="constrained")
     for axis, (title, value) in zip(axes, panels.items(), strict=True):
-        values = {name: value(of) for name, of in known.items()}
-        for label, _, marker in FAMILIES:
-            own = [name for name in sorted(known, key=times.__getitem__) if _family(name) == label]
-            axis.plot([times[n] for n in own], [values[n] for n in own], marker, label=label)
-        for name in (name for name in known if re.fullmatch(NAMED, name)):
-            axis.annotate(
-                name, (times[name], values[name]), xytext=(2, 6), textcoords="offset points"
-            )
+        for number, label, look in looks:
+            own = sorted((each for each in known if series(each) == number), key=time_share)
+            if own:
+                heights = [value(each) for each in own]
+                axis.errorbar([time_share(each) for each in own], heights, label=label, **look)
+        for each in known:
+            if re.fullmatch(NAMED, each["sampler"]):
+                place = time_share(each), value(each)
+                axis.annotate(each["sampler"], place, xytext=(2, 6), textcoords="offset points")
         axis.set(xlabel="time / H8", ylabel=title)
         axis.grid(alpha=0.3)
     for axis in axes[:2]:
         axis.set(yscale="log")
-    axes[0].yaxis.set_minor_formatter("{x:g}")  # less than a decade
+    plain_numbers(axes[0].yaxis)  # less than a decade
     axes[2].set_yscale("symlog", linthresh=1)  # most have none
     axes[2].set_ylim(bottom=-0.05)
     axes[0].legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
-
-
-def _family(name: str) -> str:
-    return next(label for label, pattern, _ in FAMILIES if re.fullmatch(pattern, name))
 
 
 if __name__ == "__main__":

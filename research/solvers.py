@@ -272,8 +272,12 @@ def markdown(found: dict[str, Any], name: str, picture: str = "") -> str:
         f"# Solvers on {name}",
         "",
         f"{found['images']} images, seeds {seeds}; the deployed models in {found['precision']} "
-        f"({found['runtime']}), {in_words(found['hardware'])}, {found['date']}. "
-        f"`{found['command']}` measures this again.",
+        f"({found['runtime']}), {in_words(found['hardware'])}, {found['date']}. The command that "
+        "measures this again:",
+        "",
+        "```sh",
+        found["command"],
+        "```",
         "",
         "- **Distance**: RMS of a latent from the exact solution in float32, mean over images; "
         "± is half of the 95% interval.",

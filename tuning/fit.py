@@ -302,7 +302,7 @@ class Source:
             grids = coarse, refined_grid(coarse, few, task.scales, bar.update)
         some = rollouts(_first(fitted, _GRIDS))
         every = rollouts([*fitted, *others])
-        counts = len(grids) * sum(len(each.x) for each in some) + sum(len(each.x) for each in every)
+        counts = len(grids) * sum(map(len, some)) + sum(map(len, every))
         with tqdm(total=evaluations * counts, desc=f"{name}, fit, evaluations", leave=False) as bar:
 
             def on(times: Sequence[float], of: Sequence[Rollout], count: int, units: int) -> Any:
@@ -353,7 +353,7 @@ def fit_steps(
     for number, (t, end) in enumerate(zip(times[:-1], times[1:], strict=True)):
         for k, rollout in enumerate(moved):
             moved[k] = rollout.evaluate(t)
-            progress(len(rollout.exact))
+            progress(len(rollout))
         step = task.fit(_first(moved[:fitted], _LINEAR), end)
         if task.units and number >= last:
             name = f"refiner of step {number + 1}"

@@ -78,7 +78,7 @@ class Task:
     def fit(self, rollouts: Sequence[Rollout], end: float) -> Step:
         """The best step of `rollouts` to the time `end`; all know their velocity."""
         targets = [rollout.exact.state(end) for rollout in rollouts]
-        counts = [np.ones(len(rollout.exact)) for rollout in rollouts]
+        counts = [np.ones(len(rollout)) for rollout in rollouts]
         step = _fit(rollouts, targets, counts, self)
         # A second time, with less weight on trajectories that are far off: the mean distance is to
         # be small, not the mean of its square.
@@ -114,7 +114,7 @@ def refined_grid(
             moved = [task.moved(rollout, step) for rollout in stages[-1]]
             if k + 2 < len(times):
                 moved = [rollout.evaluate(times[k + 1]) for rollout in moved]
-                progress(sum(len(rollout.exact) for rollout in moved))
+                progress(sum(map(len, moved)))
             stages.append(moved)
         return stages
 

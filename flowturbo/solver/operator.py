@@ -65,7 +65,8 @@ class Operator:
 def _padded_squares(states: Sequence[np.ndarray]) -> np.ndarray:
     """Squares of 2 x 2 pixels of all `states` [n, C, h, w] with a border of zeros.
 
-    Their shape is [n, h / 2 + 1, w / 2 + 1, 4 * channels].
+    Their shape is [n, h / 2 + 1, w / 2 + 1, 4 * channels]. With the channels last this takes
+    at most half of the time of `to_squares`.
     """
     n, channels, height, width = states[0].shape
     shape = n, height + 2, width + 2, len(states) * channels

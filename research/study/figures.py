@@ -17,7 +17,7 @@ Found = dict[str, Any]
 
 # Series of the curves: a label, the look, and families if the label does not name it. Lines join
 # schedules of one kind of step; other schedules have no order.
-_SERIES: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
+SERIES: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
     ("Heun", {"fmt": "o-", "color": "C0"}, ()),
     ("Adams-Bashforth 2", {"fmt": "^--", "color": "C1"}, ()),
     ("UniPC", {"fmt": "s-.", "color": "C4"}, ()),
@@ -86,13 +86,13 @@ def _curves(study: Study, axes: Any) -> bool:
     """Both figures of merit against time, on the uniform time grid and on shifted grids."""
     grids: tuple[list[Found], list[Found]] = ([], [])
     for found in _points(study, CURVES):
-        if _series(found) is not None:
+        if series(found) is not None:
             elsewhere = "@" in found["sampler"] or family(found["sampler"]) in _OWN_GRID
             grids[elsewhere].append(found)
     for (row, figure), column in product(enumerate(_LABELS), range(2)):
         axis = axes[row][column]
-        for series, (label, look, _) in enumerate(_SERIES):
-            own = [each for each in grids[column] if _series(each) == series]
+        for number, (label, look, _) in enumerate(SERIES):
+            own = [each for each in grids[column] if series(each) == number]
             shifts = sorted({_shift(each) for each in own})
             for shift in shifts:  # a line each, one label
                 of_shift = [each for each in own if _shift(each) == shift]
@@ -104,8 +104,8 @@ def _curves(study: Study, axes: Any) -> bool:
         axis.grid(alpha=0.3, which="both")
         if figure == EXACT:
             axis.set_yscale("log")
-            _plain_numbers(axis.yaxis)
-        _plain_numbers(axis.xaxis)
+            plain_numbers(axis.yaxis)
+        plain_numbers(axis.xaxis)
     for row in axes:
         row[1].sharex(row[0])
         row[1].sharey(row[0])
@@ -125,10 +125,10 @@ def _points(study: Study, title: str) -> list[Found]:
     return [found for _, found in measured(study, section)]
 
 
-def _series(found: Found) -> int | None:
-    """The position in _SERIES; None for a family that is in the tables only."""
+def series(found: Found) -> int | None:
+    """The position in SERIES; None for a family that is in the tables only."""
     name = (family(found["sampler"]) or "").removesuffix(", shifted")
-    names = (families or (label,) for label, _, families in _SERIES)
+    names = (families or (label,) for label, _, families in SERIES)
     return next((k for k, of_series in enumerate(names) if name in of_series), None)
 
 
@@ -189,7 +189,8 @@ def _name_front(axis: Any, study: Study, found: list[Found], figure: str) -> Non
             text.remove()
 
 
-def _plain_numbers(axis: Any) -> None:
+def plain_numbers(axis: Any) -> None:
+    """Numbers on a logarithmic `axis` as such, not as powers of ten."""
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter("{x:g}")
     axis.set_tick_params(which="both", labelsize=8)
@@ -201,7 +202,7 @@ def _legend_below(axes: Any) -> None:
     for axis in axes.flat:
         handles, labels = axis.get_legend_handles_labels()
         named = dict(zip(labels, handles, strict=True)) | named
-    order = [label for label, _, _ in _SERIES if label in named]
+    order = [label for label, _, _ in SERIES if label in named]
     axes[0][0].figure.legend(
         [named[label] for label in order], order, loc="outside lower center", ncols=len(order) or 1
     )
@@ -250,7 +251,7 @@ def _ablations(study: Study, axes: Any) -> bool:
         own = [each for each in grids if read_shift(each["sampler"])[0] == sampler]
         _errorbar(shifted, study, own, _shift, EXACT, fmt=style, label=sampler)
     shifted.set(xlabel="shift of the time grid (1: uniform)", ylabel=_LABELS[EXACT], yscale="log")
-    _plain_numbers(shifted.yaxis)
+    plain_numbers(shifted.yaxis)
     for axis in axes.flat:
         axis.grid(alpha=0.3, which="both")
         if axis.get_legend_handles_labels()[0]:

@@ -9,6 +9,7 @@ import pytest
 from support import GOLDEN
 
 from flowturbo.pipeline import solvers_path
+from flowturbo.solvers import Solvers
 from research import fitted_refiner, solvers
 from tuning import fit
 
@@ -73,9 +74,11 @@ def test_a_refiner_is_compared(fitted: Path, tmp_path: Path) -> None:
         ("1", ["L3", "L4"]),
         ("3", ["L3", "L4"]),
     ]
-    for row in (row for of in found.values() for row in of.values()):
-        # So few trajectories may show no gain by units: the fit leaves them out then.
-        assert len(row["units"]) == 2 and {*row["units"]} <= {0, fit.UNITS}
+    installed = Solvers.read(solvers_path(fitted / "models", "sit"))
+    rows = [(float(scale), name, row) for scale, of in found.items() for name, row in of.items()]
+    for scale, name, row in rows:
+        refiners = installed.fit_for(int(name[1:]), scale).refiners
+        assert row["units"] == [len(refiner) for refiner in refiners] and len(refiners) == 2
         of = row["equal_evaluations"]
         assert of["ratio"] == pytest.approx(row["distance"] / row["without"])
         assert row["equal_time"]["8"]["ms"] > 0
