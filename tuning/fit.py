@@ -37,7 +37,7 @@ from research.quality.subjects import Prompts
 from tuning.grids import best_grid
 from tuning.learned import Rollout, Step, Task, refined_grid
 from tuning.refiner import refined
-from tuning.trajectories import NODES, Trajectories, Velocity, gram, halved, integrate
+from tuning.trajectories import NODES, Trajectories, Velocity, gram, halvings, integrate
 
 # The seeds of trajectories come after these: measurements and examples count from 0.
 _FITTED, _HELD_OUT = 10_000_000, 20_000_000
@@ -46,7 +46,7 @@ BATCH = 32  # trajectories that are evaluated together, at one guidance scale
 _BATCHES = 4  # at least, so that a range of scales has several
 _CHECKED = 16  # trajectories whose steps are halved, to see how exact they are
 _EXACT = 0.02  # RMS: what halved steps may change, else all trajectories take more steps
-_MOST_PARTS = 4  # of a step between nodes
+_PARTS = (1, 2, 4)  # of a step between nodes
 _GRAM, _FEW = 512, 256  # trajectories for both searches of the grid
 _GRIDS = 1024  # for the choice between what they found
 _LINEAR = 2048  # for weights and operators: more bring 0.3%, only refiners need them
@@ -231,7 +231,7 @@ class Source:
 
     def _exact_enough(self, seeds: Array, scale: float) -> tuple[int, float]:
         """So many parts, and how far halved steps move the ends of these trajectories."""
-        velocity, parts = self._velocity(seeds, scale), 1
+        velocity = self._velocity(seeds, scale)
         start = noise(seeds, self.engine.pipeline.latent_shape)
         with tqdm(desc=f"steps at guidance {scale:g}, evaluations", leave=False) as bar:
 
@@ -239,9 +239,8 @@ class Source:
                 bar.update(len(x))
                 return velocity(x, t)
 
-            while (off := halved(shown, start, parts)) > _EXACT and parts < _MOST_PARTS:
-                parts *= 2
-        return parts, off
+            tried = zip(_PARTS, halvings(shown, start), strict=False)
+            return next((k, off) for k, off in tried if off <= _EXACT or k == _PARTS[-1])
 
     def _kept(self, seeds: Array, scale: float, parts: int) -> Trajectories:
         folder = self._folder

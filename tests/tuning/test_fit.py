@@ -35,7 +35,7 @@ from flowturbo.solvers import Fit, Solvers
 from tuning import fit, grids, refiner
 from tuning.fit import Source, fit_steps
 from tuning.learned import Rollout, Step, Task, refined_grid
-from tuning.trajectories import NODES, Trajectories, gram, halved, integrate
+from tuning.trajectories import NODES, Trajectories, gram, halvings, integrate
 
 unit = pytest.mark.unit
 MEAN, DEVIATION = 0.7, 0.4
@@ -116,9 +116,18 @@ def test_the_teacher_is_stable_where_guidance_is_strong() -> None:
 def test_halved_steps_tell_how_far_the_teacher_is_from_exact() -> None:
     start = RNG.standard_normal((8, *SHAPE)).astype(np.float32)
     off = rms(integrate(stiff(20), start)[0][-1] - np.cos(2))
-    assert halved(stiff(20), start) == pytest.approx(off, rel=0.02) and off > 0.1
-    assert halved(stiff(20), start, 2) < 1e-3
-    assert halved(stiff(60), start) == np.inf
+    seen: list[float] = []
+
+    def counted(x: Any, t: float) -> Any:
+        seen.append(t)
+        return stiff(20)(x, t)
+
+    found = halvings(counted, start)
+    assert next(found) == pytest.approx(off, rel=0.02) and off > 0.1
+    before = len(seen)
+    assert next(found) < 1e-3
+    assert len(seen) - before == 4 * (len(NODES) - 1) + 7  # the coarser ends are known
+    assert next(halvings(stiff(60), start)) == np.inf
 
 
 @unit
