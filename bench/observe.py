@@ -224,7 +224,7 @@ def hardware() -> dict[str, Any]:
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     cores = len(os.sched_getaffinity(0))
-    return {"cpu": next(names, "unknown"), "cores": cores, "gib": memory / 2**30}
+    return {"cpu": next(names, "unknown"), "cores": cores, "gib": round(memory / 2**30, 1)}
 
 
 def write_json(document: Any, path: Path) -> None:
