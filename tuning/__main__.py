@@ -29,7 +29,7 @@ from flowturbo.settings import Settings
 from flowturbo.solver.guidance import Guidance
 from flowturbo.solver.schedule import Schedule
 from research.quality.engine import Engine, SamplingSpec, check_decoder
-from research.quality.evaluate import DIGESTS, Evaluator, Local, described, models_digest
+from research.quality.evaluate import Evaluator, Local, described, digests, models_digest
 from research.quality.images import ImageFolder
 from research.quality.metrics import BLOCKS
 from tuning import choice, report
@@ -228,8 +228,7 @@ def _judged(
     for each in finalists(tried, args.finalists, [paper]):
         spec = SamplingSpec(str(each.schedule), guidance.scale, variant=engine.settings.variant)
         said = described(spec, args.repository, "process", engine.pipeline.name)
-        digests = (said[key] for key in DIGESTS if key in said)
-        path = args.cache / "_".join([str(spec), *digests])
+        path = args.cache / "_".join([str(spec), *digests(said).values()])
         folder = ImageFolder(path, said, engine.subject)
         folder.fill(args.judged, Local(engine, spec))
         figures = eyes.figures(folder, args.judged)

@@ -8,6 +8,7 @@ this leaves is measured for each fit (`halvings`), and steps are divided where i
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -103,10 +104,8 @@ def halvings(velocity: Velocity, noise: Array) -> Iterator[float]:
     The first figure tells how exact trajectories with 1 part are, the next one with 2, then 4. It
     is infinite if trajectories are not finite.
     """
-    parts, finer = 1, _ends(velocity, noise, 1)
-    while True:
-        parts *= 2
-        coarse, finer = finer, _ends(velocity, noise, parts)
+    ends = (_ends(velocity, noise, 2**k) for k in count())
+    for coarse, finer in pairwise(ends):
         if coarse is None or finer is None:
             yield np.inf
         else:

@@ -125,7 +125,7 @@ def models_digest(repository: Path, name: str | None = None) -> str:
     return hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()[:12]
 
 
-DIGESTS = ("models", "solvers")  # of what makes the images; only learned schedules have solvers
+_DIGESTS = ("models", "solvers")  # of what makes the images; only learned schedules have solvers
 
 
 def described(
@@ -139,9 +139,14 @@ def described(
     return said
 
 
+def digests(said: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the networks and solvers that make the images, from what `described` states."""
+    return {key: said[key] for key in _DIGESTS if key in said}
+
+
 def measured_with(known: Mapping[str, Any], said: Mapping[str, Any]) -> bool:
     """Whether `known` figures are of the networks and solvers that `described` states."""
-    return all(known.get(key) == said.get(key) for key in DIGESTS)
+    return digests(known) == digests(said)
 
 
 class Local:

@@ -16,7 +16,7 @@ from flowturbo.latents import noise
 from flowturbo.solver.guidance import Guidance
 from flowturbo.solver.sampler import Array
 from research.quality.engine import BATCH, Engine, Exact, Made, SamplingSpec, distances
-from research.quality.evaluate import DIGESTS, Evaluator, Local, described, exact_latents
+from research.quality.evaluate import Evaluator, Local, described, digests, exact_latents
 from research.quality.images import ImageFolder
 from research.quality.metrics import half_width, mean_without
 from research.quality.subjects import Subject
@@ -47,7 +47,7 @@ class Bench:
         """Measures all figures of `point`, as JSON values."""
         spec, engine = point.spec, self.engines[point.repository]
         said = described(spec, self.repositories[point.repository], "process", engine.pipeline.name)
-        networks = {key: said[key] for key in DIGESTS if key in said}
+        networks = digests(said)
         name = "_".join([point.repository, str(spec), *networks.values()])
         folder = ImageFolder(self.work / "images" / name, said, engine.subject)
         figures = self._beside_baseline(engine, point, folder)
