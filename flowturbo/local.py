@@ -1,6 +1,7 @@
 """Runs a pipeline in this process, without a server: same programs, same model files."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from flowturbo.generate import generate, program_of
 from flowturbo.pipeline import Pipeline, read_pipeline
 from flowturbo.request import GenerationRequest, parse_request
 from flowturbo.rows import Tensors
-from flowturbo.runtimes import Model, model_file, open_model
+from flowturbo.runtimes import Model, model_file, one_thread_for_numpy, open_model
 from flowturbo.settings import Settings
 from flowturbo.solver.calls import Variant
 from flowturbo.solver.program import Program
@@ -144,7 +145,8 @@ class LocalPipeline:
 
     def run(self, request: GenerationRequest, program: Program) -> Tensors:
         """The output tensors of a checked request, by name."""
-        return generate(request, self.pipeline, self.settings, program, self._infer)
+        with nullcontext() if self.on_gpu else one_thread_for_numpy():
+            return generate(request, self.pipeline, self.settings, program, self._infer)
 
     def _infer(self, role: Role, tensors: Tensors) -> tuple[np.ndarray, ...]:
         return self._models[role](tensors)

@@ -3,11 +3,13 @@
 import ctypes
 import os
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
 from flowturbo.errors import RepositoryError
 from flowturbo.rows import Tensors, in_batches, row_count
@@ -68,6 +70,20 @@ def open_model(
             f"{path} runs in {chosen}, which is not installed: pip install {RUNTIMES[chosen]}, or "
             "export again"
         ) from error
+
+
+def one_thread_for_numpy() -> AbstractContextManager[Any]:
+    """Numpy's products take one thread from now on; as a context manager, until its end.
+
+    The products of solvers are small, and the threads of a CPU's networks fill all cores. A second
+    thread would take them longer.
+    """
+    return _blas_libraries().limit(limits=1, user_api="blas")
+
+
+@cache
+def _blas_libraries() -> ThreadpoolController:
+    return ThreadpoolController()
 
 
 def usable_cores() -> int:

@@ -123,9 +123,11 @@ class PredictorCall:
         """The block's state and velocity; `velocities` are those of earlier calls, newest last."""
         if not self._summed:
             return x, velocities[-1]
-        read = _weighted(self.reads, velocities)
-        moved = _weighted(self.moves, velocities)
-        return x + read, moved - read
+        width = max(len(self.reads), len(self.moves))
+        reads, moves = _padded(self.reads, width), _padded(self.moves, width)
+        apart = [move - read for move, read in zip(moves, reads, strict=True)]
+        first, *others = _terms(apart, velocities) or [0 * x]  # type: ignore[operator]
+        return sum(_terms(reads, velocities), x), sum(others, first)  # type: ignore[call-overload]
 
     def scalars(self, scale_at: ScaleAt) -> PredictorScalars:
         """A row of the block's `scalars` tensor."""
@@ -173,10 +175,15 @@ class RefinerCall:
         return RefinerScalars(self.t, self.end, *scales, float(self.reads_refined))
 
 
-def _weighted(weights: Sequence[float], velocities: Sequence[Any]) -> Any:
-    """The sum of the last velocities, each with its weight; 0 without any."""
-    used = [] if not weights else zip(weights, velocities[-len(weights) :], strict=True)
-    return sum(weight * velocity for weight, velocity in used if weight)
+def _padded(weights: Sequence[float], count: int) -> list[float]:
+    """The weights of the last `count` velocities, given those of the newest."""
+    return [0.0] * (count - len(weights)) + [*weights]
+
+
+def _terms(weights: Sequence[float], velocities: Sequence[Any]) -> list[Any]:
+    """The last velocities times their weights, without those of weight 0."""
+    used = zip(weights, velocities[-len(weights) :], strict=True)
+    return [weight * velocity for weight, velocity in used if weight]
 
 
 BlockCall = PredictorCall | RefinerCall

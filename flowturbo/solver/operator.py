@@ -46,13 +46,15 @@ class Operator:
         n, rows, columns, size = padded.shape
         # A window of 4 x 4 is four squares of the padded image. One after the other, so that the
         # windows, which overlap, are never all in memory.
-        made = np.tile(self.matrix[-1], (n * (rows - 1) * (columns - 1), 1))
+        found: Any = None
         for row in range(2):
             for column in range(2):
                 seen = padded[:, row : row + rows - 1, column : column + columns - 1]
                 # Only whole rows go through BLAS.
-                made += np.ascontiguousarray(seen).reshape(-1, size) @ self._by_square[row, column]
-        return from_squares(outputs(made, self.refiner), x.shape, 2)
+                part = np.ascontiguousarray(seen).reshape(-1, size) @ self._by_square[row, column]
+                found = part if found is None else np.add(found, part, out=found)
+        found += self.matrix[-1]
+        return from_squares(outputs(found, self.refiner), x.shape, 2)
 
     @cached_property
     def _by_square(self) -> np.ndarray:
@@ -82,8 +84,9 @@ def outputs(made: np.ndarray, refiner: np.ndarray | None) -> np.ndarray:
     """The outputs [..., outputs] of what the matrix `made` of windows, with those of the units."""
     if refiner is None or not len(refiner):
         return made
-    linear, units = np.split(made, [refiner.shape[1]], -1)
-    return np.asarray(linear + np.maximum(units, 0) @ refiner)
+    linear, units = made[..., : refiner.shape[1]], made[..., refiner.shape[1] :]
+    added: np.ndarray = np.maximum(units, 0) @ refiner
+    return np.add(added, linear, out=added)
 
 
 def features(states: Sequence[np.ndarray], side: int) -> np.ndarray:
