@@ -133,6 +133,7 @@ STREAM_OUTPUTS = (TensorSpec(STEP, np.int64, (1,)), TensorSpec(FINAL, np.bool_, 
 # `scalars` are named in flowturbo.solver.calls.
 X, VELOCITY, SCALARS, PAIR = "x", "velocity", "scalars", "pair"
 X_NEXT, VELOCITY_NEXT = "x_next", "velocity_next"
+SOLVER = "solver"
 SCALAR_COLUMNS = 5
 BLOCK_OUTPUTS = (
     TensorSpec(X_NEXT, np.float32, ("C", "h", "w")),
@@ -177,10 +178,14 @@ def run_inputs(inputs: Specs) -> Specs:
     """The `inputs` of a block in the Python backend, which makes several calls in one execution.
 
     `scalars` has the columns of all calls, in order. Each call reads the outputs of the one before.
-    The exported network itself has the columns of one call.
+    The exported network itself has the columns of one call. `solver` names a fitted solver, whose
+    calls the block makes instead (learned.py).
     """
+    if all(spec.name != SCALARS for spec in inputs):
+        return inputs
     several = TensorSpec(SCALARS, np.float32, (-1,))
-    return tuple(several if spec.name == SCALARS else spec for spec in inputs)
+    solver = TensorSpec(SOLVER, np.float32, (3,), optional=True)
+    return *(several if spec.name == SCALARS else spec for spec in inputs), solver
 
 
 # Tensors of an ensemble, which serves one schedule (ensemble.py), and tensors between its steps.

@@ -14,12 +14,14 @@ from flowturbo.contract import (
     LATENT,
     SEED,
     SETTINGS,
+    SOLVER,
     START_TIME,
     Role,
 )
 from flowturbo.editing import OpenEdit, repainting
 from flowturbo.errors import NotFiniteError
 from flowturbo.latents import BASE64, encode_images
+from flowturbo.learned import learned_program, solver_rows
 from flowturbo.pipeline import Pipeline
 from flowturbo.provenance import exif, provenance
 from flowturbo.request import GenerationRequest
@@ -38,7 +40,6 @@ from flowturbo.solver.guidance import Guidance
 from flowturbo.solver.program import LARGEST_TRAINED_STEP, Program, compile_program
 from flowturbo.solver.sampler import After, Array, AwaitedBlock, run_sync, sample_async
 from flowturbo.solver.schedule import Schedule
-from flowturbo.solvers import Solvers
 from flowturbo.tiles import Tiles
 
 # Is shown the step that was done, and latents [n, C, h, w] of what will probably be the images.
@@ -77,14 +78,20 @@ async def make_images(
     infer: AwaitedInfer,
     edit: OpenEdit | None = None,
     show: Show | None = None,
+    *,
+    at_once: bool = False,
 ) -> Tensors:
     """The latent and the image that `request` needs, by these names; `edit` is its opened edit.
 
     `infer` takes any number of rows (`in_chunks`). `show` is called after each step but the last.
+    With `at_once` a fitted solver runs in one execution (`in_one_execution` says whether it can).
     """
     made: Tensors = {}
     if request.needs_decoder or LATENT in request.outputs:
-        made[LATENT] = await _latent(request, pipeline, program, infer, edit, show)
+        if at_once:
+            made[LATENT] = await _latent_at_once(request, pipeline, program, infer)
+        else:
+            made[LATENT] = await _latent(request, pipeline, program, infer, edit, show)
         check_finite(made[LATENT], "latent")
     if request.needs_decoder:
         made[IMAGE] = await decode(infer, made[LATENT], pipeline.largest_decode)
@@ -183,6 +190,23 @@ async def _latent(
     return to_images(await sample_async(program, rows, block, after, guidance.rows), guidance)
 
 
+async def _latent_at_once(
+    request: GenerationRequest, pipeline: Pipeline, program: Program, infer: AwaitedInfer
+) -> Array:
+    """The latent of a fitted solver, by one execution of the predictor's block (learned.py)."""
+    guidance, solvers = request.guidance, pipeline.solvers
+    assert solvers
+    rows = to_rows(request.noise(), guidance)
+    solver = solver_rows(solvers, len(request.schedule), guidance.scale, len(rows))
+
+    async def with_solver(role: Role, tensors: Tensors) -> tuple[Array, ...]:
+        return await infer(role, {**tensors, SOLVER: solver})
+
+    block = await image_block(with_solver, pipeline, request.condition, guidance)
+    end, _ = await block(program.calls[0], rows, np.zeros_like(rows))
+    return to_images(end, guidance)
+
+
 async def _from_image(
     request: GenerationRequest, pipeline: Pipeline, infer: AwaitedInfer, edit: OpenEdit
 ) -> tuple[Array, After[Array] | None]:
@@ -243,13 +267,8 @@ def program_of(request: GenerationRequest, pipeline: Pipeline, variant: Variant)
     schedule = request.schedule
     if schedule.learned:
         assert pipeline.solvers  # as `find_schedule` demands
-        return _learned_program(schedule, pipeline.solvers, request.guidance.scale)
+        return learned_program(schedule, pipeline.solvers, request.guidance.scale)
     return program_for(schedule, variant, request.times, pipeline.trained_step)
-
-
-@lru_cache(maxsize=32)  # a few megabytes each, and callers choose the scale
-def _learned_program(schedule: Schedule, solvers: Solvers, scale: float) -> Program:
-    return compile_program(schedule, fitted=solvers.table(len(schedule), scale))
 
 
 @lru_cache(maxsize=256)

@@ -29,7 +29,7 @@ from flowturbo.solver.table import Table
 from flowturbo.solvers import Solvers
 from flowturbo.textfile import TextFileError, read_json
 
-VERSION = 2  # of the record format
+VERSION = 3  # of the record format
 RECORDS = Path(ORCHESTRATOR, "1", "pipelines")
 UNKNOWN = "unknown"  # in metrics: the pipeline of requests that were refused too early to know it
 EXPORT_HINT = "python -m export --name NAME --predictor FILE --refiner FILE --vae DIR"

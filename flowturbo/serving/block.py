@@ -8,6 +8,7 @@ are evaluated as one batch. A step block can make several calls in one execution
 import itertools
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,16 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from flowturbo import contract
-from flowturbo.contract import SCALAR_COLUMNS, SCALARS, VELOCITY, X
+from flowturbo.contract import SCALAR_COLUMNS, SCALARS, SOLVER, VELOCITY, Role, X, model_name
 from flowturbo.errors import NotFiniteError, RequestError
 from flowturbo.generate import check_finite
+from flowturbo.learned import OwnSolvers
 from flowturbo.parity import TOLERANCES, Figures, batches_up_to
-from flowturbo.rows import Tensors
-from flowturbo.runtimes import Model, model_file, open_model
-from flowturbo.serving.triton_io import error_response
+from flowturbo.pipeline import installed, solvers_path
+from flowturbo.rows import Tensors, row_count
+from flowturbo.runtimes import Model, model_file, one_thread_for_numpy, open_model
+from flowturbo.serving.triton_io import error_response, repository_of
+from flowturbo.solvers import Solvers
 
 # On a CPU the networks fill all cores. The processes that take requests and answer them come first:
 # they need little, but at once.
@@ -57,7 +61,9 @@ class TritonPythonModel:
             os.nice(_NICE)
             fixed = [int(rows) for rows in stated.get("fixed_rows", "").split(",") if rows]
             self._model = open_model(path, stated["precision"], runtime=runtime, fixed_rows=fixed)
+            one_thread_for_numpy()
         self._name = config["name"]
+        self._solvers = OwnSolvers(partial(_solvers_of, repository_of(args), self._name))
         self._inputs = [entry["name"] for entry in config["input"]]
         self._outputs = [entry["name"] for entry in config["output"]]
 
@@ -69,20 +75,26 @@ class TritonPythonModel:
             return [error_response(self._name, error) for _ in requests]
 
     def _evaluate(self, requests: list[Any]) -> list[Any]:
-        per_request = [[self._read(request, name) for name in self._inputs] for request in requests]
+        per_request = [self._read(request) for request in requests]
         if len(requests) == 1:  # the usual case: the orchestrator has joined the rows already
-            joined = per_request[0]
-        else:
-            joined = [np.concatenate(parts) for parts in zip(*per_request, strict=True)]
-        outputs = self._run(dict(zip(self._inputs, joined, strict=True)))
-        ends = np.cumsum([len(tensors[0]) for tensors in per_request])[:-1]
+            return [self._answer(requests[0], self._run(per_request[0]))]
+        if any(SOLVER in tensors for tensors in per_request):  # they need not be the same
+            return [self.execute([request])[0] for request in requests]
+        joined = {
+            name: np.concatenate([tensors[name] for tensors in per_request])
+            for name in per_request[0]
+        }
+        outputs = self._run(joined)
+        ends = np.cumsum([row_count(tensors) for tensors in per_request])[:-1]
         split = zip(*(np.split(output, ends) for output in outputs), strict=True)
         return [self._answer(*pair) for pair in zip(requests, split, strict=True)]
 
     def _run(self, tensors: Tensors) -> tuple[np.ndarray, ...]:
-        """One call, or those of all columns of `scalars`, one after another."""
+        """One call, those of all columns of `scalars`, or those of a solver, one after another."""
         if SCALARS not in tensors:
             return self._model(tensors)
+        if SOLVER in tensors:
+            return self._solvers.run(tensors, self._model)
         columns = tensors[SCALARS].shape[1]
         if not columns or columns % SCALAR_COLUMNS:
             raise RequestError(
@@ -103,6 +115,15 @@ class TritonPythonModel:
                 return error_response(self._name, error)
         return pb_utils.InferenceResponse(list(itertools.starmap(pb_utils.Tensor, named.items())))
 
-    def _read(self, request: Any, name: str) -> np.ndarray:
-        tensor: np.ndarray = pb_utils.get_input_tensor_by_name(request, name).as_numpy()
-        return tensor
+    def _read(self, request: Any) -> Tensors:
+        found = {name: pb_utils.get_input_tensor_by_name(request, name) for name in self._inputs}
+        return {name: tensor.as_numpy() for name, tensor in found.items() if tensor is not None}
+
+
+def _solvers_of(repository: Path, predictor: str) -> Solvers | None:
+    """The solvers of the pipeline with this predictor; None if it has none."""
+    for name in installed(repository):
+        path = solvers_path(repository, name)
+        if model_name(name, Role.PREDICTOR) == predictor and path.is_file():
+            return Solvers.read(path)
+    return None

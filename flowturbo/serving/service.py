@@ -42,6 +42,7 @@ from flowturbo.errors import (
 from flowturbo.generate import (
     Show,
     as_json,
+    awaited,
     complete,
     decode,
     in_chunks,
@@ -49,6 +50,7 @@ from flowturbo.generate import (
     program_of,
     roles_called,
 )
+from flowturbo.learned import in_one_execution
 from flowturbo.pipeline import UNKNOWN, Pipeline, default_name
 from flowturbo.request import (
     GenerationRequest,
@@ -66,6 +68,7 @@ from flowturbo.serving.scheduling import Need, Scheduler, Times, Work
 from flowturbo.settings import Settings
 from flowturbo.solver.calls import Variant
 from flowturbo.solver.program import Program
+from flowturbo.solver.sampler import run_sync
 
 IDLE_BEFORE_ENSEMBLE_S = 1.0  # after so long alone, a request need not wait to share its batches
 CANCEL_CHECK_S = 0.05  # asking the server whether a caller is still there costs a round trip
@@ -364,8 +367,11 @@ class Service:
                     _ = edit.latent_masks  # here: the batcher's thread serves others too
             ensemble = ensemble_for(request, pipeline, self._settings.variant)
             idle_s = time.monotonic() - self._last_concurrent_at
-            if ensemble and idle_s > IDLE_BEFORE_ENSEMBLE_S and not job.preview_every:
+            alone = idle_s > IDLE_BEFORE_ENSEMBLE_S and not job.preview_every
+            if alone and ensemble:
                 answer = self._by_ensemble(job, request, program, ensemble)
+            elif alone and in_one_execution(request, pipeline, program):
+                answer = self._by_solver(job, request, program)
             else:
                 infer = self._infer_for(job, pipeline, request)
                 show = self._show_for(job, request, pipeline, infer, edit)
@@ -388,11 +394,22 @@ class Service:
             return {}
         pipeline = self._pipelines[job.pipeline]
         made = self._call(ensemble, ensemble_inputs(request, pipeline), wanted)
-        for role in roles_called(program):
-            job.executed[pipeline.model(role)] += request.rows
-        if request.needs_decoder:
-            job.executed[pipeline.model(Role.DECODER)] = request.images
+        _count_calls(job, request, pipeline, program)
         return dict(zip(wanted, made, strict=True))
+
+    def _by_solver(self, job: Job, request: GenerationRequest, program: Program) -> Tensors:
+        """One call for all steps of a fitted solver, and one of the decoder; as `_by_ensemble`."""
+        job.check(self._workers)
+        pipeline = self._pipelines[job.pipeline]
+
+        def infer(role: Role, tensors: Tensors) -> tuple[np.ndarray, ...]:
+            return self._call_block(pipeline.model(role), tensors)
+
+        images = make_images(request, pipeline, program, awaited(infer), at_once=True)
+        made: Tensors = run_sync(images)
+        if made:
+            _count_calls(job, request, pipeline, program)
+        return made
 
     def _infer_for(self, job: Job, pipeline: Pipeline, request: GenerationRequest) -> AwaitedInfer:
         models = {role: pipeline.model(role) for role in pipeline.models}
@@ -525,6 +542,16 @@ class Service:
         except Exception:
             # The way back is closed by now: nothing more can be sent.
             _logger.exception("an answer could not be sent")
+
+
+def _count_calls(
+    job: Job, request: GenerationRequest, pipeline: Pipeline, program: Program
+) -> None:
+    """Counts the rows of a request whose calls were made at once."""
+    for role in roles_called(program):
+        job.executed[pipeline.model(role)] += request.rows
+    if request.needs_decoder:
+        job.executed[pipeline.model(Role.DECODER)] = request.images
 
 
 def calls_needed(

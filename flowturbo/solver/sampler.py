@@ -45,13 +45,13 @@ async def sample_async(
     return x
 
 
-def sample(program: Program, noise: State, block: Block[State]) -> State:
+def sample(program: Program, noise: State, block: Block[State], rows_per_image: int = 1) -> State:
     """As `sample_async`, at once."""
 
     async def evaluated(call: BlockCall, x: State, v: State) -> tuple[State, State]:
         return block(call, x, v)
 
-    return run_sync(sample_async(program, noise, evaluated))
+    return run_sync(sample_async(program, noise, evaluated, None, rows_per_image))
 
 
 def run_sync(coroutine: Coroutine[Any, Any, T]) -> T:

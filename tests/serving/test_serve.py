@@ -452,7 +452,7 @@ def test_an_incomplete_repository_exits_2_and_names_the_command(repository: Path
 @pytest.mark.parametrize(
     ("now", "then", "said"),
     [
-        ('"version": 2,', '"version": 3,', "is a record of version 3, this release reads 2"),
+        ('"version": 3,', '"version": 4,', "is a record of version 4, this release reads 3"),
         ('"version": 2,', "", "is a record of version None"),
         ('"predictor"', '"corrector"', "is no record of a pipeline .*corrector"),
         (

@@ -1,0 +1,105 @@
+"""Programs of fitted solvers, and how one runs in a single execution of the predictor's block.
+
+Alone, a request loses more time between its calls than with its sums. So the block gets the noise
+and the name of the solver, makes all calls and sums, and returns the latent.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import numpy as np
+
+from flowturbo.contract import SCALARS, SOLVER, VELOCITY, Role, X
+from flowturbo.ensemble import MAX_ROWS, runs
+from flowturbo.errors import RequestError
+from flowturbo.pipeline import Pipeline
+from flowturbo.request import GenerationRequest
+from flowturbo.rows import Tensors, row_count, scalar_rows
+from flowturbo.solver.calls import BlockCall
+from flowturbo.solver.guidance import Guidance
+from flowturbo.solver.program import Program, compile_program
+from flowturbo.solver.sampler import Array, sample
+from flowturbo.solver.schedule import Schedule
+from flowturbo.solvers import Solvers
+
+_DIGITS = 6  # of a digest: 24 bits are exact in float32
+
+
+@lru_cache(maxsize=32)  # a few megabytes each, and callers choose the scale
+def learned_program(schedule: Schedule, solvers: Solvers, scale: float) -> Program:
+    """The program of a learned schedule at this guidance scale; raises RequestError."""
+    return compile_program(schedule, fitted=solvers.table(len(schedule), scale))
+
+
+def in_one_execution(request: GenerationRequest, pipeline: Pipeline, program: Program) -> bool:
+    """Whether `request` can run in one execution of the block, if it is alone.
+
+    The block evaluates the same rows in every call, in the Python backend, for a short time.
+    """
+    guidance = request.guidance
+    whole = not guidance.enabled or guidance.interval == Guidance().interval
+    return (
+        request.schedule.learned
+        and whole
+        and request.edit is None
+        and not pipeline.has(Role.TEXT_ENCODER)
+        and request.rows <= min(MAX_ROWS, pipeline.max_rows)
+        and len(runs(program, pipeline)) == 1
+    )
+
+
+def solver_rows(solvers: Solvers, evaluations: int, scale: float, rows: int) -> Array:
+    """The block's tensor `solver`, [rows, 3] float32, with the same values in every row.
+
+    They are the evaluations, the guidance scale, and the start of the solvers' digest: so the block
+    notices when it has other solvers.
+    """
+    return np.tile(np.array([evaluations, scale, _number(solvers)], np.float32), (rows, 1))
+
+
+def _number(solvers: Solvers) -> int:
+    return int(solvers.digest[:_DIGITS], 16)
+
+
+class OwnSolvers:
+    """The solvers that a block runs. `read` reads their file, None if there is none."""
+
+    def __init__(self, read: Callable[[], Solvers | None]) -> None:
+        self._read = read
+        self._solvers: Solvers | None = None
+
+    def run(
+        self, tensors: Tensors, evaluate: Callable[[Tensors], tuple[Array, ...]]
+    ) -> tuple[Array, ...]:
+        """The latent rows at the end, and the last velocity, for `tensors` with `solver`.
+
+        `evaluate` makes one call of the block. Raises RequestError.
+        """
+        stated = np.unique(tensors[SOLVER], axis=0)
+        if len(stated) != 1:
+            raise RequestError(f"{SOLVER} must be the same in all rows, got {stated.tolist()}")
+        evaluations, scale, number = stated[0].tolist()
+        schedule = Schedule.parse(f"L{evaluations:g}")
+        program = learned_program(schedule, self._with(int(number)), scale)
+        guidance, rows = Guidance(scale), row_count(tensors)
+        others = {name: value for name, value in tensors.items() if name != SOLVER}
+        last: list[Array] = []
+
+        def block(call: BlockCall, x: Array, v: Array) -> tuple[Array, Array]:
+            scalars = scalar_rows(call, rows, guidance)
+            moved, velocity = evaluate({**others, X: x, VELOCITY: v, SCALARS: scalars})
+            last[:] = [velocity]
+            return moved, velocity
+
+        end = sample(program, tensors[X], block, guidance.rows)
+        return end, last[0]
+
+    def _with(self, number: int) -> Solvers:
+        """The solvers of this number; their file is read anew if it may have changed."""
+        if self._solvers is None or _number(self._solvers) != number:
+            self._solvers = self._read()
+        if self._solvers is None or _number(self._solvers) != number:
+            raise RequestError(
+                f"{SOLVER} names solvers that this model does not have: start the server again"
+            )
+        return self._solvers
