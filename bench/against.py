@@ -50,6 +50,7 @@ def main(argv: Sequence[str]) -> int:
     add("--now", type=Path, default=Path(), help="default: this folder")
     add("--schedule", nargs="+", default=["H1P5R3", "fast"])
     add("--case", nargs="+", choices=CASES, default=list(CASES), help="clients x images")
+    add("--guidance-scale", type=float, help="default: the pipeline's")
     add("--rounds", type=int, default=12, choices=list(_T_95))
     add("--starts", type=int, default=4, help="of both servers; they divide the rounds")
     add("--seconds", type=float, default=2.5, help="of a measurement")
@@ -103,7 +104,7 @@ def _measured(
 def _speed(client: FlowTurboClient, case: Case, args: argparse.Namespace) -> float:
     seeds = list(range(case.images))
     return closed_loop(
-        lambda: client.generate(seeds, seeds, case.schedule),
+        lambda: client.generate(seeds, seeds, case.schedule, guidance_scale=args.guidance_scale),
         case.clients,
         args.seconds,
         case.images,

@@ -34,13 +34,11 @@ def learned_program(schedule: Schedule, solvers: Solvers, scale: float) -> Progr
 def in_one_execution(request: GenerationRequest, pipeline: Pipeline, program: Program) -> bool:
     """Whether `request` can run in one execution of the block, if it is alone.
 
-    The block evaluates the same rows in every call, in the Python backend, for a short time.
+    The block is in the Python backend and evaluates the rows of one batch, for a short time.
+    Learned solvers have no guidance interval, so all calls have the same rows.
     """
-    guidance = request.guidance
-    whole = not guidance.enabled or guidance.interval == Guidance().interval
     return (
         request.schedule.learned
-        and whole
         and request.edit is None
         and not pipeline.has(Role.TEXT_ENCODER)
         and request.rows <= min(MAX_ROWS, pipeline.max_rows)
@@ -77,11 +75,17 @@ class OwnSolvers:
         """
         stated = np.unique(tensors[SOLVER], axis=0)
         if len(stated) != 1:
-            raise RequestError(f"{SOLVER} must be the same in all rows, got {stated.tolist()}")
-        evaluations, scale, number = stated[0].tolist()
-        schedule = Schedule.parse(f"L{evaluations:g}")
-        program = learned_program(schedule, self._with(int(number)), scale)
-        guidance, rows = Guidance(scale), row_count(tensors)
+            raise RequestError(
+                f"{SOLVER} must be finite and the same in all rows, got {stated.tolist()}"
+            )
+        evaluations, scale, number = map(float, stated[0])
+        solvers, guidance = self._with(number), Guidance(scale)
+        if evaluations not in solvers.counts:
+            raise RequestError(
+                f"{SOLVER} must have evaluations of {solvers.counts}, got {evaluations:g}"
+            )
+        program = learned_program(Schedule.parse(f"L{evaluations:.0f}"), solvers, scale)
+        rows = row_count(tensors)
         others = {name: value for name, value in tensors.items() if name != SOLVER}
         last: list[Array] = []
 
@@ -94,7 +98,7 @@ class OwnSolvers:
         end = sample(program, tensors[X], block, guidance.rows)
         return end, last[0]
 
-    def _with(self, number: int) -> Solvers:
+    def _with(self, number: float) -> Solvers:
         """The solvers of this number; their file is read anew if it may have changed."""
         if self._solvers is None or _number(self._solvers) != number:
             self._solvers = self._read()
