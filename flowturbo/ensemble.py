@@ -36,12 +36,11 @@ from flowturbo.solver.program import Program, outline
 from flowturbo.solver.sampler import Array, run_sync, sample
 from flowturbo.solver.schedule import Schedule
 
-# Largest request in rows for an ensemble, or for one execution of a solver, on a CPU. On a GPU
-# ensembles have no limit: latents stay there.
-MAX_ROWS = 8
+# Largest request in rows for an ensemble on a CPU. On a GPU there is no limit: latents stay there.
+_MAX_ROWS = 8
 # Limit for the calls of one execution, by the export's times for so many rows. Other requests wait
 # meanwhile.
-_EXECUTION_S = 0.1
+EXECUTION_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -90,10 +89,10 @@ def runs(program: Program, pipeline: Pipeline) -> list[list[BlockCall]]:
 
 def _calls_at_once(role: Role, pipeline: Pipeline) -> int:
     times = pipeline.block_seconds[pipeline.model(role)]
-    slowest = max((seconds for rows, seconds in times.items() if rows <= MAX_ROWS), default=0.0)
+    slowest = max((seconds for rows, seconds in times.items() if rows <= _MAX_ROWS), default=0.0)
     if pipeline.models[role].engine != "python" or not slowest:
         return 1
-    return max(1, int(_EXECUTION_S / slowest))
+    return max(1, int(EXECUTION_S / slowest))
 
 
 def block_steps(program: Program, pipeline: Pipeline) -> tuple[tuple[Step, ...], str]:
@@ -154,7 +153,7 @@ def ensemble_for(request: GenerationRequest, pipeline: Pipeline, variant: str) -
         return None
     if pipeline.has(Role.TEXT_ENCODER):
         return None
-    most = pipeline.max_rows if pipeline.on_gpu else min(MAX_ROWS, pipeline.max_rows)
+    most = pipeline.max_rows if pipeline.on_gpu else min(_MAX_ROWS, pipeline.max_rows)
     if request.rows > most or pipeline.ensemble_variant != variant:
         return None
     return pipeline.ensembles.get(str(request.schedule))

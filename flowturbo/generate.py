@@ -200,7 +200,8 @@ async def _latent_at_once(
     solver = solver_rows(solvers, len(request.schedule), guidance.scale, len(rows))
 
     async def with_solver(role: Role, tensors: Tensors) -> tuple[Array, ...]:
-        return await infer(role, {**tensors, SOLVER: solver})
+        more = {SOLVER: solver} if role is Role.PREDICTOR else {}
+        return await infer(role, {**tensors, **more})
 
     block = await image_block(with_solver, pipeline, request.condition, guidance)
     end, _ = await block(program.calls[0], rows, np.zeros_like(rows))

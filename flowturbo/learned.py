@@ -9,8 +9,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from flowturbo.contract import SCALARS, SOLVER, VELOCITY, Role, X
-from flowturbo.ensemble import MAX_ROWS, runs
+from flowturbo.contract import SCALARS, SOLVER, VELOCITY, X
+from flowturbo.ensemble import EXECUTION_S
 from flowturbo.errors import RequestError
 from flowturbo.pipeline import Pipeline
 from flowturbo.request import GenerationRequest
@@ -31,18 +31,17 @@ def learned_program(schedule: Schedule, solvers: Solvers, scale: float) -> Progr
     return compile_program(schedule, fitted=solvers.table(len(schedule), scale))
 
 
-def in_one_execution(request: GenerationRequest, pipeline: Pipeline, program: Program) -> bool:
+def in_one_execution(request: GenerationRequest, pipeline: Pipeline, seconds: float) -> bool:
     """Whether `request` can run in one execution of the block, if it is alone.
 
-    The block is in the Python backend and evaluates the rows of one batch, for a short time.
+    The block is in the Python backend. Its calls take `seconds` together, 0 if that is unknown.
     Learned solvers have no guidance interval, so all calls have the same rows.
     """
     return (
         request.schedule.learned
         and request.edit is None
-        and not pipeline.has(Role.TEXT_ENCODER)
-        and request.rows <= min(MAX_ROWS, pipeline.max_rows)
-        and len(runs(program, pipeline)) == 1
+        and pipeline.predictor.engine == "python"
+        and 0 < seconds <= EXECUTION_S
     )
 
 

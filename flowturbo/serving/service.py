@@ -42,7 +42,6 @@ from flowturbo.errors import (
 from flowturbo.generate import (
     Show,
     as_json,
-    awaited,
     complete,
     decode,
     in_chunks,
@@ -68,7 +67,6 @@ from flowturbo.serving.scheduling import Need, Scheduler, Times, Work
 from flowturbo.settings import Settings
 from flowturbo.solver.calls import Variant
 from flowturbo.solver.program import Program
-from flowturbo.solver.sampler import run_sync
 
 IDLE_BEFORE_ENSEMBLE_S = 1.0  # after so long alone, a request need not wait to share its batches
 CANCEL_CHECK_S = 0.05  # asking the server whether a caller is still there costs a round trip
@@ -370,12 +368,13 @@ class Service:
             alone = idle_s > IDLE_BEFORE_ENSEMBLE_S and not job.preview_every
             if alone and ensemble:
                 answer = self._by_ensemble(job, request, program, ensemble)
-            elif alone and in_one_execution(request, pipeline, program):
-                answer = self._by_solver(job, request, program)
             else:
-                infer = self._infer_for(job, pipeline, request)
+                calls = self._calls_at_once(request, pipeline, program) if alone else 1
+                infer = self._infer_for(job, pipeline, request, calls)
                 show = self._show_for(job, request, pipeline, infer, edit)
-                images = make_images(request, pipeline, program, infer, edit, show)
+                images = make_images(
+                    request, pipeline, program, infer, edit, show, at_once=calls > 1
+                )
                 with self._starting:
                     self._batcher.start(images, made)
                 return
@@ -394,36 +393,40 @@ class Service:
             return {}
         pipeline = self._pipelines[job.pipeline]
         made = self._call(ensemble, ensemble_inputs(request, pipeline), wanted)
-        _count_calls(job, request, pipeline, program)
+        for role in roles_called(program):
+            job.executed[pipeline.model(role)] += request.rows
+        if request.needs_decoder:
+            job.executed[pipeline.model(Role.DECODER)] = request.images
         return dict(zip(wanted, made, strict=True))
 
-    def _by_solver(self, job: Job, request: GenerationRequest, program: Program) -> Tensors:
-        """One call for all steps of a fitted solver, and one of the decoder; as `_by_ensemble`."""
-        job.check(self._workers)
-        pipeline = self._pipelines[job.pipeline]
+    def _calls_at_once(
+        self, request: GenerationRequest, pipeline: Pipeline, program: Program
+    ) -> int:
+        """The predictor's calls per execution, for a request that is alone."""
+        model, calls = pipeline.model(Role.PREDICTOR), len(program.calls)
+        with self._batcher.planning() as scheduler:
+            seconds = scheduler.times.seconds(model, request.rows, _scale(request, pipeline))
+        return calls if in_one_execution(request, pipeline, calls * seconds) else 1
 
-        def infer(role: Role, tensors: Tensors) -> tuple[np.ndarray, ...]:
-            return self._call_block(pipeline.model(role), tensors)
-
-        images = make_images(request, pipeline, program, awaited(infer), at_once=True)
-        made: Tensors = run_sync(images)
-        if made:
-            _count_calls(job, request, pipeline, program)
-        return made
-
-    def _infer_for(self, job: Job, pipeline: Pipeline, request: GenerationRequest) -> AwaitedInfer:
+    def _infer_for(
+        self, job: Job, pipeline: Pipeline, request: GenerationRequest, calls: int = 1
+    ) -> AwaitedInfer:
+        """Evaluates models for `request`; an execution of the predictor makes so many `calls`."""
         models = {role: pipeline.model(role) for role in pipeline.models}
         most = pipeline.rows_for(request.latent_shape)
         assert job.work
         own = Owner(job.work, partial(self._check_job, job), _scale(request, pipeline))
-        of_texts = replace(own, scale=1.0)
+        # To the scheduler an execution of many calls is one of a large latent.
+        owners = {
+            Role.PREDICTOR: replace(own, scale=own.scale * calls),
+            Role.TEXT_ENCODER: replace(own, scale=1.0),
+        }
 
         async def call(role: Role, tensors: Tensors) -> tuple[np.ndarray, ...]:
             job.check(self._workers)
             model = models[role]
-            owner = of_texts if role is Role.TEXT_ENCODER else own
-            outputs = await self._batcher.infer(model, tensors, most, owner)
-            job.executed[model] += len(outputs[0])
+            outputs = await self._batcher.infer(model, tensors, most, owners.get(role, own))
+            job.executed[model] += len(outputs[0]) * (calls if role is Role.PREDICTOR else 1)
             return outputs
 
         with self._batcher.planning() as scheduler:
@@ -542,16 +545,6 @@ class Service:
         except Exception:
             # The way back is closed by now: nothing more can be sent.
             _logger.exception("an answer could not be sent")
-
-
-def _count_calls(
-    job: Job, request: GenerationRequest, pipeline: Pipeline, program: Program
-) -> None:
-    """Counts the rows of a request whose calls were made at once."""
-    for role in roles_called(program):
-        job.executed[pipeline.model(role)] += request.rows
-    if request.needs_decoder:
-        job.executed[pipeline.model(Role.DECODER)] = request.images
 
 
 def calls_needed(
