@@ -59,11 +59,14 @@ def _number(solvers: Solvers) -> int:
 
 
 class OwnSolvers:
-    """The solvers that a block runs. `read` reads their file, None if there is none."""
+    """The solvers that a block runs. `read` reads their file, None if there is none.
+
+    It is read at once: a later fit may replace the file while the orchestrator has the former one.
+    """
 
     def __init__(self, read: Callable[[], Solvers | None]) -> None:
         self._read = read
-        self._solvers: Solvers | None = None
+        self._solvers = read()
 
     def run(
         self, tensors: Tensors, evaluate: Callable[[Tensors], tuple[Array, ...]]

@@ -24,7 +24,7 @@ from support import ROOT
 
 from flowturbo.conditions.class_label import ClassLabel
 from flowturbo.contract import Role
-from flowturbo.pipeline import ModelRecord, Pipeline, record_path, record_text
+from flowturbo.pipeline import VERSION, ModelRecord, Pipeline, record_path, record_text
 from flowturbo.serve import check_backends, check_repository
 from flowturbo.serving.installation import Installation, ServerError, SetupError, find_server
 from flowturbo.serving.supervision import STABLE_S, Restarts
@@ -452,8 +452,12 @@ def test_an_incomplete_repository_exits_2_and_names_the_command(repository: Path
 @pytest.mark.parametrize(
     ("now", "then", "said"),
     [
-        ('"version": 3,', '"version": 4,', "is a record of version 4, this release reads 3"),
-        ('"version": 2,', "", "is a record of version None"),
+        (
+            f'"version": {VERSION},',
+            '"version": 0,',
+            f"is a record of version 0, this release reads {VERSION}",
+        ),
+        (f'"version": {VERSION},', "", "is a record of version None"),
         ('"predictor"', '"corrector"', "is no record of a pipeline .*corrector"),
         (
             '"class_label"',
