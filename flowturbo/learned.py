@@ -1,6 +1,6 @@
 """Programs of fitted solvers, and how one runs in a single execution of the predictor's block.
 
-Alone, a request loses more time between its calls than with its sums. So the block gets the noise
+A single request loses more time between its calls than its sums take. So the block gets the noise
 and the name of the solver, makes all calls and sums, and returns the latent.
 """
 
@@ -25,9 +25,16 @@ from flowturbo.solvers import Solvers
 _DIGITS = 6  # of a digest: 24 bits are exact in float32
 
 
-@lru_cache(maxsize=32)  # a few megabytes each, and callers choose the scale
 def learned_program(schedule: Schedule, solvers: Solvers, scale: float) -> Program:
-    """The program of a learned schedule at this guidance scale; raises RequestError."""
+    """The program of a learned schedule at this guidance scale; raises RequestError.
+
+    The scale is rounded to float32, as tensors carry it: everywhere it is the same program.
+    """
+    return _program(schedule, solvers, float(np.float32(scale)))
+
+
+@lru_cache(maxsize=32)  # a few megabytes each, and callers choose the scale
+def _program(schedule: Schedule, solvers: Solvers, scale: float) -> Program:
     return compile_program(schedule, fitted=solvers.table(len(schedule), scale))
 
 

@@ -31,7 +31,7 @@ from flowturbo.generate import generate, program_of
 from flowturbo.pipeline import Pipeline, read_pipeline
 from flowturbo.request import GenerationRequest, parse_request
 from flowturbo.rows import Tensors
-from flowturbo.runtimes import Model, model_file, one_thread_for_numpy, open_model
+from flowturbo.runtimes import ONE_NUMPY_THREAD, Model, model_file, open_model
 from flowturbo.settings import Settings
 from flowturbo.solver.calls import Variant
 from flowturbo.solver.program import Program
@@ -145,7 +145,7 @@ class LocalPipeline:
 
     def run(self, request: GenerationRequest, program: Program) -> Tensors:
         """The output tensors of a checked request, by name."""
-        with nullcontext() if self.on_gpu else one_thread_for_numpy():
+        with nullcontext() if self.on_gpu else ONE_NUMPY_THREAD:
             return generate(request, self.pipeline, self.settings, program, self._infer)
 
     def _infer(self, role: Role, tensors: Tensors) -> tuple[np.ndarray, ...]:

@@ -2,8 +2,9 @@
 
 import ctypes
 import os
+import threading
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -72,18 +73,45 @@ def open_model(
         ) from error
 
 
-def one_thread_for_numpy() -> AbstractContextManager[Any]:
-    """Numpy's products take one thread from now on; as a context manager, until its end.
+def limit_numpy_threads() -> Any:
+    """Numpy's products take one thread from now on.
 
-    The products of solvers are small, and the threads of a CPU's networks fill all cores. A second
-    thread would take them longer.
+    The products of solvers are small, and the threads of a CPU's networks fill all cores. With a
+    second thread they take longer.
     """
-    return _blas_libraries().limit(limits=1, user_api="blas")
+    return _blas_of_numpy().limit(limits=1)
 
 
 @cache
-def _blas_libraries() -> ThreadpoolController:
-    return ThreadpoolController()
+def _blas_of_numpy() -> ThreadpoolController:
+    """Only the library in numpy's own package: PyTorch may have another one."""
+    found = ThreadpoolController()
+    paths = [each["filepath"] for each in found.info() if "numpy" in each["filepath"]]
+    return found.select(filepath=paths)
+
+
+class _OneNumpyThread:
+    """As `limit_numpy_threads`, until the last of all threads within has left."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._within = 0
+        self._limit: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._within += 1
+            if self._within == 1:
+                self._limit = limit_numpy_threads()
+
+    def __exit__(self, *_error: object) -> None:
+        with self._lock:
+            self._within -= 1
+            if not self._within:
+                self._limit.restore_original_limits()
+
+
+ONE_NUMPY_THREAD = _OneNumpyThread()
 
 
 def usable_cores() -> int:

@@ -1,8 +1,10 @@
 """A fitted solver in one execution of the predictor's block."""
 
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,15 +19,17 @@ from tritonclient.utils import InferenceServerException
 from bench.observe import Work, observing
 from flowturbo.contract import Role
 from flowturbo.errors import RequestError
-from flowturbo.learned import OwnSolvers, in_one_execution, solver_rows
+from flowturbo.learned import OwnSolvers, in_one_execution, learned_program, solver_rows
 from flowturbo.local import LocalPipeline
 from flowturbo.pipeline import Pipeline, read_pipeline
 from flowturbo.request import parse_request
 from flowturbo.rows import Tensors
-from flowturbo.runtimes import one_thread_for_numpy
+from flowturbo.runtimes import ONE_NUMPY_THREAD
+from flowturbo.serving.batcher import Batcher
 from flowturbo.serving.tritonserver import ServerAddress
 from flowturbo.settings import Settings
 from flowturbo.solver.operator import Operator
+from flowturbo.solver.schedule import Schedule
 from flowturbo.solvers import Solvers
 
 
@@ -45,7 +49,7 @@ def fitted(pipeline: Pipeline) -> Solvers:
     return pipeline.solvers
 
 
-@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize("scale", [1.0, 1.3, 3.0])
 def test_alone_one_execution_with_the_same_latents(
     client: FlowTurboClient, glyphs_server: ServerAddress, scale: float
 ) -> None:
@@ -91,6 +95,36 @@ def test_what_can_run_in_one_execution(
     assert not in_one_execution(request, glyphs, 0.11)
     models = {role: replace(of, engine="tensorrt") for role, of in glyphs.models.items()}
     assert not in_one_execution(request, replace(glyphs, models=models), 0.1)
+
+
+def test_a_scale_is_the_same_everywhere(glyphs: Pipeline) -> None:
+    """A default comes as a Python number, a request's own scale as float32."""
+    schedule = Schedule.parse("L4")
+    found = [learned_program(schedule, fitted(glyphs), s) for s in (1.3, float(np.float32(1.3)))]
+    assert found[0] is found[1]
+
+
+def test_only_rows_of_one_solver_share_an_execution(glyphs: Pipeline) -> None:
+    """Requests that each was alone may still wait together."""
+    batches: list[np.ndarray] = []
+    all_wait, ended = threading.Event(), threading.Semaphore(0)
+
+    def call(model: str, tensors: Tensors) -> tuple[np.ndarray, ...]:
+        assert all_wait.wait(10)
+        batches.append(np.unique(tensors["solver"], axis=0))
+        return (tensors["x"],)
+
+    batcher = Batcher(call, {"block": 8})
+    scales = (3.0, 1.5, 3.0, 3.0)
+    for scale in scales:
+        tensors = block_tensors(solver_rows(fitted(glyphs), 4, scale, 2))
+        batcher.start(batcher.infer("block", tensors), lambda _: ended.release())
+    all_wait.set()
+    for _ in scales:
+        assert ended.acquire(timeout=10)
+    batcher.close()
+    assert 2 <= len(batches) < len(scales)
+    assert all(len(solvers) == 1 for solvers in batches)
 
 
 def block_tensors(solver: np.ndarray) -> Tensors:
@@ -146,7 +180,8 @@ def test_solvers_are_read_anew_where_others_are_named(glyphs: Pipeline) -> None:
 
 
 def blas_threads() -> list[int]:
-    return [each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"]
+    found = [each for each in threadpool_info() if "numpy" in each["filepath"]]
+    return [each["num_threads"] for each in found]
 
 
 def test_one_thread_for_products_of_numpy(
@@ -154,8 +189,12 @@ def test_one_thread_for_products_of_numpy(
 ) -> None:
     before, during = blas_threads(), []
     assert before
-    with one_thread_for_numpy():
-        assert set(blas_threads()) == {1}
+    first, second = ExitStack(), ExitStack()
+    for each in (first, second):  # as two threads that overlap
+        each.enter_context(ONE_NUMPY_THREAD)
+    first.close()
+    assert set(blas_threads()) == {1}
+    second.close()
     assert blas_threads() == before
     usual = Operator.__call__
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from flowturbo.contract import SOLVER
 from flowturbo.rows import Tensors, row_count
 from flowturbo.serving.scheduling import Scheduler, Times, Turns, Work
 
@@ -85,7 +86,9 @@ class _Waiting:
         self.model = self.call.model
         self.most = self.call.most
         shapes = [value.shape[1:] for value in self.call.tensors.values()]
-        self.key: Key = (self.model, *shapes)
+        # What one execution runs to its end is joined with the same solver only.
+        self.solver = tuple(self.call.tensors[SOLVER][0]) if SOLVER in self.call.tensors else ()
+        self.key: Key = (self.model, *shapes, *self.solver)
         self.rows = row_count(self.call.tensors)
         self.work = self.call.owner.work if self.call.owner else None
         self.scale = self.call.owner.scale if self.call.owner else 1.0
@@ -233,7 +236,8 @@ class Batcher:
 
     def _ran(self, batch: Sequence[_Waiting], seconds: float) -> None:
         with self._changed:
-            self._scheduler.ran(batch, seconds, batch[0].scale)
+            # Several calls in one execution say little about the time of a call.
+            self._scheduler.ran(batch, seconds, batch[0].scale, learn=not batch[0].solver)
             for each in batch:
                 if each.work:
                     self._scheduler.progressed(each.work, each.model, each.rows, each.scale)

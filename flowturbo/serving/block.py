@@ -23,7 +23,7 @@ from flowturbo.learned import OwnSolvers
 from flowturbo.parity import TOLERANCES, Figures, batches_up_to
 from flowturbo.pipeline import installed, solvers_path
 from flowturbo.rows import Tensors, row_count
-from flowturbo.runtimes import Model, model_file, one_thread_for_numpy, open_model
+from flowturbo.runtimes import Model, limit_numpy_threads, model_file, open_model
 from flowturbo.serving.triton_io import error_response, repository_of
 from flowturbo.solvers import Solvers
 
@@ -61,7 +61,7 @@ class TritonPythonModel:
             os.nice(_NICE)
             fixed = [int(rows) for rows in stated.get("fixed_rows", "").split(",") if rows]
             self._model = open_model(path, stated["precision"], runtime=runtime, fixed_rows=fixed)
-            one_thread_for_numpy()
+            limit_numpy_threads()
         self._name = config["name"]
         self._solvers = OwnSolvers(partial(_solvers_of, repository_of(args), self._name))
         self._inputs = [entry["name"] for entry in config["input"]]
@@ -78,7 +78,7 @@ class TritonPythonModel:
         per_request = [self._read(request) for request in requests]
         if len(requests) == 1:  # the usual case: the orchestrator has joined the rows already
             return [self._answer(requests[0], self._run(per_request[0]))]
-        if any(SOLVER in tensors for tensors in per_request):  # they need not be the same
+        if any(SOLVER in tensors for tensors in per_request):  # they may name different ones
             return [self.execute([request])[0] for request in requests]
         joined = {
             name: np.concatenate([tensors[name] for tensors in per_request])

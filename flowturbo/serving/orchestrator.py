@@ -17,7 +17,7 @@ from flowturbo.contract import ORCHESTRATOR, STREAM
 from flowturbo.gpu import gpu_count
 from flowturbo.pipeline import read_pipelines
 from flowturbo.rows import Tensors
-from flowturbo.runtimes import one_thread_for_numpy
+from flowturbo.runtimes import limit_numpy_threads
 from flowturbo.serving.answers import StoredAnswers
 from flowturbo.serving.endpoint import endpoint
 from flowturbo.serving.forwarded import Forwarded, as_asked, caller_of
@@ -51,7 +51,7 @@ class TritonPythonModel:
         on_gpu = any(pipeline.on_gpu for pipeline in pipelines.values())
         instances = max(1, gpu_count()) if on_gpu else 1
         if not on_gpu:
-            one_thread_for_numpy()
+            limit_numpy_threads()
         answers = StoredAnswers(repository, pipelines.values(), call_model, instances)
         self._metrics = TritonMetrics(pipelines, ORCHESTRATOR)
         self._service = Service(

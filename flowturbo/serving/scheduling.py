@@ -338,10 +338,13 @@ class Scheduler:
         limit = min(self.chunk(same[0]), math.ceil(sum(call.rows for call in same) / free))
         return self._filled(same, limit, now, tight=tight)
 
-    def ran(self, batch: Sequence[Waiting], seconds: float, scale: float = 1.0) -> None:
-        """A batch took `seconds`: corrects the estimate, and charges its callers."""
+    def ran(
+        self, batch: Sequence[Waiting], seconds: float, scale: float = 1.0, *, learn: bool = True
+    ) -> None:
+        """A batch took `seconds`: charges its callers and, with `learn`, corrects the estimate."""
         rows = sum(call.rows for call in batch)
-        self.times.ran(batch[0].model, rows, seconds, scale)
+        if learn:
+            self.times.ran(batch[0].model, rows, seconds, scale)
         for call in batch:
             if call.work:
                 cost, caller = seconds * call.rows / rows, call.work.caller

@@ -416,7 +416,7 @@ class Service:
         most = pipeline.rows_for(request.latent_shape)
         assert job.work
         own = Owner(job.work, partial(self._check_job, job), _scale(request, pipeline))
-        # To the scheduler an execution of many calls is one of a large latent.
+        # The scheduler counts an execution of n calls as one call of a latent n times as large.
         owners = {
             Role.PREDICTOR: replace(own, scale=own.scale * calls),
             Role.TEXT_ENCODER: replace(own, scale=1.0),
