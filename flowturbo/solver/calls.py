@@ -14,10 +14,16 @@ and the update take:
     x_next = (x + r) + (u - r) + w_next * v_next
 
 A refiner step is one call of the block around the refiner: its two evaluations need nothing in
-between. The refiner regresses the change of the velocity. With h = end - t:
+between. The refiner regresses the change of the velocity. The first evaluation refines that at t:
 
-    d      = guide(refiner([x, v], t)) + v
+    d = guide(refiner([x, v], t)) + v
+
+The second one reads the state at the end, with h = end - t:
+
     d_next = guide(refiner([x + h * d, v or d], end)) + d
+
+The step is Heun's:
+
     x_next = x + h/2 * (d + d_next),  v_next = d
 """
 
@@ -123,11 +129,9 @@ class PredictorCall:
         """The block's state and velocity; `velocities` are those of earlier calls, newest last."""
         if not self._summed:
             return x, velocities[-1]
-        width = max(len(self.reads), len(self.moves))
-        reads, moves = _padded(self.reads, width), _padded(self.moves, width)
-        apart = [move - read for move, read in zip(moves, reads, strict=True)]
-        first, *others = _terms(apart, velocities) or [0 * x]  # type: ignore[operator]
-        return sum(_terms(reads, velocities), x), sum(others, first)  # type: ignore[call-overload]
+        read = _weighted(self.reads, velocities)
+        moved = _weighted(self.moves, velocities)
+        return x + read, moved - read
 
     def scalars(self, scale_at: ScaleAt) -> PredictorScalars:
         """A row of the block's `scalars` tensor."""
@@ -175,15 +179,10 @@ class RefinerCall:
         return RefinerScalars(self.t, self.end, *scales, float(self.reads_refined))
 
 
-def _padded(weights: Sequence[float], count: int) -> list[float]:
-    """The weights of the last `count` velocities, given those of the newest."""
-    return [0.0] * (count - len(weights)) + [*weights]
-
-
-def _terms(weights: Sequence[float], velocities: Sequence[Any]) -> list[Any]:
-    """The last velocities times their weights, without those of weight 0."""
-    used = zip(weights, velocities[-len(weights) :], strict=True)
-    return [weight * velocity for weight, velocity in used if weight]
+def _weighted(weights: Sequence[float], velocities: Sequence[Any]) -> Any:
+    """The sum of the last velocities, each with its weight; 0 without any."""
+    used = [] if not weights else zip(weights, velocities[-len(weights) :], strict=True)
+    return sum(weight * velocity for weight, velocity in used if weight)
 
 
 BlockCall = PredictorCall | RefinerCall
